@@ -1,0 +1,88 @@
+# The habits of the house, by name; `make` alone lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+ARGS ?=
+
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+TORCH_READY := $(VENV)/.ready-$(TORCH)
+TOOLS_READY := $(VENV)/.ready-tools
+CXX_FILES = $(wildcard csrc/*/*.h csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+
+# command || $(FAIL) "what to do"
+FAIL := sh -c 'printf "\n%s\n\n" "$$1" >&2; exit 1' fail
+PIP_FAILED := $(FAIL) "pip could not install what is needed. Is there a network connection? Behind a proxy set HTTPS_PROXY; for a mirror set PIP_INDEX_URL."
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format wheel sanitize clean build
+
+help:
+	@echo 'make demo       train a small network on real digits, with trainopt and with torch.optim'
+	@echo 'make test       run the whole test suite'
+	@echo 'make bench      time optimizer steps against torch'
+	@echo 'make lint       check with ruff, clang-format and mypy'
+	@echo 'make format     let ruff and clang-format rewrite the sources'
+	@echo 'make wheel      build a wheel for the torch in $(VENV), into dist/'
+	@echo 'make sanitize   run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make clean      remove what was built'
+	@echo
+	@echo 'Each sets up what it needs in $(VENV), and rebuilds only what has changed. Variables:'
+	@echo '  ARGS="..."           handed on to demo, test and bench'
+	@echo '  PYTHON=python3       makes the environment; 3.11 or newer'
+	@echo '  VENV=.venv           where the environment is'
+	@echo '  TORCH=torch==2.13.0  what pip installs as torch'
+	@echo '  TORCH_INDEX=URL      where from; https://download.pytorch.org/whl/cpu has torch without CUDA, a far smaller download'
+	@echo '  CXX=c++  MAX_JOBS=2  the compiler, and how many run at once'
+
+demo: build $(TOOLS_READY)
+	$(RUN) -m trainopt.training.digits $(ARGS)
+
+test: build $(TOOLS_READY)
+	$(RUN) -m pytest $(ARGS)
+
+bench: build $(TOOLS_READY)
+	$(RUN) -m benchmarks.optimizers $(ARGS)
+
+lint: $(TOOLS_READY)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(VENV)/bin/mypy trainopt
+
+format: $(TOOLS_READY)
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+wheel: $(TORCH_READY)
+	rm -rf build/lib* build/bdist*
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+sanitize: $(TORCH_READY)
+	$(RUN) setup.py -q sanitize
+
+clean:
+	rm -rf build dist trainopt.egg-info trainopt/_build.py trainopt/_C.*.so
+
+# setup.py knows what has changed.
+build: $(TORCH_READY)
+	@$(RUN) setup.py -q build_ext --inplace
+
+$(TOOLS_READY): pyproject.toml $(TORCH_READY) | build
+	@echo 'Installing trainopt (editable), and the tools for its demo and tests, in $(VENV)'
+	@$(PIP) install -q --no-build-isolation -e '.[demo,test,bench,dev]' || $(PIP_FAILED)
+	@touch '$@'
+
+$(TORCH_READY):
+	@command -v '$(PYTHON)' >/dev/null || $(FAIL) "There is no $(PYTHON): install Python 3.11 or newer, or name one, as in 'make PYTHON=python3.12'."
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || $(FAIL) "$(PYTHON) is too old: trainopt needs Python 3.11 or newer. Name one, as in 'make PYTHON=python3.12'."
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || $(FAIL) "$(PYTHON) cannot make virtual environments (Debian, Ubuntu: apt install python3-venv)."
+	@for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/dev/null && exit 0; done; $(FAIL) "There is no C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)."
+	@echo 'Setting up $(VENV) with $(TORCH)'
+	@'$(PYTHON)' -m venv '$(VENV)'
+	@$(PIP) install $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') '$(TORCH)' numpy 'setuptools>=77' wheel || $(PIP_FAILED)
+	@rm -f $(VENV)/.ready-torch*
+	@touch '$@'
