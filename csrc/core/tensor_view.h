@@ -1,0 +1,26 @@
+// Plain views of tensors: what an engine sees of one.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace trainopt {
+
+constexpr int kMaxDims = 8;
+
+// Where the elements of a view lie when they are not one run in memory: element i of the order in which the engine
+// walks has the index (i_0, ..., i_{ndim-1}) of a row-major array of `sizes`.
+struct Layout {
+  int ndim;
+  int64_t sizes[kMaxDims];
+  int64_t strides[kMaxDims];  // in elements
+};
+
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  const Layout* layout = nullptr;  // null: one run in memory
+};
+
+}  // namespace trainopt

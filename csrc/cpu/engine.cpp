@@ -1,0 +1,118 @@
+#include "cpu/engine.h"
+
+#include <cstring>
+
+#include "cpu/kernel_table.h"
+
+namespace trainopt::cpu {
+namespace {
+
+template <class S, class R>
+void prepare_as(const double* options, const Moment& now, unsigned char* bytes) {
+  const typename R::template Scalars<S> scalars = R::template prepare<S>(options, now);
+  static_assert(sizeof scalars <= kRuleScalarBytes);
+  std::memcpy(bytes, &scalars, sizeof scalars);
+}
+
+template <class R>
+constexpr Rule describe(int index) {
+  static_assert(sizeof(R::kOptions) / sizeof(R::kOptions[0]) <= kMaxOptions);
+  static_assert(sizeof(R::kStates) / sizeof(R::kStates[0]) <= kMaxStates);
+  return {R::kName,
+          R::kOptions,
+          sizeof(R::kOptions) / sizeof(R::kOptions[0]),
+          R::kStates,
+          sizeof(R::kStates) / sizeof(R::kStates[0]),
+          R::kCountsSteps,
+          R::states_needed,
+          R::decay,
+          [](const double* options, const Moment& now, bool wide, Scalars* out) {
+            wide ? prepare_as<double, R>(options, now, out->rule) : prepare_as<float, R>(options, now, out->rule);
+          },
+          index};
+}
+
+enum RuleIndex {
+#define TRAINOPT_INDEX(rule) k##rule##Index,
+  TRAINOPT_FOR_EACH_RULE(TRAINOPT_INDEX)
+#undef TRAINOPT_INDEX
+};
+
+constexpr Rule kRuleList[] = {
+#define TRAINOPT_DESCRIBE(rule) describe<rule>(k##rule##Index),
+    TRAINOPT_FOR_EACH_RULE(TRAINOPT_DESCRIBE)
+#undef TRAINOPT_DESCRIBE
+};
+
+Variant best_variant() {
+  for (int v = kVariants - 1; v > 0; --v)
+    if (supported(static_cast<Variant>(v))) return static_cast<Variant>(v);
+  return Variant::kBaseline;
+}
+
+const KernelTable& table_of(Variant variant) {
+#if defined(TRAINOPT_X86)
+  if (variant == Variant::kAvx512) return kAvx512Kernels;
+  if (variant == Variant::kAvx2) return kAvx2Kernels;
+#endif
+  (void)variant;
+  return kBaselineKernels;
+}
+
+Variant variant_in_use = best_variant();
+const KernelTable* table_in_use = &table_of(variant_in_use);
+
+}  // namespace
+
+const Rule* find_rule(const char* name) {
+  for (const Rule& rule : kRuleList)
+    if (std::strcmp(rule.name, name) == 0) return &rule;
+  return nullptr;
+}
+
+void run_blocks(const Run& run, int64_t first, int64_t last) {
+  const Kernel kernel = table_in_use->rule[run.rule->index][run.wide];
+  // The task that block `first` belongs to: the last one that starts at or before it.
+  size_t low = 0, high = run.count;
+  while (high - low > 1) {
+    const size_t middle = low + (high - low) / 2;
+    (run.starts[middle] <= first ? low : high) = middle;
+  }
+  for (size_t t = low; t < run.count && run.starts[t] < last; ++t) {
+    const Task& task = run.tasks[t];
+    const int64_t begin = first > run.starts[t] ? (first - run.starts[t]) * kBlock : 0;
+    const int64_t end = (last - run.starts[t]) * kBlock;
+    kernel(task, begin, end < task.numel ? end : task.numel);
+  }
+}
+
+void gaussian(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor) {
+  table_in_use->gaussian(out, begin, count, seed, step, tensor);
+}
+
+const char* name_of(Variant variant) {
+  static constexpr const char* kNames[kVariants] = {"baseline", "avx2", "avx512"};
+  return kNames[static_cast<int>(variant)];
+}
+
+bool supported(Variant variant) {
+  if (variant == Variant::kBaseline) return true;
+#if defined(TRAINOPT_X86)
+  __builtin_cpu_init();
+  if (variant == Variant::kAvx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return supported(Variant::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+Variant current_variant() { return variant_in_use; }
+
+void set_variant(Variant variant) {
+  variant_in_use = variant;
+  table_in_use = &table_of(variant);
+}
+
+}  // namespace trainopt::cpu

@@ -1,0 +1,24 @@
+// What one SIMD variant offers the engine.
+#pragma once
+
+#include "cpu/engine.h"
+#include "rules/rules.h"
+
+namespace trainopt::cpu {
+
+#define TRAINOPT_COUNT(rule) +1
+constexpr int kRules = TRAINOPT_FOR_EACH_RULE(TRAINOPT_COUNT);
+#undef TRAINOPT_COUNT
+
+struct KernelTable {
+  Kernel rule[kRules][2];  // [..][0] float arithmetic, [..][1] double
+  void (*gaussian)(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor);
+};
+
+extern const KernelTable kBaselineKernels;
+#if defined(TRAINOPT_X86)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+#endif
+
+}  // namespace trainopt::cpu

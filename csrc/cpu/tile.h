@@ -1,0 +1,120 @@
+// Tiles: up to 256 elements of one tensor as arithmetic sees them. A tensor that is stored as one run of the arithmetic's
+// own type is worked on where it lies; any other is brought into a buffer in the first-level cache and taken back. So a new
+// storage type is one load and one store here, and every rule has it.
+#pragma once
+
+#include "core/dtype.h"
+#include "core/tensor_view.h"
+#include "cpu/engine.h"
+#include "cpu/vec.h"
+
+namespace trainopt::cpu {
+namespace {
+
+template <class S>
+struct Native;
+template <>
+struct Native<float> {
+  static constexpr DType dtype = DType::kFloat32;
+};
+template <>
+struct Native<double> {
+  static constexpr DType dtype = DType::kFloat64;
+};
+
+TRAINOPT_FUNCTION float widen(float x) { return x; }
+TRAINOPT_FUNCTION double widen(double x) { return x; }
+TRAINOPT_FUNCTION float widen(BFloat16 x) { return to_float(x); }
+TRAINOPT_FUNCTION float widen(Float16 x) { return to_float(x); }
+
+TRAINOPT_FUNCTION void narrow(float x, float* out) { *out = x; }
+TRAINOPT_FUNCTION void narrow(double x, float* out) { *out = static_cast<float>(x); }
+TRAINOPT_FUNCTION void narrow(double x, double* out) { *out = x; }
+TRAINOPT_FUNCTION void narrow(float x, double* out) { *out = x; }
+TRAINOPT_FUNCTION void narrow(float x, BFloat16* out) { *out = to_bfloat16(x); }
+TRAINOPT_FUNCTION void narrow(float x, Float16* out) { *out = to_float16(x); }
+TRAINOPT_FUNCTION void narrow(double x, BFloat16* out) { *out = to_bfloat16(static_cast<float>(x)); }
+TRAINOPT_FUNCTION void narrow(double x, Float16* out) { *out = to_float16(static_cast<float>(x)); }
+
+// Calls use(offset in elements, position in the tile) for the tile's elements in a tensor that is not one run.
+template <class Use>
+TRAINOPT_FUNCTION void for_each_offset(const Layout& layout, int64_t begin, int count, Use use) {
+  int64_t index[kMaxDims];
+  int64_t offset = 0, rest = begin;
+  for (int d = layout.ndim - 1; d >= 0; --d) {
+    index[d] = rest % layout.sizes[d];
+    rest /= layout.sizes[d];
+    offset += index[d] * layout.strides[d];
+  }
+  for (int i = 0; i < count; ++i) {
+    use(offset, i);
+    for (int d = layout.ndim - 1; d >= 0; --d) {
+      offset += layout.strides[d];
+      if (++index[d] < layout.sizes[d]) break;
+      offset -= layout.sizes[d] * layout.strides[d];
+      index[d] = 0;
+    }
+  }
+}
+
+template <class Stored, class S>
+void load_as(const TensorView& view, int64_t begin, int count, S* out) {
+  const Stored* data = static_cast<const Stored*>(view.data);
+  if (view.layout == nullptr) {
+    for (int i = 0; i < count; ++i) out[i] = static_cast<S>(widen(data[begin + i]));
+  } else {
+    for_each_offset(*view.layout, begin, count,
+                    [&](int64_t offset, int i) { out[i] = static_cast<S>(widen(data[offset])); });
+  }
+}
+
+template <class Stored, class S>
+void store_as(const TensorView& view, int64_t begin, int count, const S* in) {
+  Stored* data = static_cast<Stored*>(view.data);
+  if (view.layout == nullptr) {
+    for (int i = 0; i < count; ++i) narrow(in[i], &data[begin + i]);
+  } else {
+    for_each_offset(*view.layout, begin, count, [&](int64_t offset, int i) { narrow(in[i], &data[offset]); });
+  }
+}
+
+template <class S>
+TRAINOPT_FUNCTION bool in_place(const TensorView& view) {
+  return view.layout == nullptr && view.dtype == Native<S>::dtype;
+}
+
+// The tile of `view` that starts at `begin`: where it lies, or a copy in `buffer`.
+template <class S>
+TRAINOPT_FUNCTION S* load_tile(const TensorView& view, int64_t begin, int count, S* buffer) {
+  if (in_place<S>(view)) return static_cast<S*>(view.data) + begin;
+  switch (view.dtype) {
+    case DType::kFloat32: load_as<float>(view, begin, count, buffer); break;
+    case DType::kFloat64: load_as<double>(view, begin, count, buffer); break;
+    case DType::kBFloat16: load_as<BFloat16>(view, begin, count, buffer); break;
+    case DType::kFloat16: load_as<Float16>(view, begin, count, buffer); break;
+  }
+  return buffer;
+}
+
+// Takes the tile back to its tensor, if load_tile copied it.
+template <class S>
+TRAINOPT_FUNCTION void store_tile(const TensorView& view, int64_t begin, int count, const S* tile) {
+  if (in_place<S>(view)) return;
+  switch (view.dtype) {
+    case DType::kFloat32: store_as<float>(view, begin, count, tile); break;
+    case DType::kFloat64: store_as<double>(view, begin, count, tile); break;
+    case DType::kBFloat16: store_as<BFloat16>(view, begin, count, tile); break;
+    case DType::kFloat16: store_as<Float16>(view, begin, count, tile); break;
+  }
+}
+
+// Asks for the tile that follows, so that memory works while this one is computed.
+TRAINOPT_FUNCTION void prefetch_tile(const TensorView& view, int64_t begin, int64_t numel) {
+  if (view.layout != nullptr || begin >= numel) return;
+  const int64_t width = size_of(view.dtype);
+  const char* from = static_cast<const char*>(view.data) + begin * width;
+  for (int64_t line = 0; line < kBlock * width; line += 64) __builtin_prefetch(from + line, 1);
+}
+
+}  // namespace
+}  // namespace trainopt::cpu

@@ -1,0 +1,59 @@
+// Adam and AdamW: Kingma & Ba 2015, arXiv:1412.6980; decoupled decay: Loshchilov & Hutter 2019, arXiv:1711.05101; amsgrad:
+// Reddi, Kale, Kumar 2018, arXiv:1904.09237. Conventions are torch.optim's: epsilon is added after the bias correction,
+// and amsgrad's maximum is taken of the uncorrected second moment.
+#pragma once
+
+#include "rules/rule.h"
+
+namespace trainopt {
+
+struct Adam {
+  static constexpr const char* kName = "adam";
+  enum Option { kBeta1, kBeta2, kEps, kAmsgrad, kDecoupled, kBiasCorrection };
+  static constexpr const char* kOptions[] = {"betas.0", "betas.1", "eps", "amsgrad", "decoupled_weight_decay", "bias_correction"};
+  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  static constexpr bool kCountsSteps = true;
+
+  static unsigned states_needed(const double* options) { return options[kAmsgrad] != 0 ? 7u : 3u; }
+  static Decay decay(const double* options) { return options[kDecoupled] != 0 ? Decay::kParameter : Decay::kGradient; }
+
+  template <class S>
+  struct Scalars {
+    S beta1, new_share1, beta2, new_share2, step_size, root_scale, eps;
+    bool forgets_fast, amsgrad;
+  };
+
+  template <class S>
+  static Scalars<S> prepare(const double* options, const Moment& now) {
+    // 1 - beta^t without the cancellation that a small t brings.
+    const auto correction = [&](double beta) {
+      return options[kBiasCorrection] != 0 && beta > 0 ? -__builtin_expm1(now.step * __builtin_log(beta)) : 1.0;
+    };
+    Scalars<S> k;
+    k.beta1 = static_cast<S>(options[kBeta1]);
+    k.new_share1 = static_cast<S>(1 - options[kBeta1]);
+    k.beta2 = static_cast<S>(options[kBeta2]);
+    k.new_share2 = static_cast<S>(1 - options[kBeta2]);
+    k.step_size = static_cast<S>(now.rounded(now.lr / now.rounded(correction(options[kBeta1]))));
+    k.root_scale = static_cast<S>(1 / __builtin_sqrt(correction(options[kBeta2])));
+    k.eps = static_cast<S>(options[kEps]);
+    k.forgets_fast = options[kBeta1] <= 0.5;
+    k.amsgrad = options[kAmsgrad] != 0;
+    return k;
+  }
+
+  template <class T, class S>
+  static void update(const Scalars<S>& k, T& p, T g, T* state) {
+    T& m = state[0];
+    T& v = state[1];
+    // Interpolate from the nearer end: with beta1 = 0 the average is the gradient exactly.
+    m = k.forgets_fast ? g - (g - m) * T(k.beta1) : m + (g - m) * T(k.new_share1);
+    // The share times g first: g * g alone overflows where the product does not.
+    v = v * T(k.beta2) + g * T(k.new_share2) * g;
+    T peak = v;
+    if (k.amsgrad) peak = state[2] = maximum(state[2], v);
+    p = p - m * T(k.step_size) / (square_root(peak) * T(k.root_scale) + T(k.eps));
+  }
+};
+
+}  // namespace trainopt

@@ -1,0 +1,48 @@
+// Stochastic gradient descent with momentum, dampening and Nesterov's form, as torch.optim.SGD documents them.
+#pragma once
+
+#include "rules/rule.h"
+
+namespace trainopt {
+
+struct Sgd {
+  static constexpr const char* kName = "sgd";
+  enum Option { kMomentum, kDampening, kNesterov };
+  static constexpr const char* kOptions[] = {"momentum", "dampening", "nesterov"};
+  static constexpr const char* kStates[] = {"momentum_buffer"};
+  static constexpr bool kCountsSteps = false;
+
+  static unsigned states_needed(const double* options) { return options[kMomentum] != 0 ? 1u : 0u; }
+  static Decay decay(const double*) { return Decay::kGradient; }
+
+  template <class S>
+  struct Scalars {
+    S lr, momentum, new_share;
+    bool has_momentum, nesterov, first;
+  };
+
+  template <class S>
+  static Scalars<S> prepare(const double* options, const Moment& now) {
+    Scalars<S> k;
+    k.lr = static_cast<S>(now.lr);
+    k.momentum = static_cast<S>(options[kMomentum]);
+    k.new_share = static_cast<S>(1 - options[kDampening]);
+    k.has_momentum = options[kMomentum] != 0;
+    k.nesterov = options[kNesterov] != 0;
+    k.first = now.first;
+    return k;
+  }
+
+  template <class T, class S>
+  static void update(const Scalars<S>& k, T& p, T g, T* state) {
+    if (k.has_momentum) {
+      T& buffer = state[0];
+      // torch's first momentum step takes the gradient whole, dampening or not.
+      buffer = k.first ? g : buffer * T(k.momentum) + g * T(k.new_share);
+      g = k.nesterov ? g + buffer * T(k.momentum) : buffer;
+    }
+    p = p - g * T(k.lr);
+  }
+};
+
+}  // namespace trainopt
