@@ -1,0 +1,96 @@
+// trainopt._C: what Python sees of the C++ side.
+#include <ATen/Version.h>
+#include <ATen/record_function.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cstdlib>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/engine.h"
+#include "python/plan.h"
+
+namespace trainopt::python {
+namespace {
+
+cpu::Variant parse_variant(const std::string& name) {
+  const std::string wanted = name == "scalar" ? "baseline" : name;
+  std::string valid;
+  for (int v = 0; v < cpu::kVariants; ++v) {
+    const auto variant = static_cast<cpu::Variant>(v);
+    const bool usable = cpu::supported(variant);
+    if (usable && wanted == cpu::name_of(variant)) return variant;
+    if (usable) valid += std::string(valid.empty() ? "" : ", ") + cpu::name_of(variant);
+  }
+  throw pybind11::value_error("'" + name + "' is not a SIMD variant that this processor can run; valid are: " + valid +
+                              " (scalar is another name for baseline)");
+}
+
+// TRAINOPT_CPU if set, else what torch's own kernels use (ATEN_CPU_CAPABILITY or the processor), else the best.
+void choose_variant() {
+  if (const char* forced = std::getenv("TRAINOPT_CPU"); forced != nullptr && *forced != '\0') {
+    try {
+      cpu::set_variant(parse_variant(forced));
+    } catch (const pybind11::value_error& error) {
+      throw pybind11::value_error(std::string("TRAINOPT_CPU: ") + error.what());
+    }
+    return;
+  }
+  const std::string torchs = at::get_cpu_capability();
+  cpu::Variant variant = cpu::current_variant();
+  if (torchs == "DEFAULT" || torchs == "NO AVX") variant = cpu::Variant::kBaseline;
+  if (torchs == "AVX2" && cpu::supported(cpu::Variant::kAvx2)) variant = cpu::Variant::kAvx2;
+  cpu::set_variant(variant);
+}
+
+std::map<std::string, bool> variants() {
+  std::map<std::string, bool> result;
+  for (int v = 0; v < cpu::kVariants; ++v) {
+    const auto variant = static_cast<cpu::Variant>(v);
+    result[cpu::name_of(variant)] = cpu::supported(variant);
+  }
+  return result;
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return std::string("Clang ") + __clang_version__;
+#else
+  return std::string("GCC ") + __VERSION__;
+#endif
+}
+
+bool is_observed() { return at::hasCallbacks(); }
+
+// Fills a contiguous float32 CPU tensor with the noise of one parameter at one step, in the logical order of elements.
+void gaussian_(const pybind11::handle& object, uint64_t seed, uint32_t step, uint32_t tensor) {
+  if (!THPVariable_Check(object.ptr())) throw pybind11::type_error("gaussian_: not a tensor");
+  const at::Tensor& out = THPVariable_Unpack(object.ptr());
+  if (!out.device().is_cpu() || out.scalar_type() != at::kFloat || !out.is_contiguous())
+    throw pybind11::value_error("gaussian_: the tensor must be a contiguous float32 one on the CPU");
+  cpu::gaussian(static_cast<float*>(out.mutable_data_ptr()), 0, out.numel(), seed, step, tensor);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  choose_variant();
+  m.doc() = "trainopt's compiled side";
+  m.def("cpu_variant", [] { return cpu::name_of(cpu::current_variant()); });
+  m.def("cpu_variants", variants);
+  m.def("set_cpu_variant", [](const std::string& name) { cpu::set_variant(parse_variant(name)); });
+  m.def("compiler", compiler);
+  m.def("is_observed", is_observed, "Whether a profiler or another observer of record_function is active.");
+  m.def("gaussian_", gaussian_, pybind11::arg("out"), pybind11::arg("seed"), pybind11::arg("step"),
+        pybind11::arg("tensor"));
+  pybind11::class_<Plan>(m, "Plan")
+      .def(pybind11::init<const std::string&>(), pybind11::arg("rule"))
+      .def("step", &Plan::step, pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),
+           pybind11::arg("fresh") = Indices(), pybind11::arg("torchs") = Indices())
+      .def("paths", &Plan::paths, pybind11::arg("groups"), pybind11::arg("state"));
+}
+
+}  // namespace trainopt::python

@@ -1,0 +1,9 @@
+"""The optimizers."""
+
+from trainopt.optim.adam import Adam
+from trainopt.optim.adamw import AdamW
+from trainopt.optim.explain import explain
+from trainopt.optim.fuse import fuse
+from trainopt.optim.sgd import SGD
+
+__all__ = ["SGD", "Adam", "AdamW", "explain", "fuse"]

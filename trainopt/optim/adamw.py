@@ -1,0 +1,57 @@
+"""AdamW."""
+
+from typing import Any
+
+import torch
+
+from trainopt.optim.adam import AdamRule
+
+
+class AdamW(AdamRule, torch.optim.AdamW):
+    """torch.optim.AdamW with a fused step: Adam with decoupled weight decay.
+
+    Every argument, default, error and state key is that of `torch.optim.AdamW`. Keyword-only beyond torch:
+    `bias_correction`, `l1`, `l1_proximal`, `noise` and `seed`, as in `trainopt.Adam`. Source of the formula: Loshchilov &
+    Hutter, Decoupled weight decay regularization, 2019, with torch's conventions.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        bias_correction: bool = True,
+        l1: float = 0.0,
+        l1_proximal: bool = False,
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self._extras = {
+            "bias_correction": bias_correction,
+            "l1": l1,
+            "l1_proximal": l1_proximal,
+            "noise": noise,
+            "seed": seed,
+        }
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )

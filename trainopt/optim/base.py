@@ -1,0 +1,262 @@
+"""What every optimizer of trainopt has in common: torch's class, with the step done by the engine.
+
+A class derives from `Fused` and from torch's class of the same name. Construction, param_groups, state, hooks, pickles
+and errors are torch's own. The step is one call into the compiled plan, which reads all of that as it stands; parameters
+that the engine does not take go through torch's own step (`trainopt.optim.reference`) in the same call.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch.optim import optimizer as torch_optimizer
+
+from trainopt._extension import _C
+from trainopt.optim import reference
+from trainopt.optim.nonfinite import NonfiniteReport
+
+def is_reference_forced() -> bool:
+    """Whether TRAINOPT_REFERENCE asks for torch's own path everywhere."""
+    return os.environ.get("TRAINOPT_REFERENCE", "0") not in ("", "0")
+
+
+class Fused(torch.optim.Optimizer):
+    """The mixin that gives torch's optimizer class, next in the order of bases, a fused step.
+
+    A class states `_rule`, the engine's rule; `_states`, the names of the param-shaped states in its state dict; and
+    `_counts_steps`, whether every parameter has a "step" in it.
+    """
+
+    _rule: ClassVar[str]
+    _states: ClassVar[tuple[str, ...]]
+    _counts_steps: ClassVar[bool] = True
+    #: Options beyond torch's, with their defaults. They live in param_groups like any other.
+    EXTRAS: ClassVar[dict[str, Any]] = {"l1": 0.0, "l1_proximal": False, "noise": 0.0, "seed": 0}
+    _extras: dict[str, Any]  # the values that the constructor was given
+    _plan: Any = None
+
+    #: Whether the last step was skipped because GradScaler found a gradient that is not finite (with ``fused=True``).
+    last_step_skipped: bool = False
+
+    # Stepping ---------------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What `closure` returned, else None.
+        """
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or _C.is_observed()
+        ) and type(self).step is Fused.step:  # an overriding step has been wrapped by torch already
+            return _observed_step(self, closure)
+        return self._step(closure)
+
+    # torch wraps step() in hooks and a profiler range that cost tens of microseconds, heard or not; ours costs that only
+    # when somebody listens.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        self.last_step_skipped = found_inf is not None and bool(found_inf)
+        if self.last_step_skipped:
+            return loss
+        grad_scale = getattr(self, "grad_scale", None)
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        plan = self._plan
+        if plan is None:
+            if is_reference_forced():
+                self._step_by_torch(None, scale)
+                return loss
+            plan = self._plan = _C.Plan(self._rule)
+        unfinished = plan.step(self.param_groups, self.state, scale)
+        if unfinished is not None:
+            self._finish(unfinished, scale)
+        return loss
+
+    def _finish(self, unfinished: tuple[list[int], list[int]], scale: float) -> None:
+        """A step in which states are still to be made, or that torch has a part in."""
+        missing, rest = unfinished
+        if missing:
+            if self._is_dummy_step():
+                self.init_state()
+                return
+            params = list(self._enumerate())
+            for index in missing:
+                _, group, param = params[index]
+                self._start(param, group)
+            unfinished = self._plan.step(self.param_groups, self.state, scale, missing)
+            if unfinished is None:
+                return
+            _, rest = unfinished
+        self._step_by_torch(rest, scale)
+        self._plan.step(self.param_groups, self.state, scale, missing, rest)
+
+    def _step_by_torch(self, indices: Sequence[int] | None, scale: float) -> None:
+        reference.step(self, list(self._enumerate()), indices, scale)
+
+    def _enumerate(self) -> Iterator[tuple[int, dict[str, Any], torch.Tensor]]:
+        """(index over all groups, group, parameter), in order."""
+        index = 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                yield index, group, param
+                index += 1
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def init_state(self) -> None:
+        """Makes the state of every parameter that requires a gradient and has none yet, as before its first step.
+
+        For tools that need states to load into, such as distributed checkpoints: no step is counted, and the first
+        real step is a first step.
+        """
+        for _, group, param in self._enumerate():
+            if param.requires_grad and not self.state.get(param):
+                self._start(param, group)
+
+    def _states_needed(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The param-shaped states that a group's options call for."""
+        return self._states
+
+    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        """Makes the states that `param` needs for its next step; KeyError where only a part is there, as torch."""
+        state = self.state[param]
+        needed = self._states_needed(group)
+        if state:
+            raise KeyError(next(name for name in ("step", *needed) if name not in state))
+        with torch.no_grad():
+            state["step"] = new_step_count(param, group)
+            for name in needed:
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def _is_dummy_step(self) -> bool:
+        """Whether this is a step that only makes states: nothing has a state, no learning rate, no gradient but zeros.
+
+        Checkpoint tools make such a step (torch.distributed.checkpoint). torch counts it, so that the first real step
+        comes with the bias correction of the second; here it is not counted.
+        """
+        return (
+            not self.state
+            and all(float(group["lr"]) == 0 and not group.get("noise") for group in self.param_groups)
+            and not any(param.grad is not None and bool(param.grad.any()) for _, _, param in self._enumerate())
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or of torch's class of the same name.
+
+        As torch's, and beyond it: the loaded states are copies, so that the optimizer they came from can go on; a state
+        whose shape is not its parameter's is a ValueError before anything is changed; where both sides name their
+        parameters and the names are the same in another order, names decide; options that torch's class does not know
+        keep their present values if the state dict has none.
+        """
+        groups = [
+            self._adapt_group(saved, own)
+            for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=False)
+        ]
+        rest = state_dict["param_groups"][len(groups) :]
+        super().load_state_dict({**state_dict, "param_groups": [*groups, *rest]})
+
+    def _adapt_group(self, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        adapted = {**{name: own[name] for name in self.EXTRAS if name in own}, **saved}
+        saved_names, names = saved.get("param_names"), own.get("param_names")
+        if saved_names and names and saved_names != names and sorted(saved_names) == sorted(names):
+            id_of = dict(zip(saved_names, saved["params"], strict=True))
+            adapted.update(params=[id_of[name] for name in names], param_names=list(names))
+        return adapted
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch's load_state_dict ends here too, without "defaults".
+        if "defaults" not in state:
+            self._check_shapes(state)
+            for param_state in state["state"].values():
+                if isinstance(param_state, dict):
+                    own = {name: copy_of(value) for name, value in param_state.items()}
+                    param_state.clear()
+                    param_state.update(own)
+        super().__setstate__(state)
+        self._plan = None
+        for group in self.param_groups:
+            for name, default in self.EXTRAS.items():
+                group.setdefault(name, self.defaults.get(name, default))
+
+    def _check_shapes(self, state: dict[str, Any]) -> None:
+        for group_index, group in enumerate(state["param_groups"]):
+            for i, param in enumerate(group["params"]):
+                param_state = state["state"].get(param, {})
+                for name in self._states:
+                    value = param_state.get(name)
+                    if isinstance(value, torch.Tensor) and value.shape != param.shape:
+                        raise ValueError(
+                            f"loaded state dict: {name} of {name_of(group, group_index, i)} has shape"
+                            f" {tuple(value.shape)}, but the parameter has shape {tuple(param.shape)}"
+                        )
+
+    # Options ----------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, as torch does; trainopt's own options get their defaults too."""
+        self.defaults = {**self.EXTRAS, **self.__dict__.get("_extras", {}), **self.defaults}
+        if isinstance(param_group, dict):
+            check_extras({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    # Diagnosis --------------------------------------------------------------------------------------------------------
+
+    def nonfinite_report(self) -> NonfiniteReport:
+        """The parameters with NaN or infinite elements in their gradient, states or value, by name and count.
+
+        Returns a report that prints itself and is empty (false) if all is finite. Reads every tensor once.
+        """
+        return NonfiniteReport.of(self)
+
+    def _names(self) -> list[str]:
+        """A name for every parameter, in order."""
+        return [
+            name_of(group, group_index, i)
+            for group_index, group in enumerate(self.param_groups)
+            for i in range(len(group["params"]))
+        ]
+
+
+_observed_step = torch.optim.Optimizer.profile_hook_step(Fused._step)
+
+
+def check_extras(options: dict[str, Any]) -> None:
+    """ValueError for a value of trainopt's own options that makes no sense, in the words of torch's own errors."""
+    for name in ("l1", "noise"):
+        if not 0.0 <= options[name]:
+            raise ValueError(f"Invalid {name} value: {options[name]}")
+    seed = options["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"Invalid seed value: {seed} (an integer from 0 to 2**64 - 1)")
+
+
+def new_step_count(param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """A step count of 0 where and as torch's optimizers keep it."""
+    on_device = group.get("capturable") or group.get("fused")
+    dtype = torch_optimizer._get_scalar_dtype(is_fused=group.get("fused"))
+    return torch.zeros((), dtype=dtype, device=param.device if on_device else "cpu")
+
+
+def copy_of(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def name_of(group: dict[str, Any], group_index: int, index: int) -> str:
+    """How messages call parameter `index` of a group."""
+    names = group.get("param_names")
+    return repr(names[index]) if names else f"parameter {index} of group {group_index}"

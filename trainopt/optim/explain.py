@@ -1,0 +1,66 @@
+"""Which path each parameter takes through a step, and why."""
+
+from dataclasses import dataclass
+
+import torch
+
+from trainopt._extension import _C
+from trainopt.optim.base import Fused, is_reference_forced
+
+
+@dataclass(frozen=True)
+class ParameterPath:
+    """One parameter's way through a step."""
+
+    name: str
+    path: str  # "fused (cpu, avx2)" or "torch"
+    reason: str  # why torch; empty for the fused path
+    parameter: str  # dtype, shape and device
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.path}; {self.parameter}" + (f"; {self.reason}" if self.reason else "")
+
+
+class Explanation(tuple[ParameterPath, ...]):
+    """A `ParameterPath` for each parameter, in order. Prints itself, alike parameters in one line."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        lines: dict[tuple[str, str], list[ParameterPath]] = {}
+        for row in self:
+            lines.setdefault((row.path, row.reason), []).append(row)
+        return "\n".join(
+            f"{path}: {len(rows)} parameter{'s' * (len(rows) > 1)}"
+            + (f" ({reason})" if reason else "")
+            + "".join(f"\n    {row.name}: {row.parameter}" for row in rows)
+            for (path, reason), rows in lines.items()
+        )
+
+    __repr__ = __str__
+
+
+def explain(optimizer: torch.optim.Optimizer) -> Explanation:
+    """Tells which path each parameter of an optimizer takes in `step`: the fused engine, or torch's own code, and why.
+
+    Looks at the parameters, options, states and gradients as they are now; where there is no gradient yet, an ordinary
+    one is assumed. Changes nothing.
+    """
+    if not isinstance(optimizer, Fused):
+        rows = [p for group in optimizer.param_groups for p in group["params"]]
+        why = f"{type(optimizer).__module__}.{type(optimizer).__qualname__} is not one of trainopt's"
+        return Explanation(ParameterPath(f"parameter {i}", "torch", why, _outline(p)) for i, p in enumerate(rows))
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if is_reference_forced():
+        reasons = ["TRAINOPT_REFERENCE is set"] * len(params)
+    else:
+        reasons = _C.Plan(optimizer._rule).paths(optimizer.param_groups, optimizer.state)
+    fused = f"fused (cpu, {_C.cpu_variant()})"
+    return Explanation(
+        ParameterPath(name, "torch" if reason else fused, reason, _outline(param))
+        for name, reason, param in zip(optimizer._names(), reasons, params, strict=True)
+    )
+
+
+def _outline(param: torch.Tensor) -> str:
+    return f"{str(param.dtype).removeprefix('torch.')} {tuple(param.shape)} on {param.device}"

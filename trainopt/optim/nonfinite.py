@@ -1,0 +1,67 @@
+"""Which parameters are not finite, and where."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from trainopt.optim.base import Fused
+
+
+@dataclass(frozen=True)
+class Nonfinite:
+    """One tensor of a parameter that holds NaN or infinite elements."""
+
+    parameter: str  # its name, or its place in the groups
+    group: int  # the index of its group
+    tensor: str  # "gradient", "value", or the name of a state
+    nan: int  # how many elements are NaN
+    inf: int  # how many are infinite
+    numel: int  # of how many
+    step: int | None  # the steps that this parameter has made; None where they are not counted
+
+    def __str__(self) -> str:
+        after = "" if self.step is None else f", after {self.step} steps"
+        return f"{self.parameter}: {self.tensor} has {self.nan} NaN and {self.inf} Inf of {self.numel} elements{after}"
+
+
+class NonfiniteReport(tuple[Nonfinite, ...]):
+    """What is not finite, in the order of the parameters. Empty, and so false, if everything is finite."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, optimizer: "Fused") -> "NonfiniteReport":
+        """Reads every gradient, state and value of an optimizer once."""
+        found = []
+        names = iter(optimizer._names())
+        for group_index, group in enumerate(optimizer.param_groups):
+            for param in group["params"]:
+                name, state = next(names), optimizer.state.get(param, {})
+                steps = state.get("step")
+                tensors = {"gradient": param.grad, "value": param, **{k: v for k, v in state.items() if k != "step"}}
+                for what, tensor in tensors.items():
+                    nan, inf, numel = count_nonfinite(tensor)
+                    if nan or inf:
+                        step = None if steps is None else int(steps)
+                        found.append(Nonfinite(name, group_index, what, nan, inf, numel, step))
+        return cls(found)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "all gradients, states and values are finite"
+
+    __repr__ = __str__
+
+
+def count_nonfinite(tensor: Any) -> tuple[int, int, int]:
+    """(NaN, infinite, all) elements of a tensor; of the stored ones if it is sparse. Zeros for anything else."""
+    if not isinstance(tensor, torch.Tensor):
+        return 0, 0, 0
+    values = tensor.detach()
+    if values.is_sparse:
+        values = values.coalesce().values()
+    if values.isfinite().all():
+        return 0, 0, values.numel()
+    nan, inf = values.isnan(), values.isinf()
+    return int(nan.sum()), int((inf & ~nan).sum()), values.numel()

@@ -1,0 +1,125 @@
+"""torch's own step, for the parameters that the engine does not take and for bisecting (TRAINOPT_REFERENCE=1).
+
+The arithmetic is torch's: the body of `step` of the torch class that an optimizer derives from, run over a view of the
+optimizer that holds only the parameters in question. What trainopt adds to torch is done round it, in plain torch.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainopt._extension import _C
+
+if TYPE_CHECKING:
+    from trainopt.optim.base import Fused
+
+Numbered = tuple[int, dict[str, Any], torch.Tensor]  # index over all groups, group, parameter
+
+# A step count at which every bias correction is exactly 1.
+_LONG_PAST = 1e18
+
+
+def step(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int] | None, scale: float) -> None:
+    """Steps the parameters of these indices (all if None) that have a gradient, by torch's own code.
+
+    Args:
+        params: every parameter of the optimizer, in order.
+        scale: what the gradients are divided by first, in place.
+    """
+    wanted = params if indices is None else [params[i] for i in indices]
+    chosen = [(index, group, param) for index, group, param in wanted if param.grad is not None]
+    if not chosen:
+        return
+    if scale != 1:
+        for _, _, param in chosen:
+            assert param.grad is not None
+            param.grad.div_(scale)
+    view = object.__new__(type(optimizer))
+    view.__dict__.update(optimizer.__dict__)
+    # The gradients are unscaled already, and a step that must be skipped does not come here.
+    view.__dict__.update(grad_scale=None, found_inf=None, param_groups=list(_narrowed(chosen)))
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(optimizer.defaults["differentiable"]))
+        for _, group, param in chosen:
+            if group["l1"] and not group["l1_proximal"]:
+                stack.enter_context(_l1_in_gradient(param, group))
+            if not group.get("bias_correction", True):
+                if not optimizer.state[param]:
+                    optimizer._start(param, group)
+                stack.enter_context(_steps_long_past(optimizer.state[param]))
+            if not optimizer._counts_steps:
+                _count_step(optimizer, param, group)
+        _body_of_torchs_step(type(optimizer))(view)
+    with torch.no_grad():
+        for index, group, param in chosen:
+            if group["l1"] and group["l1_proximal"]:
+                _soft_threshold_(param, float(group["lr"]) * float(group["l1"]))
+            if group["noise"]:
+                _add_noise_(param, index, group, optimizer.state[param])
+
+
+def _narrowed(chosen: Sequence[Numbered]) -> Iterator[dict[str, Any]]:
+    """The groups with only these parameters. On the CPU torch's plain loop is the truth: its fused step is not."""
+    groups: dict[int, dict[str, Any]] = {}
+    for _, group, param in chosen:
+        on_cpu = param.device.type == "cpu"
+        flags = {"foreach": False, "fused": False, **({"capturable": False} if "capturable" in group else {})}
+        key = id(group) * 2 + on_cpu
+        groups.setdefault(key, {**group, **(flags if on_cpu else {}), "params": []})["params"].append(param)
+    return iter(groups.values())
+
+
+def _body_of_torchs_step(cls: type) -> Any:
+    """`step` of the first torch class among the bases, without the decorators that hook, profile and set grad mode."""
+    torchs = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim.") and "step" in vars(base))
+    return inspect.unwrap(vars(torchs)["step"])
+
+
+@contextmanager
+def _l1_in_gradient(param: torch.Tensor, group: dict[str, Any]) -> Iterator[None]:
+    gradient = param.grad
+    assert gradient is not None
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    # torch negates the gradient if it maximizes; the penalty pulls towards 0 all the same.
+    param.grad = dense + param.detach().sgn() * (-group["l1"] if group["maximize"] else group["l1"])
+    try:
+        yield
+    finally:
+        param.grad = gradient
+
+
+@contextmanager
+def _steps_long_past(state: dict[str, Any]) -> Iterator[None]:
+    steps = state["step"]
+    state["step"] = torch.full_like(steps, _LONG_PAST)
+    try:
+        yield
+        steps += 1
+    finally:
+        state["step"] = steps
+
+
+def _soft_threshold_(param: torch.Tensor, threshold: float) -> None:
+    size = param.abs()
+    param.copy_(torch.where(size <= threshold, torch.zeros_like(param), param - param.sgn() * threshold))
+
+
+def _count_step(optimizer: Any, param: torch.Tensor, group: dict[str, Any]) -> None:
+    """For a torch class that counts no steps: counts where trainopt does."""
+    if group["noise"]:
+        optimizer._start_count(param, group)
+    state = optimizer.state.get(param, {})
+    if "step" in state:
+        if state["step"] == 0:
+            state.pop("momentum_buffer", None)  # a placeholder: torch's first step makes it
+        state["step"] += 1
+
+
+def _add_noise_(param: torch.Tensor, index: int, group: dict[str, Any], state: dict[str, Any]) -> None:
+    target = torch.view_as_real(param) if param.is_complex() else param
+    noise = torch.empty(target.shape, dtype=torch.float32)
+    _C.gaussian_(noise, group["seed"], int(state["step"]), index)
+    target.add_(noise.to(target.device, target.dtype), alpha=float(group["noise"]))
