@@ -93,7 +93,7 @@ def import_torch():
     return torch
 
 
-def binding_flags(torch) -> list[str]:
+def binding_flags(torch, threaded: bool) -> list[str]:
     """csrc/python, the only files that see torch, pybind11 and Python."""
     torch_include = Path(torch.__path__[0], "include")
     python_include = Path(sysconfig.get_paths()["include"])
@@ -104,14 +104,15 @@ def binding_flags(torch) -> list[str]:
     for include in (torch_include, torch_include / "torch/csrc/api/include", python_include):
         flags += ["-isystem", str(include)]
     if LINUX:
-        # OpenMP for at::parallel_for; at run time its symbols come from the one runtime that torch has loaded.
-        flags += ["-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+        flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    if threaded:
+        flags.append("-fopenmp")  # for at::parallel_for; not linked, the runtime is the one that torch has loaded
     return flags
 
 
 def reason_for_no_cuda() -> str:
     """Decides about the CUDA kernels; nvcc is never looked for unless they are asked for."""
-    asked = os.environ.get("TRAINOPT_CUDA", "0")
+    asked = os.environ.get("TRAINOPT_CUDA") or "0"
     if asked == "1":
         fail("TRAINOPT_CUDA=1 asks for CUDA kernels, which are not part of this version")
     if asked != "0":
@@ -229,6 +230,10 @@ class BuildExtension(build_ext):
         self.toolchain = Compiler(folder)
         print(f"trainopt._C for torch {self.torch.__version__}, with {self.toolchain.version}")
         print(f"CUDA kernels: not built ({no_cuda})", flush=True)
+        # torch's OpenMP runtime on Linux is GCC's, and code from Clang would bring a second one.
+        self.threaded = LINUX and "clang" not in self.toolchain.version
+        if not self.threaded:
+            print("threads: one for a step (build with GCC on Linux for more)")
         super().run()
 
         build = folder / "_build.py"
@@ -238,6 +243,7 @@ class BuildExtension(build_ext):
             f"CXX11_ABI = {self.torch.compiled_with_cxx11_abi()}\n"
             f"PYTHON = {platform.python_version()!r}\n"
             f"COMPILER = {self.toolchain.version!r}\n"
+            f"THREADED = {self.threaded}\n"
             f"PLATFORM = {sysconfig.get_platform()!r}\n"
             "CUDA = None\n"
             f"CUDA_REASON = {no_cuda!r}\n"
@@ -245,7 +251,7 @@ class BuildExtension(build_ext):
         replace_if_different(Path("." if self.inplace else self.build_lib, "trainopt", build.name), build)
 
     def build_extension(self, extension: Extension) -> None:
-        bindings = binding_flags(self.torch)
+        bindings = binding_flags(self.torch, self.threaded)
         objects = self.toolchain.compile(
             {
                 source: bindings if source.parent.name == "python" else kernel_flags(source)

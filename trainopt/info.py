@@ -36,8 +36,11 @@ def main() -> int:
         show("SIMD", extension.cpu_variant(), reason_for_variant())
         for name, runs in extension.cpu_variants().items():
             show("", name, "this processor runs it" if runs else "this processor cannot run it")
-    show("threads", str(torch.get_num_threads()), "torch.get_num_threads()")
     if build:
+        if build.THREADED:
+            show("threads", str(torch.get_num_threads()), "torch.get_num_threads()")
+        else:
+            show("threads", "1", "not built with GCC on Linux")
         show("CUDA kernels", "built" if build.CUDA else "not built", build.CUDA or build.CUDA_REASON)
     reference = os.environ.get("TRAINOPT_REFERENCE")
     show("TRAINOPT_REFERENCE", reference or "not set", "1 sends every parameter through torch's own path")

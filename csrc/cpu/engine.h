@@ -18,10 +18,10 @@ constexpr int64_t kBlock = 256;
 // one step. S is the arithmetic's type.
 template <class S>
 struct Stages {
-  bool scaled, negate, decay_gradient, decay_parameter, l1_gradient, l1_proximal, noisy, write_gradient;
+  bool scaled, negate, decay_gradient, l1_gradient, l1_proximal, noisy, write_gradient;
   S gradient_scale;  // the gradient is divided by it
   S weight_decay;    // L2: added to the gradient, times the parameter
-  S keep;            // decoupled decay: the parameter is multiplied by it
+  S keep;            // decoupled decay: the parameter is multiplied by it; else 1
   S l1;              // added to the gradient, times the parameter's sign
   S threshold;       // the proximal form: the parameter is moved to 0 by this
   S noise;           // standard deviation
@@ -60,7 +60,7 @@ struct Rule {
   const char* const* states;
   int state_count;
   bool counts_steps;
-  unsigned (*states_needed)(const double* options);
+  int (*states_needed)(const double* options);
   Decay (*decay)(const double* options);
   void (*prepare)(const double* options, const Moment&, bool wide, Scalars*);
   int index;  // in the kernel tables

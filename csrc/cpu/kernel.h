@@ -41,123 +41,148 @@ void gaussian_range(float* out, int64_t begin, int64_t count, uint64_t seed, uin
 template <class Rule>
 constexpr int kStateCount = sizeof(Rule::kStates) / sizeof(Rule::kStates[0]);
 
-// One vector of elements: everything that happens to them between load and store.
-template <class Rule, class S>
-TRAINOPT_FUNCTION void update(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, Vec<S>& p,
-                              Vec<S>& g, Vec<S>* state, const Vec<S>& noise) {
-  using V = Vec<S>;
-  if (stages.scaled) g = g / V(stages.gradient_scale);
-  V slope = g;
-  if (stages.negate) slope = -slope;
-  if (stages.decay_gradient) slope = slope + p * V(stages.weight_decay);
-  if (stages.l1_gradient) slope = slope + sign_of(p) * V(stages.l1);
-  if (stages.decay_parameter) p = p * V(stages.keep);
+// One register of elements: everything that happens to them between load and store. kPlain: only weight decay, if anything.
+template <class Rule, bool kPlain, class T, class S>
+TRAINOPT_FUNCTION void update(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T& p, T& g,
+                              T* state, const S* noise) {
+  if constexpr (!kPlain)
+    if (stages.scaled) g = g / T(stages.gradient_scale);
+  T slope = g;
+  if constexpr (!kPlain)
+    if (stages.negate) slope = -slope;
+  if (stages.decay_gradient) slope = slope + p * T(stages.weight_decay);
+  if constexpr (!kPlain)
+    if (stages.l1_gradient) slope = slope + sign_of(p) * T(stages.l1);
+  p = p * T(stages.keep);  // times 1 without decoupled decay
   Rule::update(scalars, p, slope, state);
-  if (stages.l1_proximal) p = soft_threshold(p, V(stages.threshold));
-  if (stages.noisy) p = p + noise * V(stages.noise);
+  if constexpr (!kPlain) {
+    if (stages.l1_proximal) p = soft_threshold(p, T(stages.threshold));
+    if (noise != nullptr) p = p + load(noise) * T(stages.noise);
+  }
 }
 
-template <class S>
-TRAINOPT_FUNCTION Vec<S> load(const S* from) {
-  Vec<S> v;
-  __builtin_memcpy(&v.lanes, from, sizeof v.lanes);
-  return v;
-}
-
-template <class S>
-TRAINOPT_FUNCTION void store(S* to, Vec<S> v) {
-  __builtin_memcpy(to, &v.lanes, sizeof v.lanes);
-}
-
-// The parts of one tile.
-template <class S, int kStates>
+// The parts of one tile, stored as `Stored`.
+template <class Stored, class S, int kStates>
 struct Tile {
-  S* p;
-  S* g;
-  S* state[kStates];  // null where the rule does not need it
-  const S* noise;     // null without noise
+  Stored* p;
+  Stored* g;
+  Stored* state[kStates];
+  const S* noise;  // null without noise
 };
 
-template <class Rule, class S>
+template <class Rule, bool kPlain, int kPresent, class Stored, class S>
 TRAINOPT_FUNCTION void update_at(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars,
-                                 const Tile<S, kStateCount<Rule>>& tile, int i) {
-  constexpr int kStates = kStateCount<Rule>;
-  Vec<S> p = load(tile.p + i), g = load(tile.g + i), noise(S(0)), state[kStates];
-  for (int s = 0; s < kStates; ++s) state[s] = tile.state[s] != nullptr ? load(tile.state[s] + i) : Vec<S>(S(0));
-  if (tile.noise != nullptr) noise = load(tile.noise + i);
-  update<Rule>(stages, scalars, p, g, state, noise);
+                                 const Tile<Stored, S, kStateCount<Rule>>& tile, int i) {
+  using T = Register<Stored>;
+  T p = load(tile.p + i), g = load(tile.g + i), state[kStateCount<Rule>];
+  for (int s = 0; s < kStateCount<Rule>; ++s) state[s] = s < kPresent ? load(tile.state[s] + i) : T(S(0));
+  update<Rule, kPlain>(stages, scalars, p, g, state, tile.noise != nullptr ? tile.noise + i : nullptr);
   store(tile.p + i, p);
-  for (int s = 0; s < kStates; ++s)
-    if (tile.state[s] != nullptr) store(tile.state[s] + i, state[s]);
-  if (stages.write_gradient) store(tile.g + i, g);
+  for (int s = 0; s < kPresent; ++s) store(tile.state[s] + i, state[s]);
+  if (!kPlain && stages.write_gradient) store(tile.g + i, g);
 }
 
-template <class Rule, class S>
+template <class Rule, bool kPlain, int kPresent, class Stored, class S>
 TRAINOPT_FUNCTION void run_tile(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars,
-                                const Tile<S, kStateCount<Rule>>& tile, int count) {
-  constexpr int kStates = kStateCount<Rule>, kSize = Vec<S>::kSize;
+                                const Tile<Stored, S, kStateCount<Rule>>& tile, int count) {
+  constexpr int kSize = Register<Stored>::kSize;
   int i = 0;
-  for (; i + kSize <= count; i += kSize) update_at<Rule>(stages, scalars, tile, i);
+  for (; i + kSize <= count; i += kSize) update_at<Rule, kPlain, kPresent>(stages, scalars, tile, i);
   if (i == count) return;
   // The rest of a tensor, less than a vector: the same code over a padded copy.
-  const int bytes = (count - i) * static_cast<int>(sizeof(S));
-  S padded[kStates + 3][kSize] = {};
-  Tile<S, kStates> rest{padded[0], padded[1], {}, nullptr};
+  const size_t bytes = (count - i) * sizeof(Stored);
+  Stored padded[kPresent + 2][kSize] = {};
+  S padded_noise[kSize] = {};
+  Tile<Stored, S, kStateCount<Rule>> rest{padded[0], padded[1], {}, nullptr};
   __builtin_memcpy(rest.p, tile.p + i, bytes);
   __builtin_memcpy(rest.g, tile.g + i, bytes);
-  for (int s = 0; s < kStates; ++s) {
-    if (tile.state[s] == nullptr) continue;
-    rest.state[s] = padded[3 + s];
+  for (int s = 0; s < kPresent; ++s) {
+    rest.state[s] = padded[2 + s];
     __builtin_memcpy(rest.state[s], tile.state[s] + i, bytes);
   }
   if (tile.noise != nullptr) {
-    __builtin_memcpy(padded[2], tile.noise + i, bytes);
-    rest.noise = padded[2];
+    __builtin_memcpy(padded_noise, tile.noise + i, (count - i) * sizeof(S));
+    rest.noise = padded_noise;
   }
-  update_at<Rule>(stages, scalars, rest, 0);
+  update_at<Rule, kPlain, kPresent>(stages, scalars, rest, 0);
   __builtin_memcpy(tile.p + i, rest.p, bytes);
-  for (int s = 0; s < kStates; ++s)
-    if (tile.state[s] != nullptr) __builtin_memcpy(tile.state[s] + i, rest.state[s], bytes);
-  if (stages.write_gradient) __builtin_memcpy(tile.g + i, rest.g, bytes);
+  for (int s = 0; s < kPresent; ++s) __builtin_memcpy(tile.state[s] + i, rest.state[s], bytes);
+  if (!kPlain && stages.write_gradient) __builtin_memcpy(tile.g + i, rest.g, bytes);
 }
 
 TRAINOPT_FUNCTION const Stages<float>& stages_of(const Scalars& s, float) { return s.stages32; }
 TRAINOPT_FUNCTION const Stages<double>& stages_of(const Scalars& s, double) { return s.stages64; }
 
-template <class Rule, class S>
-void run(const Task& task, int64_t begin, int64_t end) {
-  constexpr int kStates = kStateCount<Rule>;
-  // Copies: nothing that the loop writes can alias them.
-  const Stages<S> stages = stages_of(*task.scalars, S());
-  typename Rule::template Scalars<S> scalars;
-  static_assert(sizeof scalars <= kRuleScalarBytes);
-  __builtin_memcpy(&scalars, task.scalars->rule, sizeof scalars);
+// All tensors are runs of one type: they are worked on where they lie.
+template <class Rule, int kPresent, class Stored, class S>
+TRAINOPT_FUNCTION void run_direct(const Task& task, const Stages<S>& stages,
+                                  const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
+    Tile<Stored, S, kStateCount<Rule>> tile{static_cast<Stored*>(task.param.data) + at,
+                                            static_cast<Stored*>(task.gradient.data) + at, {}, nullptr};
+    for (int s = 0; s < kPresent; ++s) tile.state[s] = static_cast<Stored*>(task.state[s].data) + at;
+    run_tile<Rule, true, kPresent>(stages, scalars, tile, count);
+  }
+}
 
-  S buffer[kStates + 3][kBlock];
+// Any types, any layouts, any stages: what is not a run of the arithmetic's type goes through a buffer.
+template <class Rule, int kPresent, class S>
+TRAINOPT_FUNCTION void run_buffered(const Task& task, const Stages<S>& stages,
+                                    const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
+  S buffer[kPresent + 3][kBlock];
   float gaussians[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
-    const int64_t next = at + kBlock;
-    prefetch_tile(task.param, next, end);
-    prefetch_tile(task.gradient, next, end);
-    Tile<S, kStates> tile;
-    tile.p = load_tile(task.param, at, count, buffer[0]);
-    tile.g = load_tile(task.gradient, at, count, buffer[1]);
-    for (int s = 0; s < kStates; ++s) {
-      prefetch_tile(task.state[s], next, task.state[s].data != nullptr ? end : 0);
-      tile.state[s] = task.state[s].data != nullptr ? load_tile(task.state[s], at, count, buffer[3 + s]) : nullptr;
-    }
-    tile.noise = nullptr;
+    Tile<S, S, kStateCount<Rule>> tile{load_tile(task.param, at, count, buffer[0]),
+                                       load_tile(task.gradient, at, count, buffer[1]), {}, nullptr};
+    for (int s = 0; s < kPresent; ++s) tile.state[s] = load_tile(task.state[s], at, count, buffer[3 + s]);
     if (stages.noisy) {
       gaussian_tile(gaussians, at, stages.seed, task.step, task.tensor);
       for (int i = 0; i < kBlock; ++i) buffer[2][i] = gaussians[i];
       tile.noise = buffer[2];
     }
-    run_tile<Rule>(stages, scalars, tile, count);
+    run_tile<Rule, false, kPresent>(stages, scalars, tile, count);
     store_tile(task.param, at, count, tile.p);
-    for (int s = 0; s < kStates; ++s)
-      if (tile.state[s] != nullptr) store_tile(task.state[s], at, count, tile.state[s]);
+    for (int s = 0; s < kPresent; ++s) store_tile(task.state[s], at, count, tile.state[s]);
     if (stages.write_gradient) store_tile(task.gradient, at, count, tile.g);
+  }
+}
+
+template <class Stored>
+TRAINOPT_FUNCTION bool is_uniform(const Task& task, int present) {
+  bool uniform = is_run_of<Stored>(task.param) && is_run_of<Stored>(task.gradient);
+  for (int s = 0; s < present; ++s) uniform = uniform && is_run_of<Stored>(task.state[s]);
+  return uniform;
+}
+
+template <class Rule, int kPresent, class S>
+TRAINOPT_FUNCTION void run_present(const Task& task, const Stages<S>& stages,
+                                   const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
+  const bool plain = !(stages.scaled || stages.negate || stages.l1_gradient || stages.l1_proximal || stages.noisy ||
+                       stages.write_gradient);
+  if (plain && is_uniform<S>(task, kPresent)) return run_direct<Rule, kPresent, S>(task, stages, scalars, begin, end);
+  if constexpr (sizeof(S) == sizeof(float)) {
+    if (plain && is_uniform<BFloat16>(task, kPresent))
+      return run_direct<Rule, kPresent, BFloat16>(task, stages, scalars, begin, end);
+    if (plain && is_uniform<Float16>(task, kPresent))
+      return run_direct<Rule, kPresent, Float16>(task, stages, scalars, begin, end);
+  }
+  run_buffered<Rule, kPresent>(task, stages, scalars, begin, end);
+}
+
+// A rule needs all of its states, or all but the last.
+template <class Rule, class S>
+void run(const Task& task, int64_t begin, int64_t end) {
+  // Copies: nothing that the loop writes can alias them.
+  const Stages<S> stages = stages_of(*task.scalars, S());
+  typename Rule::template Scalars<S> scalars;
+  static_assert(sizeof scalars <= kRuleScalarBytes);
+  __builtin_memcpy(&scalars, task.scalars->rule, sizeof scalars);
+  if (task.state[kStateCount<Rule> - 1].data == nullptr) {
+    run_present<Rule, kStateCount<Rule> - 1>(task, stages, scalars, begin, end);
+  } else {
+    run_present<Rule, kStateCount<Rule>>(task, stages, scalars, begin, end);
   }
 }
 

@@ -11,16 +11,20 @@
 namespace trainopt::cpu {
 namespace {
 
-template <class S>
-struct Native;
+template <class Stored>
+constexpr DType kDTypeOf = DType::kFloat32;
 template <>
-struct Native<float> {
-  static constexpr DType dtype = DType::kFloat32;
-};
+constexpr DType kDTypeOf<double> = DType::kFloat64;
 template <>
-struct Native<double> {
-  static constexpr DType dtype = DType::kFloat64;
-};
+constexpr DType kDTypeOf<BFloat16> = DType::kBFloat16;
+template <>
+constexpr DType kDTypeOf<Float16> = DType::kFloat16;
+
+// One run of elements of this type: nothing to convert but lane by lane.
+template <class Stored>
+TRAINOPT_FUNCTION bool is_run_of(const TensorView& view) {
+  return view.layout == nullptr && view.dtype == kDTypeOf<Stored>;
+}
 
 TRAINOPT_FUNCTION float widen(float x) { return x; }
 TRAINOPT_FUNCTION double widen(double x) { return x; }
@@ -78,15 +82,10 @@ void store_as(const TensorView& view, int64_t begin, int count, const S* in) {
   }
 }
 
-template <class S>
-TRAINOPT_FUNCTION bool in_place(const TensorView& view) {
-  return view.layout == nullptr && view.dtype == Native<S>::dtype;
-}
-
 // The tile of `view` that starts at `begin`: where it lies, or a copy in `buffer`.
 template <class S>
 TRAINOPT_FUNCTION S* load_tile(const TensorView& view, int64_t begin, int count, S* buffer) {
-  if (in_place<S>(view)) return static_cast<S*>(view.data) + begin;
+  if (is_run_of<S>(view)) return static_cast<S*>(view.data) + begin;
   switch (view.dtype) {
     case DType::kFloat32: load_as<float>(view, begin, count, buffer); break;
     case DType::kFloat64: load_as<double>(view, begin, count, buffer); break;
@@ -99,7 +98,7 @@ TRAINOPT_FUNCTION S* load_tile(const TensorView& view, int64_t begin, int count,
 // Takes the tile back to its tensor, if load_tile copied it.
 template <class S>
 TRAINOPT_FUNCTION void store_tile(const TensorView& view, int64_t begin, int count, const S* tile) {
-  if (in_place<S>(view)) return;
+  if (is_run_of<S>(view)) return;
   switch (view.dtype) {
     case DType::kFloat32: store_as<float>(view, begin, count, tile); break;
     case DType::kFloat64: store_as<double>(view, begin, count, tile); break;

@@ -120,5 +120,101 @@ TRAINOPT_FUNCTION Vec<S> soft_threshold(Vec<S> x, Vec<S> threshold) {
   return x - capped;
 }
 
+// Loads and stores of one vector of elements, from and to each type that tensors are stored in.
+
+template <class S>
+TRAINOPT_FUNCTION Vec<S> load(const S* from) {
+  Vec<S> v;
+  __builtin_memcpy(&v.lanes, from, sizeof v.lanes);
+  return v;
+}
+
+template <class S>
+TRAINOPT_FUNCTION void store(S* to, Vec<S> v) {
+  __builtin_memcpy(to, &v.lanes, sizeof v.lanes);
+}
+
+// Two vectors side by side. bfloat16 is worked on in these: from one register of 16-bit elements, those at even places are
+// widened by a shift and those at odd places by a mask, which no shuffle is as cheap as; a rule does not mind the order.
+struct Pair {
+  static constexpr int kSize = 2 * Vec<float>::kSize;
+  Vec<float> even, odd;
+
+  Pair() = default;
+  TRAINOPT_INLINE Pair(Vec<float> e, Vec<float> o) : even(e), odd(o) {}
+  TRAINOPT_INLINE explicit Pair(float s) : even(s), odd(s) {}
+};
+
+#define TRAINOPT_OPERATOR(op) \
+  TRAINOPT_FUNCTION Pair operator op(Pair a, Pair b) { return {a.even op b.even, a.odd op b.odd}; }
+TRAINOPT_OPERATOR(+)
+TRAINOPT_OPERATOR(-)
+TRAINOPT_OPERATOR(*)
+TRAINOPT_OPERATOR(/)
+#undef TRAINOPT_OPERATOR
+
+TRAINOPT_FUNCTION Pair square_root(Pair x) { return {square_root(x.even), square_root(x.odd)}; }
+TRAINOPT_FUNCTION Pair maximum(Pair a, Pair b) { return {maximum(a.even, b.even), maximum(a.odd, b.odd)}; }
+
+typedef uint32_t WordLanes __attribute__((vector_size(TRAINOPT_VECTOR_BYTES)));
+
+TRAINOPT_FUNCTION Pair load(const BFloat16* from) {
+  WordLanes words;
+  __builtin_memcpy(&words, from, sizeof words);
+  return {(FloatLanes)(words << 16), (FloatLanes)(words & 0xffff0000u)};
+}
+
+// Rounds as to_bfloat16 does for everything but a NaN with bits in its lower half, which could carry out of the exponent.
+// No such NaN arises from values that were loaded from bfloat16 and from the operations of a rule.
+TRAINOPT_FUNCTION WordLanes round_to_upper_half(Vec<float> v) {
+  const WordLanes bits = (WordLanes)v.lanes;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+TRAINOPT_FUNCTION void store(BFloat16* to, Pair v) {
+  const WordLanes words = (round_to_upper_half(v.even) >> 16) | (round_to_upper_half(v.odd) & 0xffff0000u);
+  __builtin_memcpy(to, &words, sizeof words);
+}
+
+TRAINOPT_FUNCTION Vec<float> load(const Float16* from) {
+#if defined(__AVX512F__)
+  return (FloatLanes)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return (FloatLanes)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vec<float> v;
+  for (int i = 0; i < Vec<float>::kSize; ++i) v.lanes[i] = to_float(from[i]);
+  return v;
+#endif
+}
+
+TRAINOPT_FUNCTION void store(Float16* to, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_maskz_cvtps_ph(-1, (__m512)v.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph((__m256)v.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < Vec<float>::kSize; ++i) to[i] = to_float16(v.lanes[i]);
+#endif
+}
+
+// What elements of a stored type are worked on in.
+template <class Stored>
+struct RegisterOf {
+  using type = Vec<float>;
+};
+template <>
+struct RegisterOf<double> {
+  using type = Vec<double>;
+};
+template <>
+struct RegisterOf<BFloat16> {
+  using type = Pair;
+};
+template <class Stored>
+using Register = typename RegisterOf<Stored>::type;
+
 }  // namespace
 }  // namespace trainopt::cpu

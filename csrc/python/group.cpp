@@ -79,13 +79,12 @@ void fill(cpu::Stages<S>& stages, const Group& group, const Moment& now, Decay d
   stages.scaled = stages.write_gradient = gradient_scale != 1;
   stages.negate = group.maximize;
   stages.decay_gradient = group.weight_decay != 0 && coupled;
-  stages.decay_parameter = group.weight_decay != 0 && !coupled;
   stages.l1_gradient = group.l1 != 0 && !group.l1_proximal;
   stages.l1_proximal = group.l1 != 0 && group.l1_proximal;
   stages.noisy = group.noise != 0;
   stages.gradient_scale = static_cast<S>(gradient_scale);
   stages.weight_decay = static_cast<S>(group.weight_decay);
-  stages.keep = static_cast<S>(now.rounded(1 - now.rounded(now.lr * now.rounded(group.weight_decay))));
+  stages.keep = coupled ? S(1) : static_cast<S>(now.rounded(1 - now.rounded(now.lr * now.rounded(group.weight_decay))));
   stages.l1 = static_cast<S>(group.l1);
   stages.threshold = static_cast<S>(group.lr * group.l1);
   stages.noise = static_cast<S>(group.noise);

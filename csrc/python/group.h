@@ -17,7 +17,7 @@ class Group {
 
   PyObject* params = nullptr;  // the list itself, borrowed
   double options[kMaxOptions] = {};
-  unsigned states_needed = 0;
+  int states_needed = 0;
   bool single_lr = false;  // the learning rate is a float32 tensor
   double lr = 0, weight_decay = 0, l1 = 0, noise = 0;
   uint64_t seed = 0;

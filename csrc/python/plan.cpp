@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "python/tensors.h"
 
@@ -14,6 +15,9 @@ namespace {
 
 // Blocks that a thread should at least have to do: less is not worth waking it.
 constexpr int64_t kGrainBlocks = 48;
+// From as many blocks on the work is shared out in pieces of so many.
+constexpr int64_t kShareBlocks = 1 << 14;
+constexpr int64_t kPieceBlocks = 1 << 7;
 // Elements from which on the interpreter is let go during the step.
 constexpr int64_t kReleaseElements = 1 << 17;
 
@@ -118,7 +122,7 @@ Path Plan::look(const Group& group, PyObject* object, PyObject* param_state, boo
   const bool needs_steps = rule_->counts_steps || group.noise != 0;
   entry->steps = nullptr;
   for (const at::Tensor*& state : entry->state) state = nullptr;
-  unsigned found = 0;
+  int found = 0;
   if (param_state != nullptr) {
     if (!PyDict_Check(param_state)) return Path::kStateForm;
     Py_ssize_t position = 0;
@@ -127,7 +131,7 @@ Path Plan::look(const Group& group, PyObject* object, PyObject* param_state, boo
       int which = 0;
       while (which <= rule_->state_count && !same_name(key, state_names_[which])) ++which;
       const bool is_step = which == rule_->state_count;
-      if (value == Py_None || which > rule_->state_count || (!is_step && !(group.states_needed >> which & 1))) continue;
+      if (value == Py_None || which > rule_->state_count || (!is_step && which >= group.states_needed)) continue;
       if (!THPVariable_CheckExact(value)) return Path::kStateForm;
       const at::Tensor& state = THPVariable_Unpack(value);
       DType state_dtype;
@@ -141,7 +145,7 @@ Path Plan::look(const Group& group, PyObject* object, PyObject* param_state, boo
         if (state.sizes() != param.sizes() || state.requires_grad()) return Path::kStateForm;
         if (!is_dense(state)) return Path::kMemory;
         entry->state[which] = &state;
-        found |= 1u << which;
+        ++found;
       }
     }
   }
@@ -344,8 +348,18 @@ void Plan::execute() {
   for (int wide = 0; wide < 2; ++wide) {
     if (tasks_[wide].empty()) continue;
     const cpu::Run run{tasks_[wide].data(), starts_[wide].data(), tasks_[wide].size(), rule_, wide == 1};
-    at::parallel_for(0, starts_[wide].back(), kGrainBlocks,
-                     [&](int64_t first, int64_t last) { cpu::run_blocks(run, first, last); });
+    const int64_t blocks = starts_[wide].back();
+    if (blocks < kShareBlocks) {
+      // A thread has the same blocks in every step, so that its cache does.
+      at::parallel_for(0, blocks, kGrainBlocks, [&](int64_t first, int64_t last) { cpu::run_blocks(run, first, last); });
+    } else {
+      // More than caches hold: whoever is free takes the next piece, so that no core that is slow or busy is waited for.
+      std::atomic<int64_t> next{0};
+      at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+        for (int64_t first; (first = next.fetch_add(kPieceBlocks)) < blocks;)
+          cpu::run_blocks(run, first, std::min(first + kPieceBlocks, blocks));
+      });
+    }
   }
 }
 

@@ -14,7 +14,7 @@ struct Adam {
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr bool kCountsSteps = true;
 
-  static unsigned states_needed(const double* options) { return options[kAmsgrad] != 0 ? 7u : 3u; }
+  static int states_needed(const double* options) { return options[kAmsgrad] != 0 ? 3 : 2; }
   static Decay decay(const double* options) { return options[kDecoupled] != 0 ? Decay::kParameter : Decay::kGradient; }
 
   template <class S>

@@ -6,7 +6,7 @@
 //                             a pair); those that all rules share (lr, weight_decay, maximize, l1, noise) are the engine's
 //   kStates                   the names of its states in torch's state dict, in the order of `state` below
 //   kCountsSteps              whether it needs the number of steps of each parameter
-//   states_needed(options)    a bit for each state that these options need
+//   states_needed(options)    how many of its states these options need: all, or all but the last
 //   decay(options)            where weight decay belongs
 //   Scalars<S>, prepare<S>    what it needs once for each parameter and step, computed in double
 //   update(scalars, p, g, s)  one element: changes parameter p and states s by gradient g. T is float or double, or a

@@ -12,7 +12,7 @@ struct Sgd {
   static constexpr const char* kStates[] = {"momentum_buffer"};
   static constexpr bool kCountsSteps = false;
 
-  static unsigned states_needed(const double* options) { return options[kMomentum] != 0 ? 1u : 0u; }
+  static int states_needed(const double* options) { return options[kMomentum] != 0 ? 1 : 0; }
   static Decay decay(const double*) { return Decay::kGradient; }
 
   template <class S>

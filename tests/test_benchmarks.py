@@ -1,0 +1,134 @@
+"""The benchmarks' shape lists, pairing and tables. No time is asserted: only that everything asked for is measured."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import optimizers, tables, timing
+from benchmarks.bandwidth import ReadModifyWrite
+from benchmarks.workloads import WORKLOADS, Workload
+
+SMALL = Workload("small", "three small tensors", ((5,), (3, 4), ()))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [
+        ("1000x64", 1000, 64_000),
+        ("300x4096", 300, 1_228_800),
+        ("mlp", 4, 101_770),
+        ("resnet50", 161, 25_557_032),
+        ("gpt2", 148, 124_439_808),
+        ("64m", 1, 67_108_864),
+        ("gpt2-bf16", 148, 124_439_808),
+    ],
+)
+def test_workloads_have_the_sizes_of_their_models(name, tensors, elements):
+    workload = WORKLOADS[name]
+    assert (len(workload.shapes), workload.elements) == (tensors, elements)
+    assert workload.dtype == (torch.bfloat16 if name.endswith("bf16") else torch.float32)
+
+
+def test_the_mlp_is_torchs_own():
+    model = torch.nn.Sequential(torch.nn.Linear(784, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+    assert WORKLOADS["mlp"].shapes == tuple(tuple(parameter.shape) for parameter in model.parameters())
+
+
+def test_every_round_times_every_contender():
+    counts = {"a": 0, "b": 0}
+
+    def count(name):
+        counts[name] += 1
+
+    seconds = timing.interleave({name: lambda name=name: count(name) for name in counts}, rounds=3, block_seconds=1e-4)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    assert all(value > 0 for values in seconds.values() for value in values)
+    assert all(value >= 3 for value in counts.values())
+
+
+def test_ratios_are_taken_within_a_round():
+    spread = timing.paired_ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0])
+    assert (spread.median, spread.low, spread.high) == (2.0, 2.0, 2.0)
+    assert timing.paired_difference([3.0, 1.0, 2.0], [1.0, 1.0, 1.0]).median == 1.0
+    assert timing.Spread.of([5.0]) == timing.Spread(5.0, 5.0, 5.0)
+
+
+@pytest.mark.parametrize("traffic", [8, 2_849_560])
+def test_memory_pass_reads_and_writes_the_traffic(traffic):
+    memory = ReadModifyWrite(traffic)
+    memory()
+    assert memory.tensor[-1] == 2
+    assert 2 * memory.tensor.nbytes == traffic
+
+
+@pytest.mark.parametrize(("rule", "bytes_an_element"), [("adamw", 28), ("sgd", 20)])
+def test_a_measurement_has_all_contenders(rule, bytes_an_element):
+    result = optimizers.measure(SMALL, optimizers.RULES[rule], rounds=2)
+    assert {"torch default", "torch foreach", "torch fused", "trainopt"} <= result.seconds.keys()
+    assert all(len(values) == 2 for values in (*result.seconds.values(), result.memory))
+    assert result.traffic == bytes_an_element * 18
+    assert result.reference == "torch fused"
+    assert result.speedup("torch fused").median == 1.0
+    assert optimizers.details(result).count("\n") >= 7
+
+
+def test_a_contender_that_does_not_do_the_work_is_no_peer(monkeypatch):
+    class Idle(torch.optim.SGD):
+        def step(self, closure=None):
+            return None
+
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("no compiler")
+
+    stock = optimizers.contenders
+    extra = {"torch fused": lambda parameters: Idle(parameters), "broken": lambda parameters: Broken(parameters)}
+    monkeypatch.setattr(optimizers, "contenders", lambda rule: stock(rule) | extra)
+    result = optimizers.measure(SMALL, optimizers.RULES["sgd"], rounds=1)
+    assert "100 %" in result.left_out["torch fused"]
+    assert result.left_out["broken"] == "RuntimeError: no compiler"
+    assert result.reference in ("torch default", "torch foreach")
+    assert "torch fused is left out" in optimizers.details(result)
+    assert "no peer" in optimizers.summary([result])
+
+
+def test_command_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(optimizers, "WORKLOADS", {"small": SMALL})
+    file = tmp_path / "figures.json"
+    assert optimizers.main(["--rounds", "1", "--markdown", "--json", str(file)]) == 0
+    output = capsys.readouterr()
+    assert output.out.count("| three small tensors |") == 2
+    assert "x.add_(1)" in output.err
+    results = json.loads(file.read_text())["results"]
+    assert [result["optimizer"] for result in results] == ["AdamW", "SGD with momentum 0.9"]
+    assert all(len(result["seconds"]["trainopt"]) == 1 for result in results)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--workload", "lenet"),
+        ("--optimizer", "lamb"),
+        ("--rounds", "0"),
+        ("--threads", "two"),
+        ("--json", "/no/such/f"),
+    ],
+)
+def test_bad_options_are_refused(option, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        optimizers.main([option, value])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert option in message and value in message
+
+
+def test_tables():
+    assert tables.text_table(["a", "b"], [["long", "1"], ["x", "22"]]) == "a      b\nlong   1\nx     22"
+    assert tables.markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
+    assert [tables.duration(value) for value in (1.5e-6, 0.00099, 0.0125, 0.25)] == [
+        "1.50 µs",
+        "990 µs",
+        "12.5 ms",
+        "250 ms",
+    ]

@@ -1,0 +1,1 @@
+"""Training loops over trainopt's optimizers."""
