@@ -18,9 +18,9 @@ struct Layout {
 };
 
 struct TensorView {
-  void* data = nullptr;
-  DType dtype = DType::kFloat32;
-  const Layout* layout = nullptr;  // null: one run in memory
+  void* data;
+  const Layout* layout;  // null: one run in memory
+  DType dtype;
 };
 
 }  // namespace trainopt

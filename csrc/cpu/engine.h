@@ -41,9 +41,10 @@ struct Scalars {
 
 // One parameter in a step.
 struct Task {
+  Task() {}  // left unset: millions are made, and each is filled in place
   int64_t numel;
   TensorView param, gradient;
-  TensorView state[kMaxStates];
+  TensorView state[kMaxStates];  // without data where the rule needs none
   const Scalars* scalars;
   uint32_t tensor;  // its index in the optimizer, and
   uint32_t step;    // its step, for the random numbers

@@ -131,7 +131,8 @@ void Group::refresh(PyObject* dict, const cpu::Rule& rule) {
     items_.push_back({key, value, pybind11::reinterpret_borrow<pybind11::object>(matters ? value : Py_None)});
   }
   params = Reader(dict).require("params");
-  if (!PyList_Check(params)) throw pybind11::type_error("a parameter group's 'params' must be a list");
+  if (!PyList_Check(params) && !PyTuple_Check(params))
+    throw pybind11::type_error("a parameter group's 'params' must be a list or a tuple");
   immutable_ = immutable;
 }
 

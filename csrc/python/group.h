@@ -15,7 +15,7 @@ class Group {
   // the same order, mean the same values. KeyError for a missing option of torch's.
   void refresh(PyObject* dict, const cpu::Rule& rule);
 
-  PyObject* params = nullptr;  // the list itself, borrowed
+  PyObject* params = nullptr;  // the list or tuple itself, borrowed
   double options[kMaxOptions] = {};
   int states_needed = 0;
   bool single_lr = false;  // the learning rate is a float32 tensor

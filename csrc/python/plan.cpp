@@ -7,17 +7,20 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 
 #include "python/tensors.h"
 
 namespace trainopt::python {
 namespace {
 
-// Blocks that a thread should at least have to do: less is not worth waking it.
-constexpr int64_t kGrainBlocks = 48;
+// Elements that a thread should at least have to do: less is not worth waking it.
+constexpr int64_t kGrainElements = 48 * 1024;
 // From as many blocks on the work is shared out in pieces of so many.
 constexpr int64_t kShareBlocks = 1 << 14;
 constexpr int64_t kPieceBlocks = 1 << 7;
+// How far ahead version counters are read, so that counting them up need not wait for memory.
+constexpr size_t kBumpsAhead = 16;
 // Elements from which on the interpreter is let go during the step.
 constexpr int64_t kReleaseElements = 1 << 17;
 
@@ -54,15 +57,38 @@ class StateCursor {
   }
 };
 
-bool same_name(PyObject* key, const pybind11::str& name) {
-  return key == name.ptr() || (PyUnicode_CheckExact(key) && PyUnicode_Compare(key, name.ptr()) == 0);
+// Which of the names a key is, or their number. Keys are nearly always the very strings, interned; those of an unpickled
+// state need not be.
+int find_name(const std::vector<pybind11::str>& names, PyObject* key) {
+  const int count = static_cast<int>(names.size());
+  for (int i = 0; i < count; ++i)
+    if (key == names[i].ptr()) return i;
+  if (PyUnicode_CheckExact(key) && !PyUnicode_CHECK_INTERNED(key))
+    for (int i = 0; i < count; ++i)
+      if (PyUnicode_Compare(key, names[i].ptr()) == 0) return i;
+  return count;
+}
+
+// As ==, for the few dimensions that there are.
+bool are_equal(c10::IntArrayRef a, c10::IntArrayRef b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i)
+    if (a[i] != b[i]) return false;
+  return true;
 }
 
 bool same_order_in_memory(const at::Tensor& a, const at::Tensor& b) {
-  return (a.is_contiguous() && b.is_contiguous()) || a.strides() == b.strides();
+  return (a.is_contiguous() && b.is_contiguous()) || are_equal(a.strides(), b.strides());
 }
 
-bool is_dense(const at::Tensor& tensor) { return tensor.unsafeGetTensorImpl()->is_non_overlapping_and_dense(); }
+
+const char* end_of(const TensorView& view, int64_t numel) {
+  return static_cast<const char*>(view.data) + numel * size_of(view.dtype);
+}
+
+bool are_apart(const TensorView& a, const TensorView& b, int64_t numel) {
+  return end_of(a, numel) <= static_cast<const char*>(b.data) || end_of(b, numel) <= static_cast<const char*>(a.data);
+}
 
 bool holds(const Indices& ascending, int64_t index) {
   return !ascending.empty() && std::binary_search(ascending.begin(), ascending.end(), index);
@@ -81,7 +107,7 @@ const char* describe(Path path) {
     case Path::kDtype: return "not float32, float64, bfloat16 or float16";
     case Path::kGradient: return "a gradient that is sparse, lazily computed, or of another device, dtype or shape";
     case Path::kStateForm: return "a state of another device, layout or shape than the parameter";
-    case Path::kMemory: return "memory that overlaps itself, or that another parameter or state shares";
+    case Path::kMemory: return "memory that is not dense, that another parameter or state shares, or of over 8 dimensions";
     case Path::kMode: return "a torch dispatch mode is active";
   }
   return "";
@@ -95,62 +121,118 @@ Plan::Plan(const std::string& rule) : rule_(cpu::find_rule(rule.c_str())) {
   }
 }
 
-// What the engine would do with one parameter. Fills `entry` for Path::kFused; `missing` says that states must be made.
-Path Plan::look(const Group& group, PyObject* object, PyObject* param_state, bool writes_gradient, Entry* entry,
-                bool* missing) {
+// What the engine would do with one parameter. For Path::kFused it fills the task and the entry; `missing` says that
+// states must be made first.
+Path Plan::look(const Group& group, PyObject* object, PyObject* param_state, bool writes_gradient, cpu::Task* task,
+                Entry* entry, bool* missing) {
   if (!THPVariable_CheckExact(object)) return Path::kSubclass;
   if (group.differentiable) return Path::kDifferentiable;
   const at::Tensor& param = THPVariable_Unpack(object);
-  if (!is_plain_cpu(param.unsafeGetTensorImpl())) return Path::kDevice;
-  DType dtype;
-  if (!read_dtype(param.unsafeGetTensorImpl(), &dtype)) return Path::kDtype;
+  if (!is_plain_cpu(param)) return Path::kDevice;
+  if (!read_view(param, true, &task->param)) return Path::kDtype;
   if (!is_dense(param)) return Path::kMemory;
-  entry->param = &param;
-  entry->wide = dtype == DType::kFloat64;
+  written_tensors_.push_back(param.unsafeGetTensorImpl());
+  task->numel = param.unsafeGetTensorImpl()->numel();
+  bool in_order = true;
 
   const at::Tensor& gradient = gradient_of(param);
-  entry->gradient = &gradient;
   if (gradient.defined()) {
-    DType gradient_dtype;
-    if (!is_plain_cpu(gradient.unsafeGetTensorImpl()) ||
-        !read_dtype(gradient.unsafeGetTensorImpl(), &gradient_dtype) || gradient.sizes() != param.sizes())
+    if (!is_plain_cpu(gradient) || !read_view(gradient, writes_gradient, &task->gradient) ||
+        !are_equal(gradient.sizes(), param.sizes()))
       return Path::kGradient;
     if (writes_gradient && !is_dense(gradient) && at::has_internal_overlap(gradient) != at::MemOverlap::No)
       return Path::kMemory;
+    (writes_gradient ? written_tensors_ : read_tensors_).push_back(gradient.unsafeGetTensorImpl());
+    in_order = same_order_in_memory(param, gradient);
   }
 
   const bool needs_steps = rule_->counts_steps || group.noise != 0;
+  const at::Tensor* states[kMaxStates] = {};
+  for (TensorView& view : task->state) view.data = nullptr;
   entry->steps = nullptr;
-  for (const at::Tensor*& state : entry->state) state = nullptr;
+  TensorView steps;
   int found = 0;
   if (param_state != nullptr) {
     if (!PyDict_Check(param_state)) return Path::kStateForm;
     Py_ssize_t position = 0;
     PyObject *key, *value;
     while (PyDict_Next(param_state, &position, &key, &value)) {
-      int which = 0;
-      while (which <= rule_->state_count && !same_name(key, state_names_[which])) ++which;
+      const int which = find_name(state_names_, key);
       const bool is_step = which == rule_->state_count;
       if (value == Py_None || which > rule_->state_count || (!is_step && which >= group.states_needed)) continue;
       if (!THPVariable_CheckExact(value)) return Path::kStateForm;
       const at::Tensor& state = THPVariable_Unpack(value);
-      DType state_dtype;
-      if (!is_plain_cpu(state.unsafeGetTensorImpl()) || !read_dtype(state.unsafeGetTensorImpl(), &state_dtype))
-        return Path::kStateForm;
+      c10::TensorImpl* impl = state.unsafeGetTensorImpl();
+      TensorView& view = is_step ? steps : task->state[which];
+      if (!is_plain_cpu(state) || !read_view(state, true, &view)) return Path::kStateForm;
       if (is_step) {
-        if (state.numel() != 1 || (state_dtype != DType::kFloat32 && state_dtype != DType::kFloat64))
-          return Path::kStateForm;
-        entry->steps = &state;
+        if (impl->numel() != 1 || size_of(view.dtype) == 2) return Path::kStateForm;
+        entry->steps = view.data;
+        entry->steps_are_double = view.dtype == DType::kFloat64;
       } else {
-        if (state.sizes() != param.sizes() || state.requires_grad()) return Path::kStateForm;
+        if (impl->requires_grad() || !are_equal(state.sizes(), param.sizes())) return Path::kStateForm;
         if (!is_dense(state)) return Path::kMemory;
-        entry->state[which] = &state;
+        in_order = in_order && same_order_in_memory(param, state);
+        states[which] = &state;
         ++found;
       }
+      written_tensors_.push_back(impl);
     }
   }
+  if (gradient.defined()) {
+    bool apart = are_apart(task->gradient, task->param, task->numel);
+    for (int s = 0; s < kMaxStates; ++s)
+      if (states[s] != nullptr) apart = apart && are_apart(task->gradient, task->state[s], task->numel);
+    if (!apart) return Path::kMemory;
+  }
   *missing = found != group.states_needed || (needs_steps && entry->steps == nullptr);
-  return Path::kFused;
+  // Noise belongs to the logical element, whatever the memory format.
+  const bool logical_order = group.noise != 0 && !param.is_contiguous();
+  if (in_order && !logical_order) return Path::kFused;
+  std::vector<std::pair<const at::Tensor*, TensorView*>> operands{{&param, &task->param}};
+  if (gradient.defined()) operands.emplace_back(&gradient, &task->gradient);
+  for (int s = 0; s < kMaxStates; ++s)
+    if (states[s] != nullptr) operands.emplace_back(states[s], &task->state[s]);
+  return arrange(param, operands, logical_order) ? Path::kFused : Path::kMemory;
+}
+
+// Gives the tensors layouts in one common order of elements: the parameter's order in memory, or the logical one. False if
+// that takes more dimensions than the engine has.
+bool Plan::arrange(const at::Tensor& param, const std::vector<std::pair<const at::Tensor*, TensorView*>>& operands,
+                   bool logical_order) {
+  std::vector<int64_t> order(param.dim());
+  std::iota(order.begin(), order.end(), 0);
+  if (!logical_order)
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return param.stride(a) > param.stride(b); });
+
+  std::vector<int64_t> sizes;
+  std::vector<std::vector<int64_t>> strides(operands.size());
+  for (const int64_t d : order) {
+    const int64_t size = param.size(d);
+    if (size == 1) continue;
+    bool joins = !sizes.empty();
+    for (size_t i = 0; joins && i < operands.size(); ++i) joins = strides[i].back() == size * operands[i].first->stride(d);
+    if (joins) {
+      sizes.back() *= size;
+      for (size_t i = 0; i < operands.size(); ++i) strides[i].back() = operands[i].first->stride(d);
+    } else {
+      sizes.push_back(size);
+      for (size_t i = 0; i < operands.size(); ++i) strides[i].push_back(operands[i].first->stride(d));
+    }
+  }
+  if (sizes.size() > kMaxDims) return false;
+  for (size_t i = 0; i < operands.size(); ++i) {
+    int64_t run = 1;
+    bool dense = true;
+    for (size_t d = sizes.size(); d-- > 0; run *= sizes[d]) dense = dense && strides[i][d] == run;
+    if (dense) continue;
+    Layout layout{static_cast<int>(sizes.size()), {}, {}};
+    std::copy(sizes.begin(), sizes.end(), layout.sizes);
+    std::copy(strides[i].begin(), strides[i].end(), layout.strides);
+    layouts_.push_back(layout);
+    operands[i].second->layout = &layouts_.back();
+  }
+  return true;
 }
 
 void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs,
@@ -158,6 +240,14 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
   const bool mode = c10::impl::TorchDispatchModeTLS::any_modes_set();
   entries_.clear();
   written_.clear();
+  written_tensors_.clear();
+  read_tensors_.clear();
+  layouts_.clear();
+  elements_ = 0;
+  for (int wide = 0; wide < 2; ++wide) {
+    tasks_[wide].clear();
+    starts_[wide].assign(1, 0);
+  }
   groups_.resize(PyList_GET_SIZE(groups));
   StateCursor cursor(state);
   uint32_t tensor = 0;
@@ -166,179 +256,106 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
     if (!PyDict_Check(dict)) throw pybind11::type_error("a parameter group must be a dict");
     Group& group = groups_[g];
     group.refresh(dict, *rule_);
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(group.params); ++i, ++tensor) {
-      PyObject* object = PyList_GET_ITEM(group.params, i);
-      if (THPVariable_CheckExact(object) && !gradient_of(THPVariable_Unpack(object)).defined()) {
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(group.params);
+    for (Py_ssize_t i = 0; i < count; ++i, ++tensor) {
+      PyObject* object = PySequence_Fast_GET_ITEM(group.params, i);
+      const bool is_tensor = THPVariable_CheckExact(object);
+      if (is_tensor && !gradient_of(THPVariable_Unpack(object)).defined()) {
         cursor.pass(object);
         continue;
       }
       PyObject* param_state = cursor.find(object);
       if (holds(torchs, tensor)) continue;
-      Entry entry;
+      const bool wide = is_tensor && THPVariable_Unpack(object).scalar_type() == at::kDouble;
+      cpu::Task& task = tasks_[wide].emplace_back();
+      Entry& entry = entries_.emplace_back();
       bool is_missing = false;
-      const Path path = mode ? Path::kMode : look(group, object, param_state, writes_gradient, &entry, &is_missing);
-      if (path != Path::kFused) {
-        rest->push_back(tensor);
-        continue;
-      }
-      if (is_missing) {
-        missing->push_back(tensor);
+      const Path path = mode ? Path::kMode : look(group, object, param_state, writes_gradient, &task, &entry, &is_missing);
+      const auto writes = [&](const TensorView& view) {
+        Span& span = written_.emplace_back();
+        span.begin = static_cast<const char*>(view.data);
+        span.end = end_of(view, task.numel);
+        span.tensor = tensor;
+      };
+      if (path != Path::kFused || is_missing) {
+        if (path == Path::kFused) writes(task.param);
+        (path == Path::kFused ? missing : rest)->push_back(tensor);
+        tasks_[wide].pop_back();
+        entries_.pop_back();
         continue;
       }
       entry.group = static_cast<int32_t>(g);
-      entry.tensor = tensor;
       entry.first = holds(fresh, tensor);
-      const auto writes = [&](const at::Tensor& t) {
-        const char* begin = static_cast<const char*>(t.unsafeGetTensorImpl()->data());
-        written_.push_back({begin, begin + t.unsafeGetTensorImpl()->numel() * t.element_size(), tensor});
-      };
-      writes(*entry.param);
-      for (int s = 0; s < rule_->state_count; ++s)
-        if (entry.state[s] != nullptr) writes(*entry.state[s]);
-      entries_.push_back(entry);
+      entry.wide = wide;
+      entry.task = static_cast<int64_t>(tasks_[wide].size()) - 1;
+      if (task.numel == 0) {
+        tasks_[wide].pop_back();
+        entry.task = -1;
+        continue;
+      }
+      writes(task.param);
+      for (int s = 0; s < group.states_needed; ++s) writes(task.state[s]);
+      if (writes_gradient) writes(task.gradient);
+      task.tensor = tensor;
+      elements_ += task.numel;
+      starts_[wide].push_back(starts_[wide].back() + cpu::blocks_of(task.numel));
     }
   }
   find_sharing();
   if (sharing_.empty()) return;
-  const auto shares = [&](const Entry& entry) {
-    return std::find(sharing_.begin(), sharing_.end(), entry.tensor) != sharing_.end();
-  };
-  for (const Entry& entry : entries_)
-    if (shares(entry)) rest->push_back(entry.tensor);
-  entries_.erase(std::remove_if(entries_.begin(), entries_.end(), shares), entries_.end());
+  for (const int64_t index : sharing_)
+    if (!holds(torchs, index)) rest->push_back(index);
   std::sort(rest->begin(), rest->end());
+  const auto shares = [&](int64_t index) { return holds(sharing_, index); };
+  missing->erase(std::remove_if(missing->begin(), missing->end(), shares), missing->end());
 }
 
 // Parameters that are written in the same place must be stepped one after the other, which is torch's way, not the
 // engine's. The check sorts all written memory, so it is made only when that has moved since the last step.
 void Plan::find_sharing() {
-  const auto same = [](const Span& a, const Span& b) { return a.begin == b.begin && a.end == b.end; };
+  const auto same = [](const Span& a, const Span& b) {
+    return a.begin == b.begin && a.end == b.end && a.tensor == b.tensor;
+  };
   if (std::equal(written_.begin(), written_.end(), written_before_.begin(), written_before_.end(), same)) return;
   written_before_ = written_;
   sharing_.clear();
   std::sort(written_.begin(), written_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  const Span* last = nullptr;  // of the spans so far, the one that reaches furthest
-  for (const Span& span : written_) {
-    if (span.begin == span.end) continue;
-    if (last != nullptr && span.begin < last->end) {
-      sharing_.push_back(span.tensor);
-      sharing_.push_back(last->tensor);
+  for (size_t i = 1, furthest = 0; i < written_.size(); ++i) {
+    if (written_[i].begin < written_[furthest].end && written_[i].begin != written_[i].end) {
+      sharing_.push_back(written_[i].tensor);
+      sharing_.push_back(written_[furthest].tensor);
     }
-    if (last == nullptr || span.end > last->end) last = &span;
+    if (written_[i].end > written_[furthest].end) furthest = i;
   }
+  std::sort(sharing_.begin(), sharing_.end());
+  sharing_.erase(std::unique(sharing_.begin(), sharing_.end()), sharing_.end());
 }
 
-// Layouts of the task's tensors in one common order of elements: the parameter's order in memory, or the logical one.
-// False if that takes more dimensions than the engine has.
-bool Plan::arrange(const Entry& entry, bool logical_order, cpu::Task* task) {
-  struct Operand {
-    const at::Tensor* tensor;
-    TensorView* view;
-    std::vector<int64_t> strides;
-  };
-  std::vector<Operand> operands{{entry.param, &task->param, {}}, {entry.gradient, &task->gradient, {}}};
-  for (int s = 0; s < rule_->state_count; ++s)
-    if (entry.state[s] != nullptr) operands.push_back({entry.state[s], &task->state[s], {}});
-
-  std::vector<int64_t> order(entry.param->dim());
-  for (size_t d = 0; d < order.size(); ++d) order[d] = static_cast<int64_t>(d);
-  if (!logical_order)
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return entry.param->stride(a) > entry.param->stride(b); });
-
-  std::vector<int64_t> sizes;
-  for (const int64_t d : order) {
-    const int64_t size = entry.param->size(d);
-    if (size == 1) continue;
-    const bool joins = !sizes.empty() && std::all_of(operands.begin(), operands.end(), [&](const Operand& operand) {
-      return operand.strides.back() == size * operand.tensor->stride(d);
-    });
-    if (joins) {
-      sizes.back() *= size;
-      for (Operand& operand : operands) operand.strides.back() = operand.tensor->stride(d);
-    } else {
-      sizes.push_back(size);
-      for (Operand& operand : operands) operand.strides.push_back(operand.tensor->stride(d));
-    }
+// From here on the step is certain: counts it, tells autograd, and gives every task its scalars.
+void Plan::commit(double gradient_scale) {
+  for (size_t i = 0; i < written_tensors_.size(); ++i) {
+    if (i + kBumpsAhead < written_tensors_.size()) written_tensors_[i + kBumpsAhead]->version_counter().current_version();
+    if (!written_tensors_[i]->is_inference()) written_tensors_[i]->bump_version();
   }
-  if (sizes.size() > kMaxDims) return false;
-  for (const Operand& operand : operands) {
-    int64_t run = 1;
-    bool dense = true;
-    for (size_t d = sizes.size(); d-- > 0; run *= sizes[d]) dense = dense && operand.strides[d] == run;
-    if (dense) continue;
-    Layout layout{static_cast<int>(sizes.size()), {}, {}};
-    std::copy(sizes.begin(), sizes.end(), layout.sizes);
-    std::copy(operand.strides.begin(), operand.strides.end(), layout.strides);
-    layouts_.push_back(layout);
-    operand.view->layout = &layouts_.back();
-  }
-  return true;
-}
-
-// Counts the step of every entry and lays out the engine's work.
-void Plan::build(double gradient_scale) {
-  layouts_.clear();
   scalars_.clear();
-  for (int wide = 0; wide < 2; ++wide) {
-    tasks_[wide].clear();
-    task_scalars_[wide].clear();
-    starts_[wide].assign(1, 0);
-  }
-  struct {
-    int32_t group = -1;
+  for (std::vector<size_t>& indices : task_scalars_) indices.clear();
+  const Entry* last = nullptr;
+  double last_step = 0;
+  for (Entry& entry : entries_) {
     double step = 0;
-    bool first = false, wide = false;
-  } last;
-  for (const Entry& entry : entries_) {
-    const Group& group = groups_[entry.group];
-    double step = 0;
-    if (entry.steps != nullptr) {
-      bump_version(*entry.steps);
-      void* count = writable(*entry.steps);
-      step = entry.steps->scalar_type() == at::kDouble ? (*static_cast<double*>(count) += 1)
-                                                       : (*static_cast<float*>(count) += 1);
+    if (entry.steps != nullptr)
+      step = entry.steps_are_double ? (*static_cast<double*>(entry.steps) += 1)
+                                    : (*static_cast<float*>(entry.steps) += 1);
+    if (entry.task < 0) continue;
+    entry.first = entry.first || step == 1;
+    if (last == nullptr || last->group != entry.group || last_step != step || last->first != entry.first ||
+        last->wide != entry.wide) {
+      scalars_.push_back(groups_[entry.group].scalars(*rule_, step, entry.first, entry.wide, gradient_scale));
+      last = &entry;
+      last_step = step;
     }
-    const int64_t numel = entry.param->unsafeGetTensorImpl()->numel();
-    if (numel == 0) continue;
-    const bool first = entry.first || step == 1;
-    if (last.group != entry.group || last.step != step || last.first != first || last.wide != entry.wide) {
-      scalars_.push_back(group.scalars(*rule_, step, first, entry.wide, gradient_scale));
-      last = {entry.group, step, first, entry.wide};
-    }
-    cpu::Task task;
-    task.numel = numel;
-    task.tensor = entry.tensor;
-    task.step = static_cast<uint32_t>(step);
-    const auto view = [&](const at::Tensor& tensor) {
-      TensorView result;
-      read_dtype(tensor.unsafeGetTensorImpl(), &result.dtype);
-      result.data = writable(tensor);
-      return result;
-    };
-    bool ordered = same_order_in_memory(*entry.param, *entry.gradient);
-    bump_version(*entry.param);
-    task.param = view(*entry.param);
-    if (gradient_scale != 1) {
-      bump_version(*entry.gradient);
-      task.gradient = view(*entry.gradient);
-    } else {
-      read_dtype(entry.gradient->unsafeGetTensorImpl(), &task.gradient.dtype);
-      task.gradient.data = const_cast<void*>(entry.gradient->const_data_ptr());
-    }
-    for (int s = 0; s < rule_->state_count; ++s) {
-      if (entry.state[s] == nullptr) continue;
-      bump_version(*entry.state[s]);
-      task.state[s] = view(*entry.state[s]);
-      ordered = ordered && same_order_in_memory(*entry.param, *entry.state[s]);
-    }
-    // Noise belongs to the logical element, whatever the memory format.
-    const bool logical = group.noise != 0 && !entry.param->is_contiguous();
-    if (!ordered || logical) arrange(entry, logical, &task);
-    std::vector<int64_t>& starts = starts_[entry.wide];
-    tasks_[entry.wide].push_back(task);
+    tasks_[entry.wide][entry.task].step = static_cast<uint32_t>(step);
     task_scalars_[entry.wide].push_back(scalars_.size() - 1);
-    starts.push_back(starts.back() + cpu::blocks_of(numel));
   }
   for (int wide = 0; wide < 2; ++wide)
     for (size_t t = 0; t < tasks_[wide].size(); ++t) tasks_[wide][t].scalars = &scalars_[task_scalars_[wide][t]];
@@ -349,9 +366,12 @@ void Plan::execute() {
     if (tasks_[wide].empty()) continue;
     const cpu::Run run{tasks_[wide].data(), starts_[wide].data(), tasks_[wide].size(), rule_, wide == 1};
     const int64_t blocks = starts_[wide].back();
-    if (blocks < kShareBlocks) {
+    if (elements_ < 2 * kGrainElements) {
+      cpu::run_blocks(run, 0, blocks);
+    } else if (blocks < kShareBlocks) {
       // A thread has the same blocks in every step, so that its cache does.
-      at::parallel_for(0, blocks, kGrainBlocks, [&](int64_t first, int64_t last) { cpu::run_blocks(run, first, last); });
+      const int64_t grain = std::max<int64_t>(blocks * kGrainElements / elements_, 1);
+      at::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) { cpu::run_blocks(run, first, last); });
     } else {
       // More than caches hold: whoever is free takes the next piece, so that no core that is slow or busy is waited for.
       std::atomic<int64_t> next{0};
@@ -368,22 +388,16 @@ pybind11::object Plan::step(pybind11::list groups, pybind11::dict state, double 
   Indices missing, rest;
   walk(groups.ptr(), state.ptr(), gradient_scale != 1, fresh, torchs, &missing, &rest);
   if (!missing.empty() || !rest.empty()) return pybind11::make_tuple(missing, rest);
-  build(gradient_scale);
-  int64_t elements = 0;
-  for (const auto& starts : starts_) elements += starts.back() * cpu::kBlock;
-  if (elements < kReleaseElements) {
+  commit(gradient_scale);
+  if (elements_ < kReleaseElements) {
     execute();
     return pybind11::none();
   }
   // Another thread may drop a tensor while the interpreter is free: its memory stays until the step is done.
-  std::vector<at::Tensor> kept;
-  kept.reserve(entries_.size() * (2 + rule_->state_count));
-  for (const Entry& entry : entries_) {
-    kept.push_back(*entry.param);
-    kept.push_back(*entry.gradient);
-    for (int s = 0; s < rule_->state_count; ++s)
-      if (entry.state[s] != nullptr) kept.push_back(*entry.state[s]);
-  }
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> kept;
+  kept.reserve(written_tensors_.size() + read_tensors_.size());
+  for (const auto* tensors : {&written_tensors_, &read_tensors_})
+    for (c10::TensorImpl* tensor : *tensors) kept.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
   {
     pybind11::gil_scoped_release release;
     execute();
@@ -399,13 +413,13 @@ std::vector<std::string> Plan::paths(pybind11::list groups, pybind11::dict state
   uint32_t tensor = 0;
   const bool mode = c10::impl::TorchDispatchModeTLS::any_modes_set();
   for (const Group& group : groups_) {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(group.params); ++i, ++tensor) {
-      PyObject* object = PyList_GET_ITEM(group.params, i);
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(group.params); ++i, ++tensor) {
+      PyObject* object = PySequence_Fast_GET_ITEM(group.params, i);
+      cpu::Task task;
       Entry entry;
       bool is_missing = false;
-      Path path = mode ? Path::kMode : look(group, object, cursor.find(object), false, &entry, &is_missing);
-      if (path == Path::kFused && std::find(sharing_.begin(), sharing_.end(), tensor) != sharing_.end())
-        path = Path::kMemory;
+      Path path = mode ? Path::kMode : look(group, object, cursor.find(object), false, &task, &entry, &is_missing);
+      if (path == Path::kFused && holds(sharing_, tensor)) path = Path::kMemory;
       result.emplace_back(describe(path));
     }
   }

@@ -9,6 +9,7 @@
 
 #include <deque>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/engine.h"
@@ -50,15 +51,12 @@ class Plan {
   std::vector<std::string> paths(pybind11::list groups, pybind11::dict state);
 
  private:
-  // A parameter that the engine takes in this step.
+  // What `commit` must still do for a task: count its step and give it its scalars.
   struct Entry {
-    const at::Tensor* param;
-    const at::Tensor* gradient;
-    const at::Tensor* state[kMaxStates];
-    const at::Tensor* steps;  // null where the rule counts none
+    void* steps;  // null where none are counted
+    int64_t task;  // its index, or -1 for a parameter without elements
     int32_t group;
-    uint32_t tensor;
-    bool wide, first;
+    int32_t steps_are_double, first, wide;  // truth values
   };
   struct Span {
     const char* begin;
@@ -72,19 +70,22 @@ class Plan {
   std::vector<Entry> entries_;
   std::vector<cpu::Task> tasks_[2];  // float arithmetic, double arithmetic
   std::vector<int64_t> starts_[2];
-  std::vector<cpu::Scalars> scalars_;
   std::vector<size_t> task_scalars_[2];
+  std::vector<cpu::Scalars> scalars_;
   std::deque<Layout> layouts_;
-  std::vector<Span> written_, written_before_;
-  std::vector<uint32_t> sharing_;  // indices of parameters whose memory another one writes too
+  std::vector<c10::TensorImpl*> written_tensors_, read_tensors_;
+  std::vector<Span> written_, written_before_;  // memory
+  Indices sharing_;  // parameters whose memory another one writes too
+  int64_t elements_ = 0;
 
   void walk(PyObject* groups, PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs,
             Indices* missing, Indices* rest);
-  Path look(const Group& group, PyObject* object, PyObject* param_state, bool writes_gradient, Entry* entry,
-            bool* missing);
+  Path look(const Group& group, PyObject* object, PyObject* param_state, bool writes_gradient, cpu::Task* task,
+            Entry* entry, bool* missing);
+  bool arrange(const at::Tensor& param, const std::vector<std::pair<const at::Tensor*, TensorView*>>& operands,
+               bool logical_order);
   void find_sharing();
-  bool arrange(const Entry& entry, bool logical_order, cpu::Task* task);
-  void build(double gradient_scale);
+  void commit(double gradient_scale);
   void execute();
 };
 

@@ -12,28 +12,29 @@ namespace trainopt::python {
 // A dense, real, materialised CPU tensor and nothing else: no subclass with a dispatch of its own, no lazy conjugate or
 // negation, no functorch wrapper. The check is one mask over the dispatch keys: an ordinary tensor has all of them but
 // those that a tensor made in inference mode lacks.
-inline bool is_plain_cpu(const c10::TensorImpl* tensor) {
-  static const uint64_t ordinary = at::detail::empty_cpu({0}, at::kFloat).unsafeGetTensorImpl()->key_set().raw_repr();
-  return (tensor->key_set().raw_repr() & ~ordinary) == 0 && tensor->key_set().has(c10::DispatchKey::CPU);
+inline const uint64_t kOrdinaryKeys = at::detail::empty_cpu({0}, at::kFloat).unsafeGetTensorImpl()->key_set().raw_repr();
+
+inline bool is_plain_cpu(const at::Tensor& tensor) {
+  const c10::DispatchKeySet keys = tensor.unsafeGetTensorImpl()->key_set();
+  return (keys.raw_repr() & ~kOrdinaryKeys) == 0 && keys.has(c10::DispatchKey::CPU);
 }
 
-// False for a type that the engine does not store.
-inline bool read_dtype(const c10::TensorImpl* tensor, DType* out) {
-  switch (c10::typeMetaToScalarType(tensor->dtype())) {
-    case c10::ScalarType::Float: *out = DType::kFloat32; return true;
-    case c10::ScalarType::Double: *out = DType::kFloat64; return true;
-    case c10::ScalarType::BFloat16: *out = DType::kBFloat16; return true;
-    case c10::ScalarType::Half: *out = DType::kFloat16; return true;
+// The tensor's type and memory; a lazily copied tensor is given memory of its own if it is to be written. False for a type
+// that the engine does not store.
+inline bool read_view(const at::Tensor& tensor, bool writes, TensorView* out) {
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  switch (c10::typeMetaToScalarType(impl->dtype())) {
+    case c10::ScalarType::Float: out->dtype = DType::kFloat32; break;
+    case c10::ScalarType::Double: out->dtype = DType::kFloat64; break;
+    case c10::ScalarType::BFloat16: out->dtype = DType::kBFloat16; break;
+    case c10::ScalarType::Half: out->dtype = DType::kFloat16; break;
     default: return false;
   }
+  out->layout = nullptr;
+  out->data = writes ? impl->mutable_data() : const_cast<void*>(impl->data());
+  return true;
 }
 
-// The tensor's memory, to write; a lazily copied tensor is given its own first.
-inline void* writable(const at::Tensor& tensor) { return tensor.mutable_data_ptr(); }
-
-// As any in-place operation: what autograd saved of the tensor before is now known to be stale.
-inline void bump_version(const at::Tensor& tensor) {
-  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-}
+inline bool is_dense(const at::Tensor& tensor) { return tensor.unsafeGetTensorImpl()->is_non_overlapping_and_dense(); }
 
 }  // namespace trainopt::python
