@@ -19,8 +19,6 @@ constexpr int64_t kGrainElements = 48 * 1024;
 // From as many blocks on the work is shared out in pieces of so many.
 constexpr int64_t kShareBlocks = 1 << 14;
 constexpr int64_t kPieceBlocks = 1 << 7;
-// How far ahead version counters are read, so that counting them up need not wait for memory.
-constexpr size_t kBumpsAhead = 16;
 // Elements from which on the interpreter is let go during the step.
 constexpr int64_t kReleaseElements = 1 << 17;
 
@@ -333,10 +331,8 @@ void Plan::find_sharing() {
 
 // From here on the step is certain: counts it, tells autograd, and gives every task its scalars.
 void Plan::commit(double gradient_scale) {
-  for (size_t i = 0; i < written_tensors_.size(); ++i) {
-    if (i + kBumpsAhead < written_tensors_.size()) written_tensors_[i + kBumpsAhead]->version_counter().current_version();
-    if (!written_tensors_[i]->is_inference()) written_tensors_[i]->bump_version();
-  }
+  for (c10::TensorImpl* tensor : written_tensors_)
+    if (!tensor->is_inference()) tensor->bump_version();
   scalars_.clear();
   for (std::vector<size_t>& indices : task_scalars_) indices.clear();
   const Entry* last = nullptr;

@@ -51,6 +51,8 @@ class Fused(torch.optim.Optimizer):
         Returns:
             What `closure` returned, else None.
         """
+        if torch.compiler.is_compiling():
+            return _uncompiled_step(self, closure)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -163,12 +165,17 @@ class Fused(torch.optim.Optimizer):
         parameters and the names are the same in another order, names decide; options that torch's class does not know
         keep their present values if the state dict has none.
         """
-        groups = [
-            self._adapt_group(saved, own)
-            for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=False)
-        ]
-        rest = state_dict["param_groups"][len(groups) :]
-        super().load_state_dict({**state_dict, "param_groups": [*groups, *rest]})
+        # The last of the pre-hooks: whatever form the state dict came in, it has torch's form by then.
+        adapting = self.register_load_state_dict_pre_hook(Fused._adapt)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            adapting.remove()
+
+    def _adapt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        saved_groups = state_dict["param_groups"]
+        adapted = [self._adapt_group(*both) for both in zip(saved_groups, self.param_groups, strict=False)]
+        return {**state_dict, "param_groups": [*adapted, *saved_groups[len(adapted) :]]}
 
     def _adapt_group(self, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         adapted = {**{name: own[name] for name in self.EXTRAS if name in own}, **saved}
@@ -232,6 +239,9 @@ class Fused(torch.optim.Optimizer):
         ]
 
 
+# A compiled training step breaks its graph here, as it does round torch's own step, and runs this one as it is: what the
+# compiler would trace is C++.
+_uncompiled_step = torch._disable_dynamo(Fused.step)
 _observed_step = torch.optim.Optimizer.profile_hook_step(Fused._step)
 
 

@@ -122,4 +122,9 @@ def _add_noise_(param: torch.Tensor, index: int, group: dict[str, Any], state: d
     target = torch.view_as_real(param) if param.is_complex() else param
     noise = torch.empty(target.shape, dtype=torch.float32)
     _C.gaussian_(noise, group["seed"], int(state["step"]), index)
-    target.add_(noise.to(target.device, target.dtype), alpha=float(group["noise"]))
+    noise = noise.to(target.device, target.dtype)
+    if hasattr(target, "placements"):  # a DTensor: every rank makes the whole noise and keeps its shard
+        from torch.distributed.tensor import distribute_tensor
+
+        noise = distribute_tensor(noise, target.device_mesh, target.placements, src_data_rank=None)
+    target.add_(noise, alpha=float(group["noise"]))
