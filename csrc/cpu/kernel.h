@@ -1,5 +1,5 @@
-// The engine's inner loop: load, the stages before the rule, the rule, the stages after it, store. Included once by each
-// kernels_*.cpp, which names the table that it fills.
+// The engine's inner loop: load, the stages before the rule, the rule, the stages after it, store. Included once by
+// each kernels_*.cpp, which names the table that it fills.
 #pragma once
 
 #include "core/math.h"
@@ -41,7 +41,8 @@ void gaussian_range(float* out, int64_t begin, int64_t count, uint64_t seed, uin
 template <class Rule>
 constexpr int kStateCount = sizeof(Rule::kStates) / sizeof(Rule::kStates[0]);
 
-// One register of elements: everything that happens to them between load and store. kPlain: only weight decay, if anything.
+// One register of elements: everything that happens to them between load and store. kPlain: only weight decay, if
+// anything.
 template <class Rule, bool kPlain, class T, class S>
 TRAINOPT_FUNCTION void update(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T& p, T& g,
                               T* state, const S* noise) {
@@ -119,8 +120,8 @@ TRAINOPT_FUNCTION void run_direct(const Task& task, const Stages<S>& stages,
                                   const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
-    Tile<Stored, S, kStateCount<Rule>> tile{static_cast<Stored*>(task.param.data) + at,
-                                            static_cast<Stored*>(task.gradient.data) + at, {}, nullptr};
+    Tile<Stored, S, kStateCount<Rule>> tile{
+        static_cast<Stored*>(task.param.data) + at, static_cast<Stored*>(task.gradient.data) + at, {}, nullptr};
     for (int s = 0; s < kPresent; ++s) tile.state[s] = static_cast<Stored*>(task.state[s].data) + at;
     run_tile<Rule, true, kPresent>(stages, scalars, tile, count);
   }
@@ -134,8 +135,8 @@ TRAINOPT_FUNCTION void run_buffered(const Task& task, const Stages<S>& stages,
   float gaussians[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
-    Tile<S, S, kStateCount<Rule>> tile{load_tile(task.param, at, count, buffer[0]),
-                                       load_tile(task.gradient, at, count, buffer[1]), {}, nullptr};
+    Tile<S, S, kStateCount<Rule>> tile{
+        load_tile(task.param, at, count, buffer[0]), load_tile(task.gradient, at, count, buffer[1]), {}, nullptr};
     for (int s = 0; s < kPresent; ++s) tile.state[s] = load_tile(task.state[s], at, count, buffer[3 + s]);
     if (stages.noisy) {
       gaussian_tile(gaussians, at, stages.seed, task.step, task.tensor);

@@ -1,6 +1,6 @@
-// Tiles: up to 256 elements of one tensor as arithmetic sees them. A tensor that is stored as one run of the arithmetic's
-// own type is worked on where it lies; any other is brought into a buffer in the first-level cache and taken back. So a new
-// storage type is one load and one store here, and every rule has it.
+// Tiles: up to 256 elements of one tensor as arithmetic sees them. A tensor that is stored as one run of the
+// arithmetic's own type is worked on where it lies; any other is brought into a buffer in the first-level cache and
+// taken back. So a new storage type is one load and one store here, and every rule has it.
 #pragma once
 
 #include "core/dtype.h"

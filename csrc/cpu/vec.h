@@ -1,5 +1,5 @@
-// A vector of float or double lanes with the operators that rules use. Only kernels_*.cpp include this, each compiled for
-// one instruction set; everything has internal linkage (see core/macros.h for why).
+// A vector of float or double lanes with the operators that rules use. Only kernels_*.cpp include this, each compiled
+// for one instruction set; everything has internal linkage (see core/macros.h for why).
 //
 // The compiler's vector types give + - * / and comparisons on every instruction set; no operation is contracted into a
 // fused multiply-add, so every width gives the same bits, lane by lane.
@@ -50,9 +50,11 @@ struct Vec {
   TRAINOPT_INLINE explicit Vec(S s) : lanes(s - Lanes{}) {}  // s - 0 is s, -0 included
 };
 
-#define TRAINOPT_OPERATOR(op) \
-  template <class S>          \
-  TRAINOPT_FUNCTION Vec<S> operator op(Vec<S> a, Vec<S> b) { return a.lanes op b.lanes; }
+#define TRAINOPT_OPERATOR(op)                                \
+  template <class S>                                         \
+  TRAINOPT_FUNCTION Vec<S> operator op(Vec<S> a, Vec<S> b) { \
+    return a.lanes op b.lanes;                               \
+  }
 TRAINOPT_OPERATOR(+)
 TRAINOPT_OPERATOR(-)
 TRAINOPT_OPERATOR(*)
@@ -134,8 +136,9 @@ TRAINOPT_FUNCTION void store(S* to, Vec<S> v) {
   __builtin_memcpy(to, &v.lanes, sizeof v.lanes);
 }
 
-// Two vectors side by side. bfloat16 is worked on in these: from one register of 16-bit elements, those at even places are
-// widened by a shift and those at odd places by a mask, which no shuffle is as cheap as; a rule does not mind the order.
+// Two vectors side by side. bfloat16 is worked on in these: from one register of 16-bit elements, those at even places
+// are widened by a shift and those at odd places by a mask, which no shuffle is as cheap as; a rule does not mind the
+// order.
 struct Pair {
   static constexpr int kSize = 2 * Vec<float>::kSize;
   Vec<float> even, odd;
@@ -164,8 +167,8 @@ TRAINOPT_FUNCTION Pair load(const BFloat16* from) {
   return {(FloatLanes)(words << 16), (FloatLanes)(words & 0xffff0000u)};
 }
 
-// Rounds as to_bfloat16 does for everything but a NaN with bits in its lower half, which could carry out of the exponent.
-// No such NaN arises from values that were loaded from bfloat16 and from the operations of a rule.
+// Rounds as to_bfloat16 does for everything but a NaN with bits in its lower half, which could carry out of the
+// exponent. No such NaN arises from values that were loaded from bfloat16 and from the operations of a rule.
 TRAINOPT_FUNCTION WordLanes round_to_upper_half(Vec<float> v) {
   const WordLanes bits = (WordLanes)v.lanes;
   return bits + 0x7fffu + ((bits >> 16) & 1u);

@@ -55,8 +55,8 @@ class StateCursor {
   }
 };
 
-// Which of the names a key is, or their number. Keys are nearly always the very strings, interned; those of an unpickled
-// state need not be.
+// Which of the names a key is, or their number. Keys are nearly always the very strings, interned; those of an
+// unpickled state need not be.
 int find_name(const std::vector<pybind11::str>& names, PyObject* key) {
   const int count = static_cast<int>(names.size());
   for (int i = 0; i < count; ++i)
@@ -75,17 +75,25 @@ bool are_equal(c10::IntArrayRef a, c10::IntArrayRef b) {
   return true;
 }
 
-bool same_order_in_memory(const at::Tensor& a, const at::Tensor& b) {
-  return (a.is_contiguous() && b.is_contiguous()) || are_equal(a.strides(), b.strides());
+// Whether the elements of `tensor` lie in memory in the order of `param`'s.
+bool same_order_in_memory(const at::Tensor& param, bool param_is_contiguous, const at::Tensor& tensor) {
+  return (param_is_contiguous && tensor.is_contiguous()) || are_equal(param.strides(), tensor.strides());
 }
-
 
 const char* end_of(const TensorView& view, int64_t numel) {
   return static_cast<const char*>(view.data) + numel * size_of(view.dtype);
 }
 
-bool are_apart(const TensorView& a, const TensorView& b, int64_t numel) {
-  return end_of(a, numel) <= static_cast<const char*>(b.data) || end_of(b, numel) <= static_cast<const char*>(a.data);
+// Whether a gradient's memory, which may have gaps or repeat itself, is clear of a dense view's.
+bool is_clear_of(const at::Tensor& gradient, const TensorView& view, int64_t numel) {
+  const c10::TensorImpl* impl = gradient.unsafeGetTensorImpl();
+  const char* begin = static_cast<const char*>(impl->data());
+  const char* end = begin + impl->numel() * impl->itemsize();
+  if (!is_dense(gradient)) {
+    begin = static_cast<const char*>(impl->storage().data());
+    end = begin + impl->storage().nbytes();
+  }
+  return end <= static_cast<const char*>(view.data) || end_of(view, numel) <= begin;
 }
 
 bool holds(const Indices& ascending, int64_t index) {
@@ -105,7 +113,8 @@ const char* describe(Path path) {
     case Path::kDtype: return "not float32, float64, bfloat16 or float16";
     case Path::kGradient: return "a gradient that is sparse, lazily computed, or of another device, dtype or shape";
     case Path::kStateForm: return "a state of another device, layout or shape than the parameter";
-    case Path::kMemory: return "memory that is not dense, that another parameter or state shares, or of over 8 dimensions";
+    case Path::kMemory:
+      return "memory that is not dense, that another parameter or state shares, or of over 8 dimensions";
     case Path::kMode: return "a torch dispatch mode is active";
   }
   return "";
@@ -121,14 +130,15 @@ Plan::Plan(const std::string& rule) : rule_(cpu::find_rule(rule.c_str())) {
 
 // What the engine would do with one parameter. For Path::kFused it fills the task and the entry; `missing` says that
 // states must be made first.
-Path Plan::look(const Group& group, PyObject* object, PyObject* param_state, bool writes_gradient, cpu::Task* task,
-                Entry* entry, bool* missing) {
+__attribute__((flatten)) Path Plan::look(const Group& group, PyObject* object, PyObject* param_state,
+                                         bool writes_gradient, cpu::Task* task, Entry* entry, bool* missing) {
   if (!THPVariable_CheckExact(object)) return Path::kSubclass;
   if (group.differentiable) return Path::kDifferentiable;
   const at::Tensor& param = THPVariable_Unpack(object);
   if (!is_plain_cpu(param)) return Path::kDevice;
   if (!read_view(param, true, &task->param)) return Path::kDtype;
-  if (!is_dense(param)) return Path::kMemory;
+  const bool contiguous = param.is_contiguous();
+  if (!contiguous && !is_dense(param)) return Path::kMemory;
   written_tensors_.push_back(param.unsafeGetTensorImpl());
   task->numel = param.unsafeGetTensorImpl()->numel();
   bool in_order = true;
@@ -141,7 +151,7 @@ Path Plan::look(const Group& group, PyObject* object, PyObject* param_state, boo
     if (writes_gradient && !is_dense(gradient) && at::has_internal_overlap(gradient) != at::MemOverlap::No)
       return Path::kMemory;
     (writes_gradient ? written_tensors_ : read_tensors_).push_back(gradient.unsafeGetTensorImpl());
-    in_order = same_order_in_memory(param, gradient);
+    in_order = same_order_in_memory(param, contiguous, gradient);
   }
 
   const bool needs_steps = rule_->counts_steps || group.noise != 0;
@@ -169,8 +179,9 @@ Path Plan::look(const Group& group, PyObject* object, PyObject* param_state, boo
         entry->steps_are_double = view.dtype == DType::kFloat64;
       } else {
         if (impl->requires_grad() || !are_equal(state.sizes(), param.sizes())) return Path::kStateForm;
-        if (!is_dense(state)) return Path::kMemory;
-        in_order = in_order && same_order_in_memory(param, state);
+        const bool same_order = same_order_in_memory(param, contiguous, state);
+        if (!same_order && !is_dense(state)) return Path::kMemory;
+        in_order = in_order && same_order;
         states[which] = &state;
         ++found;
       }
@@ -178,14 +189,14 @@ Path Plan::look(const Group& group, PyObject* object, PyObject* param_state, boo
     }
   }
   if (gradient.defined()) {
-    bool apart = are_apart(task->gradient, task->param, task->numel);
+    bool clear = is_clear_of(gradient, task->param, task->numel);
     for (int s = 0; s < kMaxStates; ++s)
-      if (states[s] != nullptr) apart = apart && are_apart(task->gradient, task->state[s], task->numel);
-    if (!apart) return Path::kMemory;
+      if (states[s] != nullptr) clear = clear && is_clear_of(gradient, task->state[s], task->numel);
+    if (!clear) return Path::kMemory;
   }
   *missing = found != group.states_needed || (needs_steps && entry->steps == nullptr);
   // Noise belongs to the logical element, whatever the memory format.
-  const bool logical_order = group.noise != 0 && !param.is_contiguous();
+  const bool logical_order = group.noise != 0 && !contiguous;
   if (in_order && !logical_order) return Path::kFused;
   std::vector<std::pair<const at::Tensor*, TensorView*>> operands{{&param, &task->param}};
   if (gradient.defined()) operands.emplace_back(&gradient, &task->gradient);
@@ -194,14 +205,15 @@ Path Plan::look(const Group& group, PyObject* object, PyObject* param_state, boo
   return arrange(param, operands, logical_order) ? Path::kFused : Path::kMemory;
 }
 
-// Gives the tensors layouts in one common order of elements: the parameter's order in memory, or the logical one. False if
-// that takes more dimensions than the engine has.
+// Gives the tensors layouts in one common order of elements: the parameter's order in memory, or the logical one. False
+// if that takes more dimensions than the engine has.
 bool Plan::arrange(const at::Tensor& param, const std::vector<std::pair<const at::Tensor*, TensorView*>>& operands,
                    bool logical_order) {
   std::vector<int64_t> order(param.dim());
   std::iota(order.begin(), order.end(), 0);
   if (!logical_order)
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return param.stride(a) > param.stride(b); });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return param.stride(a) > param.stride(b); });
 
   std::vector<int64_t> sizes;
   std::vector<std::vector<int64_t>> strides(operands.size());
@@ -209,7 +221,8 @@ bool Plan::arrange(const at::Tensor& param, const std::vector<std::pair<const at
     const int64_t size = param.size(d);
     if (size == 1) continue;
     bool joins = !sizes.empty();
-    for (size_t i = 0; joins && i < operands.size(); ++i) joins = strides[i].back() == size * operands[i].first->stride(d);
+    for (size_t i = 0; joins && i < operands.size(); ++i)
+      joins = strides[i].back() == size * operands[i].first->stride(d);
     if (joins) {
       sizes.back() *= size;
       for (size_t i = 0; i < operands.size(); ++i) strides[i].back() = operands[i].first->stride(d);
@@ -268,7 +281,8 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
       cpu::Task& task = tasks_[wide].emplace_back();
       Entry& entry = entries_.emplace_back();
       bool is_missing = false;
-      const Path path = mode ? Path::kMode : look(group, object, param_state, writes_gradient, &task, &entry, &is_missing);
+      const Path path =
+          mode ? Path::kMode : look(group, object, param_state, writes_gradient, &task, &entry, &is_missing);
       const auto writes = [&](const TensorView& view) {
         Span& span = written_.emplace_back();
         span.begin = static_cast<const char*>(view.data);
@@ -340,8 +354,8 @@ void Plan::commit(double gradient_scale) {
   for (Entry& entry : entries_) {
     double step = 0;
     if (entry.steps != nullptr)
-      step = entry.steps_are_double ? (*static_cast<double*>(entry.steps) += 1)
-                                    : (*static_cast<float*>(entry.steps) += 1);
+      step =
+          entry.steps_are_double ? (*static_cast<double*>(entry.steps) += 1) : (*static_cast<float*>(entry.steps) += 1);
     if (entry.task < 0) continue;
     entry.first = entry.first || step == 1;
     if (last == nullptr || last->group != entry.group || last_step != step || last->first != entry.first ||
@@ -369,7 +383,8 @@ void Plan::execute() {
       const int64_t grain = std::max<int64_t>(blocks * kGrainElements / elements_, 1);
       at::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) { cpu::run_blocks(run, first, last); });
     } else {
-      // More than caches hold: whoever is free takes the next piece, so that no core that is slow or busy is waited for.
+      // More than caches hold: whoever is free takes the next piece, so that no core that is slow or busy is waited
+      // for.
       std::atomic<int64_t> next{0};
       at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
         for (int64_t first; (first = next.fetch_add(kPieceBlocks)) < blocks;)
@@ -389,11 +404,12 @@ pybind11::object Plan::step(pybind11::list groups, pybind11::dict state, double 
     execute();
     return pybind11::none();
   }
-  // Another thread may drop a tensor while the interpreter is free: its memory stays until the step is done.
-  std::vector<c10::intrusive_ptr<c10::TensorImpl>> kept;
+  // Another thread may drop a tensor, or give it other memory, while the interpreter is free: this memory stays until
+  // the step is done.
+  std::vector<c10::Storage> kept;
   kept.reserve(written_tensors_.size() + read_tensors_.size());
   for (const auto* tensors : {&written_tensors_, &read_tensors_})
-    for (c10::TensorImpl* tensor : *tensors) kept.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
+    for (const c10::TensorImpl* tensor : *tensors) kept.push_back(tensor->storage());
   {
     pybind11::gil_scoped_release release;
     execute();

@@ -1,7 +1,7 @@
 // The step plan: torch's parameter groups and state in, one call of the engine out.
 //
-// A plan owns nothing that torch's dicts do not say: every step walks the groups, the gradients and the states as they are
-// now, and keeps from the last step only memory to write in and what can be compared with the present to skip work.
+// A plan owns nothing that torch's dicts do not say: every step walks the groups, the gradients and the states as they
+// are now, and keeps from the last step only memory to write in and what can be compared with the present to skip work.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -53,7 +53,7 @@ class Plan {
  private:
   // What `commit` must still do for a task: count its step and give it its scalars.
   struct Entry {
-    void* steps;  // null where none are counted
+    void* steps;   // null where none are counted
     int64_t task;  // its index, or -1 for a parameter without elements
     int32_t group;
     int32_t steps_are_double, first, wide;  // truth values
@@ -75,7 +75,7 @@ class Plan {
   std::deque<Layout> layouts_;
   std::vector<c10::TensorImpl*> written_tensors_, read_tensors_;
   std::vector<Span> written_, written_before_;  // memory
-  Indices sharing_;  // parameters whose memory another one writes too
+  Indices sharing_;                             // parameters whose memory another one writes too
   int64_t elements_ = 0;
 
   void walk(PyObject* groups, PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs,

@@ -12,15 +12,16 @@ namespace trainopt::python {
 // A dense, real, materialised CPU tensor and nothing else: no subclass with a dispatch of its own, no lazy conjugate or
 // negation, no functorch wrapper. The check is one mask over the dispatch keys: an ordinary tensor has all of them but
 // those that a tensor made in inference mode lacks.
-inline const uint64_t kOrdinaryKeys = at::detail::empty_cpu({0}, at::kFloat).unsafeGetTensorImpl()->key_set().raw_repr();
+inline const uint64_t kOrdinaryKeys =
+    at::detail::empty_cpu({0}, at::kFloat).unsafeGetTensorImpl()->key_set().raw_repr();
 
 inline bool is_plain_cpu(const at::Tensor& tensor) {
   const c10::DispatchKeySet keys = tensor.unsafeGetTensorImpl()->key_set();
   return (keys.raw_repr() & ~kOrdinaryKeys) == 0 && keys.has(c10::DispatchKey::CPU);
 }
 
-// The tensor's type and memory; a lazily copied tensor is given memory of its own if it is to be written. False for a type
-// that the engine does not store.
+// The tensor's type and memory; a lazily copied tensor is given memory of its own if it is to be written. False for a
+// type that the engine does not store.
 inline bool read_view(const at::Tensor& tensor, bool writes, TensorView* out) {
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   switch (c10::typeMetaToScalarType(impl->dtype())) {

@@ -1,6 +1,6 @@
-// Adam and AdamW: Kingma & Ba 2015, arXiv:1412.6980; decoupled decay: Loshchilov & Hutter 2019, arXiv:1711.05101; amsgrad:
-// Reddi, Kale, Kumar 2018, arXiv:1904.09237. Conventions are torch.optim's: epsilon is added after the bias correction,
-// and amsgrad's maximum is taken of the uncorrected second moment.
+// Adam and AdamW: Kingma & Ba 2015, arXiv:1412.6980; decoupled decay: Loshchilov & Hutter 2019, arXiv:1711.05101;
+// amsgrad: Reddi, Kale, Kumar 2018, arXiv:1904.09237. Conventions are torch.optim's: epsilon is added after the bias
+// correction, and amsgrad's maximum is taken of the uncorrected second moment.
 #pragma once
 
 #include "rules/rule.h"
@@ -10,7 +10,8 @@ namespace trainopt {
 struct Adam {
   static constexpr const char* kName = "adam";
   enum Option { kBeta1, kBeta2, kEps, kAmsgrad, kDecoupled, kBiasCorrection };
-  static constexpr const char* kOptions[] = {"betas.0", "betas.1", "eps", "amsgrad", "decoupled_weight_decay", "bias_correction"};
+  static constexpr const char* kOptions[] = {"betas.0",        "betas.1", "eps", "amsgrad", "decoupled_weight_decay",
+                                             "bias_correction"};
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr bool kCountsSteps = true;
 

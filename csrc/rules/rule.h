@@ -2,8 +2,10 @@
 //
 // A rule is a struct with
 //   kName                     its name in the engine's table
-//   kOptions, enum Option     the hyper-parameters it reads from a parameter group, as doubles ("betas.0" is the first of
-//                             a pair); those that all rules share (lr, weight_decay, maximize, l1, noise) are the engine's
+//   kOptions, enum Option     the hyper-parameters it reads from a parameter group, as doubles ("betas.0" is the first
+//   of
+//                             a pair); those that all rules share (lr, weight_decay, maximize, l1, noise) are the
+//                             engine's
 //   kStates                   the names of its states in torch's state dict, in the order of `state` below
 //   kCountsSteps              whether it needs the number of steps of each parameter
 //   states_needed(options)    how many of its states these options need: all, or all but the last

@@ -11,8 +11,8 @@ class AdamW(AdamRule, torch.optim.AdamW):
     """torch.optim.AdamW with a fused step: Adam with decoupled weight decay.
 
     Every argument, default, error and state key is that of `torch.optim.AdamW`. Keyword-only beyond torch:
-    `bias_correction`, `l1`, `l1_proximal`, `noise` and `seed`, as in `trainopt.Adam`. Source of the formula: Loshchilov &
-    Hutter, Decoupled weight decay regularization, 2019, with torch's conventions.
+    `bias_correction`, `l1`, `l1_proximal`, `noise` and `seed`, as in `trainopt.Adam`. Source of the formula: Loshchilov
+    & Hutter, Decoupled weight decay regularization, 2019, with torch's conventions.
     """
 
     def __init__(

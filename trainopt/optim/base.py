@@ -1,12 +1,11 @@
 """What every optimizer of trainopt has in common: torch's class, with the step done by the engine.
 
 A class derives from `Fused` and from torch's class of the same name. Construction, param_groups, state, hooks, pickles
-and errors are torch's own. The step is one call into the compiled plan, which reads all of that as it stands; parameters
-that the engine does not take go through torch's own step (`trainopt.optim.reference`) in the same call.
+and errors are torch's own. The step is one call into the compiled plan, which reads all of that as it stands;
+parameters that the engine does not take go through torch's own step (`trainopt.optim.reference`) in the same call.
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 from trainopt._extension import _C
 from trainopt.optim import reference
 from trainopt.optim.nonfinite import NonfiniteReport
+
 
 def is_reference_forced() -> bool:
     """Whether TRAINOPT_REFERENCE asks for torch's own path everywhere."""
@@ -63,8 +63,8 @@ class Fused(torch.optim.Optimizer):
             return _observed_step(self, closure)
         return self._step(closure)
 
-    # torch wraps step() in hooks and a profiler range that cost tens of microseconds, heard or not; ours costs that only
-    # when somebody listens.
+    # torch wraps step() in hooks and a profiler range that cost tens of microseconds, heard or not; ours costs that
+    # only when somebody listens.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -166,7 +166,7 @@ class Fused(torch.optim.Optimizer):
         keep their present values if the state dict has none.
         """
         # The last of the pre-hooks: whatever form the state dict came in, it has torch's form by then.
-        adapting = self.register_load_state_dict_pre_hook(Fused._adapt)
+        adapting = self.register_load_state_dict_pre_hook(lambda _, given: self._adapt(given))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -239,8 +239,8 @@ class Fused(torch.optim.Optimizer):
         ]
 
 
-# A compiled training step breaks its graph here, as it does round torch's own step, and runs this one as it is: what the
-# compiler would trace is C++.
+# A compiled training step breaks its graph here, as it does round torch's own step, and runs this one as it is: what
+# the compiler would trace is C++.
 _uncompiled_step = torch._disable_dynamo(Fused.step)
 _observed_step = torch.optim.Optimizer.profile_hook_step(Fused._step)
 

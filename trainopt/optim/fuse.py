@@ -16,9 +16,9 @@ _FUSED: dict[type, type[Fused]] = {torch.optim.SGD: SGD, torch.optim.Adam: Adam,
 def fuse(optimizer: torch.optim.Optimizer) -> Fused:
     """The trainopt optimizer that carries on where a torch.optim SGD, Adam or AdamW stands.
 
-    It shares the other's param_groups and state, the very same objects, and its hooks: a learning-rate scheduler that was
-    made with the old optimizer goes on working, and the old optimizer itself could. trainopt's own options (l1, noise, …)
-    are added to the groups with their defaults, which change nothing.
+    It shares the other's param_groups and state, the very same objects, and its hooks: a learning-rate scheduler that
+    was made with the old optimizer goes on working, and the old optimizer itself could. trainopt's own options (l1,
+    noise, …) are added to the groups with their defaults, which change nothing.
 
     Args:
         optimizer: an instance of exactly one of these three classes; one of trainopt's own is returned as it is.

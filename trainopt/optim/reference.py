@@ -123,8 +123,8 @@ def _add_noise_(param: torch.Tensor, index: int, group: dict[str, Any], state: d
     noise = torch.empty(target.shape, dtype=torch.float32)
     _C.gaussian_(noise, group["seed"], int(state["step"]), index)
     noise = noise.to(target.device, target.dtype)
-    if hasattr(target, "placements"):  # a DTensor: every rank makes the whole noise and keeps its shard
+    if placements := getattr(target, "placements", None):  # a DTensor: a rank makes all the noise and keeps its shard
         from torch.distributed.tensor import distribute_tensor
 
-        noise = distribute_tensor(noise, target.device_mesh, target.placements, src_data_rank=None)
+        noise = distribute_tensor(noise, getattr(target, "device_mesh", None), placements, src_data_rank=None)
     target.add_(noise, alpha=float(group["noise"]))

@@ -15,8 +15,8 @@ class SGD(Fused, torch.optim.SGD):
 
     Args:
         l1: weight of the L1 penalty (default 0). Adds ``l1 * sign(p)`` to the gradient, with sign(0) = 0.
-        l1_proximal: with True, instead moves p towards 0 by ``lr * l1`` after the step, and to exactly 0 if it is nearer
-            than that (soft-thresholding; Parikh & Boyd, Proximal Algorithms, 2014, section 6.5.2).
+        l1_proximal: with True, instead moves p towards 0 by ``lr * l1`` after the step, and to exactly 0 if it is
+            nearer than that (soft-thresholding; Parikh & Boyd, Proximal Algorithms, 2014, section 6.5.2).
         noise: standard deviation of Gaussian noise that is added to the parameter after each step (default 0). A pure
             function of (seed, step, parameter, element): the same for any number of threads, after a resume, in every
             replica. The state dict then holds a "step" for each parameter.
