@@ -1,0 +1,128 @@
+"""What the drop-in tests share: trainopt's optimizer and torch's, put through the same things side by side."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+import trainopt
+
+CLASSES = {name: (getattr(trainopt, name), getattr(torch.optim, name)) for name in ("SGD", "Adam", "AdamW")}
+
+#: Options that give every class all of its states, and that leave nothing at zero.
+OPTIONS = {
+    "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
+    "Adam": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1, "amsgrad": True},
+    "AdamW": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1, "amsgrad": True},
+}
+
+#: A scalar, a row shorter than a vector, a matrix, an image kernel, nothing, and one element more than a chunk.
+SHAPES = ((), (7,), (33, 20), (2, 3, 4, 5), (0, 3), (257,))
+
+
+class Side(NamedTuple):
+    optimizer: Any
+    params: list[torch.nn.Parameter]
+
+
+class Twins:
+    """Trainopt's optimizer and torch's plain loop, over copies of the same parameters.
+
+    Args:
+        extras: trainopt's own options, for its side alone.
+    """
+
+    def __init__(self, name, shapes=SHAPES, dtype=torch.float64, extras=None, **options):
+        self.generator = torch.Generator().manual_seed(0)
+        self.options = {**OPTIONS[name], **options}
+        start = [self.random(shape, dtype) for shape in shapes]
+        ours, torchs = CLASSES[name]
+        mine, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+        self.ours = Side(ours(mine, **self.options, **(extras or {})), mine)
+        self.torchs = Side(torchs(theirs, **self.options), theirs)
+        self.sides = (self.ours, self.torchs)
+
+    def random(self, shape, dtype=torch.float64):
+        return torch.randn(shape, dtype=torch.float64, generator=self.generator).to(dtype)
+
+    def edit(self, change: Callable[[Any, list[torch.nn.Parameter]], Any]) -> None:
+        """The same change on both sides."""
+        for side in self.sides:
+            change(side.optimizer, side.params)
+
+    def set_gradients(self, missing: Iterable[int] = ()) -> None:
+        """Fresh random gradients, the same on both sides; None for the parameters of these indices."""
+        for i, pair in enumerate(zip(self.ours.params, self.torchs.params, strict=True)):
+            gradient = self.random(pair[0].shape)
+            for param in pair:
+                param.grad = None if i in missing or not param.requires_grad else gradient.to(param.dtype, copy=True)
+
+    def step(self, count: int = 1, missing: Iterable[int] = ()) -> None:
+        """Steps both sides with the same new gradients, and compares them after each step."""
+        for _ in range(count):
+            self.set_gradients(missing)
+            self.edit(lambda optimizer, _: optimizer.step())
+            self.compare()
+
+    def compare(self, **tolerance) -> None:
+        assert_same_outcome(self.ours, self.torchs, **tolerance)
+
+
+def assert_same_outcome(ours, torchs, **tolerance) -> None:
+    """Equal parameters and states, by name, dtype and value, for any two (optimizer, params)."""
+    for i, (p, q) in enumerate(zip(ours[1], torchs[1], strict=True)):
+        assert_equal(p, q, f"parameter {i}", **tolerance)
+        mine, theirs = (side[0].state.get(param, {}) for side, param in ((ours, p), (torchs, q)))
+        assert set(mine) == set(theirs), f"states of parameter {i}: {set(mine)} against {set(theirs)}"
+        for key, value in theirs.items():
+            assert_equal(mine[key], value, f"{key} of parameter {i}", **tolerance)
+
+
+def assert_equal(ours, torchs, what="", **tolerance) -> None:
+    """Equal in type, dtype, shape and, but for the order of roundings, in value."""
+    if not isinstance(torchs, torch.Tensor):
+        assert type(ours) is type(torchs) and ours == torchs, what
+        return
+    if not tolerance:
+        eps = torch.finfo(torchs.dtype).eps if torchs.dtype.is_floating_point or torchs.dtype.is_complex else 0
+        tolerance = {"rtol": 100 * eps, "atol": 100 * eps}
+    torch.testing.assert_close(
+        ours.detach(), torchs.detach(), equal_nan=True, msg=lambda text: f"{what}: {text}", **tolerance
+    )
+
+
+def snapshot(optimizer) -> dict[str, Any]:
+    """A copy of all that a step could change: values, states and options."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        "params": [p.detach().clone() for p in params],
+        "states": [
+            {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state.get(p, {}).items()}
+            for p in params
+        ],
+        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        "members": [[id(p) for p in group["params"]] for group in optimizer.param_groups],
+    }
+
+
+def assert_same_bits(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Two snapshots are the same to the bit, NaN included."""
+    assert before["groups"] == after["groups"] and before["members"] == after["members"]
+    pairs = list(zip(before["params"], after["params"], strict=True))
+    for mine, theirs in zip(before["states"], after["states"], strict=True):
+        assert list(mine) == list(theirs)
+        pairs += [(mine[k], theirs[k]) for k in mine]
+    for a, b in pairs:
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        else:
+            assert a == b
+
+
+def error_of(action: Callable[[], Any]) -> tuple[type, str]:
+    """Type and text of what an action raises; fails if it does not."""
+    try:
+        action()
+    except Exception as error:
+        return type(error), str(error)
+    raise AssertionError("nothing was raised")

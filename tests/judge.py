@@ -1,0 +1,380 @@
+"""The judge of the optimizers' numbers, and the table of what it judges.
+
+The truth is the computation in float64: by torch's plain loop (foreach=False, fused=False), never by torch's fused
+step, which is wrong on the CPU in known cases; and for what trainopt adds to torch, by the formula, written here once
+more in the plainest way. A result is right when its distance to the truth is no larger than that of the same plain
+computation in the same dtype: torch's own error, or the formula's.
+
+A new optimizer is a row of `TABLE`; every test that goes over the table then has it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import trainopt
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Lanes of a vector: 2, 4 and 8 of float64, 4, 8 and 16 of float32. Sizes at and around each, and around a chunk of 256.
+WIDTHS = (2, 4, 8, 16)
+SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 255, 256, 257, 511)
+LARGE_SIZES = (65_535, 65_536, 65_537)
+
+Tensors = list[torch.Tensor]
+Formula = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any], int], torch.Tensor]
+
+
+# The formulas ---------------------------------------------------------------------------------------------------------
+
+
+def sgd(p, g, state, options, step):
+    """SGD's new parameter from the gradient g, which holds weight decay already."""
+    momentum = options["momentum"]
+    if momentum:
+        before = state.get("momentum_buffer")
+        state["momentum_buffer"] = g if before is None else momentum * before + (1 - options["dampening"]) * g
+        g = g + momentum * state["momentum_buffer"] if options["nesterov"] else state["momentum_buffer"]
+    return p - options["lr"] * g
+
+
+def adam(p, g, state, options, step):
+    """Adam's new parameter; both of Adam and AdamW."""
+    beta1, beta2 = options["betas"]
+    zero = torch.zeros_like(p)
+    state["exp_avg"] = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
+    state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * g * g
+    v = state["exp_avg_sq"]
+    if options["amsgrad"]:
+        v = state["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", zero), v)
+    corrected = options["bias_correction"]
+    correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if corrected else (1.0, 1.0)
+    return p - options["lr"] * (state["exp_avg"] / correction1) / ((v / correction2).sqrt() + options["eps"])
+
+
+def formula_step(row, p, g, state, options, step):
+    """The whole of a step for one parameter, by the formula; returns the new parameter and changes `state`."""
+    o = {**row.defaults, **options}
+    o = {name: tuple(map(float, value)) if isinstance(value, tuple) else value for name, value in o.items()}
+    decoupled = o.get("decoupled_weight_decay", False)
+    if o["maximize"]:
+        g = -g
+    if not decoupled:
+        g = g + o["weight_decay"] * p
+    if not o["l1_proximal"]:
+        g = g + o["l1"] * p.sign()
+    if decoupled:
+        p = p * (1 - o["lr"] * o["weight_decay"])
+    p = row.formula(p, g, state, o, step)
+    if o["l1_proximal"]:
+        p = p.sign() * (p.abs() - o["lr"] * o["l1"]).clamp(min=0)
+    return p
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer.
+
+    `settings` are options of torch's class, judged against torch's loop; `extras` are trainopt's own, judged against
+    the formula. Each computes something else than the defaults do, but for those of `changes_nothing`.
+    """
+
+    ours: type[torch.optim.Optimizer]
+    torchs: type[torch.optim.Optimizer]
+    formula: Formula
+    states: tuple[str, ...]
+    defaults: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+    extras: dict[str, dict[str, Any]]
+    usual: dict[str, Any]  # what most users set: torch's own options, which the engine has a shorter way for
+    everything: dict[str, Any]  # every stage and state at once
+    changes_nothing: tuple[str, ...] = field(default=("foreach", "fused"))
+
+    def make(self, params, **options):
+        return self.ours(params, **options)
+
+    def make_torchs_loop(self, params, **options):
+        return self.torchs(params, **{**options, "foreach": False, "fused": False})
+
+    def make_formula(self, params, **options):
+        return FormulaOptimizer(self, params, options)
+
+
+class FormulaOptimizer:
+    """The formula as an optimizer."""
+
+    def __init__(self, row, params, options):
+        self.row, self.options, self.params = row, options, list(params)
+        self.state = {p: {} for p in self.params}
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        for p in self.params:
+            p.copy_(formula_step(self.row, p.clone(), p.grad, self.state[p], self.options, self.steps))
+
+
+def float64(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+LR32, LR64 = torch.tensor(0.03), float64(0.03)
+EXTRAS = {"l1": 0.0, "l1_proximal": False, "noise": 0.0}
+FLAGS = {"foreach": {"foreach": True}, "fused": {"fused": True}}
+
+ADAM_SETTINGS = {
+    "default": {},
+    "lr": {"lr": 0.05},
+    "lr float32 tensor": {"lr": LR32},
+    "lr float64 tensor": {"lr": LR64},
+    "beta1 0": {"lr": 0.02, "betas": (0.0, 0.95)},
+    "beta1 0.3": {"lr": 0.02, "betas": (0.3, 0.95)},
+    "beta1 0.5": {"lr": 0.02, "betas": (0.5, 0.95)},
+    "beta1 0.7": {"lr": 0.02, "betas": (0.7, 0.95)},
+    "beta2 0": {"lr": 0.02, "betas": (0.9, 0.0), "eps": 0.1},
+    "beta2 0.2": {"lr": 0.02, "betas": (0.9, 0.2)},
+    "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.8), float64(0.9))},
+    "eps": {"lr": 0.02, "eps": 0.3},
+    "weight_decay": {"lr": 0.02, "weight_decay": 0.4},
+    "weight_decay, lr float32 tensor": {"lr": LR32, "weight_decay": 0.4},
+    "weight_decay, lr float64 tensor": {"lr": LR64, "weight_decay": 0.3},
+    "amsgrad": {"lr": 0.02, "betas": (0.9, 0.5), "amsgrad": True},
+    "maximize": {"lr": 0.02, "maximize": True},
+    "maximize, weight_decay": {"lr": 0.02, "maximize": True, "weight_decay": 0.4},
+    "all": {"lr": 0.02, "betas": (0.6, 0.7), "eps": 1e-2, "weight_decay": 0.3, "amsgrad": True, "maximize": True},
+    **FLAGS,
+}
+
+ADAM_EXTRAS = {
+    # torch computes the bias correction of a float32 beta in float32: the formula is the better truth.
+    "betas float32 tensors": {"lr": 0.02, "betas": (torch.tensor(0.8), torch.tensor(0.9))},
+    "bias_correction": {"lr": 0.02, "bias_correction": False},
+    "bias_correction, beta1 0": {"lr": 0.02, "betas": (0.0, 0.9), "bias_correction": False},
+    "bias_correction, amsgrad": {"lr": 0.02, "betas": (0.7, 0.5), "bias_correction": False, "amsgrad": True},
+    "l1": {"lr": 0.02, "l1": 0.7},
+    "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
+    "l1, weight_decay": {"lr": 0.02, "l1": 0.7, "weight_decay": 0.5},
+    "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True},
+    "l1_proximal, maximize": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "maximize": True},
+    "all": {
+        "lr": 0.02,
+        "betas": (0.6, 0.7),
+        "eps": 1e-2,
+        "weight_decay": 0.3,
+        "amsgrad": True,
+        "maximize": True,
+        "bias_correction": False,
+        "l1": 1.5,
+        "l1_proximal": True,
+    },
+}
+
+ADAM_USUAL = {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.3}
+ADAM_EVERYTHING = {"lr": 0.02, "weight_decay": 0.3, "amsgrad": True, "l1": 0.5, "l1_proximal": True}
+ADAM_DEFAULTS = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "amsgrad": False,
+    "maximize": False,
+    "bias_correction": True,
+    **EXTRAS,
+}
+ADAM_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+TABLE = {
+    "SGD": Row(
+        ours=trainopt.SGD,
+        torchs=torch.optim.SGD,
+        formula=sgd,
+        states=("momentum_buffer",),
+        defaults={
+            "lr": 1e-3,
+            "momentum": 0.0,
+            "dampening": 0.0,
+            "weight_decay": 0.0,
+            "nesterov": False,
+            "maximize": False,
+            **EXTRAS,
+        },
+        settings={
+            "default": {},
+            "lr": {"lr": 0.05},
+            "lr float32 tensor": {"lr": LR32},
+            "lr float64 tensor": {"lr": LR64},
+            "weight_decay": {"lr": 0.02, "weight_decay": 0.4},
+            "maximize": {"lr": 0.02, "maximize": True},
+            "maximize, weight_decay": {"lr": 0.02, "maximize": True, "weight_decay": 0.4},
+            "momentum": {"lr": 0.02, "momentum": 0.9},
+            "momentum, lr float32 tensor": {"lr": LR32, "momentum": 0.9},
+            "momentum 0.4, weight_decay": {"lr": 0.02, "momentum": 0.4, "weight_decay": 0.4},
+            "dampening": {"lr": 0.02, "momentum": 0.9, "dampening": 0.3},
+            "dampening, weight_decay": {"lr": 0.02, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.4},
+            "nesterov": {"lr": 0.02, "momentum": 0.9, "nesterov": True},
+            "all": {"lr": 0.02, "momentum": 0.7, "dampening": 0.2, "weight_decay": 0.3, "maximize": True},
+            **FLAGS,
+        },
+        extras={
+            "l1": {"lr": 0.02, "l1": 0.7},
+            "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
+            "l1, momentum, weight_decay": {"lr": 0.02, "l1": 0.7, "momentum": 0.9, "weight_decay": 0.5},
+            "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True},
+            "l1_proximal, nesterov": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "momentum": 0.9, "nesterov": True},
+            "l1_proximal, maximize": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "maximize": True},
+        },
+        usual={"lr": 0.02, "momentum": 0.9, "weight_decay": 0.3, "nesterov": True},
+        everything={
+            "lr": 0.02,
+            "momentum": 0.9,
+            "weight_decay": 0.3,
+            "nesterov": True,
+            "maximize": True,
+            "l1": 0.5,
+            "l1_proximal": True,
+        },
+    ),
+    "Adam": Row(
+        ours=trainopt.Adam,
+        torchs=torch.optim.Adam,
+        formula=adam,
+        states=ADAM_STATES,
+        defaults={**ADAM_DEFAULTS, "weight_decay": 0.0, "decoupled_weight_decay": False},
+        settings={
+            **ADAM_SETTINGS,
+            "decoupled_weight_decay": {"lr": 0.02, "weight_decay": 0.4, "decoupled_weight_decay": True},
+        },
+        extras=ADAM_EXTRAS,
+        usual=ADAM_USUAL,
+        everything=ADAM_EVERYTHING,
+    ),
+    "AdamW": Row(
+        ours=trainopt.AdamW,
+        torchs=torch.optim.AdamW,
+        formula=adam,
+        states=ADAM_STATES,
+        defaults={**ADAM_DEFAULTS, "weight_decay": 1e-2, "decoupled_weight_decay": True},
+        settings={**ADAM_SETTINGS, "no weight_decay": {"weight_decay": 0.0}},
+        extras=ADAM_EXTRAS,
+        usual=ADAM_USUAL,
+        everything=ADAM_EVERYTHING,
+    ),
+}
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def random_values(shape, dtype, generator):
+    """Values in [0.1, 4) of either sign, one in eleven a zero: float16 can hold their squares."""
+    size = torch.empty(shape, dtype=torch.float64).exponential_(2.0, generator=generator).clamp(max=3.9) + 0.1
+    sign = torch.randint(-5, 6, size.shape, generator=generator).sign()
+    return (size * sign).to(dtype)
+
+
+def random_problem(shapes, dtype, steps, seed=0):
+    """Starting values, and gradients for each step."""
+    generator = torch.Generator().manual_seed(seed)
+    start = [random_values(shape, dtype, generator) for shape in shapes]
+    gradients = [[random_values(shape, dtype, generator) for shape in shapes] for _ in range(steps)]
+    return start, gradients
+
+
+def run(make: Callable[..., Any], start: Tensors, gradients: Sequence[Tensors], dtype=None, **options):
+    """Steps fresh parameters through these gradients; returns the optimizer and the parameters."""
+    params = [torch.nn.Parameter(p.detach().clone().to(dtype or p.dtype)) for p in start]
+    optimizer = make(params, **options)
+    for now in gradients:
+        for p, g in zip(params, now, strict=True):
+            p.grad = g.to(p.dtype)
+        optimizer.step()
+    return optimizer, params
+
+
+def outcome(optimizer, params) -> dict[str, Tensors]:
+    """The parameters and each of their states but the step count, by name."""
+    names = dict.fromkeys(name for p in params for name in optimizer.state.get(p, {}) if name != "step")
+    held = {name: [optimizer.state[p][name] for p in params] for name in names}
+    return {"param": [p.detach() for p in params], **{n: v for n, v in held.items() if v[0] is not None}}
+
+
+def result_of(make, start, gradients, dtype=None, **options) -> dict[str, Tensors]:
+    return outcome(*run(make, start, gradients, dtype, **options))
+
+
+def assert_same_bits(one: dict[str, Tensors], other: dict[str, Tensors]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensors in one.items():
+        for i, (a, b) in enumerate(zip(tensors, other[name], strict=True)):
+            assert a.dtype == b.dtype and a.shape == b.shape, (name, i)
+            bad = (bits(a) != bits(b)).nonzero()
+            assert len(bad) == 0, f"{name}[{i}] of {a.numel()}: {len(bad)} elements differ, first at {bad[0].tolist()}"
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(integers)
+
+
+# The judgement --------------------------------------------------------------------------------------------------------
+
+
+def flat(tensors: Tensors) -> torch.Tensor:
+    return torch.cat([t.detach().double().reshape(-1) for t in tensors])
+
+
+def distances(found: dict[str, Tensors], truth: dict[str, Tensors]) -> Iterator[tuple[str, torch.Tensor, float]]:
+    """For each result its elements' distances to the truth, and the truth's root mean square."""
+    for name, tensors in truth.items():
+        exact = flat(tensors)
+        yield name, (flat(found[name]) - exact).abs(), exact.square().mean().sqrt().item()
+
+
+def root_mean_square(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def assert_no_worse(ours, peers, truth, dtype) -> None:
+    """Our distance to the truth is no larger than the peer's, in the mean and at the worst element.
+
+    The slack is for the order of roundings: the engine uses no fused multiply-add, torch does here and there. In units
+    of the arithmetic's rounding error it is an eighth in the mean over all elements, and two at the single worst one
+    (with storage in 16 bits chance adds a factor there); in float64, where torch's loop is the truth itself, a few.
+    Elements that the peer loses altogether (torch's Adam in float16
+    turns a gradient of 0 into NaN) need only be finite.
+    """
+    assert ours.keys() == truth.keys() == peers.keys()
+    exact_peer = dtype == torch.float64
+    luck = 3 if torch.finfo(dtype).bits == 16 else 1.5
+    unit = torch.finfo(torch.float64 if exact_peer else torch.float32).eps
+    for (name, our, scale), (_, peer, _) in zip(distances(ours, truth), distances(peers, truth), strict=True):
+        assert our.isfinite().all(), name
+        our, peer = our[peer.isfinite()], peer[peer.isfinite()]
+        mean, peer_mean, worst, peer_worst = root_mean_square(our), root_mean_square(peer), our.max(), peer.max()
+        assert mean <= 1.1 * peer_mean + (4 if exact_peer else 1 / 8) * unit * scale, (
+            f"{name}: mean {mean}, {peer_mean}"
+        )
+        assert worst <= luck * peer_worst + (16 if exact_peer else 2) * unit * scale, f"{name}: {worst}, {peer_worst}"
+
+
+def assert_one_rounding(found: torch.Tensor, exact: torch.Tensor, slack: torch.Tensor, what: str) -> None:
+    """`found` is the float64 tensor `exact` rounded once to found's dtype, but for `slack` before the rounding."""
+    limit = torch.finfo(found.dtype).max
+    exact = exact.double()
+    inside = exact.abs() < limit
+    error = (found.double() - exact).abs()[inside]
+    allowed = (spacing(exact, found.dtype) / 2 + slack)[inside]
+    assert (error <= allowed).all(), f"{what}: {(error / allowed).max()} times the error of one rounding"
+
+
+def spacing(x: torch.Tensor, dtype) -> torch.Tensor:
+    """The distance between neighbouring numbers of a dtype round x."""
+    info = torch.finfo(dtype)
+    smallest = torch.frexp(torch.tensor(info.tiny, dtype=torch.float64)).exponent
+    exponent = torch.frexp(x.double().abs()).exponent.clamp(min=smallest.item())
+    return torch.exp2((exponent - 1).double()) * info.eps

@@ -1,0 +1,664 @@
+"""What the engine does not take goes through torch's own step in the same call, with torch's results and errors."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import CLASSES, OPTIONS, Twins, assert_equal, assert_same_bits, assert_same_outcome, error_of, snapshot
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import trainopt
+
+NAMES = list(CLASSES)
+each_class = pytest.mark.parametrize("name", NAMES)
+
+
+def paths(optimizer):
+    return ["torch" if row.path == "torch" else "fused" for row in trainopt.explain(optimizer)]
+
+
+def side_by_side(name, make, gradients, steps=4, options=None, ordinary=2):
+    """Steps `make()`'s parameter among ordinary ones in both classes; returns the two (optimizer, params)."""
+    sides = []
+    for cls in CLASSES[name]:
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(4, 5, dtype=torch.float64)) for _ in range(ordinary)]
+        params.insert(1, make())
+        optimizer = cls(params, **(OPTIONS[name] if options is None else options))
+        for step in range(steps):
+            for i, p in enumerate(params):
+                p.grad = gradients(p, step) if i == 1 else torch.randn_like(p)
+            optimizer.step()
+        sides.append((optimizer, params))
+    return sides
+
+
+# Gradients of other kinds ---------------------------------------------------------------------------------------------
+
+
+def sparse_gradient(p, step):
+    rows = torch.tensor([step % 4, 2])
+    return torch.sparse_coo_tensor(
+        rows[None], torch.randn(2, p.shape[1], dtype=p.dtype), p.shape, check_invariants=True
+    )
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.1}, {"lr": 0.1, "maximize": True}, {"lr": 0.1, "momentum": 0.9}], ids=str)
+def test_sgd_takes_sparse_gradients(options):
+    make = lambda: torch.nn.Parameter(torch.randn(4, 5, dtype=torch.float64))  # noqa: E731
+    ours, torchs = side_by_side("SGD", make, sparse_gradient, options=options)
+    states = [side[0].state[side[1][1]].get("momentum_buffer") for side in (ours, torchs)]
+    for side, state in zip((ours, torchs), states, strict=True):
+        if state is not None:
+            side[0].state[side[1][1]]["momentum_buffer"] = state.to_dense()
+    assert_same_outcome(ours, torchs)
+
+
+def test_an_embedding_with_sparse_gradients_trains():
+    sides = []
+    for cls in CLASSES["SGD"]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(20, 6, sparse=True), torch.nn.Linear(6, 3)).double()
+        optimizer = cls(model.parameters(), lr=0.1)
+        for i in range(4):
+            optimizer.zero_grad()
+            model(torch.tensor([i, 3, 7])).square().sum().backward()
+            optimizer.step()
+        sides.append((optimizer, list(model.parameters())))
+    assert_same_outcome(*sides)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_adam_refuses_sparse_gradients_before_anything_changes(name):
+    messages = []
+    for cls in CLASSES[name]:
+        params = [torch.nn.Parameter(torch.ones(4, 5)) for _ in range(3)]
+        optimizer = cls(params)
+        for p in params:
+            p.grad = torch.ones(4, 5)
+        params[1].grad = torch.ones(4, 5).to_sparse()
+        before = [p.detach().clone() for p in params]
+        messages.append(error_of(optimizer.step))
+        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert messages[0] == messages[1] and "sparse gradients" in messages[0][1]
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_a_refused_step_in_the_middle_of_a_run_changes_nothing(name):
+    twins = Twins(name, shapes=((4, 5), (4, 5), (3,)))
+    twins.step(2)
+    twins.set_gradients()
+    twins.ours.params[1].grad = twins.ours.params[1].grad.to_sparse()
+    before = snapshot(twins.ours.optimizer)
+    error_of(twins.ours.optimizer.step)
+    assert_same_bits(before, snapshot(twins.ours.optimizer))
+
+
+@each_class
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("flags", [{}, {"maximize": True}], ids=str)
+def test_complex_parameters(name, dtype, flags):
+    make = lambda: torch.nn.Parameter(torch.randn(3, 4, dtype=dtype))  # noqa: E731
+    options = {**OPTIONS[name], **flags}
+    ours, torchs = side_by_side(name, make, lambda p, _: torch.randn_like(p), options=options)
+    assert_same_outcome(ours, torchs)
+    assert paths(ours[0]) == ["fused", "torch", "fused"]
+
+
+@each_class
+def test_a_gradient_with_a_lazy_conjugate_or_negation(name):
+    """x.imag of a conjugate is a real tensor whose negation is not yet done."""
+
+    def gradient(p, _):
+        lazy = torch.complex(torch.randn_like(p), torch.randn_like(p)).conj().imag
+        assert lazy.is_neg()
+        return lazy
+
+    make = lambda: torch.nn.Parameter(torch.randn(3, 4, dtype=torch.float64))  # noqa: E731
+    assert_same_outcome(*side_by_side(name, make, gradient))
+
+
+@each_class
+def test_a_lazy_clone_keeps_its_own_values(name):
+    """A copy-on-write clone of a parameter, taken before the step, is not stepped."""
+    p = torch.nn.Parameter(torch.ones(100))
+    kept = torch._lazy_clone(p.detach())
+    p.grad = torch._lazy_clone(torch.ones(100))
+    source = p.grad
+    optimizer = CLASSES[name][0]([p], **OPTIONS[name])
+    optimizer.step()
+    assert (kept == 1).all() and (p != 1).all() and (source == 1).all()
+
+
+@each_class
+@pytest.mark.parametrize("first", [True, False])
+def test_a_parameter_that_overlaps_itself(name, first):
+    """torch's in-place operations refuse it; so must the step, and not crash."""
+    messages = []
+    for cls in CLASSES[name]:
+        p = torch.nn.Parameter(torch.ones(1, 5).expand(4, 5))
+        optimizer = cls([p], **OPTIONS[name])
+        p.grad = torch.ones(4, 5)
+        messages.append(error_of(optimizer.step))
+    assert messages[0][0] is messages[1][0] is RuntimeError and "memory" in messages[0][1]
+
+
+@each_class
+def test_many_dimensions_in_an_awkward_order(name):
+    """More dimensions, none of which join, than the engine lays out."""
+    shape = (2,) * 12
+
+    def gradient(p, _):
+        return torch.randn(shape, dtype=p.dtype).permute(*range(11, -1, -1))
+
+    make = lambda: torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))  # noqa: E731
+    assert_same_outcome(*side_by_side(name, make, gradient))
+
+
+@each_class
+@pytest.mark.parametrize("extra", [{"noise": 0.1}, {"l1": 0.1}], ids=str)
+def test_many_dimensions_with_extras(name, extra):
+    shape = (2,) * 12
+    params = [torch.nn.Parameter(torch.randn(shape).permute(*range(11, -1, -1))) for _ in range(2)]
+    params[1].data.copy_(params[0].data)
+    params[1].data = params[1].data.contiguous()
+    optimizers = [CLASSES[name][0]([p], **OPTIONS[name], **extra) for p in params]
+    for _ in range(2):
+        gradient = torch.randn(shape)
+        for p, optimizer in zip(params, optimizers, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+    assert_equal(params[0].contiguous(), params[1].contiguous())
+
+
+# Differentiable -------------------------------------------------------------------------------------------------------
+
+
+@each_class
+@pytest.mark.parametrize("maximize", [False, True])
+def test_differentiable_lets_gradients_through_as_torch_does(name, maximize):
+    options = {**OPTIONS[name], "differentiable": True, "maximize": maximize}
+    options.pop("amsgrad", None)
+    gradients = []
+    for cls in CLASSES[name]:
+        torch.manual_seed(0)
+        source = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+        gradient = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+        p = source.clone()
+        p.retain_grad()
+        p.grad = gradient
+        optimizer = cls([p], **options)
+        for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            if (key == "momentum_buffer") == (name == "SGD"):
+                optimizer.state[p][key] = torch.rand(4, 5, dtype=torch.float64)
+        if name != "SGD":
+            optimizer.state[p]["step"] = torch.tensor(3.0)
+        optimizer.step()
+        p.square().sum().backward()
+        gradients.append((source.grad, p.detach(), gradient.grad))
+    for mine, theirs in zip(*gradients, strict=True):
+        assert (mine is None) == (theirs is None)
+        if theirs is not None:
+            assert_equal(mine, theirs)
+    assert gradients[0][0].abs().sum() > 0
+
+
+@each_class
+def test_gradients_flow_to_a_learning_rate(name):
+    found = []
+    for cls in CLASSES[name]:
+        torch.manual_seed(0)
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        p = torch.randn(4, 5, dtype=torch.float64, requires_grad=True).clone()
+        p.retain_grad()
+        optimizer = cls([p], lr=lr, differentiable=True)
+        p.grad = torch.ones(4, 5, dtype=torch.float64)
+        outcome = attempt(optimizer.step)
+        if outcome is None:
+            p.square().sum().backward()
+        found.append((outcome, lr.grad))
+    assert found[0][0] == found[1][0]
+    if found[1][1] is not None:
+        assert_equal(found[0][1], found[1][1])
+
+
+def attempt(action):
+    try:
+        action()
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+# Subclasses, modes, devices -------------------------------------------------------------------------------------------
+
+
+class Loud(torch.Tensor):
+    """A subclass by __torch_function__, which writes down what is done to it."""
+
+    calls: list = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.calls.append(getattr(function, "__name__", str(function)))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def in_place(calls):
+    return [call for call in calls if call.endswith("_") and not call.endswith("__")]
+
+
+@each_class
+def test_a_subclass_sees_the_operations(name):
+    make = lambda: torch.nn.Parameter(torch.randn(3, 4, dtype=torch.float64).as_subclass(Loud))  # noqa: E731
+    Loud.calls.clear()
+    ours, torchs = side_by_side(name, make, lambda p, _: torch.randn(3, 4, dtype=torch.float64))
+    assert type(ours[1][1]) is type(torchs[1][1]) is Loud
+    assert_same_outcome(ours, torchs)
+    assert paths(ours[0]) == ["fused", "torch", "fused"]
+    Loud.calls.clear()
+    ours[0].step()
+    mine = in_place(Loud.calls)
+    Loud.calls.clear()
+    torchs[0].step()
+    assert mine == in_place(Loud.calls) and mine
+
+
+@each_class
+def test_a_wrapper_subclass(name):
+    """By __torch_dispatch__: two tensors in one, with no memory of its own."""
+
+    def make():
+        return torch.nn.Parameter(TwoTensor(*(torch.randn(3, 4, dtype=torch.float64) for _ in range(2))))
+
+    def gradient(p, _):
+        return TwoTensor(*(torch.randn(3, 4, dtype=torch.float64) for _ in range(2)))
+
+    ours, torchs = side_by_side(name, make, gradient)
+    assert paths(ours[0]) == ["fused", "torch", "fused"]
+    for half in ("a", "b"):
+        assert_equal(getattr(ours[1][1].data, half), getattr(torchs[1][1].data, half))
+    for i in (0, 2):
+        assert_equal(ours[1][i], torchs[1][i])
+
+
+@each_class
+def test_a_subclass_as_gradient_or_state(name):
+    make = lambda: torch.nn.Parameter(torch.randn(3, 4, dtype=torch.float64))  # noqa: E731
+    gradient = lambda p, _: torch.randn(3, 4, dtype=torch.float64).as_subclass(Loud)  # noqa: E731
+    ours, torchs = side_by_side(name, make, gradient)
+    for side in (ours, torchs):
+        for p in side[1]:
+            for key, value in side[0].state[p].items():
+                side[0].state[p][key] = value.as_subclass(torch.Tensor)
+    assert_same_outcome(ours, torchs)
+    for optimizer, params in (ours, torchs):
+        state = optimizer.state[params[0]]
+        for key in state:
+            state[key] = state[key].as_subclass(Loud)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for p, q in zip(ours[1], torchs[1], strict=True):
+        assert_equal(p, q)
+
+
+@each_class
+def test_parameters_on_meta(name):
+    ours, torchs = (attempt(lambda cls=cls: side_by_side_meta(cls, OPTIONS[name])) for cls in CLASSES[name])
+    assert ours == torchs
+
+
+def side_by_side_meta(cls, options):
+    p, q = torch.nn.Parameter(torch.ones(3, device="meta")), torch.nn.Parameter(torch.ones(3))
+    optimizer = cls([p, q], **options)
+    for _ in range(3):
+        p.grad, q.grad = torch.ones(3, device="meta"), torch.ones(3)
+        optimizer.step()
+    assert (q != 1).all() and p.is_meta
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@each_class
+def test_a_dispatch_mode_sees_the_step(name):
+    twins = Twins(name)
+    for _ in range(3):
+        twins.set_gradients()
+        seen = []
+        for side in twins.sides:
+            with Counting() as mode:
+                side.optimizer.step()
+            seen.append(sum("_." in call for call in mode.calls))
+        assert seen[0] == seen[1] > 5
+        twins.compare()
+    twins.step(2)
+
+
+@each_class
+def test_fake_tensors(name):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.randn(3, 4))
+        optimizer = CLASSES[name][0]([p], **OPTIONS[name])
+        for _ in range(2):
+            p.grad = torch.randn(3, 4)
+            optimizer.step()
+    assert p.shape == (3, 4)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+@each_class
+@pytest.mark.parametrize("sharded", [True, False])
+def test_dtensors(name, sharded, mesh):
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    placement = [Shard(0) if sharded else Replicate()]
+
+    def make():
+        return torch.nn.Parameter(distribute_tensor(torch.randn(4, 5, dtype=torch.float64), mesh, placement))
+
+    def gradient(p, _):
+        return distribute_tensor(torch.randn(4, 5, dtype=torch.float64), mesh, placement)
+
+    # torch's loop itself cannot mix them with ordinary tensors in one call of foreach; its plain loop can.
+    ours, torchs = side_by_side(name, make, gradient, options={**OPTIONS[name], "foreach": False})
+    assert paths(ours[0]) == ["fused", "torch", "fused"]
+    for i, (p, q) in enumerate(zip(ours[1], torchs[1], strict=True)):
+        local = [x.to_local() if isinstance(x, DTensor) else x for x in (p, q)]
+        assert_equal(*local, f"parameter {i}")
+        for key, value in torchs[0].state[q].items():
+            mine = ours[0].state[p][key]
+            assert type(mine) is type(value)
+            if isinstance(value, DTensor):
+                assert mine.placements == value.placements
+                mine, value = mine.to_local(), value.to_local()
+            assert_equal(mine, value, key)
+
+
+@each_class
+@pytest.mark.parametrize("extras", [{"l1": 0.1}, {"l1": 0.5, "l1_proximal": True}, {"noise": 0.1}], ids=str)
+def test_extras_on_dtensors_equal_the_engines(name, extras, mesh):
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    torch.manual_seed(0)
+    value = torch.randn(4, 5)
+    plain = torch.nn.Parameter(value.clone())
+    distributed = torch.nn.Parameter(distribute_tensor(value.clone(), mesh, [Replicate()]))
+    optimizers = [CLASSES[name][0]([p], **OPTIONS[name], **extras) for p in (plain, distributed)]
+    for _ in range(3):
+        gradient = torch.randn(4, 5)
+        plain.grad = gradient.clone()
+        distributed.grad = distribute_tensor(gradient, mesh, [Replicate()])
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_equal(distributed.to_local(), plain, rtol=1e-5, atol=1e-6)
+
+
+# The extras on torch's path -------------------------------------------------------------------------------------------
+
+EXTRAS = {
+    "l1": {"l1": 0.05},
+    "l1, maximize": {"l1": 0.05, "maximize": True},
+    "l1_proximal": {"l1": 0.5, "l1_proximal": True},
+    "l1_proximal, maximize": {"l1": 0.5, "l1_proximal": True, "maximize": True},
+    "noise": {"noise": 0.25, "seed": 3},
+    "noise, large seed": {"noise": 0.25, "seed": 2**64 - 1},
+    "all": {"l1": 0.05, "noise": 0.125, "weight_decay": 0.2},
+    "plain": {},
+}
+BIAS = {
+    "uncorrected": {"bias_correction": False},
+    "uncorrected, all": {"bias_correction": False, "l1": 0.1, "noise": 0.1},
+}
+CASES = [(n, e) for n in NAMES for e in (EXTRAS if n == "SGD" else {**EXTRAS, **BIAS})]
+
+
+def stepped(name, options, steps=4, lr=None, missing=()):
+    torch.manual_seed(1)
+    shapes = ((), (7,), (33, 20), (2, 3, 4, 5), (0, 3), (257,))
+    params = [torch.nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in shapes]
+    params.append(torch.nn.Parameter(torch.randn(6, 4, dtype=torch.float64).t()))
+    optimizer = CLASSES[name][0](params, **{**OPTIONS[name], **options})
+    for step in range(steps):
+        for i, p in enumerate(params):
+            gradient = torch.randn(p.shape, dtype=torch.float64)
+            p.grad = None if (step, i) in missing else gradient
+            with torch.no_grad():
+                p.view(-1)[:1].zero_() if p.is_contiguous() else None  # sign(0)
+        optimizer.step()
+    return optimizer, params
+
+
+@pytest.mark.parametrize("name, extra", CASES)
+def test_the_reference_path_computes_what_the_engine_does(name, extra, monkeypatch):
+    options = {**EXTRAS, **BIAS}[extra]
+    missing = {(0, 2), (1, 2), (2, 3)}
+    engine = stepped(name, options, missing=missing)
+    monkeypatch.setenv("TRAINOPT_REFERENCE", "1")
+    reference = stepped(name, options, missing=missing)
+    assert set(paths(reference[0])) == {"torch"}
+    assert_same_outcome(engine, reference, rtol=1e-6 if "noise" in extra or "all" in extra else 1e-12, atol=1e-9)
+    monkeypatch.setenv("TRAINOPT_REFERENCE", "0")
+    assert set(paths(stepped(name, options)[0])) == {"fused"}
+
+
+@pytest.mark.parametrize("name, extra", CASES)
+def test_a_parameter_on_torchs_path_has_the_extras_of_the_engine(name, extra):
+    """A subclass among ordinary parameters, against the same as an ordinary one."""
+    options = {**EXTRAS, **BIAS}[extra]
+    sides = []
+    for exotic in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(40, dtype=torch.float64)) for _ in range(3)]
+        if exotic:
+            params[1] = torch.nn.Parameter(params[1].detach().as_subclass(Loud))
+        optimizer = CLASSES[name][0](params, **{**OPTIONS[name], **options})
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.randn(40, dtype=torch.float64)
+            optimizer.step()
+        sides.append((optimizer, params))
+    assert paths(sides[1][0]) == ["fused", "torch", "fused"]
+    for (a, p), (b, q) in zip(*([(s[0], p) for p in s[1]] for s in sides), strict=True):
+        assert_equal(torch.Tensor(q.detach()), p, rtol=1e-7, atol=1e-9)
+        assert set(a.state[p]) == set(b.state[q])
+
+
+@each_class
+def test_a_run_that_moves_between_the_paths(name, monkeypatch):
+    """Half of the steps by the engine, half by torch: one run, noise included."""
+    straight = Twins(name, extras={"l1": 0.01, "noise": 0.25})
+    mixed = Twins(name, extras={"l1": 0.01, "noise": 0.25})
+    for step in range(6):
+        for twins in (straight, mixed):
+            twins.set_gradients()
+        straight.ours.optimizer.step()
+        with Counting() if step % 2 else contextlib.nullcontext():
+            mixed.ours.optimizer.step()
+    assert_same_outcome(straight.ours, mixed.ours, rtol=1e-7, atol=1e-9)
+
+
+@each_class
+@pytest.mark.parametrize("dampening", [0.0, 0.25])
+def test_first_steps_on_torchs_path(name, dampening):
+    """States made for one path and used on the other: a first step is a first step."""
+    options = {"dampening": dampening} if name == "SGD" else {}
+    for exotic in ([True, False, False], [False, True, False], [True, True, False]):
+        twins = Twins(name, **options)
+        for flag in exotic:
+            twins.set_gradients()
+            with Counting() if flag else contextlib.nullcontext():
+                twins.ours.optimizer.step()
+            twins.torchs.optimizer.step()
+            twins.compare()
+
+
+@each_class
+def test_complex_parameters_with_extras(name):
+    p = torch.nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))
+    optimizer = CLASSES[name][0]([p], **OPTIONS[name], l1=0.1, noise=0.1)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert torch.view_as_real(p.detach()).isfinite().all()
+
+
+@each_class
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_gradient_scale_on_torchs_path(name, fused, monkeypatch):
+    results = []
+    for forced in ("0", "1"):
+        monkeypatch.setenv("TRAINOPT_REFERENCE", forced)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 7).double()
+        optimizer = CLASSES[name][0](model.parameters(), **OPTIONS[name], fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        for i in range(4):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(2, 5, dtype=torch.float64)).square().sum()).backward()
+            if i == 1:
+                model.bias.grad[0] = float("nan")
+            scaler.step(optimizer)
+            if fused:
+                assert optimizer.last_step_skipped == (i == 1)
+            scaler.update()
+        results.append((optimizer, list(model.parameters())))
+    assert_same_outcome(*results)
+
+
+# Inference mode, functional calls -------------------------------------------------------------------------------------
+
+
+@each_class
+def test_gradients_made_in_inference_mode(name):
+    def gradient(p, _):
+        with torch.inference_mode():
+            return torch.randn(3, 4, dtype=torch.float64)
+
+    make = lambda: torch.nn.Parameter(torch.randn(3, 4, dtype=torch.float64))  # noqa: E731
+    assert_same_outcome(*side_by_side(name, make, gradient))
+
+
+@each_class
+def test_steps_inside_inference_mode(name):
+    """The states made there are inference tensors, which torch then refuses to step outside."""
+    twins = Twins(name)
+    for _ in range(2):
+        twins.set_gradients()
+        with torch.inference_mode():
+            twins.edit(lambda o, _: o.step())
+        twins.compare()
+    twins.set_gradients()
+    ours, torchs = (attempt(side.optimizer.step) for side in twins.sides)
+    assert ours is None or ours == torchs
+
+
+@each_class
+def test_parameters_made_in_inference_mode(name):
+    outcomes = []
+    for cls in CLASSES[name]:
+        with torch.inference_mode():
+            p = torch.ones(5)
+        optimizer = cls([p], **OPTIONS[name])
+        with torch.inference_mode():
+            p.grad = torch.ones(5)
+            outcomes.append((attempt(optimizer.step), p.clone()))
+        outcomes[-1] += (attempt(optimizer.step),)
+    assert outcomes[0][0] == outcomes[1][0]
+    assert outcomes[0][2] in (None, outcomes[1][2])  # outside of it torch refuses to write to them
+    with torch.inference_mode():
+        assert_equal(outcomes[0][1], outcomes[1][1])
+
+
+@each_class
+def test_functional_call_and_func_grad(name):
+    sides = []
+    for cls in CLASSES[name]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)).double()
+        params = dict(model.named_parameters())
+        optimizer = cls(params.values(), **OPTIONS[name])
+
+        def loss_of(params, x, model=model):
+            return torch.func.functional_call(model, params, (x,)).square().sum()
+
+        for i in range(4):
+            x = torch.full((3, 5), 0.3 * (i + 1), dtype=torch.float64)
+            if i % 2:
+                optimizer.zero_grad()
+                loss_of(params, x).backward()
+            else:
+                for key, gradient in torch.func.grad(loss_of)({k: p.detach() for k, p in params.items()}, x).items():
+                    params[key].grad = gradient
+            optimizer.step()
+        sides.append((optimizer, list(params.values())))
+    assert_same_outcome(*sides)
+
+
+# torch.compile --------------------------------------------------------------------------------------------------------
+
+
+def compiled_run(name, side, backend, schedule, steps=20, whole=True):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)).double()
+    optimizer = CLASSES[name][side](model.parameters(), **OPTIONS[name])
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps) if schedule else None
+
+    def train(x):
+        loss = model(x).square().sum()
+        if whole:
+            loss.backward()
+        optimizer.step()
+        return loss
+
+    def step():
+        optimizer.step()
+
+    run = (train if whole else step) if backend is None else torch.compile(train if whole else step, backend=backend)
+    for i in range(steps):
+        optimizer.zero_grad()
+        x = torch.full((3, 5), 0.1 * (i % 4 + 1), dtype=torch.float64)
+        if whole:
+            run(x)
+        else:
+            model(x).square().sum().backward()
+            run()
+        if scheduler is not None:
+            scheduler.step()
+    return (optimizer, list(model.parameters())), copy.deepcopy(torch._dynamo.utils.counters)
+
+
+@each_class
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("whole", [True, False], ids=["a train step", "the optimizer's step alone"])
+def test_compiled_steps_equal_eager_ones(name, backend, whole):
+    compiled, counters = compiled_run(name, 0, backend, True, whole=whole)
+    eager, _ = compiled_run(name, 1, None, True)
+    assert_same_outcome(compiled, eager)
+    stats = counters["stats"]
+    # The frames round the step, each compiled once, and once more where the first step differs from the others.
+    assert sum(counters["recompiles"].values()) <= 1
+    assert stats["unique_graphs"] <= 4, dict(stats)

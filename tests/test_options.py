@@ -1,0 +1,265 @@
+"""trainopt's own options, by what they promise: l1, l1_proximal, bias_correction, noise, seed; and gradient scaling."""
+
+import math
+
+import pytest
+import torch
+from judge import TABLE, random_problem, result_of
+
+import trainopt
+
+ROWS = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+MOMENTS = pytest.mark.parametrize("row", [TABLE["Adam"], TABLE["AdamW"]], ids=["Adam", "AdamW"])
+
+
+def one_step(cls, value, gradient, **options):
+    p = torch.tensor(value, dtype=torch.float64).requires_grad_()
+    p.grad = torch.tensor(gradient, dtype=torch.float64)
+    cls([p], **options).step()
+    return p.detach()
+
+
+# L1 -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_l1_pulls_towards_zero(maximize):
+    """With or without maximize, and not at all at 0."""
+    found = one_step(trainopt.SGD, [2.0, -2.0, 0.0, -0.0], [0.0] * 4, lr=0.5, l1=0.25, maximize=maximize)
+    torch.testing.assert_close(found, torch.tensor([1.875, -1.875, 0, 0], dtype=torch.float64), rtol=0, atol=0)
+
+
+def test_l1_is_part_of_the_gradient():
+    """Moments see it, as they see L2."""
+    p = torch.tensor([1.0, -1.0]).requires_grad_()
+    p.grad = torch.zeros(2)
+    optimizer = trainopt.Adam([p], l1=0.5, weight_decay=0.25)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.tensor([0.075, -0.075]))
+
+
+def test_l1_with_decoupled_decay_looks_at_the_old_parameter():
+    found = one_step(trainopt.AdamW, [2.0], [0.0], lr=0.5, l1=1.0, weight_decay=2.0, eps=0.0)
+    # Decay to 0, then a step of lr against the sign that it had.
+    torch.testing.assert_close(found, torch.tensor([-0.5], dtype=torch.float64))
+
+
+def test_l1_of_a_quadratic_finds_the_lasso():
+    """min (p - c)^2 / 2 + l1 |p| is solved by soft-thresholding c; the proximal form reaches its zeros exactly."""
+    c = torch.tensor([3.0, -3.0, 0.4, -0.4, 0.0, 1.0])
+    expected = c.sign() * (c.abs() - 0.5).clamp(min=0)
+    p = c.clone().requires_grad_()
+    optimizer = trainopt.SGD([p], lr=0.1, l1=0.5, l1_proximal=True)
+    for _ in range(300):
+        p.grad = p.detach() - c
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(p.detach() == 0, expected == 0)
+
+
+# Proximal -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_proximal_makes_exact_zeros(dtype, variant):
+    threshold = 0.5 * 0.25  # a power of two: exact in each dtype
+    values = [1.0, 0.125, -0.125, 0.124, -0.0625, 0.0, -0.0, 0.126, -3.0] * 5
+    p = torch.tensor(values, dtype=dtype).requires_grad_()
+    p.grad = torch.zeros_like(p)
+    trainopt.SGD([p], lr=0.5, l1=0.25, l1_proximal=True).step()
+    start = torch.tensor(values, dtype=dtype).double()
+    expected = (start.sign() * (start.abs() - threshold).clamp(min=0)).to(dtype)
+    assert torch.equal(p.detach(), expected)
+    assert not p.detach()[p.detach() == 0].signbit().any(), "zeros are positive"
+
+
+@ROWS
+def test_proximal_comes_after_the_step(row):
+    start, gradients = random_problem((500,), torch.float64, 1, 1)
+    options = {**row.settings["all"], "lr": 0.05}
+    plain = result_of(row.make, start, gradients, **options)
+    found = result_of(row.make, start, gradients, **options, l1=4.0, l1_proximal=True)
+    stepped = plain["param"][0]
+    torch.testing.assert_close(found["param"][0], stepped.sign() * (stepped.abs() - 0.2).clamp(min=0))
+    for name in plain.keys() - {"param"}:
+        assert torch.equal(found[name][0], plain[name][0]), f"{name} must not see the threshold"
+
+
+@ROWS
+def test_proximal_keeps_nonfinite_values(row):
+    p = torch.tensor([math.nan, math.inf, -math.inf]).requires_grad_()
+    p.grad = torch.zeros(3)
+    row.make([p], lr=0.1, weight_decay=0.0, l1=1.0, l1_proximal=True).step()
+    assert p[0].isnan() and p[1] == math.inf and p[2] == -math.inf
+
+
+@ROWS
+def test_proximal_without_l1_changes_nothing(row):
+    start, gradients = random_problem((300,), torch.float32, 3, 2)
+    plain = result_of(row.make, start, gradients)["param"][0]
+    assert torch.equal(plain, result_of(row.make, start, gradients, l1_proximal=True)["param"][0])
+
+
+# Bias correction ------------------------------------------------------------------------------------------------------
+
+
+@MOMENTS
+def test_without_bias_correction(row):
+    """The first step is lr * (1 - beta1) g / (sqrt(1 - beta2) |g| + eps)."""
+    p = torch.tensor([1.0, -1.0], dtype=torch.float64).requires_grad_()
+    p.grad = torch.tensor([3.0, 1e-3], dtype=torch.float64)
+    optimizer = row.make([p], lr=0.1, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.0, bias_correction=False)
+    optimizer.step()
+    g = p.grad
+    expected = torch.tensor([1.0, -1.0], dtype=torch.float64) - 0.1 * (0.1 * g) / ((0.01 * g * g).sqrt() + 1e-3)
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-14, atol=0)
+    assert optimizer.state[p]["step"] == 1
+
+
+@MOMENTS
+def test_first_steps_with_bias_correction_are_exact(row):
+    """-expm1(t log beta) keeps what 1 - beta**t loses: the first step is lr * sign(g) to the last bits."""
+    for beta2 in (0.999, 0.9999, 0.999999):
+        p = torch.tensor([0.0]).requires_grad_()
+        p.grad = torch.tensor([0.7])
+        row.make([p], lr=1.0, betas=(0.9, beta2), eps=0.0, weight_decay=0.0).step()
+        assert abs(p.item() + 1) < 3e-7
+
+
+# Everything at once, by group and by schedule -------------------------------------------------------------------------
+
+
+@ROWS
+def test_options_take_effect_when_set(row):
+    """Each in param_groups, to be set between steps and scheduled."""
+    start, gradients = random_problem((64,), torch.float32, 4, 3)
+    names = {"l1": 0.5, "l1_proximal": True, "noise": 0.1, "seed": 3}
+    if "bias_correction" in row.defaults:
+        names["bias_correction"] = False
+    p, q = (start[0].clone().requires_grad_() for _ in range(2))
+    late, early = row.make([p]), row.make([q], **names)
+    assert names.keys() <= late.param_groups[0].keys()
+    for name, value in names.items():
+        late.param_groups[0][name] = value
+    for (g,) in gradients:
+        p.grad = q.grad = g
+        late.step()
+        early.step()
+    assert torch.equal(p, q)
+
+
+@ROWS
+def test_options_as_tensors_and_integers(row):
+    start, gradients = random_problem((64,), torch.float32, 2, 4)
+    plain = result_of(row.make, start, gradients, lr=1.0, l1=0.5, noise=1.0)["param"][0]
+    for one in (1, torch.tensor(1.0), torch.tensor(1.0, dtype=torch.float64)):
+        assert torch.equal(plain, result_of(row.make, start, gradients, lr=one, l1=0.5, noise=1)["param"][0])
+
+
+@ROWS
+def test_a_learning_rate_tensor_is_read_at_every_step(row):
+    start, gradients = random_problem((64,), torch.float32, 2, 5)
+    results = []
+    for lr in (torch.tensor(0.1), 0.1):
+        p = start[0].clone().requires_grad_()
+        optimizer = row.make([p], lr=lr, weight_decay=0.1, l1=0.5, l1_proximal=True)
+        for (g,), value in zip(gradients, (0.1, 0.5), strict=True):
+            if isinstance(lr, torch.Tensor):
+                lr.fill_(value)
+            else:
+                optimizer.param_groups[0]["lr"] = value
+            p.grad = g
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+# Bad values -----------------------------------------------------------------------------------------------------------
+
+BAD = [
+    {"l1": -1.0},
+    {"l1": math.nan},
+    {"noise": -0.1},
+    {"noise": math.nan},
+    {"seed": -1},
+    {"seed": 2**64},
+    {"seed": 1.5},
+    {"seed": "1"},
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+@ROWS
+def test_bad_values(row, bad):
+    p = torch.zeros(2, requires_grad=True)
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"Invalid {name} value"):
+        row.make([p], **bad)
+    optimizer = row.make([p])
+    with pytest.raises(ValueError, match=f"Invalid {name} value"):
+        optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)], **bad})
+    assert len(optimizer.param_groups) == 1
+
+
+# Gradient scaling -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@ROWS
+def test_gradient_scale(row, dtype, variant):
+    """The gradient is divided by the scale, and what remains is left in .grad, as torch's fused optimizers do."""
+    start, gradients = random_problem((1, 33, 513, (28, 25)), dtype, 2, 6)
+    scale = 64.0
+    divided = [[(g.double() / scale).to(dtype) for g in now] for now in gradients]
+    plain = result_of(row.make, start, divided, fused=True, **row.settings["all"])
+    params = [p.clone().requires_grad_() for p in start]
+    optimizer = row.make(params, fused=True, **row.settings["all"])
+    for now, expected in zip(gradients, divided, strict=True):
+        for i, (p, g) in enumerate(zip(params, now, strict=True)):
+            p.grad = g.clone() if i < 3 else g.t().contiguous().t()  # one of them strided
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        assert not optimizer.last_step_skipped
+        for p, g in zip(params, expected, strict=True):
+            assert torch.equal(p.grad, g)
+    for i, p in enumerate(params):
+        assert torch.equal(p.detach(), plain["param"][i])
+        for name in plain.keys() - {"param"}:
+            assert torch.equal(optimizer.state[p][name], plain[name][i])
+
+
+@ROWS
+def test_gradient_scale_of_a_sliced_gradient(row):
+    """What lies between the gradient's elements is not touched."""
+    start, gradients = random_problem((300,), torch.float32, 1, 8)
+    plain = result_of(row.make, start, [[gradients[0][0] / 8]], **row.settings["all"])
+    p = start[0].clone().requires_grad_()
+    memory = torch.full((600,), 5.0)
+    p.grad = memory[::2].copy_(gradients[0][0])
+    optimizer = row.make([p], fused=True, **row.settings["all"])
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+    optimizer.step()
+    assert (memory[1::2] == 5).all() and torch.equal(memory[::2], gradients[0][0] / 8)
+    torch.testing.assert_close(p.detach(), plain["param"][0], rtol=1e-5, atol=1e-6)
+
+
+@ROWS
+def test_a_skipped_step_touches_nothing(row):
+    start, gradients = random_problem((100,), torch.float32, 3, 7)
+    straight = result_of(row.make, start, [gradients[0], gradients[2]], **row.everything, noise=0.1)
+    p = start[0].clone().requires_grad_()
+    optimizer = row.make([p], fused=True, **row.everything, noise=0.1)
+    for i, (g,) in enumerate([gradients[1], *gradients]):
+        p.grad = g.clone()
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(float(i in (0, 2)))
+        before = p.detach().clone()
+        optimizer.step()
+        assert optimizer.last_step_skipped == (i in (0, 2))
+        if i == 0:
+            assert not optimizer.state.get(p)
+        if optimizer.last_step_skipped:
+            assert torch.equal(p.detach(), before) and torch.equal(p.grad, g)
+    assert torch.equal(p.detach(), straight["param"][0])
+    for name in straight.keys() - {"param"}:
+        assert torch.equal(optimizer.state[p][name], straight[name][0])

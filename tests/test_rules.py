@@ -1,0 +1,266 @@
+"""Each optimizer's arithmetic: every option where it changes the result, in every dtype, against the judge."""
+
+import copy
+
+import pytest
+import torch
+from judge import (
+    DTYPES,
+    LARGE_SIZES,
+    SIZES,
+    TABLE,
+    assert_no_worse,
+    assert_one_rounding,
+    assert_same_bits,
+    formula_step,
+    random_problem,
+    result_of,
+    run,
+)
+
+STEPS = 9
+ROWS = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+SETTINGS = [pytest.param(r, o, id=f"{name}-{key}") for name, r in TABLE.items() for key, o in r.settings.items()]
+EXTRAS = [pytest.param(r, o, id=f"{name}-{key}") for name, r in TABLE.items() for key, o in r.extras.items()]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+each_wide = pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d).removeprefix("torch."))
+each_16_bit = pytest.mark.parametrize("dtype", DTYPES[2:], ids=lambda d: str(d).removeprefix("torch."))
+
+
+def judge(row, peer, dtype, options, sizes, steps, seeds):
+    # All seeds in one optimizer: more elements to take the mean over.
+    problems = [random_problem(sizes, dtype, steps, seed) for seed in seeds]
+    start = [p for problem in problems for p in problem[0]]
+    gradients = [[g for problem in problems for g in problem[1][step]] for step in range(steps)]
+    assert_no_worse(
+        result_of(row.make, start, gradients, **options),
+        result_of(peer, start, gradients, **options),
+        result_of(peer, start, gradients, torch.float64, **options),
+        dtype,
+    )
+
+
+@each_dtype
+@pytest.mark.parametrize("row, options", SETTINGS)
+def test_no_worse_than_torch(row, options, dtype):
+    judge(row, row.make_torchs_loop, dtype, options, SIZES, STEPS, seeds=(0, 1))
+
+
+# In 16 bits the sign of a parameter near zero is a matter of luck, which one step at a time (below) leaves out.
+@each_wide
+@pytest.mark.parametrize("row, options", EXTRAS)
+def test_no_worse_than_formula(row, options, dtype):
+    judge(row, row.make_formula, dtype, options, SIZES, STEPS, seeds=(2, 3))
+
+
+@each_dtype
+@ROWS
+def test_large(row, dtype):
+    torch.set_num_threads(1)  # the loop's many small operations
+    judge(row, row.make_torchs_loop, dtype, row.settings["all"], LARGE_SIZES, 8, seeds=(4,))
+
+
+@each_wide
+@ROWS
+def test_many_steps(row, dtype):
+    judge(row, row.make_torchs_loop, dtype, {"lr": 0.01, "weight_decay": 0.1}, (301,), 400, seeds=(5,))
+
+
+@pytest.mark.parametrize("row, options", SETTINGS)
+def test_formula_is_torchs(row, options):
+    """The formulas of the judge are torch's loop in float64: what they say of trainopt's own options counts."""
+    start, gradients = random_problem(SIZES, torch.float64, STEPS, 6)
+    torchs = result_of(row.make_torchs_loop, start, gradients, **options)
+    formula = result_of(row.make_formula, start, gradients, **options)
+    assert torchs.keys() == formula.keys()
+    for name in torchs:
+        for a, b in zip(torchs[name], formula[name], strict=True):
+            # A float32 learning rate is rounded to float32 again in what torch makes of it.
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 if "lr" in options else 1e-12)
+
+
+@pytest.mark.parametrize("row, options", SETTINGS + EXTRAS)
+def test_option_changes_something(row, options):
+    """Every row of the table is worth its place: without its options the result is another."""
+    start, gradients = random_problem((64,), torch.float32, 3, 7)
+    found = result_of(row.make, start, gradients, **options)["param"][0]
+    nothing_but = {name for name in options if name not in row.changes_nothing}
+    for name in nothing_but - {"lr"} or nothing_but:
+        if name == "l1_proximal":
+            continue  # without l1 it says nothing
+        without = {key: value for key, value in options.items() if key != name}
+        if name == "momentum":
+            without.pop("nesterov", None)  # has no sense alone
+        other = result_of(row.make, start, gradients, **without)["param"][0]
+        assert (other - found).abs().max() > 1e-5, f"{name} changes nothing"
+
+
+@ROWS
+@pytest.mark.parametrize("flag", ["foreach", "fused"])
+@pytest.mark.parametrize("value", [True, False, None])
+def test_flags_of_speed_change_nothing(row, flag, value):
+    start, gradients = random_problem(SIZES, torch.float32, 3, 8)
+    plain = result_of(row.make, start, gradients, **row.everything)
+    assert_same_bits(plain, result_of(row.make, start, gradients, **row.everything, **{flag: value}))
+
+
+@each_16_bit
+@pytest.mark.parametrize("row, options", SETTINGS + EXTRAS)
+def test_sixteen_bits_are_rounded_once(row, options, dtype):
+    """Each step is the formula on what was stored, in at least float32, and one rounding of each result."""
+    start, gradients = random_problem((1, 15, 257, 1000), dtype, 8, 9)
+    params = [torch.nn.Parameter(p.clone()) for p in start]
+    optimizer = row.make(params, **options)
+    for step, now in enumerate(gradients, start=1):
+        before = [(p.detach().double(), state_of(optimizer, p, row)) for p in params]
+        for p, g in zip(params, now, strict=True):
+            p.grad = g
+        optimizer.step()
+        for (old, state), p, g in zip(before, params, now, strict=True):
+            new = formula_step(row, old, g.double(), state, options, step)
+            # float32 arithmetic comes close to, not upon, the middle between two 16-bit numbers.
+            assert_one_rounding(p.detach(), new, 4e-6 * (old.abs() + new.abs() + 0.1), "param")
+            for name, exact in state.items():
+                scale = exact.abs() + g.double().abs() + old.abs() + 0.1
+                slack = 1e-6 * scale * (scale if name.endswith("_sq") else 1)
+                assert_one_rounding(optimizer.state[p][name], exact, slack, name)
+
+
+@each_16_bit
+@pytest.mark.parametrize("layout", ["run", "transposed"])
+def test_ties_go_to_the_even_neighbour(dtype, layout, variant):
+    """p + g with g half a unit in the last place of p, and odd multiples of it."""
+    half = torch.finfo(dtype).eps / 2
+    p, g = torch.meshgrid(torch.arange(128) * 2 * half + 1, (torch.arange(128) * 2 - 127) * half, indexing="ij")
+    p, g = p.to(dtype), g.to(dtype)
+    assert torch.equal(p.float() + g.float(), (p.double() + g.double()).float())
+    q = p.clone().requires_grad_()
+    q.grad = g.t().contiguous().t() if layout == "transposed" else g.contiguous()
+    TABLE["SGD"].make([q], lr=1.0, maximize=layout == "transposed").step()
+    expected = p.float() + g.float() if layout == "transposed" else p.float() - g.float()
+    assert torch.equal(q.detach(), expected.to(dtype))
+
+
+def state_of(optimizer, param, row):
+    return {name: value.double() for name, value in optimizer.state.get(param, {}).items() if name in row.states}
+
+
+# Groups ---------------------------------------------------------------------------------------------------------------
+
+
+@ROWS
+def test_groups_have_values_of_their_own(row):
+    """Groups of one optimizer step as optimizers of their own do, whatever the neighbour's options are."""
+    choices = [*row.settings.values(), *row.extras.values()]
+    sizes = [size for size in (1, 17, 300) for _ in choices]
+    start, gradients = random_problem(sizes, torch.float32, 4, 10)
+    start[1], start[4] = start[1].double(), start[4].bfloat16()
+    params = [torch.nn.Parameter(p.clone()) for p in start]
+    members = [params[i :: len(choices)] for i in range(len(choices))]
+    together = row.make([{"params": m, **options} for m, options in zip(members, choices, strict=True)])
+    for now in gradients:
+        for p, g in zip(params, now, strict=True):
+            p.grad = g.to(p.dtype)
+        together.step()
+    for i, options in enumerate(choices):
+        alone, alone_params = run(
+            row.make, start[i :: len(choices)], [now[i :: len(choices)] for now in gradients], **options
+        )
+        for p, q in zip(members[i], alone_params, strict=True):
+            assert torch.equal(p, q), options
+            for name in row.states:
+                if name in alone.state[q]:
+                    assert torch.equal(together.state[p][name], alone.state[q][name]), (options, name)
+
+
+# Extremes -------------------------------------------------------------------------------------------------------------
+
+
+def pattern(x):
+    return torch.where(x.isnan(), 3, torch.where(x.isinf(), x.sign(), 0))
+
+
+def assert_same_pattern(ours, torchs):
+    assert ours.keys() == torchs.keys()
+    for name in torchs:
+        for a, b in zip(ours[name], torchs[name], strict=True):
+            wrong = (pattern(a) != pattern(b)).nonzero()
+            assert len(wrong) == 0, f"{name}{wrong[0].tolist()}: {a[tuple(wrong[0])]}, torch's {b[tuple(wrong[0])]}"
+            # Only next to the smallest and the largest numbers is what comes of a rounding more than a few bits.
+            finite = b.isfinite() & (b.abs() > 1e-30)
+            torch.testing.assert_close(a[finite], b[finite], rtol=1e-4, atol=1e-30)
+
+
+SPECIAL = (0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 1e-38, 1e-42, 1e-45, 1e15, 5e19, -5e19, 1e30, -1e30, 3e38)
+SPECIAL_NONFINITE = (*SPECIAL, float("inf"), -float("inf"), float("nan"))
+
+EXTREMES = {
+    "plain": {},
+    "lr 1e-20": {"lr": 1e-20},
+    "lr 0": {"lr": 0.0},
+    "lr 1e30": {"lr": 1e30},
+    "eps 0": {"eps": 0.0},
+    "eps 0, lr 1e-20": {"eps": 0.0, "lr": 1e-20},
+    "eps 1e-45": {"eps": 1e-45},
+    "amsgrad": {"amsgrad": True},
+    "amsgrad, eps 0": {"amsgrad": True, "eps": 0.0},
+    "weight_decay": {"weight_decay": 0.1},
+    "maximize": {"maximize": True, "weight_decay": 1e-20},
+    "betas 0": {"betas": (0.0, 0.0)},
+    "betas 0, eps 0": {"betas": (0.0, 0.0), "eps": 0.0},
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+}
+
+
+EXTREME_CASES = [
+    pytest.param(row, options, id=f"{name}-{key}")
+    for name, row in TABLE.items()
+    for key, options in EXTREMES.items()
+    if options.keys() <= row.defaults.keys()
+]
+
+
+@each_wide
+@pytest.mark.parametrize("row, extreme", EXTREME_CASES)
+def test_extremes_give_torchs_pattern(row, extreme, dtype):
+    value = torch.tensor(SPECIAL_NONFINITE, dtype=dtype)
+    start = [torch.tensor(SPECIAL, dtype=dtype).repeat_interleave(len(value))]
+    gradients = [[g.repeat(len(SPECIAL))] for g in (value, value.flip(0), torch.ones_like(value))]
+    assert_same_pattern(
+        result_of(row.make, start, gradients, **extreme),
+        result_of(row.make_torchs_loop, start, gradients, **extreme),
+    )
+
+
+@each_dtype
+@pytest.mark.parametrize("late", [1e7, 2.0**24, 1e12])
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if "exp_avg" in row.states])
+def test_late_steps(name, late, dtype):
+    """A step count in the millions, and one that float32 can no longer count on."""
+    row = TABLE[name]
+    start, gradients = random_problem((1000,), dtype, 3, 11)
+    early, params = run(row.make, start, gradients)
+    saved = early.state_dict()
+    saved["state"][0]["step"].fill_(late)
+    found = {}
+    for kind, make in {"ours": row.make, "torchs": row.make_torchs_loop, "truth": row.make_torchs_loop}.items():
+        q = params[0].detach().clone().to(torch.float64 if kind == "truth" else dtype).requires_grad_()
+        optimizer = make([q])
+        optimizer.load_state_dict(copy.deepcopy(saved))  # torch's would share the tensors
+        for g in gradients:
+            q.grad = g[0].to(q.dtype)
+            optimizer.step()
+        assert optimizer.state[q]["step"].isfinite()
+        found[kind] = {"param": [q.detach()], **{s: [optimizer.state[q][s]] for s in row.states[:2]}}
+    assert_no_worse(found["ours"], found["torchs"], found["truth"], dtype)
+
+
+@ROWS
+def test_all_gradients_zero(row):
+    start, gradients = random_problem((33,), torch.float32, 3, 12)
+    zeros = [[torch.zeros_like(g) for g in now] for now in gradients]
+    options = {"weight_decay": 0.0}
+    found = result_of(row.make, start, zeros, **options)
+    assert torch.equal(found["param"][0], start[0])

@@ -1,0 +1,509 @@
+"""State: exchanged with torch.optim both ways, saved, copied, loaded carefully, and never shared by accident."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from helpers import CLASSES, OPTIONS, SHAPES, Twins, assert_same_bits, assert_same_outcome, error_of, snapshot
+
+NAMES = list(CLASSES)
+EXTRAS = {
+    "SGD": {"l1", "l1_proximal", "noise", "seed"},
+    "Adam": {"l1", "l1_proximal", "noise", "seed", "bias_correction"},
+    "AdamW": {"l1", "l1_proximal", "noise", "seed", "bias_correction"},
+}
+# torch's implementations whose states may come along. Its fused step is right for contiguous tensors without surprises.
+IMPLEMENTATIONS = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}, "loop": {"foreach": False}}
+
+
+def twin_of(params):
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+def with_gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, dtype=torch.float64, generator=generator).to(p.dtype)
+    return params
+
+
+def steps(optimizer, params, seeds):
+    for seed in seeds:
+        with_gradients(params, seed)
+        optimizer.step()
+
+
+def start(dtype=torch.float64, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(5)
+    return [
+        torch.nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)) for shape in shapes
+    ]
+
+
+# Interchange with torch -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("flags", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("to_ours", [True, False], ids=["from torch", "to torch"])
+def test_mid_run_interchange(name, flags, to_ours):
+    ours, torchs = CLASSES[name]
+    before, after = (torchs, ours) if to_ours else (ours, torchs)
+    options = OPTIONS[name]
+    params = start()
+    first = before(params, **options, **flags)
+    steps(first, params, range(10))
+    moved = twin_of(params)
+    second = after(moved, **options, **({} if to_ours else flags))
+    second.load_state_dict(first.state_dict())
+    steps(second, moved, range(10, 20))
+
+    straight = start()
+    truth = torchs(straight, **options, foreach=False)
+    steps(truth, straight, range(20))
+    assert_same_outcome((second, moved), (truth, straight))
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_state_of_a_capturable_optimizer(name):
+    """torch steps those on accelerators only; the state dict is the same but for the flag."""
+    twins = Twins(name)
+    twins.step(5)
+    saved = twins.torchs.optimizer.state_dict()
+    saved["param_groups"][0]["capturable"] = True
+    twins.ours.optimizer.load_state_dict(saved)
+    assert twins.ours.optimizer.param_groups[0]["capturable"]
+    twins.torchs.optimizer.param_groups[0]["capturable"] = False
+    twins.step(5)
+    fresh = CLASSES[name][0](twin_of(twins.ours.params), **OPTIONS[name], capturable=True)
+    assert fresh.defaults["capturable"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flags", [{}, {"fused": True}], ids=["default", "fused"])
+def test_keys_shapes_and_dtypes_are_torchs(name, dtype, flags):
+    dicts = []
+    for cls in CLASSES[name]:
+        params = start(dtype)
+        optimizer = cls(params, **OPTIONS[name], **flags)
+        steps(optimizer, params, range(2))
+        dicts.append(optimizer.state_dict())
+    ours, theirs = dicts
+    assert list(ours) == list(theirs)
+    assert list(ours["state"]) == list(theirs["state"])
+    for index, state in theirs["state"].items():
+        mine = ours["state"][index]
+        assert list(mine) == list(state)
+        for key, value in state.items():
+            assert mine[key].dtype == value.dtype and mine[key].shape == value.shape, key
+            assert mine[key].device == value.device and mine[key].stride() == value.stride(), key
+            assert not mine[key].requires_grad
+    for mine, group in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+        assert set(mine) - set(group) == EXTRAS[name] and set(group) <= set(mine)
+        assert {k: mine[k] for k in group} == group
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_have_the_memory_format_of_the_parameter(name):
+    params = [
+        torch.nn.Parameter(torch.randn(2, 8, 3, 3).contiguous(memory_format=torch.channels_last)),
+        torch.nn.Parameter(torch.randn(5, 9).t()),
+    ]
+    optimizer = CLASSES[name][0](params, **OPTIONS[name])
+    steps(optimizer, params, [0])
+    for p in params:
+        for key, value in optimizer.state[p].items():
+            assert key == "step" or value.stride() == p.stride(), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_step_counts_follow_the_default_dtype_as_torchs(name):
+    torch.set_default_dtype(torch.float64)
+    try:
+        twins = Twins(name, extras={"noise": 1e-300})
+        twins.set_gradients()
+        twins.edit(lambda o, _: o.step())
+        for p, q in zip(twins.ours.params, twins.torchs.params, strict=True):
+            theirs = twins.torchs.optimizer.state[q].get("step")
+            if theirs is not None:
+                assert twins.ours.optimizer.state[p]["step"].dtype == theirs.dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# Files and copies -----------------------------------------------------------------------------------------------------
+
+
+def through_a_file(saved):
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("extras", [{}, {"l1": 0.01, "noise": 0.1, "seed": 2**64 - 1}], ids=["torch's", "with extras"])
+def test_saved_and_loaded_the_run_goes_on_bit_for_bit(name, extras):
+    params = start(torch.float32)
+    optimizer = CLASSES[name][0](params, **OPTIONS[name], **extras)
+    steps(optimizer, params, range(4))
+    saved = through_a_file({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()})
+    moved = twin_of(saved["params"])
+    resumed = CLASSES[name][0](moved)
+    resumed.load_state_dict(saved["optimizer"])
+    steps(optimizer, params, range(4, 8))
+    steps(resumed, moved, range(4, 8))
+    one, other = snapshot(optimizer), snapshot(resumed)
+    assert_same_bits({**one, "members": []}, {**other, "members": []})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stepped", [0, 3])
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
+def test_copies_of_the_whole_optimizer_go_on_alike(name, stepped, how):
+    params = start(torch.float32)
+    optimizer = CLASSES[name][0](params, **OPTIONS[name], l1=0.01, noise=0.1)
+    steps(optimizer, params, range(stepped))
+    if how == "pickle":
+        other, copied = pickle.loads(pickle.dumps((optimizer, params)))
+    elif how == "deepcopy":
+        other, copied = copy.deepcopy((optimizer, params))
+    else:
+        file = io.BytesIO()
+        torch.save((optimizer, params), file)
+        file.seek(0)
+        other, copied = torch.load(file, weights_only=False)
+    assert type(other) is type(optimizer) and repr(other) == repr(optimizer)
+    assert all(a is b for a, b in zip(other.param_groups[0]["params"], copied, strict=True))
+    before = snapshot(optimizer)
+    steps(other, copied, range(5, 8))
+    assert_same_bits(before, snapshot(optimizer))  # the copy's steps leave the first alone
+    steps(optimizer, params, range(5, 8))
+    one, two = snapshot(optimizer), snapshot(other)
+    assert_same_bits({**one, "members": []}, {**two, "members": []})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pickle_of_torchs_optimizer_state_goes_into_ours(name):
+    """__setstate__ with what torch's own instance pickles: made by hand, as tools that convert checkpoints do."""
+    params = start()
+    torchs = CLASSES[name][1](params, **OPTIONS[name])
+    steps(torchs, params, range(3))
+    state = copy.deepcopy(torchs.__getstate__())
+    ours = CLASSES[name][0].__new__(CLASSES[name][0])
+    ours.__setstate__(state)
+    moved = ours.param_groups[0]["params"]
+    steps(ours, moved, range(3, 6))
+    steps(torchs, params, range(3, 6))
+    assert_same_outcome((ours, moved), (torchs, params))
+
+
+# Loading carefully ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("source", [0, 1], ids=["from ours", "from torch"])
+def test_loading_does_not_alias(name, source):
+    params = start()
+    a = CLASSES[name][source](params, **OPTIONS[name])
+    steps(a, params, range(3))
+    moved = twin_of(params)
+    b = CLASSES[name][0](moved, **OPTIONS[name])
+    b.load_state_dict(a.state_dict())
+    before = snapshot(a)
+    steps(b, moved, range(3, 6))
+    assert_same_bits(before, snapshot(a))
+    b.param_groups[0]["lr"] = 77.0
+    assert a.param_groups[0]["lr"] == OPTIONS[name]["lr"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loading_leaves_the_state_dict_as_it_was(name):
+    twins = Twins(name)
+    twins.step(3)
+    saved = twins.torchs.optimizer.state_dict()
+    kept = copy.deepcopy(saved)
+    twins.ours.optimizer.load_state_dict(saved)
+    twins.ours.optimizer.step()
+    assert saved["param_groups"] == kept["param_groups"] and list(saved["state"]) == list(kept["state"])
+    for index, state in kept["state"].items():
+        assert list(saved["state"][index]) == list(state)
+        assert all(torch.equal(saved["state"][index][k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_state_of_the_wrong_shape_changes_nothing(name, named):
+    def make(shapes, lr):
+        params = start(shapes=shapes)
+        listed = [(f"layer{i}.weight", p) for i, p in enumerate(params)] if named else params
+        return CLASSES[name][0](listed, **{**OPTIONS[name], "lr": lr}), params
+
+    other, others = make([(3,), (4, 5)], 0.5)
+    steps(other, others, range(2))
+    optimizer, params = make([(3,), (5, 4)], 0.125)
+    steps(optimizer, params, range(2))
+    before, groups, state = snapshot(optimizer), optimizer.param_groups, optimizer.state
+    kind, text = error_of(lambda: optimizer.load_state_dict(other.state_dict()))
+    assert kind is ValueError and "(4, 5)" in text and "(5, 4)" in text
+    assert ("layer1.weight" if named else "parameter 1 of group 0") in text
+    assert ("momentum_buffer" if name == "SGD" else "exp_avg") in text
+    assert_same_bits(before, snapshot(optimizer))
+    assert optimizer.param_groups is groups and optimizer.state is state
+    steps(optimizer, params, [3])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_number_of_groups_or_parameters_is_torchs_error_and_changes_nothing(name):
+    ours, torchs = CLASSES[name]
+    for groups in ([1, 1], [1], [3], [2, 1]):
+        params = iter(start(shapes=[(3,)] * 3))
+        other = torchs([{"params": [next(params) for _ in range(n)]} for n in groups], **OPTIONS[name])
+        mine, theirs = (cls(start(shapes=[(3,)] * 2), **OPTIONS[name]) for cls in (ours, torchs))
+        before = snapshot(mine)
+        assert error_of(lambda o=mine, s=other: o.load_state_dict(s.state_dict())) == error_of(
+            lambda o=theirs, s=other: o.load_state_dict(s.state_dict())
+        )
+        assert_same_bits(before, snapshot(mine))
+
+
+def named(optimizer_class, order, options, seed=0):
+    """An optimizer over parameters with names, in this order; all names' shapes and starts are fixed."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {n: torch.nn.Parameter(torch.randn(4, 5, dtype=torch.float64, generator=generator)) for n in "abcd"}
+    params = {n: made[n] for n in order}
+    return optimizer_class(list(params.items()), **options), params
+
+
+def step_by_name(optimizer, params, seeds):
+    for seed in seeds:
+        for name, p in params.items():
+            p.grad = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(seed + ord(name)))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("source", [0, 1], ids=["from ours", "from torch"])
+def test_names_in_another_order_decide(name, source):
+    """All shapes are the same: by position the states would go to the wrong parameters without a word."""
+    first, params = named(CLASSES[name][source], "abcd", OPTIONS[name])
+    step_by_name(first, params, range(0, 300, 100))
+    second, others = named(CLASSES[name][0], "dbac", OPTIONS[name])
+    with torch.no_grad():
+        for n, p in others.items():
+            p.copy_(params[n])
+    second.load_state_dict(first.state_dict())
+    assert second.param_groups[0]["param_names"] == list("dbac")
+    assert all(a is b for a, b in zip(second.param_groups[0]["params"], others.values(), strict=True))
+    step_by_name(first, params, range(300, 600, 100))
+    step_by_name(second, others, range(300, 600, 100))
+    assert_same_outcome((second, [others[n] for n in "abcd"]), (first, [params[n] for n in "abcd"]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_differ_are_as_in_torch(name):
+    """torch goes by position and takes over the loaded names."""
+    first, params = named(CLASSES[name][1], "abc", OPTIONS[name])
+    step_by_name(first, params, [0])
+    for cls in CLASSES[name]:
+        second, others = named(cls, "abd", OPTIONS[name])
+        second.load_state_dict(first.state_dict())
+        assert second.param_groups[0]["param_names"] == list("abc")
+        unnamed = cls(list(others.values()), **OPTIONS[name])
+        unnamed.load_state_dict(first.state_dict())
+        assert unnamed.param_groups[0]["param_names"] == list("abc")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_over_two_groups(name):
+    def make(order):
+        _, params = named(CLASSES[name][0], "abcd", OPTIONS[name])
+        groups = [{"params": [(n, params[n]) for n in part], "lr": 0.1 * (i + 1)} for i, part in enumerate(order)]
+        return CLASSES[name][0](groups, **OPTIONS[name]), params
+
+    first, params = make(["ab", "cd"])
+    step_by_name(first, params, range(0, 300, 100))
+    second, others = make(["ba", "dc"])
+    with torch.no_grad():
+        for n, p in others.items():
+            p.copy_(params[n])
+    second.load_state_dict(first.state_dict())
+    for optimizer, held in ((first, params), (second, others)):
+        step_by_name(optimizer, held, range(300, 600, 100))
+    assert_same_outcome((second, list(others.values())), (first, list(params.values())))
+
+
+NEWER_KEYS = {
+    "SGD": ["foreach", "fused", "differentiable", "maximize", "nesterov"],
+    "Adam": ["foreach", "fused", "differentiable", "maximize", "capturable", "amsgrad", "decoupled_weight_decay"],
+    "AdamW": ["foreach", "fused", "differentiable", "maximize", "capturable", "amsgrad", "decoupled_weight_decay"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("number", [float, int, None], ids=["float", "int", "tensor"])
+def test_old_state_dicts(name, number):
+    twins = Twins(name, **({} if name == "SGD" else {"amsgrad": False}))
+    twins.step(4)
+    saved = twins.torchs.optimizer.state_dict()
+    for key in NEWER_KEYS[name]:
+        for group in saved["param_groups"]:
+            del group[key]
+    if number is not None:
+        for state in saved["state"].values():
+            if "step" in state:
+                state["step"] = number(state["step"])
+    twins.edit(lambda optimizer, _: optimizer.load_state_dict(copy.deepcopy(saved)))
+    ours, torchs = (side.optimizer.param_groups[0] for side in twins.sides)
+    assert {k: ours[k] for k in torchs if k != "params"} == {k: v for k, v in torchs.items() if k != "params"}
+    for p, q in zip(twins.ours.params, twins.torchs.params, strict=True):
+        for key, value in twins.torchs.optimizer.state[q].items():
+            assert twins.ours.optimizer.state[p][key].dtype == value.dtype
+    twins.step(4)
+
+
+def test_a_momentum_buffer_of_none():
+    """torch saves momentum_buffer=None for SGD without momentum in some versions, and takes it."""
+    twins = Twins("SGD")
+    twins.step(2)
+    saved = twins.torchs.optimizer.state_dict()
+    saved["state"][1] = {"momentum_buffer": None}
+    del saved["state"][2]
+    twins.edit(lambda optimizer, _: optimizer.load_state_dict(copy.deepcopy(saved)))
+    twins.step(3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("saved_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flags", [{}, {"fused": True}], ids=["default", "fused"])
+def test_state_dtypes_at_load_are_torchs(name, saved_dtype, dtype, flags):
+    params = start(saved_dtype)
+    source = CLASSES[name][1](params, **OPTIONS[name], foreach=False)
+    steps(source, params, range(2))
+    for state in source.state.values():
+        if "step" in state:
+            state["step"] = state["step"].double()
+    loaded = []
+    for cls in CLASSES[name]:
+        optimizer = cls(start(dtype), **OPTIONS[name], **flags)
+        saved = source.state_dict()
+        saved["param_groups"] = copy.deepcopy(saved["param_groups"])
+        saved["param_groups"][0].update(foreach=None, fused=flags.get("fused"))
+        optimizer.load_state_dict(saved)
+        loaded.append([optimizer.state[p] for p in optimizer.param_groups[0]["params"]])
+    for mine, theirs in zip(*loaded, strict=True):
+        assert {k: v.dtype for k, v in mine.items()} == {k: v.dtype for k, v in theirs.items()}
+        assert all(torch.equal(mine[k], v) for k, v in theirs.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_options_keep_their_values_when_torchs_state_is_loaded(name):
+    mine = {"l1": 0.25, "l1_proximal": True, "noise": 0.5, "seed": 7}
+    if name != "SGD":
+        mine["bias_correction"] = False
+    twins = Twins(name, extras=mine)
+    twins.set_gradients()
+    twins.torchs.optimizer.step()
+    twins.ours.optimizer.param_groups[0]["noise"] = 0.125  # the present value, not the constructor's
+    twins.ours.optimizer.load_state_dict(twins.torchs.optimizer.state_dict())
+    group = twins.ours.optimizer.param_groups[0]
+    assert {k: group[k] for k in mine} == {**mine, "noise": 0.125}
+    assert group["lr"] == OPTIONS[name]["lr"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_options_come_from_our_state_dict(name):
+    mine = {"l1": 0.25, "l1_proximal": True, "noise": 0.5, "seed": 7}
+    source = CLASSES[name][0](start(), **OPTIONS[name], **mine)
+    target = CLASSES[name][0](start(), **OPTIONS[name])
+    target.load_state_dict(source.state_dict())
+    assert {k: target.param_groups[0][k] for k in mine} == mine
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchs_class_loads_ours_with_every_option_set(name):
+    extras = {"l1": 0.25, "noise": 0.5, "seed": 7}
+    params = start()
+    ours = CLASSES[name][0](params, **OPTIONS[name], **extras)
+    steps(ours, params, range(3))
+    moved = twin_of(params)
+    torchs = CLASSES[name][1](moved, **OPTIONS[name])
+    torchs.load_state_dict(through_a_file(ours.state_dict()))
+    steps(torchs, moved, range(3))
+    back = CLASSES[name][0](moved, **OPTIONS[name])
+    back.load_state_dict(torchs.state_dict())  # torch's class carries keys it does not know
+    assert {k: back.param_groups[0][k] for k in extras} == extras
+    steps(back, moved, range(3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_channels_last_model_takes_a_contiguous_checkpoint(name):
+    """torch's fused step pairs the wrong elements here."""
+    shape = (4, 8, 3, 3)
+    params = start(shapes=[shape])
+    source = CLASSES[name][1](params, **OPTIONS[name], foreach=False)
+    steps(source, params, range(3))
+    moved = [torch.nn.Parameter(params[0].detach().clone().contiguous(memory_format=torch.channels_last))]
+    ours = CLASSES[name][0](moved, **OPTIONS[name])
+    ours.load_state_dict(source.state_dict())
+    steps(ours, moved, range(3, 6))
+    steps(source, params, range(3, 6))
+    assert_same_outcome((ours, moved), (source, params))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loading_into_a_stepped_optimizer_takes_effect(name):
+    params = start()
+    ours = CLASSES[name][0](params, **OPTIONS[name])
+    steps(ours, params, range(2))
+    saved, values = copy.deepcopy(ours.state_dict()), twin_of(params)
+    steps(ours, params, range(2, 6))
+    with torch.no_grad():
+        for p, v in zip(params, values, strict=True):
+            p.copy_(v)
+    ours.load_state_dict(saved)
+    again = CLASSES[name][1](values, **OPTIONS[name])
+    again.load_state_dict(saved)
+    steps(ours, params, range(2, 6))
+    steps(again, values, range(2, 6))
+    assert_same_outcome((ours, params), (again, values))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_optimizers_of_one_class_share_nothing(name):
+    """Alternating steps of two optimizers are those of each alone."""
+    pairs = [Twins(name), Twins(name, shapes=((5, 5),), lr=0.5)]
+    for _ in range(3):
+        for twins in pairs:
+            twins.step()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_that_belong_to_no_parameter_are_kept(name):
+    """torch copies state entries that it cannot assign; tools keep their own notes there."""
+    twins = Twins(name)
+    twins.step(2)
+    twins.edit(lambda o, _: o.state.__setitem__("note", {"epoch": 3}))
+    twins.edit(lambda o, _: o.load_state_dict(o.state_dict()))
+    twins.step(2)
+    assert twins.ours.optimizer.state["note"] == {"epoch": 3}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_foreign_keys_in_a_parameters_state_are_kept(name):
+    twins = Twins(name)
+    twins.step(2)
+
+    def annotate(optimizer, params):
+        optimizer.state[params[0]]["tag"] = torch.ones(3, dtype=torch.float64)
+        optimizer.state[params[1]]["tags"] = [torch.ones(2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
+
+    twins.edit(annotate)
+    twins.edit(lambda o, _: o.step())
+    twins.ours.optimizer.load_state_dict(twins.ours.optimizer.state_dict())
+    state = [twins.ours.optimizer.state[p] for p in twins.ours.params]
+    assert torch.equal(state[0]["tag"], torch.ones(3, dtype=torch.float64)) and len(state[1]["tags"]) == 2

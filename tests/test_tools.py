@@ -1,0 +1,451 @@
+"""The tools round the optimizers: explain, nonfinite_report, init_state, fuse, and torch's distributed checkpoints."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import (
+    CLASSES,
+    OPTIONS,
+    Side,
+    Twins,
+    assert_same_bits,
+    assert_same_outcome,
+    snapshot,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+
+import trainopt
+from trainopt._extension import _C
+
+NAMES = list(CLASSES)
+each_class = pytest.mark.parametrize("name", NAMES)
+
+
+def model_and(cls, **options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)).double()
+    return model, cls(model.parameters(), **options)
+
+
+def train(model, optimizer, steps, start=0):
+    for i in range(start, start + steps):
+        optimizer.zero_grad()
+        model(torch.full((3, 5), 0.3 * (i + 1), dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+
+
+# explain --------------------------------------------------------------------------------------------------------------
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+def exotic():
+    memory = torch.zeros(10)
+    sparse = torch.nn.Parameter(torch.zeros(4, 5))
+    sparse.grad = torch.ones(4, 5).to_sparse()
+    strided = torch.nn.Parameter(torch.zeros(4, 10)[:, ::2])
+    return {
+        "subclass": ([torch.nn.Parameter(torch.zeros(3).as_subclass(Mine))], "subclass"),
+        "complex": ([torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))], "float32"),
+        "meta": ([torch.nn.Parameter(torch.zeros(3, device="meta"))], "CPU"),
+        "sparse gradient": ([sparse], "sparse"),
+        "strided": ([strided], "memory"),
+        "shared": ([torch.nn.Parameter(memory[:7]), torch.nn.Parameter(memory[3:])], "shares"),
+    }
+
+
+@each_class
+@pytest.mark.parametrize("kind", exotic())
+def test_explain_tells_path_and_reason(name, kind):
+    odd, reason = exotic()[kind]
+    ordinary = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))]
+    optimizer = CLASSES[name][0]([ordinary[0], *odd, ordinary[1]])
+    for p in odd[1:] and odd:  # that memory is shared shows where it is written
+        p.grad = torch.ones_like(p)
+    found = trainopt.explain(optimizer)
+    assert [row.path for row in found] == [f"fused (cpu, {_C.cpu_variant()})", *["torch"] * len(odd), found[0].path]
+    assert all(reason in row.reason for row in found[1:-1]) and found[0].reason == found[-1].reason == ""
+    assert found[-1].parameter == "bfloat16 (2, 2) on cpu"
+    assert reason in str(found) and "fused" in str(found)
+
+
+@each_class
+def test_explain_of_differentiable_and_reference(name, monkeypatch):
+    p = torch.nn.Parameter(torch.zeros(3))
+    ours = CLASSES[name][0]
+    assert "differentiable" in trainopt.explain(ours([p], differentiable=True))[0].reason
+    optimizer = ours([p])
+    assert trainopt.explain(optimizer)[0].path.startswith("fused")
+    monkeypatch.setenv("TRAINOPT_REFERENCE", "1")
+    (row,) = trainopt.explain(ours([p]))
+    assert row.path == "torch" and "TRAINOPT_REFERENCE" in row.reason
+    monkeypatch.setenv("TRAINOPT_REFERENCE", "0")
+    assert trainopt.explain(ours([p]))[0].path.startswith("fused")
+
+
+@each_class
+def test_explain_names_the_parameters(name):
+    model = torch.nn.Linear(3, 2)
+    named = trainopt.explain(CLASSES[name][0](model.named_parameters()))
+    assert [row.name for row in named] == ["'weight'", "'bias'"]
+    unnamed = trainopt.explain(CLASSES[name][0]([{"params": [model.weight]}, {"params": [model.bias]}]))
+    assert [row.name for row in unnamed] == ["parameter 0 of group 0", "parameter 0 of group 1"]
+
+
+@each_class
+def test_explain_changes_nothing_and_takes_other_optimizers(name):
+    twins = Twins(name)
+    twins.step(2)
+    before = snapshot(twins.ours.optimizer)
+    versions = [p._version for p in twins.ours.params]
+    trainopt.explain(twins.ours.optimizer)
+    assert_same_bits(before, snapshot(twins.ours.optimizer))
+    assert [p._version for p in twins.ours.params] == versions
+    theirs = trainopt.explain(twins.torchs.optimizer)
+    assert len(theirs) == len(twins.torchs.params) and all(row.path == "torch" for row in theirs)
+    twins.step(2)
+    fresh = Twins(name)
+    trainopt.explain(fresh.ours.optimizer)
+    assert len(fresh.ours.optimizer.state) == 0
+
+
+# nonfinite_report -----------------------------------------------------------------------------------------------------
+
+
+@each_class
+@pytest.mark.parametrize("named", [False, True])
+def test_nonfinite_report(name, named):
+    torch.manual_seed(0)
+    params = {"embed": torch.nn.Parameter(torch.randn(4, 5)), "head": torch.nn.Parameter(torch.randn(3))}
+    last = torch.nn.Parameter(torch.randn(2))
+    group = list(params.items()) if named else list(params.values())
+    other = [("last", last)] if named else [last]
+    optimizer = CLASSES[name][0]([{"params": group}, {"params": other}], **OPTIONS[name])
+    for _ in range(2):
+        for p in (*params.values(), last):
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    report = optimizer.nonfinite_report()
+    assert not report and len(report) == 0 and "finite" in str(report)
+
+    nan, inf = float("nan"), float("inf")
+    params["embed"].grad[1, 2:] = nan
+    params["embed"].grad[0, 0] = -inf
+    params["embed"].grad[3, 1] = inf
+    key = "momentum_buffer" if name == "SGD" else "exp_avg"
+    optimizer.state[params["head"]][key][1] = nan
+    with torch.no_grad():
+        last[0] = inf
+    before = snapshot(optimizer)
+    report = optimizer.nonfinite_report()
+    embed, head, final = ("'embed'", "'head'", "'last'") if named else (
+        "parameter 0 of group 0", "parameter 1 of group 0", "parameter 0 of group 1"
+    )  # fmt: skip
+    found = [(r.parameter, r.group, r.tensor, r.nan, r.inf, r.numel) for r in report]
+    assert found == [(embed, 0, "gradient", 3, 2, 20), (head, 0, key, 1, 0, 3), (final, 1, "value", 0, 1, 2)]
+    assert {r.step for r in report} == {None if name == "SGD" else 2}
+    assert len(str(report).splitlines()) == 3 and "3 NaN and 2 Inf of 20" in str(report)
+    assert_same_bits(before, snapshot(optimizer))
+
+
+@each_class
+def test_nonfinite_report_of_a_step_that_brings_them(name):
+    twins = Twins(name)
+    twins.step()
+    twins.set_gradients()
+    twins.ours.params[2].grad[3, 4] = float("nan")
+    twins.ours.optimizer.step()
+    found = {(r.tensor, r.nan) for r in twins.ours.optimizer.nonfinite_report()}
+    assert ("gradient", 1) in found and ("value", 1) in found and len(found) == (3 if name == "SGD" else 5)
+
+
+def test_nonfinite_report_of_other_kinds():
+    sparse = torch.nn.Parameter(torch.zeros(4, 5))
+    sparse.grad = torch.sparse_coo_tensor([[1]], torch.full((1, 5), float("nan")), (4, 5), check_invariants=True)
+    compound = torch.nn.Parameter(torch.tensor([1 + 1j, complex(float("nan"), 0), complex(0, float("inf"))]))
+    plain = torch.nn.Parameter(torch.ones(3))
+    found = trainopt.SGD([sparse, compound, plain]).nonfinite_report()
+    assert [(r.tensor, r.nan, r.inf) for r in found] == [("gradient", 5, 0), ("value", 1, 1)]
+
+
+# init_state, dummy steps ----------------------------------------------------------------------------------------------
+
+STARTS = {
+    "SGD": [{"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}, {"lr": 0.1}],
+    "Adam": [{"lr": 0.1}, {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1}],
+    "AdamW": [{"lr": 0.1}, {"lr": 0.1, "amsgrad": True}],
+}
+STARTS = [(name, options) for name in NAMES for options in STARTS[name]]
+EXTRAS = [{}, {"noise": 0.25}]
+
+
+@pytest.mark.parametrize("name, options", STARTS, ids=str)
+@pytest.mark.parametrize("extras", EXTRAS, ids=str)
+@pytest.mark.parametrize("saved", [False, True], ids=["", "through a state dict"])
+def test_init_state(name, options, extras, saved):
+    fresh_model, fresh = model_and(CLASSES[name][0], **options, **extras)
+    model, optimizer = model_and(CLASSES[name][0], **options, **extras)
+    model[2].bias.requires_grad_(False)
+    optimizer.init_state()
+    states = [optimizer.state.get(p, {}) for p in model.parameters()]
+    model[2].bias.requires_grad_(True)
+    assert not states[-1]
+    for p, state in zip(list(model.parameters())[:-1], states, strict=False):
+        needed = {"SGD": ["momentum_buffer"] if options.get("momentum") else []}.get(
+            name, ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if options.get("amsgrad") else [])]
+        )
+        assert set(state) - {"step"} == set(needed)
+        assert all(state[k].shape == p.shape and not state[k].any() for k in needed)
+        assert float(state.get("step", 0)) == 0 and (name == "SGD" or "step" in state)
+    optimizer.init_state()
+    if saved:
+        other_model, other = model_and(CLASSES[name][0], **options, **extras)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        model, optimizer = other_model, other
+    train(model, optimizer, 4)
+    train(fresh_model, fresh, 4)
+    for p, q in zip(model.parameters(), fresh_model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+        for key, value in fresh.state[q].items():
+            torch.testing.assert_close(optimizer.state[p][key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name, options", STARTS, ids=str)
+def test_init_state_leaves_a_run_alone(name, options):
+    model, optimizer = model_and(CLASSES[name][0], **options)
+    train(model, optimizer, 2)
+    before = snapshot(optimizer)
+    optimizer.init_state()
+    after = snapshot(optimizer)
+    if name != "SGD" or options.get("momentum"):
+        assert_same_bits(before, after)
+    straight_model, straight = model_and(CLASSES[name][1], **options)
+    train(model, optimizer, 2, start=2)
+    train(straight_model, straight, 4)
+    for p, q in zip(model.parameters(), straight_model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def dummy_step(optimizer):
+    """What torch.distributed.checkpoint does to have states to load into."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.0) if isinstance(group["lr"], torch.Tensor) else 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step(closure=None)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name, options", STARTS, ids=str)
+def test_a_dummy_step_is_not_counted(name, options):
+    fresh_model, fresh = model_and(CLASSES[name][0], **options)
+    model, optimizer = model_and(CLASSES[name][0], **options)
+    before = [p.detach().clone() for p in model.parameters()]
+    dummy_step(optimizer)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(not v.any() for state in optimizer.state.values() for v in state.values())
+    train(model, optimizer, 4)
+    train(fresh_model, fresh, 4)
+    for p, q in zip(model.parameters(), fresh_model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name, options", STARTS, ids=str)
+def test_a_step_with_lr_0_in_a_run_is_torchs(name, options):
+    """In the middle of a run it counts, as with torch: nobody made it to have states."""
+    twins = Twins(name, **options)
+    twins.step(2)
+    twins.edit(lambda o, params: [setattr(p, "grad", torch.zeros_like(p)) for p in params])
+    twins.edit(lambda o, _: o.param_groups[0].update(lr=0.0))
+    twins.edit(lambda o, _: o.step())
+    twins.compare()
+    twins.edit(lambda o, _: o.param_groups[0].update(lr=0.1))
+    twins.step(2)
+
+
+# fuse -----------------------------------------------------------------------------------------------------------------
+
+
+@each_class
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("before", [0, 3])
+def test_fuse_carries_on(name, flags, before):
+    model, optimizer = model_and(CLASSES[name][1], **OPTIONS[name], **flags)
+    train(model, optimizer, before)
+    fused = trainopt.fuse(optimizer)
+    assert type(fused) is CLASSES[name][0]
+    assert fused.param_groups is optimizer.param_groups and fused.state is optimizer.state
+    train(model, fused, 3, start=before)
+    straight_model, straight = model_and(CLASSES[name][1], **OPTIONS[name])
+    train(straight_model, straight, before + 3)
+    assert_same_outcome(Side(fused, list(model.parameters())), Side(straight, list(straight_model.parameters())))
+    assert all(row.path.startswith("fused") for row in trainopt.explain(fused))
+    assert fused.state_dict()["state"].keys() == straight.state_dict()["state"].keys()
+    optimizer.param_groups[0]["lr"] = 0.0  # the same groups: what changes them through the old one arrives
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    values = [p.detach().clone() for p in model.parameters()]
+    train(model, fused, 1)
+    assert all(torch.equal(p, v) for p, v in zip(model.parameters(), values, strict=True))
+    copied = copy.deepcopy(fused)
+    assert type(copied) is CLASSES[name][0]
+    group = {"params": [torch.nn.Parameter(torch.zeros(3))]}
+    fused.add_param_group(group)
+    assert fused.param_groups[1]["l1"] == 0.0 and len(optimizer.param_groups) == 2
+
+
+@each_class
+@pytest.mark.parametrize("kind", ["CosineAnnealingLR", "OneCycleLR"])
+def test_fuse_keeps_a_scheduler_that_was_there(name, kind):
+    def scheduler_of(optimizer):
+        if kind == "OneCycleLR":
+            return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=12)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outcomes = []
+        for fusing in (True, False):
+            model, optimizer = model_and(CLASSES[name][1], **OPTIONS[name])
+            scheduler = scheduler_of(optimizer)
+            if fusing:
+                optimizer = trainopt.fuse(optimizer)
+            for i in range(6):
+                train(model, optimizer, 1, start=i)
+                scheduler.step()
+            outcomes.append((optimizer, list(model.parameters())))
+    assert outcomes[0][0].param_groups[0]["lr"] == outcomes[1][0].param_groups[0]["lr"]
+    assert_same_outcome(*outcomes)
+
+
+@each_class
+def test_fuse_keeps_hooks(name):
+    _, optimizer = model_and(CLASSES[name][1], **OPTIONS[name])
+    events = []
+    optimizer.register_step_pre_hook(lambda o, a, k: events.append(("pre", type(o))))
+    optimizer.register_step_post_hook(lambda o, a, k: events.append(("post", type(o))))
+    optimizer.register_state_dict_post_hook(lambda o, d: events.append(("saved", type(o))))
+    optimizer.register_load_state_dict_post_hook(lambda o: events.append(("loaded", type(o))))
+    fused = trainopt.fuse(optimizer)
+    ours = CLASSES[name][0]
+    fused.step()
+    fused.load_state_dict(fused.state_dict())
+    assert events == [("pre", ours), ("post", ours), ("saved", ours), ("loaded", ours)]
+
+
+@each_class
+def test_fuse_keeps_groups_names_and_their_options(name):
+    torch.manual_seed(0)
+    a, b = (torch.nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
+    outcomes = []
+    for fusing in (True, False):
+        p, q = (torch.nn.Parameter(x.detach().clone()) for x in (a, b))
+        groups = [{"params": [("a", p)], "lr": 0.5}, {"params": [("b", q)], "weight_decay": 0.25, "tag": "mine"}]
+        optimizer = CLASSES[name][1](groups, **OPTIONS[name])
+        if fusing:
+            optimizer = trainopt.fuse(optimizer)
+        for i in range(3):
+            p.grad, q.grad = torch.full_like(p, i + 1.0), torch.full_like(q, i - 1.0)
+            optimizer.step()
+        outcomes.append((optimizer, [p, q]))
+    assert_same_outcome(*outcomes)
+    assert outcomes[0][0].param_groups[1]["tag"] == "mine" and outcomes[0][0].param_groups[1]["param_names"] == ["b"]
+
+
+def test_fuse_takes_three_classes_and_its_own():
+    p = [torch.nn.Parameter(torch.zeros(2))]
+
+    class Other(torch.optim.AdamW):
+        pass
+
+    for optimizer in (torch.optim.RMSprop(p), torch.optim.NAdam(p), Other(p), torch.optim.SparseAdam(p)):
+        with pytest.raises(TypeError, match=type(optimizer).__qualname__):
+            trainopt.fuse(optimizer)
+    with pytest.raises(TypeError, match="Linear"):
+        trainopt.fuse(torch.nn.Linear(1, 1))
+    mine = trainopt.AdamW(p)
+    assert trainopt.fuse(mine) is mine
+
+
+@each_class
+def test_fuse_with_gradscaler(name):
+    outcomes = []
+    for fusing in (True, False):
+        model, optimizer = model_and(CLASSES[name][1], **OPTIONS[name], fused=fusing or None)
+        if fusing:
+            optimizer = trainopt.fuse(optimizer)
+            assert optimizer._step_supports_amp_scaling
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        for i in range(4):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.full((3, 5), 0.3 * (i + 1), dtype=torch.float64)).square().sum()).backward()
+            if i == 1:
+                model[0].bias.grad[0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+        outcomes.append((optimizer, list(model.parameters())))
+    assert_same_outcome(*outcomes)
+
+
+# Distributed checkpoints, in one process ------------------------------------------------------------------------------
+
+
+@each_class
+@pytest.mark.parametrize("source", [0, 1], ids=["from ours", "from torch"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_checkpoint_round_trip(name, source, flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, optimizer = model_and(CLASSES[name][source], **OPTIONS[name])
+    train(model, optimizer, 3)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    if flat and source == 0:
+        assert any(key.endswith(".l1") for key in saved)
+    other_model, other = model_and(CLASSES[name][0], **OPTIONS[name])
+    if source == 1:
+        # What torch's class does not know is not in its checkpoint; flattened ones are looked up by every key of ours.
+        present = get_optimizer_state_dict(other_model, other, options=options)
+        if flat:
+            saved = {**{k: v for k, v in present.items() if k.startswith("param_groups.")}, **saved}
+    set_optimizer_state_dict(other_model, other, saved, options=options)
+    other_model.load_state_dict(model.state_dict())
+    train(model, optimizer, 3, start=3)
+    train(other_model, other, 3, start=3)
+    assert_same_outcome((other, list(other_model.parameters())), (optimizer, list(model.parameters())))
+
+
+@each_class
+def test_asking_for_the_state_of_a_fresh_optimizer_counts_no_step(name):
+    """torch's own optimizer has made a step by then: its first real one comes with the second's bias correction."""
+    fresh_model, fresh = model_and(CLASSES[name][0], **OPTIONS[name])
+    model, optimizer = model_and(CLASSES[name][0], **OPTIONS[name])
+    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.state
+    train(model, optimizer, 3)
+    train(fresh_model, fresh, 3)
+    for p, q in zip(model.parameters(), fresh_model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+@each_class
+def test_model_and_optimizer_together(name):
+    model, optimizer = model_and(CLASSES[name][0], **OPTIONS[name], l1=0.01)
+    train(model, optimizer, 2)
+    weights, states = copy.deepcopy(get_state_dict(model, optimizer))
+    other_model, other = model_and(CLASSES[name][0], **OPTIONS[name])
+    set_state_dict(other_model, other, model_state_dict=weights, optim_state_dict=states)
+    assert other.param_groups[0]["l1"] == 0.01
+    train(model, optimizer, 2, start=2)
+    train(other_model, other, 2, start=2)
+    assert_same_outcome((other, list(other_model.parameters())), (optimizer, list(model.parameters())))
