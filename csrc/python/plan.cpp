@@ -6,7 +6,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
-#include <atomic>
 #include <numeric>
 
 #include "python/tensors.h"
@@ -16,9 +15,6 @@ namespace {
 
 // Elements that a thread should at least have to do: less is not worth waking it.
 constexpr int64_t kGrainElements = 48 * 1024;
-// From as many blocks on the work is shared out in pieces of so many.
-constexpr int64_t kShareBlocks = 1 << 14;
-constexpr int64_t kPieceBlocks = 1 << 7;
 // Elements from which on the interpreter is let go during the step.
 constexpr int64_t kReleaseElements = 1 << 17;
 
@@ -378,18 +374,10 @@ void Plan::execute() {
     const int64_t blocks = starts_[wide].back();
     if (elements_ < 2 * kGrainElements) {
       cpu::run_blocks(run, 0, blocks);
-    } else if (blocks < kShareBlocks) {
-      // A thread has the same blocks in every step, so that its cache does.
+    } else {
+      // Equal shares: a thread has the same blocks in every step, and so does its cache.
       const int64_t grain = std::max<int64_t>(blocks * kGrainElements / elements_, 1);
       at::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) { cpu::run_blocks(run, first, last); });
-    } else {
-      // More than caches hold: whoever is free takes the next piece, so that no core that is slow or busy is waited
-      // for.
-      std::atomic<int64_t> next{0};
-      at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-        for (int64_t first; (first = next.fetch_add(kPieceBlocks)) < blocks;)
-          cpu::run_blocks(run, first, std::min(first + kPieceBlocks, blocks));
-      });
     }
   }
 }

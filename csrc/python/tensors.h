@@ -32,7 +32,10 @@ inline bool read_view(const at::Tensor& tensor, bool writes, TensorView* out) {
     default: return false;
   }
   out->layout = nullptr;
-  out->data = writes ? impl->mutable_data() : const_cast<void*>(impl->data());
+  // TensorImpl's own accessors ask it virtually whether it has a storage; a plain tensor has.
+  c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  char* base = static_cast<char*>(writes ? storage->mutable_data() : const_cast<void*>(storage->data()));
+  out->data = base + impl->storage_offset() * static_cast<int64_t>(impl->itemsize());
   return true;
 }
 
