@@ -35,7 +35,7 @@ inline bool read_view(const at::Tensor& tensor, bool writes, TensorView* out) {
   // TensorImpl's own accessors ask it virtually whether it has a storage; a plain tensor has.
   c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   char* base = static_cast<char*>(writes ? storage->mutable_data() : const_cast<void*>(storage->data()));
-  out->data = base + impl->storage_offset() * static_cast<int64_t>(impl->itemsize());
+  out->data = base + impl->storage_offset() * size_of(out->dtype);
   return true;
 }
 
