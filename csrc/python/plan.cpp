@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 
 #include "python/tensors.h"
@@ -384,6 +385,8 @@ void Plan::execute() {
 
 pybind11::object Plan::step(pybind11::list groups, pybind11::dict state, double gradient_scale, const Indices& fresh,
                             const Indices& torchs) {
+  // Two threads in one optimizer's step race for its values, as with any in-place operation, but not for the plan.
+  if (is_running_) return Plan(rule_->name).step(groups, state, gradient_scale, fresh, torchs);
   Indices missing, rest;
   walk(groups.ptr(), state.ptr(), gradient_scale != 1, fresh, torchs, &missing, &rest);
   if (!missing.empty() || !rest.empty()) return pybind11::make_tuple(missing, rest);
@@ -399,6 +402,9 @@ pybind11::object Plan::step(pybind11::list groups, pybind11::dict state, double 
   for (const auto* tensors : {&written_tensors_, &read_tensors_})
     for (const c10::TensorImpl* tensor : *tensors) kept.push_back(tensor->storage());
   {
+    is_running_ = true;
+    const auto done = [this](void*) { is_running_ = false; };
+    const std::unique_ptr<void, decltype(done)> running(this, done);
     pybind11::gil_scoped_release release;
     execute();
   }

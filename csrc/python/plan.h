@@ -77,6 +77,7 @@ class Plan {
   std::vector<Span> written_, written_before_;  // memory
   Indices sharing_;                             // parameters whose memory another one writes too
   int64_t elements_ = 0;
+  bool is_running_ = false;  // with the interpreter let go
 
   void walk(PyObject* groups, PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs,
             Indices* missing, Indices* rest);
