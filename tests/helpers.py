@@ -3,11 +3,15 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 import trainopt
 
-CLASSES = {name: (getattr(trainopt, name), getattr(torch.optim, name)) for name in ("SGD", "Adam", "AdamW")}
+NAMES = ("SGD", "Adam", "AdamW")
+CLASSES = {name: (getattr(trainopt, name), getattr(torch.optim, name)) for name in NAMES}
+
+each_class = pytest.mark.parametrize("name", NAMES)
 
 #: Options that give every class all of its states, and that leave nothing at zero.
 OPTIONS = {
@@ -126,3 +130,17 @@ def error_of(action: Callable[[], Any]) -> tuple[type, str]:
     except Exception as error:
         return type(error), str(error)
     raise AssertionError("nothing was raised")
+
+
+def attempt(action):
+    try:
+        action()
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+def one(cls, **options):
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    return cls([p], lr=0.125, **options), p

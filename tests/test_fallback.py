@@ -6,14 +6,23 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import CLASSES, OPTIONS, Twins, assert_equal, assert_same_bits, assert_same_outcome, error_of, snapshot
+from helpers import (
+    CLASSES,
+    NAMES,
+    OPTIONS,
+    Twins,
+    assert_equal,
+    assert_same_bits,
+    assert_same_outcome,
+    attempt,
+    each_class,
+    error_of,
+    snapshot,
+)
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainopt
-
-NAMES = list(CLASSES)
-each_class = pytest.mark.parametrize("name", NAMES)
 
 
 def paths(optimizer):
@@ -223,14 +232,6 @@ def test_gradients_flow_to_a_learning_rate(name):
     assert found[0][0] == found[1][0]
     if found[1][1] is not None:
         assert_equal(found[0][1], found[1][1])
-
-
-def attempt(action):
-    try:
-        action()
-    except Exception as error:
-        return type(error), str(error)
-    return None
 
 
 # Subclasses, modes, devices -------------------------------------------------------------------------------------------

@@ -6,9 +6,8 @@ import pickle
 
 import pytest
 import torch
-from helpers import CLASSES, OPTIONS, SHAPES, Twins, assert_same_bits, assert_same_outcome, error_of, snapshot
+from helpers import CLASSES, NAMES, OPTIONS, SHAPES, Twins, assert_same_bits, assert_same_outcome, error_of, snapshot
 
-NAMES = list(CLASSES)
 EXTRAS = {
     "SGD": {"l1", "l1_proximal", "noise", "seed"},
     "Adam": {"l1", "l1_proximal", "noise", "seed", "bias_correction"},

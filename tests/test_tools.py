@@ -7,11 +7,13 @@ import pytest
 import torch
 from helpers import (
     CLASSES,
+    NAMES,
     OPTIONS,
     Side,
     Twins,
     assert_same_bits,
     assert_same_outcome,
+    each_class,
     snapshot,
 )
 from torch.distributed.checkpoint.state_dict import (
@@ -24,9 +26,6 @@ from torch.distributed.checkpoint.state_dict import (
 
 import trainopt
 from trainopt._extension import _C
-
-NAMES = list(CLASSES)
-each_class = pytest.mark.parametrize("name", NAMES)
 
 
 def model_and(cls, **options):
