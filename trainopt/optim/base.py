@@ -89,23 +89,27 @@ class Fused(torch.optim.Optimizer):
             self._finish(unfinished, scale)
         return loss
 
-    def _finish(self, unfinished: tuple[list[int], list[int]], scale: float) -> None:
+    def _finish(self, unfinished: tuple[list[int], list[int]] | None, scale: float) -> None:
         """A step in which states are still to be made, or that torch has a part in."""
-        missing, rest = unfinished
-        if missing:
-            if self._is_dummy_step():
-                self.init_state()
-                return
-            params = list(self._enumerate())
+        if unfinished and unfinished[0] and self._is_dummy_step():
+            self.init_state()
+            return
+        params = list(self._enumerate())
+        fresh: set[int] = set()
+        torchs: set[int] = set()
+        while unfinished is not None:
+            missing, rest = unfinished
+            # torch first: if it refuses a gradient, nothing has been made or changed for the others.
+            self._step_by_torch(rest, scale)
             for index in missing:
-                _, group, param = params[index]
-                self._start(param, group)
-            unfinished = self._plan.step(self.param_groups, self.state, scale, missing)
-            if unfinished is None:
-                return
-            _, rest = unfinished
-        self._step_by_torch(rest, scale)
-        self._plan.step(self.param_groups, self.state, scale, missing, rest)
+                if index in fresh:
+                    raise RuntimeError(
+                        f"the state of {self._names()[index]} cannot be made: {self.state[params[index][2]]}"
+                    )
+                self._start(params[index][2], params[index][1])
+            fresh.update(missing)
+            torchs.update(rest)
+            unfinished = self._plan.step(self.param_groups, self.state, scale, sorted(fresh), sorted(torchs))
 
     def _step_by_torch(self, indices: Sequence[int] | None, scale: float) -> None:
         reference.step(self, list(self._enumerate()), indices, scale)
