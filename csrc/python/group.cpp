@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <map>
 #include <string>
 
 namespace trainopt::python {
@@ -12,11 +13,36 @@ namespace {
 
 double number(PyObject* value) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  if (value == Py_None) return 0;
-  if (THPVariable_Check(value)) return THPVariable_Unpack(value).item().toDouble();
+  if (value == Py_None || value == Py_False) return 0;
+  if (value == Py_True) return 1;
+  if (!PyLong_CheckExact(value) && THPVariable_Check(value)) return THPVariable_Unpack(value).item().toDouble();
   const double result = PyFloat_AsDouble(value);
   if (result == -1 && PyErr_Occurred()) raise_python_error();
   return result;
+}
+
+// A key of the group's dict; it lives as long as the interpreter.
+PyObject* key(const std::string& name) {
+  PyObject* interned = PyUnicode_InternFromString(name.c_str());
+  if (interned == nullptr) raise_python_error();
+  return interned;
+}
+
+// Where a rule's option is read: "betas.1" is element 1 of the group's "betas".
+struct OptionKey {
+  PyObject* name;
+  int element;  // -1: the value itself
+};
+
+const std::vector<OptionKey>& keys_of(const cpu::Rule& rule) {
+  static std::map<const cpu::Rule*, std::vector<OptionKey>> keys;
+  std::vector<OptionKey>& found = keys[&rule];
+  for (int i = static_cast<int>(found.size()); i < rule.option_count; ++i) {
+    const std::string name = rule.options[i];
+    const size_t dot = name.find('.');
+    found.push_back({key(name.substr(0, dot)), dot == std::string::npos ? -1 : name[dot + 1] - '0'});
+  }
+  return found;
 }
 
 // Reads values from a group's dict, and remembers which.
@@ -24,34 +50,34 @@ class Reader {
  public:
   explicit Reader(PyObject* dict) : dict_(dict) {}
 
-  PyObject* find(const char* key) {
-    PyObject* value = PyDict_GetItemWithError(dict_, pybind11::str(key).ptr());
+  PyObject* find(PyObject* key) {
+    PyObject* value = PyDict_GetItemWithError(dict_, key);
     if (value == nullptr && PyErr_Occurred()) raise_python_error();
     values_.push_back(value);
     return value;
   }
 
-  PyObject* require(const char* key) {
+  PyObject* require(PyObject* key) {
     PyObject* value = find(key);
-    if (value == nullptr) throw pybind11::key_error(key);
+    if (value == nullptr) {
+      PyErr_SetObject(PyExc_KeyError, key);
+      raise_python_error();
+    }
     return value;
   }
 
-  double option(const char* key) { return number(require(key)); }
-
   // For trainopt's own options, which a group that torch made does not have.
-  double option(const char* key, double otherwise) {
+  double option(PyObject* key, double otherwise) {
     PyObject* value = find(key);
     return value == nullptr ? otherwise : number(value);
   }
 
-  // "betas.1" is element 1 of the group's "betas".
-  double rule_option(const char* name) {
-    const std::string full(name);
-    const size_t dot = full.find('.');
-    if (dot == std::string::npos) return full == "bias_correction" ? option(name, 1) : option(name);
-    PyObject* pair = require(full.substr(0, dot).c_str());
-    const auto item = pybind11::reinterpret_steal<pybind11::object>(PySequence_GetItem(pair, full[dot + 1] - '0'));
+  double option(const OptionKey& key) {
+    static PyObject* const kBiasCorrection = trainopt::python::key("bias_correction");
+    if (key.name == kBiasCorrection) return option(key.name, 1);
+    PyObject* value = require(key.name);
+    if (key.element < 0) return number(value);
+    const auto item = pybind11::reinterpret_steal<pybind11::object>(PySequence_GetItem(value, key.element));
     if (!item) raise_python_error();
     return number(item.ptr());
   }
@@ -74,13 +100,13 @@ bool is_immutable(PyObject* value) {
 }
 
 template <class S>
-void fill(cpu::Stages<S>& stages, const Group& group, const Moment& now, Decay decay, double gradient_scale) {
+void fill(cpu::Stages<S>& stages, const GroupValues& group, const Moment& now, Decay decay, double gradient_scale) {
   const bool coupled = decay == Decay::kGradient;
   stages.scaled = stages.write_gradient = gradient_scale != 1;
-  stages.negate = group.maximize;
+  stages.negate = group.maximize != 0;
   stages.decay_gradient = group.weight_decay != 0 && coupled;
-  stages.l1_gradient = group.l1 != 0 && !group.l1_proximal;
-  stages.l1_proximal = group.l1 != 0 && group.l1_proximal;
+  stages.l1_gradient = group.l1 != 0 && group.l1_proximal == 0;
+  stages.l1_proximal = group.l1 != 0 && group.l1_proximal != 0;
   stages.noisy = group.noise != 0;
   stages.gradient_scale = static_cast<S>(gradient_scale);
   stages.weight_decay = static_cast<S>(group.weight_decay);
@@ -96,49 +122,63 @@ void fill(cpu::Stages<S>& stages, const Group& group, const Moment& now, Decay d
 bool Group::unchanged(PyObject* dict) const {
   if (!immutable_ || PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(items_.size())) return false;
   Py_ssize_t position = 0;
-  PyObject *key, *value;
+  PyObject *name, *value;
   for (const Item& item : items_)
-    if (!PyDict_Next(dict, &position, &key, &value) || key != item.key || value != item.value) return false;
+    if (!PyDict_Next(dict, &position, &name, &value) || name != item.key || value != item.value) return false;
   return true;
 }
 
 void Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   if (unchanged(dict)) return;
   immutable_ = false;  // until all is read: a value may raise
+  static const struct {
+    PyObject* lr = key("lr");
+    PyObject* weight_decay = key("weight_decay");
+    PyObject* maximize = key("maximize");
+    PyObject* differentiable = key("differentiable");
+    PyObject* l1 = key("l1");
+    PyObject* l1_proximal = key("l1_proximal");
+    PyObject* noise = key("noise");
+    PyObject* seed = key("seed");
+    PyObject* params = key("params");
+  } keys;
   Reader reader(dict);
-  for (int i = 0; i < rule.option_count; ++i) options[i] = reader.rule_option(rule.options[i]);
+  const std::vector<OptionKey>& rule_keys = keys_of(rule);
+  for (int i = 0; i < rule.option_count; ++i) options[i] = reader.option(rule_keys[i]);
   states_needed = rule.states_needed(options);
-  PyObject* lr_value = reader.require("lr");
+  PyObject* lr_value = reader.require(keys.lr);
   lr = number(lr_value);
-  single_lr = THPVariable_Check(lr_value) && THPVariable_Unpack(lr_value).scalar_type() == at::kFloat;
-  weight_decay = reader.option("weight_decay");
-  maximize = reader.option("maximize") != 0;
-  differentiable = reader.option("differentiable") != 0;
-  l1 = reader.option("l1", 0);
-  l1_proximal = reader.option("l1_proximal", 0) != 0;
-  noise = reader.option("noise", 0);
-  PyObject* seed_value = reader.find("seed");
+  single_lr = !PyFloat_CheckExact(lr_value) && THPVariable_Check(lr_value) &&
+              THPVariable_Unpack(lr_value).scalar_type() == at::kFloat;
+  weight_decay = number(reader.require(keys.weight_decay));
+  maximize = number(reader.require(keys.maximize)) != 0;
+  differentiable = number(reader.require(keys.differentiable)) != 0;
+  l1 = reader.option(keys.l1, 0);
+  l1_proximal = reader.option(keys.l1_proximal, 0) != 0;
+  noise = reader.option(keys.noise, 0);
+  PyObject* seed_value = reader.find(keys.seed);
   seed = seed_value == nullptr ? 0 : PyLong_AsUnsignedLongLongMask(seed_value);
   if (PyErr_Occurred()) raise_python_error();
 
   items_.clear();
   bool immutable = true;
   Py_ssize_t position = 0;
-  PyObject *key, *value;
-  while (PyDict_Next(dict, &position, &key, &value)) {
+  PyObject *name, *value;
+  while (PyDict_Next(dict, &position, &name, &value)) {
     const bool matters = reader.has_read(value);
     immutable = immutable && (!matters || is_immutable(value));
-    items_.push_back({key, value, pybind11::reinterpret_borrow<pybind11::object>(matters ? value : Py_None)});
+    items_.push_back({name, value, pybind11::reinterpret_borrow<pybind11::object>(matters ? value : Py_None)});
   }
-  params = Reader(dict).require("params");
+  params = Reader(dict).require(keys.params);
   if (!PyList_Check(params) && !PyTuple_Check(params))
     throw pybind11::type_error("a parameter group's 'params' must be a list or a tuple");
   immutable_ = immutable;
 }
 
-cpu::Scalars Group::scalars(const cpu::Rule& rule, double step, bool first, bool wide, double gradient_scale) const {
+cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first, bool wide,
+                                  double gradient_scale) const {
   cpu::Scalars result;
-  const Moment now{lr, single_lr, step, first};
+  const Moment now{lr, single_lr != 0, step, first};
   if (wide) {
     fill(result.stages64, *this, now, rule.decay(options), gradient_scale);
   } else {

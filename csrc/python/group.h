@@ -3,27 +3,33 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <vector>
 
 #include "cpu/engine.h"
 
 namespace trainopt::python {
 
-class Group {
+// What a group says. All fields are eight bytes wide, so that two groups can be compared as they lie in memory.
+struct GroupValues {
+  double options[kMaxOptions] = {};
+  double lr = 0, single_lr = 0;  // single_lr: the learning rate is a float32 tensor
+  double weight_decay = 0, l1 = 0, noise = 0;
+  double maximize = 0, l1_proximal = 0, differentiable = 0;  // truth values
+  uint64_t seed = 0;
+  int64_t states_needed = 0;
+
+  bool operator==(const GroupValues& other) const { return std::memcmp(this, &other, sizeof other) == 0; }
+  cpu::Scalars scalars(const cpu::Rule& rule, double step, bool first, bool wide, double gradient_scale) const;
+};
+
+class Group : public GroupValues {
  public:
   // Reads `dict` again if anything in it changed since the last call: two walks over the same immutable objects, in
   // the same order, mean the same values. KeyError for a missing option of torch's.
   void refresh(PyObject* dict, const cpu::Rule& rule);
 
   PyObject* params = nullptr;  // the list or tuple itself, borrowed
-  double options[kMaxOptions] = {};
-  int states_needed = 0;
-  bool single_lr = false;  // the learning rate is a float32 tensor
-  double lr = 0, weight_decay = 0, l1 = 0, noise = 0;
-  uint64_t seed = 0;
-  bool maximize = false, l1_proximal = false, differentiable = false;
-
-  cpu::Scalars scalars(const cpu::Rule& rule, double step, bool first, bool wide, double gradient_scale) const;
 
  private:
   struct Item {

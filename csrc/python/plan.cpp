@@ -130,7 +130,7 @@ Plan::Plan(const std::string& rule) : rule_(cpu::find_rule(rule.c_str())) {
 __attribute__((flatten)) Path Plan::look(const Group& group, PyObject* object, PyObject* param_state,
                                          bool writes_gradient, cpu::Task* task, Entry* entry, bool* missing) {
   if (!THPVariable_CheckExact(object)) return Path::kSubclass;
-  if (group.differentiable) return Path::kDifferentiable;
+  if (group.differentiable != 0) return Path::kDifferentiable;
   const at::Tensor& param = THPVariable_Unpack(object);
   if (!is_plain_cpu(param)) return Path::kDevice;
   if (!read_view(param, true, &task->param)) return Path::kDtype;
@@ -346,6 +346,7 @@ void Plan::commit(double gradient_scale) {
     if (!tensor->is_inference()) tensor->bump_version();
   scalars_.clear();
   for (std::vector<size_t>& indices : task_scalars_) indices.clear();
+  const auto same_values = [&](int32_t a, int32_t b) { return a == b || groups_[a] == groups_[b]; };
   const Entry* last = nullptr;
   double last_step = 0;
   for (Entry& entry : entries_) {
@@ -355,7 +356,7 @@ void Plan::commit(double gradient_scale) {
           entry.steps_are_double ? (*static_cast<double*>(entry.steps) += 1) : (*static_cast<float*>(entry.steps) += 1);
     if (entry.task < 0) continue;
     entry.first = entry.first || step == 1;
-    if (last == nullptr || last->group != entry.group || last_step != step || last->first != entry.first ||
+    if (last == nullptr || !same_values(last->group, entry.group) || last_step != step || last->first != entry.first ||
         last->wide != entry.wide) {
       scalars_.push_back(groups_[entry.group].scalars(*rule_, step, entry.first, entry.wide, gradient_scale));
       last = &entry;
