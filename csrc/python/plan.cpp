@@ -127,8 +127,8 @@ Plan::Plan(const std::string& rule) : rule_(cpu::find_rule(rule.c_str())) {
 
 // What the engine would do with one parameter. For Path::kFused it fills the task and the entry; `missing` says that
 // states must be made first.
-__attribute__((flatten)) Path Plan::look(const Group& group, PyObject* object, PyObject* param_state,
-                                         bool writes_gradient, cpu::Task* task, Entry* entry, bool* missing) {
+Path Plan::look(const Group& group, PyObject* object, PyObject* param_state, bool writes_gradient, cpu::Task* task,
+                Entry* entry, bool* missing) {
   if (!THPVariable_CheckExact(object)) return Path::kSubclass;
   if (group.differentiable != 0) return Path::kDifferentiable;
   const at::Tensor& param = THPVariable_Unpack(object);
@@ -247,7 +247,6 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
                 Indices* missing, Indices* rest) {
   const bool mode = c10::impl::TorchDispatchModeTLS::any_modes_set();
   entries_.clear();
-  written_.clear();
   written_tensors_.clear();
   read_tensors_.clear();
   layouts_.clear();
@@ -259,6 +258,7 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
   groups_.resize(PyList_GET_SIZE(groups));
   StateCursor cursor(state);
   uint32_t tensor = 0;
+  size_t spans = 0;
   for (size_t g = 0; g < groups_.size(); ++g) {
     PyObject* dict = PyList_GET_ITEM(groups, g);
     if (!PyDict_Check(dict)) throw pybind11::type_error("a parameter group must be a dict");
@@ -281,10 +281,13 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
       const Path path =
           mode ? Path::kMode : look(group, object, param_state, writes_gradient, &task, &entry, &is_missing);
       const auto writes = [&](const TensorView& view) {
-        Span& span = written_.emplace_back();
-        span.begin = static_cast<const char*>(view.data);
-        span.end = end_of(view, task.numel);
-        span.tensor = tensor;
+        const char* begin = static_cast<const char*>(view.data);
+        const char* end = end_of(view, task.numel);
+        if (spans == written_.size()) written_.push_back({});
+        Span& span = written_[spans++];
+        if (span.begin == begin && span.end == end && span.tensor == tensor) return;
+        span = {begin, end, tensor};
+        sharing_is_known_ = false;
       };
       if (path != Path::kFused || is_missing) {
         if (path == Path::kFused) writes(task.param);
@@ -310,7 +313,11 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
       starts_[wide].push_back(starts_[wide].back() + cpu::blocks_of(task.numel));
     }
   }
-  find_sharing();
+  if (!sharing_is_known_ || spans != written_.size()) {
+    written_.resize(spans);
+    find_sharing();
+    sharing_is_known_ = true;
+  }
   if (sharing_.empty()) return;
   for (const int64_t index : sharing_)
     if (!holds(torchs, index)) rest->push_back(index);
@@ -322,19 +329,15 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
 // Parameters that are written in the same place must be stepped one after the other, which is torch's way, not the
 // engine's. The check sorts all written memory, so it is made only when that has moved since the last step.
 void Plan::find_sharing() {
-  const auto same = [](const Span& a, const Span& b) {
-    return a.begin == b.begin && a.end == b.end && a.tensor == b.tensor;
-  };
-  if (std::equal(written_.begin(), written_.end(), written_before_.begin(), written_before_.end(), same)) return;
-  written_before_ = written_;
   sharing_.clear();
-  std::sort(written_.begin(), written_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  for (size_t i = 1, furthest = 0; i < written_.size(); ++i) {
-    if (written_[i].begin < written_[furthest].end && written_[i].begin != written_[i].end) {
-      sharing_.push_back(written_[i].tensor);
-      sharing_.push_back(written_[furthest].tensor);
+  std::vector<Span> sorted = written_;
+  std::sort(sorted.begin(), sorted.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  for (size_t i = 1, furthest = 0; i < sorted.size(); ++i) {
+    if (sorted[i].begin < sorted[furthest].end && sorted[i].begin != sorted[i].end) {
+      sharing_.push_back(sorted[i].tensor);
+      sharing_.push_back(sorted[furthest].tensor);
     }
-    if (written_[i].end > written_[furthest].end) furthest = i;
+    if (sorted[i].end > sorted[furthest].end) furthest = i;
   }
   std::sort(sharing_.begin(), sharing_.end());
   sharing_.erase(std::unique(sharing_.begin(), sharing_.end()), sharing_.end());

@@ -74,8 +74,9 @@ class Plan {
   std::vector<cpu::Scalars> scalars_;
   std::deque<Layout> layouts_;
   std::vector<c10::TensorImpl*> written_tensors_, read_tensors_;
-  std::vector<Span> written_, written_before_;  // memory
-  Indices sharing_;                             // parameters whose memory another one writes too
+  std::vector<Span> written_;  // the memory of this step, over that of the last
+  bool sharing_is_known_ = false;
+  Indices sharing_;  // parameters whose memory another one writes too
   int64_t elements_ = 0;
   bool is_running_ = false;  // with the interpreter let go
 
