@@ -506,3 +506,20 @@ def test_foreign_keys_in_a_parameters_state_are_kept(name):
     twins.ours.optimizer.load_state_dict(twins.ours.optimizer.state_dict())
     state = [twins.ours.optimizer.state[p] for p in twins.ours.params]
     assert torch.equal(state[0]["tag"], torch.ones(3, dtype=torch.float64)) and len(state[1]["tags"]) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loading_leaves_the_given_dict_as_it_was(name):
+    """Also what belongs to no parameter, which torch keeps as it is given."""
+    twins = Twins(name)
+    twins.step(2)
+    given = twins.ours.optimizer.state_dict()
+    stray = {"note": torch.ones(3)}
+    given["state"]["elsewhere"] = stray
+    kept = {key: dict(value) for key, value in given["state"].items()}
+    fresh = Twins(name).ours.optimizer
+    fresh.load_state_dict(given)
+    assert given["state"]["elsewhere"] is stray
+    for key, values in kept.items():
+        assert all(given["state"][key][k] is v for k, v in values.items())
+    assert fresh.state["elsewhere"]["note"] is not stray["note"]

@@ -107,13 +107,5 @@ TRAINOPT_FUNCTION void store_tile(const TensorView& view, int64_t begin, int cou
   }
 }
 
-// Asks for the tile that follows, so that memory works while this one is computed.
-TRAINOPT_FUNCTION void prefetch_tile(const TensorView& view, int64_t begin, int64_t numel) {
-  if (view.layout != nullptr || begin >= numel) return;
-  const int64_t width = size_of(view.dtype);
-  const char* from = static_cast<const char*>(view.data) + begin * width;
-  for (int64_t line = 0; line < kBlock * width; line += 64) __builtin_prefetch(from + line, 1);
-}
-
 }  // namespace
 }  // namespace trainopt::cpu

@@ -82,13 +82,13 @@ const char* end_of(const TensorView& view, int64_t numel) {
 }
 
 // Whether a gradient's memory, which may have gaps or repeat itself, is clear of a dense view's.
-bool is_clear_of(const at::Tensor& gradient, const TensorView& view, int64_t numel) {
-  const c10::TensorImpl* impl = gradient.unsafeGetTensorImpl();
-  const char* begin = static_cast<const char*>(impl->data());
-  const char* end = begin + impl->numel() * impl->itemsize();
+bool is_clear_of(const at::Tensor& gradient, const TensorView& gradient_view, const TensorView& view, int64_t numel) {
+  const char* begin = static_cast<const char*>(gradient_view.data);
+  const char* end = end_of(gradient_view, numel);
   if (!is_dense(gradient)) {
-    begin = static_cast<const char*>(impl->storage().data());
-    end = begin + impl->storage().nbytes();
+    const c10::Storage& storage = gradient.unsafeGetTensorImpl()->unsafe_storage();
+    begin = static_cast<const char*>(storage.data());
+    end = begin + storage.nbytes();
   }
   return end <= static_cast<const char*>(view.data) || end_of(view, numel) <= begin;
 }
@@ -186,9 +186,9 @@ Path Plan::look(const Group& group, PyObject* object, PyObject* param_state, boo
     }
   }
   if (gradient.defined()) {
-    bool clear = is_clear_of(gradient, task->param, task->numel);
+    bool clear = is_clear_of(gradient, task->gradient, task->param, task->numel);
     for (int s = 0; s < kMaxStates; ++s)
-      if (states[s] != nullptr) clear = clear && is_clear_of(gradient, task->state[s], task->numel);
+      if (states[s] != nullptr) clear = clear && is_clear_of(gradient, task->gradient, task->state[s], task->numel);
     if (!clear) return Path::kMemory;
   }
   *missing = found != group.states_needed || (needs_steps && entry->steps == nullptr);

@@ -193,13 +193,15 @@ class Fused(torch.optim.Optimizer):
         # torch's load_state_dict ends here too, without "defaults".
         if "defaults" not in state:
             self._check_shapes(state)
-            for param_state in state["state"].values():
+            for key, param_state in state["state"].items():
                 if isinstance(param_state, dict):
-                    own = {name: copy_of(value) for name, value in param_state.items()}
-                    param_state.clear()
-                    param_state.update(own)
+                    state["state"][key] = {name: copy_of(value) for name, value in param_state.items()}
         super().__setstate__(state)
         self._plan = None
+        self._complete_groups()
+
+    def _complete_groups(self) -> None:
+        """Gives groups that torch made, or an older trainopt, the options that they lack."""
         for group in self.param_groups:
             for name, default in self.EXTRAS.items():
                 group.setdefault(name, self.defaults.get(name, default))

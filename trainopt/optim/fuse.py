@@ -35,9 +35,7 @@ def fuse(optimizer: torch.optim.Optimizer) -> Fused:
     fused = object.__new__(cls)
     fused.__dict__.update(optimizer.__dict__)
     fused.defaults = {**cls.EXTRAS, **optimizer.defaults}
-    for group in fused.param_groups:
-        for name, default in cls.EXTRAS.items():
-            group.setdefault(name, default)
+    fused._complete_groups()
     if "step" in fused.__dict__:  # a scheduler watches whether the old one's step was called
         fused.__dict__["step"] = MethodType(_step_and_tell(optimizer), fused)
     return fused

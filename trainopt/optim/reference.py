@@ -63,12 +63,13 @@ def step(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int] 
 
 def _narrowed(chosen: Sequence[Numbered]) -> Iterator[dict[str, Any]]:
     """The groups with only these parameters. On the CPU torch's plain loop is the truth: its fused step is not."""
-    groups: dict[int, dict[str, Any]] = {}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for _, group, param in chosen:
         on_cpu = param.device.type == "cpu"
         flags = {"foreach": False, "fused": False, **({"capturable": False} if "capturable" in group else {})}
-        key = id(group) * 2 + on_cpu
-        groups.setdefault(key, {**group, **(flags if on_cpu else {}), "params": []})["params"].append(param)
+        groups.setdefault((id(group), on_cpu), {**group, **(flags if on_cpu else {}), "params": []})["params"].append(
+            param
+        )
     return iter(groups.values())
 
 
