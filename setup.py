@@ -40,10 +40,11 @@ KERNEL_FLAGS = [*COMMON_FLAGS, *shlex.split("-std=c++17 -O3 -ffp-contract=off -f
 if X86:
     KERNEL_FLAGS.append("-DTRAINOPT_X86")
 
-# The variants that are compiled for more than the architecture's baseline, and chosen at run time; x86-64 only.
+# The variants that are compiled for more than the architecture's baseline, and chosen at run time; x86-64 only. A
+# file's name ends in its variant.
 SIMD_FLAGS = {
-    "kernels_avx2.cpp": shlex.split("-mavx2 -mfma -mf16c"),
-    "kernels_avx512.cpp": shlex.split(
+    "avx2": shlex.split("-mavx2 -mfma -mf16c"),
+    "avx512": shlex.split(
         "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
     ),
 }
@@ -126,11 +127,15 @@ def reason_for_no_cuda() -> str:
 def sources(*folders: str) -> list[Path]:
     """The C++ files of these folders that this architecture can compile."""
     found = [source for folder in folders for source in sorted(Path(folder).glob("*.cpp"))]
-    return [source for source in found if X86 or source.name not in SIMD_FLAGS]
+    return [source for source in found if X86 or variant_of(source) not in SIMD_FLAGS]
+
+
+def variant_of(source: Path) -> str:
+    return source.stem.rpartition("_")[2]
 
 
 def kernel_flags(source: Path) -> list[str]:
-    return KERNEL_FLAGS + SIMD_FLAGS.get(source.name, [])
+    return KERNEL_FLAGS + SIMD_FLAGS.get(variant_of(source), [])
 
 
 def is_current(product: Path, record: str, inputs: Callable[[], Iterable[Path]]) -> bool:

@@ -11,6 +11,8 @@
 #include <string>
 
 #include "cpu/engine.h"
+#include "python/loss_calls.h"
+#include "python/losses.h"
 #include "python/plan.h"
 
 namespace trainopt::python {
@@ -74,6 +76,15 @@ void gaussian_(const pybind11::handle& object, uint64_t seed, uint32_t step, uin
   cpu::gaussian(static_cast<float*>(out.mutable_data_ptr()), 0, out.numel(), seed, step, tensor);
 }
 
+// Whether the fused losses take all of these tensors (or None) as they are now.
+bool take(const pybind11::args& tensors) {
+  for (const pybind11::handle& object : tensors) {
+    if (object.is_none()) continue;
+    if (!THPVariable_Check(object.ptr()) || !takes(THPVariable_Unpack(object.ptr()))) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -84,8 +95,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_variant", [](const std::string& name) { cpu::set_variant(parse_variant(name)); });
   m.def("compiler", compiler);
   m.def("is_observed", is_observed, "Whether a profiler or another observer of record_function is active.");
+  m.def("takes", take, "Whether the fused losses take all of these tensors (or None) as they are now.");
   m.def("gaussian_", gaussian_, pybind11::arg("out"), pybind11::arg("seed"), pybind11::arg("step"),
         pybind11::arg("tensor"));
+  bind_loss_calls(m);
   pybind11::class_<Plan>(m, "Plan")
       .def(pybind11::init<const std::string&>(), pybind11::arg("rule"))
       .def("step", &Plan::step, pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),

@@ -1,0 +1,245 @@
+// The inner loops of cross-entropy, row by row: for more than a few classes.
+#pragma once
+
+#include "cpu/elementary_vec.h"
+#include "cpu/losses.h"
+#include "cpu/tile.h"
+#include "losses/softmax_cross_entropy.h"
+
+namespace trainopt::cpu {
+namespace {
+
+// A row is read once, in tiles that stay in the first-level cache.
+constexpr int kRowTile = 1024;
+constexpr int padded(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+template <class S>
+constexpr S kInfinity = static_cast<S>(__builtin_inf());
+
+template <class S>
+TRAINOPT_FUNCTION S* load_row_tile(const Rows& rows, int64_t row, int64_t at, int count, S* buffer) {
+  return load_tile(TensorView{rows.data, nullptr, rows.dtype}, row * rows.stride + at, count, buffer);
+}
+
+TRAINOPT_FUNCTION bool is_ignored(const CrossEntropyTask& task, int64_t row) {
+  return task.labels != nullptr && task.labels[row] == task.ignore_index;
+}
+
+// Whether classes have a mass beside the spike.
+TRAINOPT_FUNCTION bool has_mass(const CrossEntropyTask& task) { return task.labels == nullptr || task.smoothing != 0; }
+
+// The mass that smoothing gives to each class, before weights.
+TRAINOPT_FUNCTION double spread_of(const CrossEntropyTask& task) {
+  return task.smoothing / static_cast<double>(task.classes);
+}
+
+// The mass at the label, or 0.
+TRAINOPT_FUNCTION double spike_of(const CrossEntropyTask& task, int64_t row) {
+  if (task.labels == nullptr) return 0;
+  return (1 - task.smoothing) * (task.weight == nullptr ? 1 : task.weight[task.labels[row]]);
+}
+
+// One call's rows, in tiles: what forward and backward read in the same way.
+template <class S>
+class CrossEntropyRows {
+ public:
+  explicit CrossEntropyRows(const CrossEntropyTask& task) : task_(task), spread_(spread_of(task)) {
+    if (has_mass(task) && task.labels != nullptr && task.weight == nullptr)
+      for (S& mass : mass_buffer_) mass = static_cast<S>(spread_);
+  }
+
+  // Up to kRowTile logits, capped, and `padding` up to a whole number of lanes.
+  const S* logits(int64_t row, int64_t at, int count, S padding) {
+    S* tile = load_row_tile(task_.logits, row, at, count, logits_buffer_);
+    const int end = padded(count);
+    if (end == count && task_.softcap == 0) return tile;
+    if (tile != logits_buffer_) __builtin_memcpy(logits_buffer_, tile, count * sizeof(S));
+    pad_logits(count, padding);
+    if (task_.softcap == 0) return logits_buffer_;
+    for (int i = 0; i < end; i += Vec<S>::kSize)
+      store(logits_buffer_ + i,
+            SoftmaxCrossEntropy::capped(load(logits_buffer_ + i), Vec<S>(static_cast<S>(task_.softcap))));
+    pad_logits(count, padding);
+    return logits_buffer_;
+  }
+
+  // Gives the tile that `logits` just returned another padding.
+  void pad_logits(int count, S padding) {
+    for (int i = count; i < padded(count); ++i) logits_buffer_[i] = padding;
+  }
+
+  double logit(int64_t row, int64_t at) {
+    S one;
+    const S x = *load_row_tile(task_.logits, row, at, 1, &one);
+    return task_.softcap == 0 ? x : SoftmaxCrossEntropy::capped(x, static_cast<S>(task_.softcap));
+  }
+
+  // The masses of a tile beside the spike, and zeros.
+  const S* masses(int64_t row, int64_t at, int count) {
+    if (task_.labels != nullptr && task_.weight == nullptr) {
+      // One constant for all; short tiles need their padding, and a buffer that was padded must be filled again.
+      if (padded(count) == count && filled_ == kRowTile) return mass_buffer_;
+      for (int i = 0; i < kRowTile; ++i) mass_buffer_[i] = i < count ? static_cast<S>(spread_) : S(0);
+      filled_ = count == padded(count) ? kRowTile : count;
+      return mass_buffer_;
+    }
+    if (task_.labels == nullptr) {
+      const S* target = load_row_tile(task_.probabilities, row, at, count, mass_buffer_);
+      const S keep = static_cast<S>(1 - task_.smoothing), spread = static_cast<S>(spread_);
+      for (int i = 0; i < count; ++i) mass_buffer_[i] = target[i] * keep + spread;
+      if (task_.weight != nullptr)
+        for (int i = 0; i < count; ++i) mass_buffer_[i] *= static_cast<S>(task_.weight[at + i]);
+    } else {
+      for (int i = 0; i < count; ++i) mass_buffer_[i] = static_cast<S>(spread_ * task_.weight[at + i]);
+    }
+    for (int i = count; i < padded(count); ++i) mass_buffer_[i] = S(0);
+    return mass_buffer_;
+  }
+
+  // A: all of a row's mass.
+  double total_mass(int64_t row) {
+    if (task_.labels != nullptr) return spike_of(task_, row) + spread_ * task_.total_weight;
+    LaneSums sums;
+    for_each_tile([&](int64_t at, int count) {
+      const S* mass = masses(row, at, count);
+      Lanes<S> lanes(S(0));
+      for (int i = 0; i < padded(count); i += kLanes)
+        for (int p = 0; p < Lanes<S>::kParts; ++p) lanes.part[p] = lanes.part[p] + load(mass + i + p * Vec<S>::kSize);
+      sums.add(lanes);
+    });
+    return sums.total();
+  }
+
+  template <class Use>
+  TRAINOPT_INLINE void for_each_tile(Use use) const {
+    for (int64_t at = 0; at < task_.classes; at += kRowTile)
+      use(at, static_cast<int>(task_.classes - at < kRowTile ? task_.classes - at : kRowTile));
+  }
+
+ private:
+  const CrossEntropyTask& task_;
+  const double spread_;
+  int filled_ = kRowTile;
+  S logits_buffer_[kRowTile], mass_buffer_[kRowTile];
+};
+
+// The sums over one row, relative to `shift`, the largest logit so far.
+template <class S>
+struct RowSums {
+  S largest = -kInfinity<S>;
+  double shift = 0;
+  LaneSums exponentials;
+  double mass = 0, mass_times_logit = 0;
+
+  // Logits padded with -infinity.
+  void add_logits(const S* x, int count) {
+    constexpr int kSize = Vec<S>::kSize, kParts = Lanes<S>::kParts;
+    Lanes<S> peaks(-kInfinity<S>);
+    for (int i = 0; i < count; i += kLanes)
+      for (int p = 0; p < kParts; ++p) peaks.part[p] = larger(load(x + i + p * kSize), peaks.part[p]);
+    const S peak = trainopt::cpu::largest(peaks);
+    if (peak > largest) {
+      exponentials.scale(__builtin_exp(static_cast<double>(largest) - static_cast<double>(peak)));
+      mass_times_logit -= mass * (static_cast<double>(peak) - shift);
+      largest = peak;
+      shift = static_cast<double>(peak);
+    }
+    const Vec<S> by(static_cast<S>(shift));
+    Lanes<S> lanes(S(0));
+    for (int i = 0; i < count; i += kLanes)
+      for (int p = 0; p < kParts; ++p) lanes.part[p] = lanes.part[p] + exponential(load(x + i + p * kSize) - by);
+    exponentials.add(lanes);
+  }
+
+  // The same logits, padded with anything finite, and their masses, padded with 0.
+  void add_masses(const S* x, const S* mass_tile, int count) {
+    constexpr int kSize = Vec<S>::kSize, kParts = Lanes<S>::kParts;
+    const Vec<S> by(static_cast<S>(shift));
+    Lanes<S> masses(S(0)), products(S(0));
+    for (int i = 0; i < count; i += kLanes)
+      for (int p = 0; p < kParts; ++p) {
+        const Vec<S> m = load(mass_tile + i + p * kSize);
+        masses.part[p] = masses.part[p] + m;
+        products.part[p] = products.part[p] + m * (load(x + i + p * kSize) - by);
+      }
+    LaneSums mass_sums, product_sums;
+    mass_sums.add(masses);
+    product_sums.add(products);
+    mass += mass_sums.total();
+    mass_times_logit += product_sums.total();
+  }
+};
+
+template <class S>
+void wide_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+  CrossEntropyRows<S> rows(task);
+  for (int64_t row = first_row; row < last_row; ++row) {
+    RowSums<S> sums;
+    rows.for_each_tile([&](int64_t at, int count) {
+      const S* x = rows.logits(row, at, count, -kInfinity<S>);
+      sums.add_logits(x, padded(count));
+      if (!has_mass(task)) return;
+      if (count != padded(count)) rows.pad_logits(count, S(0));
+      sums.add_masses(x, rows.masses(row, at, count), padded(count));
+    });
+    const double lse = static_cast<double>(sums.largest) + __builtin_log(sums.exponentials.total());
+    task.lse[row] = lse;
+    if (is_ignored(task, row)) {
+      task.loss[row] = 0;
+      continue;
+    }
+    double loss = has_mass(task) ? sums.mass * (lse - sums.shift) - sums.mass_times_logit : 0;
+    if (task.labels != nullptr) loss += spike_of(task, row) * (lse - rows.logit(row, task.labels[row]));
+    task.loss[row] = loss;
+  }
+}
+
+template <class S>
+void wide_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+  constexpr int kSize = Vec<S>::kSize;
+  CrossEntropyRows<S> rows(task);
+  S buffer[kRowTile];
+  const TensorView gradient{task.gradient.data, nullptr, task.gradient.dtype};
+  const Vec<S> cap(static_cast<S>(task.softcap));
+  for (int64_t row = first_row; row < last_row; ++row) {
+    const bool ignored = is_ignored(task, row);
+    const double upstream = task.scale[row], lse = task.lse[row];
+    const double spike = ignored ? 0 : upstream * spike_of(task, row);
+    const Vec<S> high(static_cast<S>(lse)), low(static_cast<S>(lse - static_cast<double>(static_cast<S>(lse))));
+    const Vec<S> share(ignored ? S(0) : static_cast<S>(upstream * rows.total_mass(row) + task.lse_scale[row]));
+    const Vec<S> mass_scale(static_cast<S>(upstream));
+    rows.for_each_tile([&](int64_t at, int count) {
+      const int64_t place = row * task.gradient.stride + at;
+      const bool whole = count == padded(count);
+      S* out = whole && is_run_of<S>(gradient) ? static_cast<S*>(gradient.data) + place : buffer;
+      if (ignored) {
+        for (int i = 0; i < count; ++i) out[i] = S(0);
+      } else {
+        const S* x = rows.logits(row, at, count, S(0));
+        const S* mass = has_mass(task) ? rows.masses(row, at, count) : nullptr;
+        const bool has_label = task.labels != nullptr && task.labels[row] >= at && task.labels[row] < at + count;
+        const int label = has_label ? static_cast<int>(task.labels[row] - at) : 0;
+        S label_slope = S(1);
+        if (has_label && task.softcap != 0)
+          label_slope = SoftmaxCrossEntropy::cap_slope(x[label], static_cast<S>(task.softcap));
+        for (int i = 0; i < padded(count); i += kSize) {
+          const Vec<S> tile = load(x + i);
+          const Vec<S> masses = mass == nullptr ? Vec<S>(S(0)) : load(mass + i) * mass_scale;
+          Vec<S> slope = SoftmaxCrossEntropy::slope(tile, high, low, share, masses);
+          if (task.softcap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(tile, cap);
+          store(out + i, slope);
+        }
+        if (has_label) out[label] -= static_cast<S>(spike) * label_slope;
+      }
+      if (out != buffer) return;
+      if (is_run_of<S>(gradient)) {
+        __builtin_memcpy(static_cast<S*>(gradient.data) + place, buffer, count * sizeof(S));
+      } else {
+        store_tile(gradient, place, count, buffer);
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace trainopt::cpu

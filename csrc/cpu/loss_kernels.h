@@ -1,0 +1,33 @@
+// The kernels of all losses. Included once by each loss_kernels_*.cpp, which names the table that it fills.
+#pragma once
+
+#include "cpu/cross_entropy_narrow.h"
+#include "cpu/cross_entropy_wide.h"
+#include "cpu/loss_kernel_table.h"
+#include "cpu/pointwise_kernel.h"
+
+namespace trainopt::cpu {
+namespace {
+
+template <class S>
+void cross_entropy_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+  (task.classes <= kFewClasses ? narrow_forward<S> : wide_forward<S>)(task, first_row, last_row);
+}
+
+template <class S>
+void cross_entropy_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+  (task.classes <= kFewClasses ? narrow_backward<S> : wide_backward<S>)(task, first_row, last_row);
+}
+
+}  // namespace
+
+#define TRAINOPT_FORWARD(loss) {pointwise_forward<loss, float>, pointwise_forward<loss, double>},
+#define TRAINOPT_BACKWARD(loss) {pointwise_backward<loss, float>, pointwise_backward<loss, double>},
+const LossKernelTable TRAINOPT_LOSS_KERNEL_TABLE = {{TRAINOPT_FOR_EACH_POINTWISE_LOSS(TRAINOPT_FORWARD)},
+                                                    {TRAINOPT_FOR_EACH_POINTWISE_LOSS(TRAINOPT_BACKWARD)},
+                                                    {cross_entropy_forward<float>, cross_entropy_forward<double>},
+                                                    {cross_entropy_backward<float>, cross_entropy_backward<double>}};
+#undef TRAINOPT_FORWARD
+#undef TRAINOPT_BACKWARD
+
+}  // namespace trainopt::cpu

@@ -1,0 +1,2 @@
+#define TRAINOPT_LOSS_KERNEL_TABLE kAvx512LossKernels
+#include "cpu/loss_kernels.h"

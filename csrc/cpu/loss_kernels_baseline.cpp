@@ -1,0 +1,2 @@
+#define TRAINOPT_LOSS_KERNEL_TABLE kBaselineLossKernels
+#include "cpu/loss_kernels.h"

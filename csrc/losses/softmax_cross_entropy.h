@@ -1,0 +1,37 @@
+// Cross-entropy of a row of logits x_c with a target that gives each class a mass a_c (Szegedy et al. 2016,
+// arXiv:1512.00567, for smoothing; the z-loss of Chowdhery et al. 2022, arXiv:2204.02311; the soft cap of Gemma 2,
+// arXiv:2408.00118):
+//
+//   loss = A lse - sum_c a_c x_c      with lse = log sum_c e^x_c and A = sum_c a_c
+//   d loss / d x_c = A p_c - a_c      with p_c = e^(x_c - lse)
+//   z-loss = z lse^2, d / d x_c = 2 z lse p_c
+//
+// The mass of a class index y under smoothing e with class weights w is (1 - e) w_y at y, its spike, and e/C w_c
+// everywhere; that of probabilities t_c is w_c ((1 - e) t_c + e/C). All of a row that is kept from forward to backward
+// is lse.
+#pragma once
+
+#include "core/elementary.h"
+
+namespace trainopt {
+
+struct SoftmaxCrossEntropy {
+  // A logit squeezed into (-cap, cap), and the derivative of that.
+  template <class T>
+  static TRAINOPT_INLINE T capped(T x, T cap) {
+    return cap * hyperbolic_tangent(x / cap);
+  }
+  template <class T>
+  static TRAINOPT_INLINE T cap_slope(T capped_x, T cap) {
+    const T u = capped_x / cap;
+    return T(1.0f) - u * u;
+  }
+
+  // The gradient but for the spike. lse comes in two parts: a float has too few digits for it when logits are large.
+  template <class T>
+  static TRAINOPT_INLINE T slope(T x, T lse, T lse_rest, T share, T mass) {
+    return exponential((x - lse) - lse_rest) * share - mass;
+  }
+};
+
+}  // namespace trainopt

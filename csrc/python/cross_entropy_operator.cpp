@@ -1,0 +1,212 @@
+// The operator trainopt::cross_entropy.
+#include <ATen/ATen.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "python/cross_entropy.h"
+#include "python/fresh_memory.h"
+
+namespace trainopt::python {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+int64_t class_dim_of(const at::Tensor& input) {
+  TORCH_CHECK_VALUE(input.dim() > 0, "input must have a dimension of classes, and has shape ", input.sizes());
+  return input.dim() == 1 ? 0 : 1;
+}
+
+Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+              int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool, bool empty_is_zero) {
+  const int64_t class_dim = class_dim_of(input);
+  const CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
+                                   {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
+  const at::Tensor rows = rows_of(input, class_dim);
+  at::Tensor lse = at::empty({targets.rows()}, input.options().dtype(at::kDouble));
+  std::vector<double> loss(targets.rows());
+  cpu::CrossEntropyTask task = targets.task(rows, 0);
+  task.lse = lse.mutable_data_ptr<double>();
+  task.loss = loss.data();
+  for_each_row(targets.rows(), task.classes, [&](int64_t first, int64_t last) {
+    cpu::cross_entropy_forward(input.scalar_type() == at::kDouble, task, first, last);
+  });
+  c10::DimVector shape(input.sizes().begin(), input.sizes().end());
+  shape.erase(shape.begin() + class_dim);
+  auto [reduced, z] = targets.reduce(loss, task.lse, shape, input.options());
+  return {std::move(reduced), std::move(z), std::move(lse)};
+}
+
+// Writes the gradient into `gradient`, rows of the shape of `rows`.
+void write_gradient(const at::Tensor& upstream, const at::Tensor& rows, const CrossEntropyTarget& targets,
+                    const at::Tensor& lse, const at::Tensor& gradient) {
+  std::vector<double> scale, lse_scale;
+  targets.scales(upstream, lse.const_data_ptr<double>(), 0, targets.rows(), &scale, &lse_scale);
+  cpu::CrossEntropyTask task = targets.task(rows, 0);
+  task.lse = const_cast<double*>(lse.const_data_ptr<double>());
+  task.scale = scale.data();
+  task.lse_scale = lse_scale.data();
+  const TensorView view = view_of(gradient);
+  task.gradient = {view.data, gradient.stride(0), view.dtype};
+  for_each_row(targets.rows(), task.classes, [&](int64_t first, int64_t last) {
+    cpu::cross_entropy_backward(rows.scalar_type() == at::kDouble, task, first, last);
+  });
+}
+
+at::Tensor backward(const at::Tensor& upstream, const at::Tensor& input, const at::Tensor& target,
+                    const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
+                    double label_smoothing, double z_loss, double softcap, bool empty_is_zero) {
+  const int64_t class_dim = class_dim_of(input);
+  const CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
+                                   {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
+  const at::Tensor rows = rows_of(input, class_dim);
+  const at::Tensor gradient = fresh(rows.sizes(), input.scalar_type());
+  write_gradient(upstream, rows, targets, lse, gradient);
+  if (input.dim() == 2) return gradient;
+  const at::Tensor shaped = gradient.view(input.movedim(class_dim, -1).sizes()).movedim(-1, class_dim);
+  return input.is_contiguous() ? shaped.contiguous() : shaped;
+}
+
+// The same, over the logits' own memory where their rows lie side by side.
+at::Tensor backward_in_place(const at::Tensor& upstream, at::Tensor input, const at::Tensor& target,
+                             const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction,
+                             int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+                             bool empty_is_zero) {
+  const int64_t class_dim = class_dim_of(input);
+  const at::Tensor rows = rows_of(input, class_dim);
+  if (!input.is_non_overlapping_and_dense() || !rows.is_alias_of(input))
+    return backward(upstream, input, target, weight, lse, reduction, ignore_index, label_smoothing, z_loss, softcap,
+                    empty_is_zero);
+  const CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
+                                   {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
+  write_gradient(upstream, rows, targets, lse, rows);
+  return input.detach();
+}
+
+// torch's own, with what trainopt adds, for the second derivative.
+at::Tensor torchs(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                  int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
+  const at::Tensor x = softcap == 0 ? input : softcap * at::tanh(input / softcap);
+  at::Tensor loss = at::cross_entropy_loss(x, target, weight, reduction, ignore_index, label_smoothing);
+  if (z_loss == 0) return loss;
+  at::Tensor z = z_loss * at::logsumexp(x, class_dim_of(x)).square();
+  if (!target.is_floating_point()) {
+    const at::Tensor counted = target.ne(ignore_index);
+    z = z.masked_fill(~counted, 0);
+    return loss + (reduction == kNone ? z : reduction == kSum ? z.sum() : z.sum() / counted.sum());
+  }
+  return loss + (reduction == kNone ? z : reduction == kSum ? z.sum() : z.mean());
+}
+
+using Forward = Three(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double, double,
+                      double, bool, bool);
+using Backward = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                            const at::Tensor&, int64_t, int64_t, double, double, double, bool);
+
+const c10::TypedOperatorHandle<Forward>& forward_operator() {
+  static const auto handle =
+      c10::Dispatcher::singleton().findSchemaOrThrow("trainopt::cross_entropy", "").typed<Forward>();
+  return handle;
+}
+
+const c10::TypedOperatorHandle<Backward>& backward_operator() {
+  static const auto handle =
+      c10::Dispatcher::singleton().findSchemaOrThrow("trainopt::cross_entropy_backward", "").typed<Backward>();
+  return handle;
+}
+
+// What backward must know of the call, in one piece.
+struct Call : torch::CustomClassHolder {
+  int64_t reduction, ignore_index;
+  double label_smoothing, z_loss, softcap;
+  bool inplace_backward, empty_is_zero;
+};
+
+struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const at::Tensor& input,
+                                                const at::Tensor& target, const OptionalTensor& weight,
+                                                int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                                double z_loss, double softcap, bool inplace_backward,
+                                                bool empty_is_zero) {
+    auto call = c10::make_intrusive<Call>();
+    call->reduction = reduction;
+    call->ignore_index = ignore_index;
+    call->label_smoothing = label_smoothing;
+    call->z_loss = z_loss;
+    call->softcap = softcap;
+    call->inplace_backward = inplace_backward;
+    call->empty_is_zero = empty_is_zero;
+    context->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [loss, z, lse] = forward_operator().call(input, target, weight, reduction, ignore_index, label_smoothing,
+                                                  z_loss, softcap, inplace_backward, empty_is_zero);
+    context->save_for_backward({input, target, weight.has_value() ? *weight : at::Tensor(), lse});
+    context->mark_non_differentiable({z, lse});
+    context->set_materialize_grads(false);  // they are never read
+    return {loss, z, lse};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list upstream) {
+    const auto saved = context->get_saved_variables();
+    const at::Tensor &input = saved[0], &target = saved[1], &lse = saved[3];
+    const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
+    const Call& call = static_cast<const Call&>(*context->saved_data["call"].toCapsule());
+    torch::autograd::variable_list gradients(10);
+    if (at::GradMode::is_enabled()) {
+      gradients[0] = differentiable_gradients({input}, upstream[0], [&](const auto& inputs) {
+        return torchs(inputs[0], target, weight, call.reduction, call.ignore_index, call.label_smoothing, call.z_loss,
+                      call.softcap);
+      })[0];
+    } else if (call.inplace_backward) {
+      gradients[0] =
+          backward_in_place(upstream[0], input.detach(), target, weight, lse, call.reduction, call.ignore_index,
+                            call.label_smoothing, call.z_loss, call.softcap, call.empty_is_zero);
+      if (gradients[0].is_alias_of(input)) input.unsafeGetTensorImpl()->bump_version();
+    } else {
+      gradients[0] =
+          backward_operator().call(upstream[0], input, target, weight, lse, call.reduction, call.ignore_index,
+                                   call.label_smoothing, call.z_loss, call.softcap, call.empty_is_zero);
+    }
+    return gradients;
+  }
+};
+
+Three with_gradient(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool inplace_backward,
+                    bool empty_is_zero) {
+  auto outputs = CrossEntropyFunction::apply(input, target, weight, reduction, ignore_index, label_smoothing, z_loss,
+                                             softcap, inplace_backward, empty_is_zero);
+  return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2])};
+}
+
+Three in_single(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool inplace_backward,
+                bool empty_is_zero) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return forward_operator().call(to_single(input), to_single(target), to_single(weight), reduction, ignore_index,
+                                 label_smoothing, z_loss, softcap, inplace_backward, empty_is_zero);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(trainopt, m) {
+  m.def(
+      "cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap, bool inplace_backward, bool empty_is_zero) -> "
+      "(Tensor loss, Tensor z_loss, Tensor lse)");
+  m.def(
+      "cross_entropy_backward(Tensor upstream, Tensor input, Tensor target, Tensor? weight, Tensor lse, int reduction, "
+      "int ignore_index, float label_smoothing, float z_loss, float softcap, bool empty_is_zero) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(trainopt, CPU, m) {
+  m.impl("cross_entropy", forward);
+  m.impl("cross_entropy_backward", backward);
+}
+TORCH_LIBRARY_IMPL(trainopt, Autograd, m) { m.impl("cross_entropy", with_gradient); }
+TORCH_LIBRARY_IMPL(trainopt, AutocastCPU, m) { m.impl("cross_entropy", in_single); }
+
+}  // namespace trainopt::python

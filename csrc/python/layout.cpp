@@ -1,0 +1,47 @@
+#include "python/layout.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace trainopt::python {
+
+bool arrange(const std::vector<Operand>& operands, bool logical_order, std::deque<Layout>* layouts) {
+  const at::Tensor& first = *operands[0].tensor;
+  std::vector<int64_t> order(first.dim());
+  std::iota(order.begin(), order.end(), 0);
+  if (!logical_order)
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return first.stride(a) > first.stride(b); });
+
+  std::vector<int64_t> sizes;
+  std::vector<std::vector<int64_t>> strides(operands.size());
+  for (const int64_t d : order) {
+    const int64_t size = first.size(d);
+    if (size == 1) continue;
+    bool joins = !sizes.empty();
+    for (size_t i = 0; joins && i < operands.size(); ++i)
+      joins = strides[i].back() == size * operands[i].tensor->stride(d);
+    if (joins) {
+      sizes.back() *= size;
+      for (size_t i = 0; i < operands.size(); ++i) strides[i].back() = operands[i].tensor->stride(d);
+    } else {
+      sizes.push_back(size);
+      for (size_t i = 0; i < operands.size(); ++i) strides[i].push_back(operands[i].tensor->stride(d));
+    }
+  }
+  if (sizes.size() > kMaxDims) return false;
+  for (size_t i = 0; i < operands.size(); ++i) {
+    int64_t run = 1;
+    bool dense = true;
+    for (size_t d = sizes.size(); d-- > 0; run *= sizes[d]) dense = dense && strides[i][d] == run;
+    if (dense) continue;
+    Layout layout{static_cast<int>(sizes.size()), {}, {}};
+    std::copy(sizes.begin(), sizes.end(), layout.sizes);
+    std::copy(strides[i].begin(), strides[i].end(), layout.strides);
+    layouts->push_back(layout);
+    operands[i].view->layout = &layouts->back();
+  }
+  return true;
+}
+
+}  // namespace trainopt::python

@@ -1,0 +1,85 @@
+#include "python/loss_calls.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "python/losses.h"
+
+namespace trainopt::python {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// A tensor that the fused losses take, or None; false for any other object.
+bool read(const pybind11::handle& object, OptionalTensor* tensor) {
+  if (object.is_none()) return true;
+  if (!THPVariable_CheckExact(object.ptr()) && !THPVariable_Check(object.ptr())) return false;
+  *tensor = THPVariable_Unpack(object.ptr());
+  return takes(**tensor);
+}
+
+pybind11::object wrap(const at::Tensor& tensor) {
+  return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(tensor));
+}
+
+pybind11::object pointwise_loss(const std::string& loss, const pybind11::handle& input, const pybind11::handle& target,
+                                const pybind11::handle& weight, const pybind11::handle& pos_weight, int64_t reduction,
+                                double parameter) {
+  OptionalTensor tensors[4];
+  if (!read(input, &tensors[0]) || !read(target, &tensors[1]) || !read(weight, &tensors[2]) ||
+      !read(pos_weight, &tensors[3]) || !tensors[0]->is_floating_point() || !tensors[1]->is_floating_point())
+    return pybind11::none();
+  static const auto operation = c10::Dispatcher::singleton()
+                                    .findSchemaOrThrow("trainopt::pointwise_loss", "")
+                                    .typed<at::Tensor(c10::string_view, const at::Tensor&, const at::Tensor&,
+                                                      const OptionalTensor&, const OptionalTensor&, int64_t, double)>();
+  at::Tensor result;
+  {
+    const pybind11::gil_scoped_release release;
+    result = operation.call(loss, *tensors[0], *tensors[1], tensors[2], tensors[3], reduction, parameter);
+  }
+  return wrap(result);
+}
+
+pybind11::object cross_entropy(const pybind11::handle& input, const pybind11::handle& target,
+                               const pybind11::handle& weight, int64_t reduction, int64_t ignore_index,
+                               double label_smoothing, double z_loss, double softcap, bool inplace_backward,
+                               bool empty_is_zero) {
+  OptionalTensor tensors[3];
+  if (!read(input, &tensors[0]) || !read(target, &tensors[1]) || !read(weight, &tensors[2]) ||
+      !tensors[0]->is_floating_point())
+    return pybind11::none();
+  static const auto operation = c10::Dispatcher::singleton()
+                                    .findSchemaOrThrow("trainopt::cross_entropy", "")
+                                    .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+                                        const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t,
+                                        double, double, double, bool, bool)>();
+  at::Tensor loss, z, lse;
+  {
+    const pybind11::gil_scoped_release release;
+    std::tie(loss, z, lse) = operation.call(*tensors[0], *tensors[1], tensors[2], reduction, ignore_index,
+                                            label_smoothing, z_loss, softcap, inplace_backward, empty_is_zero);
+  }
+  return z_loss == 0 ? wrap(loss) : pybind11::make_tuple(wrap(loss), wrap(z));
+}
+
+}  // namespace
+
+void bind_loss_calls(pybind11::module_& m) {
+  namespace py = pybind11;
+  m.def("pointwise_loss", pointwise_loss, py::arg("loss"), py::arg("input"), py::arg("target"), py::arg("weight"),
+        py::arg("pos_weight"), py::arg("reduction"), py::arg("parameter"),
+        "torch.ops.trainopt.pointwise_loss, or None where it does not take these tensors as they are now.");
+  m.def(
+      "cross_entropy", cross_entropy, py::arg("input"), py::arg("target"), py::arg("weight"), py::arg("reduction"),
+      py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("z_loss"), py::arg("softcap"),
+      py::arg("inplace_backward"), py::arg("empty_is_zero"),
+      "torch.ops.trainopt.cross_entropy: the loss, with z_loss the pair of loss and its z-loss; or None where it does "
+      "not take these tensors as they are now.");
+}
+
+}  // namespace trainopt::python

@@ -1,0 +1,44 @@
+// What the loss operators share.
+#pragma once
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <functional>
+
+#include "core/tensor_view.h"
+#include "python/tensors.h"
+
+namespace trainopt::python {
+
+// torch's numbers for a reduction (at::Reduction).
+enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
+// Gradients by torch's own formulas, which can be differentiated again: for a backward pass with create_graph=True.
+// `loss` computes the loss from the inputs; an input that is undefined has no gradient. The inputs are taken as
+// independent of each other.
+torch::autograd::variable_list differentiable_gradients(
+    torch::autograd::variable_list inputs, const at::Tensor& upstream,
+    const std::function<at::Tensor(const torch::autograd::variable_list&)>& loss);
+
+// Whether the fused losses take these tensors as they are now: plain dense ones on the CPU, outside of function
+// transforms and of forward-mode differentiation.
+bool takes(const at::Tensor& tensor);
+
+// The view of a tensor that an engine reads or writes; RuntimeError for a type that it does not store.
+TensorView view_of(const at::Tensor& tensor);
+
+// A tensor of one number, and the number in a tensor of one element on the CPU.
+at::Tensor tensor_of(double value, c10::ScalarType dtype);
+double number_in(const at::Tensor& tensor);
+
+inline at::Tensor to_single(const at::Tensor& tensor) {
+  return at::autocast::cached_cast(at::kFloat, tensor, tensor.device().type());
+}
+inline std::optional<at::Tensor> to_single(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && tensor->defined() ? std::optional(to_single(*tensor)) : std::nullopt;
+}
+
+}  // namespace trainopt::python
