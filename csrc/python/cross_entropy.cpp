@@ -9,7 +9,7 @@
 namespace trainopt::python {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // logits that a thread should at least have to do
+constexpr int64_t kGrain = 65536;  // logits that a thread should at least have to do
 
 // "(1, 2)" for element `index` of a row-major array.
 std::string position(c10::IntArrayRef sizes, int64_t index) {

@@ -62,11 +62,13 @@ at::Tensor backward(const at::Tensor& upstream, const at::Tensor& input, const a
   const CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
                                    {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
   const at::Tensor rows = rows_of(input, class_dim);
-  const at::Tensor gradient = fresh(rows.sizes(), input.scalar_type());
-  write_gradient(upstream, rows, targets, lse, gradient);
-  if (input.dim() == 2) return gradient;
-  const at::Tensor shaped = gradient.view(input.movedim(class_dim, -1).sizes()).movedim(-1, class_dim);
-  return input.is_contiguous() ? shaped.contiguous() : shaped;
+  at::Tensor gradient = fresh_like(input, input.scalar_type());
+  const at::Tensor gradient_rows = rows_of(gradient, class_dim);
+  write_gradient(upstream, rows, targets, lse, gradient_rows);
+  // Where the classes do not lie side by side, the rows are a copy.
+  if (!gradient_rows.is_alias_of(gradient))
+    gradient.copy_(gradient_rows.view(gradient.movedim(1, -1).sizes()).movedim(-1, 1));
+  return gradient;
 }
 
 // The same, over the logits' own memory where their rows lie side by side.
@@ -155,6 +157,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
     const Call& call = static_cast<const Call&>(*context->saved_data["call"].toCapsule());
     torch::autograd::variable_list gradients(10);
+    if (!upstream[0].defined()) return gradients;
     if (at::GradMode::is_enabled()) {
       gradients[0] = differentiable_gradients({input}, upstream[0], [&](const auto& inputs) {
         return torchs(inputs[0], target, weight, call.reduction, call.ignore_index, call.label_smoothing, call.z_loss,

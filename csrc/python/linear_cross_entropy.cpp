@@ -256,6 +256,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
         !at::GradMode::is_enabled(),
         "trainopt.functional.linear_cross_entropy can be differentiated once: create_graph=True is not supported."
         " Use trainopt.functional.cross_entropy on the logits instead");
+    torch::autograd::variable_list gradients(13);
+    if (!upstream[0].defined()) return gradients;
     const auto saved = context->get_saved_variables();
     Call& call = static_cast<Call&>(*context->saved_data["call"].toCapsule());
     // Edges count the tensors that were given: input, weight, target, then bias.
@@ -277,7 +279,6 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
                                    call.softcap, call.empty_is_zero, call.chunk_bytes, wanted);
       found = {of_input, of_weight, of_bias};
     }
-    torch::autograd::variable_list gradients(13);
     const size_t places[] = {0, 1, 3};
     for (size_t i = 0; i < 3; ++i)
       if (wanted[i]) gradients[places[i]] = found[i];

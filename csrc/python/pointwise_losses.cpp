@@ -46,9 +46,11 @@ class Operands {
   cpu::PointwiseTask task{};
   const c10::ScalarType dtype;
   bool wide() const { return dtype == at::kDouble; }
-  const at::Tensor& input() const { return tensors_[0]; }
-  const at::Tensor& target() const { return tensors_[1]; }
-  c10::IntArrayRef shape() const { return shape_; }
+
+  // Memory for a result of the whole shape, in the order of `operand` if it has that shape itself.
+  at::Tensor memory_for(const at::Tensor& operand, c10::ScalarType type) const {
+    return operand.sizes().equals(shape_) ? fresh_like(operand, type) : fresh(shape_, type);
+  }
 
   // A tensor to read, expanded, or to write, which has the shape already.
   void add(const at::Tensor& tensor, TensorView* view) {
@@ -85,9 +87,7 @@ at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Ten
   Operands operands(input, target, weight, positive);
   at::Tensor values;
   if (reduction == kNone) {
-    const at::Tensor& like = operands.input().is_non_overlapping_and_dense() ? operands.input() : operands.target();
-    values = like.is_non_overlapping_and_dense() ? fresh_like(like, operands.dtype)
-                                                 : at::empty(operands.shape(), input.options().dtype(operands.dtype));
+    values = operands.memory_for(input, operands.dtype);
     operands.add(values, &operands.task.value);
   }
   operands.arrange();
@@ -118,13 +118,12 @@ std::tuple<at::Tensor, at::Tensor> backward(c10::string_view name, const at::Ten
   cpu::PointwiseTask& task = operands.task;
   const auto gradient_of = [&](const at::Tensor& operand, TensorView* view, bool is_wanted) {
     if (!is_wanted) return at::Tensor();
-    at::Tensor gradient = operand.is_non_overlapping_and_dense() ? fresh_like(operand, operand.scalar_type())
-                                                                 : at::empty(operands.shape(), operand.options());
+    at::Tensor gradient = operands.memory_for(operand, operand.scalar_type());
     operands.add(gradient, view);
     return gradient;
   };
-  const at::Tensor of_input = gradient_of(operands.input(), &task.input_gradient, wanted[0]);
-  const at::Tensor of_target = gradient_of(operands.target(), &task.target_gradient, wanted[1]);
+  const at::Tensor of_input = gradient_of(input, &task.input_gradient, wanted[0]);
+  const at::Tensor of_target = gradient_of(target, &task.target_gradient, wanted[1]);
   bool is_one_number = true;  // upstream, as after .sum()
   for (const int64_t stride : upstream.strides()) is_one_number = is_one_number && stride == 0;
   if (task.numel != 0 && is_one_number) {
