@@ -1,9 +1,9 @@
 // Memory for large gradients.
 //
-// A large tensor is a fresh mapping each time it is made, and the system clears its pages as they are first written: for
-// a gradient that takes several times as long as its arithmetic. So large memory that nobody holds any more is kept for
-// the next tensor of its size, on huge pages where the system has them. It is marked as free to the system, which takes
-// it back when it needs it (MADV_FREE).
+// A large tensor is a fresh mapping each time it is made, and the system clears its pages as they are first written:
+// for a gradient that takes several times as long as its arithmetic. So large memory that nobody holds any more is kept
+// for the next tensor of its size, on huge pages where the system has them. It is marked as free to the system, which
+// takes it back when it needs it (MADV_FREE).
 //
 // Environment: TRAINOPT_KEEP_MEMORY, in MiB, is how much is kept (1024; 0: nothing); TRAINOPT_HUGE_PAGES=0 asks for no
 // huge pages.
