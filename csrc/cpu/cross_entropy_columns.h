@@ -164,7 +164,7 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
   for (int i = 0; i < count; ++i) {
     const int64_t row = first_row + i;
     const double lse = task.lse[row], scale = task.scale[row];
-    const double at_label = is_ignored(task, row) ? 0 : spike_of(task, row);
+    const double at_label = spike_of(task, row);
     high[i] = static_cast<S>(lse);
     low[i] = static_cast<S>(lse - static_cast<double>(high[i]));
     upstream[i] = static_cast<S>(scale);

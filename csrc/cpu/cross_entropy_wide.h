@@ -33,9 +33,9 @@ TRAINOPT_FUNCTION double spread_of(const CrossEntropyTask& task) {
   return task.smoothing / static_cast<double>(task.classes);
 }
 
-// The mass at the label, or 0.
+// The mass at the label, or 0 where there is none: an ignored label need be no class.
 TRAINOPT_FUNCTION double spike_of(const CrossEntropyTask& task, int64_t row) {
-  if (task.labels == nullptr) return 0;
+  if (task.labels == nullptr || is_ignored(task, row)) return 0;
   return (1 - task.smoothing) * (task.weight == nullptr ? 1 : task.weight[task.labels[row]]);
 }
 
@@ -212,7 +212,7 @@ void wide_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last
   for (int64_t row = first_row; row < last_row; ++row) {
     const bool ignored = is_ignored(task, row);
     const double upstream = task.scale[row], lse = task.lse[row];
-    const double spike = ignored ? 0 : upstream * spike_of(task, row);
+    const double spike = upstream * spike_of(task, row);
     const Vec<S> high(static_cast<S>(lse)), low(static_cast<S>(lse - static_cast<double>(static_cast<S>(lse))));
     const Vec<S> share(ignored ? S(0) : static_cast<S>(upstream * rows.total_mass(row) + task.lse_scale[row]));
     const Vec<S> mass_scale(static_cast<S>(upstream));
