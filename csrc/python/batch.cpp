@@ -14,6 +14,10 @@ namespace {
 // Elements that a thread should at least have to do: less is not worth waking it.
 constexpr int64_t kGrainElements = 48 * 1024;
 
+double next_count(const Entry& entry) {
+  return entry.steps_are_double ? *static_cast<double*>(entry.steps) + 1 : *static_cast<float*>(entry.steps) + 1.0f;
+}
+
 void count_and_tell(Entry& entry) {
   for (VersionCounter* const* counter = entry.written; *counter != nullptr; ++counter) move_on(*counter);
   if (entry.steps == nullptr) return;
@@ -25,6 +29,12 @@ void count_and_tell(Entry& entry) {
 }
 
 }  // namespace
+
+bool Entry::recount() {
+  const double last = step;
+  step = next_count(*this);
+  return step == last + 1;
+}
 
 const char* describe(Path path) {
   switch (path) {
@@ -115,7 +125,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
       return Path::kStateForm;
     entry->steps = view.data;
     entry->steps_are_double = view.dtype == DType::kFloat64;
-    entry->step = next_count(view.data, entry->steps_are_double);
+    entry->step = next_count(*entry);
     writes(steps);
   }
   *written = nullptr;
@@ -246,25 +256,43 @@ void Batch::find_sharing() {
   sharing_.erase(std::unique(sharing_.begin(), sharing_.end()), sharing_.end());
 }
 
-// Gives every task its scalars: one set for all neighbours of the same options at the same step.
+cpu::Scalars Batch::scalars_of(const Run& run, double gradient_scale) const {
+  return run.group->scalars(rule_, run.step, run.first, run.wide, gradient_scale);
+}
+
 void Batch::prepare(double gradient_scale) {
+  runs_.clear();
   scalars_.clear();
   scalars_.reserve(entries.size());  // tasks point into it
-  const Entry* last = nullptr;
-  const auto same_values = [&](const Entry& entry) {
-    return last != nullptr && (last->group == entry.group || *last->group == *entry.group) &&
-           last->step == entry.step && last->first == entry.first && last->wide == entry.wide;
-  };
+  alike_.clear();
   for (Entry& entry : entries) {
     if (entry.task < 0) continue;
-    entry.first = entry.first || entry.step == 1;
-    if (!same_values(entry)) {
-      scalars_.push_back(entry.group->scalars(rule_, entry.step, entry.first, entry.wide, gradient_scale));
-      last = &entry;
+    const Run run{entry.group, entry.step, entry.steps != nullptr, entry.first || entry.step == 1, entry.wide};
+    const Run* last = runs_.empty() ? nullptr : &runs_.back();
+    const bool joins = last != nullptr && last->step == run.step && last->counts == run.counts &&
+                       last->first == run.first && last->wide == run.wide &&
+                       (last->group == run.group || *last->group == *run.group);
+    if (!joins) {
+      runs_.push_back(run);
+      scalars_.push_back(scalars_of(run, gradient_scale));
+    } else if (last->group != run.group && (alike_.empty() || alike_.back().second != run.group)) {
+      alike_.emplace_back(last->group, run.group);
     }
-    cpu::Task& task = tasks[entry.wide][entry.task];
-    task.step = static_cast<uint32_t>(entry.step);
-    task.scalars = &scalars_.back();
+    tasks[entry.wide][entry.task].scalars = &scalars_.back();
+  }
+}
+
+// The entries and the tasks need not be touched if the runs stay what they were.
+void Batch::prepare_again(double gradient_scale, bool all_next) {
+  for (const auto& [group, other] : alike_) all_next = all_next && *group == *other;
+  for (const Run& run : runs_) all_next = all_next && !run.first && !(run.counts && run.step == 0);
+  if (!all_next) {
+    for (Entry& entry : entries) entry.first = false;
+    return prepare(gradient_scale);
+  }
+  for (size_t i = 0; i < runs_.size(); ++i) {
+    runs_[i].step += runs_[i].counts ? 1 : 0;
+    scalars_[i] = scalars_of(runs_[i], gradient_scale);
   }
 }
 

@@ -49,6 +49,9 @@ struct Entry {
   double step;   // the count with this step
   bool steps_are_double, first, wide;
   VersionCounter* written[kMaxOperands];  // those of the tensors that the step writes; null after the last
+
+  // Reads the count of steps again. Whether this step is the one after that of before.
+  bool recount();
 };
 
 class Batch {
@@ -71,9 +74,13 @@ class Batch {
   // What would become of a parameter, with or without a gradient. For kFused, fills the task and the entry.
   Path look(const Operands&, const GroupValues&, bool writes_gradient, cpu::Task*, Entry*);
 
-  // The step: counts it, tells autograd, and runs. `prepare` reads the groups, `run` nothing but tensors' memory.
+  // The step. `prepare` reads the groups' values, `run` counts, tells autograd, and touches nothing but tensors.
   void prepare(double gradient_scale);
   void run();
+
+  // In place of `prepare` where the entries are those of the last step, recounted. `all_next`: each one's step is the
+  // one after its last.
+  void prepare_again(double gradient_scale, bool all_next);
 
   std::vector<Entry> entries;
   std::vector<cpu::Task> tasks[2];  // float arithmetic, double arithmetic
@@ -86,9 +93,18 @@ class Batch {
     uint32_t tensor;
   };
 
+  // Neighbours of the same options at the same step, which share their scalars.
+  struct Run {
+    const GroupValues* group;
+    double step;
+    bool counts, first, wide;
+  };
+
   const cpu::Rule& rule_;
   std::vector<int64_t> starts_[2];
-  std::vector<cpu::Scalars> scalars_;
+  std::vector<Run> runs_;
+  std::vector<cpu::Scalars> scalars_;                                     // of the runs
+  std::vector<std::pair<const GroupValues*, const GroupValues*>> alike_;  // different groups in one run
   std::deque<Layout> layouts_;
   std::vector<Span> written_;  // the memory of this step, over that of the last
   size_t spans_ = 0;           // how many are this step's
@@ -99,12 +115,8 @@ class Batch {
                const std::vector<std::pair<const c10::TensorImpl*, TensorView*>>& operands, bool logical_order);
   void note(const void* begin, const char* end, uint32_t tensor);
   void find_sharing();
+  cpu::Scalars scalars_of(const Run& run, double gradient_scale) const;
 };
-
-// The count that a step would make of the one at `steps`.
-inline double next_count(const void* steps, bool is_double) {
-  return is_double ? *static_cast<const double*>(steps) + 1 : *static_cast<const float*>(steps) + 1.0f;
-}
 
 // How many threads of torch's pool are worth waking for this many elements.
 int64_t threads_for(int64_t elements);

@@ -13,8 +13,9 @@
 namespace trainopt::python {
 namespace {
 
-// Elements from which on the interpreter is let go during the step.
-constexpr int64_t kReleaseElements = 1 << 17;
+// Elements from which on the interpreter is let go during the step. Below, a step takes less than the milliseconds for
+// which Python itself lets no other thread run, and keeping many tensors' memory would take a tenth of its time.
+constexpr int64_t kReleaseElements = 1 << 21;
 // How far ahead of the comparison memory is asked for, in parameters.
 constexpr int64_t kSightingsAhead = 4;
 
@@ -99,23 +100,26 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
     forms_[g] = GroupForm(group);
     const Py_ssize_t count = forms_[g].count;
     if (sightings_.size() < static_cast<size_t>(tensor + count)) sightings_.resize(tensor + count);
+    places_.resize(tensor + count);
     for (Py_ssize_t i = 0; i < count; ++i, ++tensor) {
       PyObject* object = PySequence_Fast_GET_ITEM(group.params, i);
       Sighting& sighting = sightings_[tensor];
       const bool is_tensor = THPVariable_CheckExact(object);
       sighting.see_idle(object);
+      places_[tensor] = {object, nullptr, false};
       if (is_tensor && !has_gradient(object)) {
         cursor.pass(object);
         continue;
       }
       PyObject* param_state = cursor.find(object);
+      places_[tensor] = {object, param_state, true};
       if (contains(torchs, tensor)) continue;
       if (!is_tensor || mode) {
         rest->push_back(tensor);
         continue;
       }
       Operands operands;
-      bool comparable = sighting.see(object, param_state, state_names_, group.states_needed, &operands);
+      sighting.see(object, param_state, state_names_, group.states_needed, &operands);
       const bool lacks = lacks_states(operands, group);
       const Path path = lacks ? batch_.announce(operands, group, tensor, writes_gradient)
                               : batch_.add(operands, &group, tensor, contains(fresh, tensor), writes_gradient);
@@ -124,9 +128,8 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
       } else if (lacks) {
         missing->push_back(tensor);
       } else {
-        comparable = sighting.note(operands, batch_) && comparable;
+        can_recall_ = sighting.note(operands, batch_) && can_recall_;
       }
-      can_recall_ = can_recall_ && comparable;
     }
   }
   sightings_.resize(tensor);
@@ -141,47 +144,48 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
   can_recall_ = can_recall_ && missing->empty() && rest->empty();
 }
 
-// Whether the batch of the last step is this step's too, but for the gradients' memory and the counts.
-bool Plan::recall(PyObject* groups, PyObject* state) {
-  if (!can_recall_ || static_cast<size_t>(PyList_GET_SIZE(groups)) != groups_.size() ||
-      c10::impl::TorchDispatchModeTLS::any_modes_set())
-    return false;
+// Whether the groups hold the parameters of the last step, with the same states and the same kinds of options.
+bool Plan::same_places(PyObject* groups, PyObject* state) {
+  if (static_cast<size_t>(PyList_GET_SIZE(groups)) != groups_.size()) return false;
   StateCursor cursor(state);
-  const Sighting* sighting = sightings_.data();
+  const Place* place = places_.data();
   for (size_t g = 0; g < groups_.size(); ++g) {
     Group& group = groups_[g];
     group.refresh(dict_of(groups, g), rule_);
     if (!(GroupForm(group) == forms_[g])) return false;
-    for (Py_ssize_t i = 0; i < forms_[g].count; ++i, ++sighting) {
+    for (Py_ssize_t i = 0; i < forms_[g].count; ++i, ++place) {
       PyObject* object = PySequence_Fast_GET_ITEM(group.params, i);
-      if (object != sighting->object()) return false;
-      if (!sighting->has_gradient()) {
-        cursor.pass(object);
-      } else if (cursor.find(object) != sighting->state()) {
-        return false;
-      }
+      if (object != place->object) return false;
+      PyObject* param_state = place->has_gradient ? cursor.find(object) : (cursor.pass(object), nullptr);
+      if (param_state != place->state) return false;
     }
   }
+  return true;
+}
 
-  const int64_t count = sighting - sightings_.data();
-  const int64_t parts = threads_for(kTensorElements * count);
-  std::atomic<bool> same = true;
+// Whether the batch of the last step is this step's too, but for the gradients' memory and the counts.
+bool Plan::recall(PyObject* groups, PyObject* state, bool* all_next) {
+  if (!can_recall_ || c10::impl::TorchDispatchModeTLS::any_modes_set() || !same_places(groups, state)) return false;
+  const int64_t count = static_cast<int64_t>(sightings_.size());
+  const int64_t parts = threads_for(batch_.elements + kTensorElements * count);
+  std::atomic<bool> all_hold = true, all_are_next = true;
   const auto compare = [&](int64_t first_part, int64_t last_part) {
     const int64_t first = count * first_part / parts, last = count * last_part / parts;
-    for (int64_t i = first; i < last; ++i) {
+    bool hold = true, are_next = true;
+    for (int64_t i = first; hold && i < last; ++i) {
       if (i + kSightingsAhead < last) sightings_[i + kSightingsAhead].prefetch();
-      if (!sightings_[i].still_holds(batch_)) {
-        same = false;
-        return;
-      }
+      hold = sightings_[i].still_holds(batch_, &are_next);
     }
+    if (!hold) all_hold = false;
+    if (!are_next) all_are_next = false;
   };
   if (parts == 1) {
     compare(0, 1);
   } else {
     at::parallel_for(0, parts, 1, compare);
   }
-  return same;
+  *all_next = all_are_next;
+  return all_hold;
 }
 
 pybind11::object Plan::step(pybind11::list groups, pybind11::dict state, double gradient_scale, const Indices& fresh,
@@ -189,12 +193,15 @@ pybind11::object Plan::step(pybind11::list groups, pybind11::dict state, double 
   // Two threads in one optimizer's step race for its values, as with any in-place operation, but not for the plan.
   if (is_running_) return Plan(rule_.name).step(groups, state, gradient_scale, fresh, torchs);
   const bool writes_gradient = gradient_scale != 1;
-  if (writes_gradient || !fresh.empty() || !torchs.empty() || !recall(groups.ptr(), state.ptr())) {
+  bool all_next = false;
+  if (!writes_gradient && fresh.empty() && torchs.empty() && recall(groups.ptr(), state.ptr(), &all_next)) {
+    batch_.prepare_again(gradient_scale, all_next);
+  } else {
     Indices missing, rest;
     walk(groups.ptr(), state.ptr(), writes_gradient, fresh, torchs, &missing, &rest);
     if (!missing.empty() || !rest.empty()) return pybind11::make_tuple(missing, rest);
+    batch_.prepare(gradient_scale);
   }
-  batch_.prepare(gradient_scale);
   if (batch_.elements < kReleaseElements) {
     batch_.run();
   } else {
@@ -206,12 +213,14 @@ pybind11::object Plan::step(pybind11::list groups, pybind11::dict state, double 
 // Another thread may drop a tensor, or give it other memory, while the interpreter is free: this memory stays until the
 // step is done.
 void Plan::run_unlocked() {
-  std::vector<c10::Storage> kept;
-  const auto keep = [&](const c10::TensorImpl* tensor) { kept.push_back(tensor->storage()); };
-  for (const Sighting& sighting : sightings_) sighting.for_each_tensor(keep);
   is_running_ = true;
-  const auto done = [this](void*) { is_running_ = false; };
-  const std::unique_ptr<void, decltype(done)> running(this, done);
+  const auto finish = [this](void*) {
+    kept_.clear();
+    is_running_ = false;
+  };
+  const std::unique_ptr<void, decltype(finish)> finished(this, finish);
+  const auto keep = [&](const c10::TensorImpl* tensor) { kept_.push_back(tensor->storage()); };
+  for (const Sighting& sighting : sightings_) sighting.for_each_tensor(keep);
   pybind11::gil_scoped_release release;
   batch_.run();
 }

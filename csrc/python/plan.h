@@ -52,16 +52,26 @@ class Plan {
     }
   };
 
+  // A parameter in the lists, and the state dict's value for it; null where it has none or no gradient.
+  struct Place {
+    PyObject* object;
+    PyObject* state;
+    bool has_gradient;
+  };
+
   const cpu::Rule& rule_;
   std::vector<pybind11::str> state_names_;  // the rule's, then "step"
   std::vector<Group> groups_;
   std::vector<GroupForm> forms_;     // of the last walk
-  std::vector<Sighting> sightings_;  // of every parameter, in order
+  std::vector<Place> places_;        // of every parameter, in order
+  std::vector<Sighting> sightings_;  // likewise
   Batch batch_;
-  bool can_recall_ = false;  // whether the next step can be compared with the last one
-  bool is_running_ = false;  // with the interpreter let go
+  std::vector<c10::Storage> kept_;  // while the interpreter is let go
+  bool can_recall_ = false;         // whether the next step can be compared with the last one
+  bool is_running_ = false;         // with the interpreter let go
 
-  bool recall(PyObject* groups, PyObject* state);
+  bool recall(PyObject* groups, PyObject* state, bool* all_next);
+  bool same_places(PyObject* groups, PyObject* state);
   void walk(PyObject* groups, PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs,
             Indices* missing, Indices* rest);
   bool lacks_states(const Operands& operands, const Group& group) const;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <c10/core/TensorImpl.h>
+#include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 
 #include <vector>
@@ -15,7 +16,8 @@ struct SeenTensor {
   const c10::TensorImpl* impl = nullptr;
   const c10::StorageImpl* storage = nullptr;
   const VersionCounter* version = nullptr;
-  const void* data = nullptr;
+  const void* storage_data = nullptr;
+  int64_t storage_offset = 0;  // in elements
   caffe2::TypeMeta dtype;
 };
 
@@ -28,17 +30,19 @@ class Sighting {
   void see_idle(PyObject* param);
 
   // Unpacks a parameter, a tensor and of no subclass. `names` are the rule's states, then "step"; the first
-  // `states_needed` count. False if the next step cannot be compared with this one.
-  bool see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, int64_t states_needed,
+  // `states_needed` count.
+  void see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, int64_t states_needed,
            Operands* operands);
 
-  // Notes where the memory is, once the batch has taken the parameter as its last entry. False as above.
+  // Notes where the memory is, once the batch has taken the parameter as its last entry. False if the next step cannot
+  // be compared with this one.
   bool note(const Operands& operands, const Batch& batch);
 
   // Whether everything that a step asks of these objects has the same answer as when they were noted, but for the
-  // gradient's memory, which is put into the task, and the count of steps, which is put into the entry. Touches no
-  // reference count: several threads may ask at once, each for its own, while the caller holds the interpreter.
-  bool still_holds(Batch& batch);
+  // gradient's memory, which is put into the task, and the count of steps, which is put into the entry; `all_next`
+  // turns false if that is not the next one. Touches no reference count: several threads may ask at once, each for its
+  // own, while the caller holds the interpreter.
+  bool still_holds(Batch& batch, bool* all_next);
 
   // Asks for the memory that `still_holds` will read.
   void prefetch() const;
@@ -53,18 +57,18 @@ class Sighting {
     if (!has_gradient()) return;
     use(param_.impl);
     use(gradient_.impl);
-    for (int i = 0; i < item_count_; ++i)
-      if (items_[i].name != kIgnored) use(items_[i].tensor.impl);
+    for (const Item& item : items_)
+      if (item.role != Role::kIgnored) use(item.tensor.impl);
   }
 
  private:
-  static constexpr int kMaxItems = kMaxStates + 2;
-  static constexpr int kIgnored = -1;
+  enum class Role { kState, kCount, kIgnored };
 
+  // Of the parameter's state dict.
   struct Item {
     pybind11::object key;  // owned, so that its address stays its own
     PyObject* value;
-    int name;  // among the rule's states; their number for the count of steps; or kIgnored
+    Role role;
     SeenTensor tensor;
   };
 
@@ -75,11 +79,10 @@ class Sighting {
   int64_t numel_ = 0;
   int64_t entry_ = 0;
   bool contiguous_ = false;
-  int item_count_ = 0;
-  Item items_[kMaxItems];
+  c10::SmallVector<Item, 3> items_;
 
   bool gradient_holds(const c10::TensorImpl* param, const c10::TensorImpl* gradient, cpu::Task& task);
-  bool items_hold(const c10::TensorImpl* param, Entry& entry) const;
+  bool items_hold(const c10::TensorImpl* param, Entry& entry, bool* all_next) const;
 };
 
 }  // namespace trainopt::python

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/TensorImpl.h>
 
+#include "core/macros.h"
 #include "core/tensor_view.h"
 
 namespace trainopt::python {
@@ -15,7 +16,7 @@ namespace trainopt::python {
 inline const uint64_t kOrdinaryKeys =
     at::detail::empty_cpu({0}, at::kFloat).unsafeGetTensorImpl()->key_set().raw_repr();
 
-inline bool is_plain_cpu(const c10::TensorImpl* tensor) {
+TRAINOPT_INLINE bool is_plain_cpu(const c10::TensorImpl* tensor) {
   const c10::DispatchKeySet keys = tensor->key_set();
   return (keys.raw_repr() & ~kOrdinaryKeys) == 0 && keys.has(c10::DispatchKey::CPU);
 }
@@ -32,7 +33,7 @@ inline bool read_dtype(const c10::TensorImpl* tensor, DType* out) {
 }
 
 // TensorImpl's own accessors ask it virtually whether it has a storage; a plain tensor has.
-inline c10::StorageImpl* storage_of(const c10::TensorImpl* tensor) {
+TRAINOPT_INLINE c10::StorageImpl* storage_of(const c10::TensorImpl* tensor) {
   return tensor->unsafe_storage().unsafeGetStorageImpl();
 }
 
@@ -51,7 +52,7 @@ inline bool read_view(const c10::TensorImpl* tensor, bool writes, TensorView* ou
 }
 
 // As ==, for the few dimensions that there are.
-inline bool are_equal(c10::IntArrayRef a, c10::IntArrayRef b) {
+TRAINOPT_INLINE bool are_equal(c10::IntArrayRef a, c10::IntArrayRef b) {
   if (a.size() != b.size()) return false;
   for (size_t i = 0; i < a.size(); ++i)
     if (a[i] != b[i]) return false;
