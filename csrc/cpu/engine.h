@@ -67,7 +67,8 @@ struct Rule {
   int index;  // in the kernel tables
 };
 
-const Rule* find_rule(const char* name);
+const Rule* find_rule(const char* name);  // null if there is none
+const Rule* rule_at(int index);           // null past the last
 
 // Blocks [first, last) of all tasks' blocks one after the other; starts[i] is the first block of task i, starts[count]
 // their total. `wide` selects float64 arithmetic.

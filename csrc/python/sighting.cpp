@@ -114,7 +114,7 @@ bool Sighting::note(const Operands& operands, const Batch& batch) {
   for (Item& item : items_)
     if (item.role != Role::kIgnored) item.tensor = seen(impl_of(item.value), true);
   const Entry& entry = batch.entries.back();
-  if (entry.task < 0) return false;
+  if (entry.task < 0) return true;
   const cpu::Task& task = batch.tasks[entry.wide][entry.task];
   bool is_simple = task.param.layout == nullptr && task.gradient.layout == nullptr;
   for (const TensorView& state : task.state)
@@ -142,20 +142,22 @@ bool Sighting::still_holds(Batch& batch, bool* all_next) {
   Entry& entry = batch.entries[entry_];
   return is_same(param, param_) && param->numel() == numel_ && param->is_contiguous() == contiguous_ &&
          param->is_non_overlapping_and_dense() &&
-         gradient_holds(param, gradient, batch.tasks[entry.wide][entry.task]) && items_hold(param, entry, all_next);
+         gradient_holds(param, gradient, entry.task < 0 ? nullptr : &batch.tasks[entry.wide][entry.task]) &&
+         items_hold(param, entry, all_next);
 }
 
-bool Sighting::gradient_holds(const c10::TensorImpl* param, const c10::TensorImpl* gradient, cpu::Task& task) {
+bool Sighting::gradient_holds(const c10::TensorImpl* param, const c10::TensorImpl* gradient, cpu::Task* task) {
   if (!is_plain_cpu(gradient) || gradient->dtype() != gradient_.dtype || !same_elements(param, gradient)) return false;
   if (same_memory(gradient, gradient_, false)) {
     gradient_.impl = gradient;  // what the step reads, of whichever tensor
     return true;
   }
   gradient_ = seen(gradient, false);
-  task.gradient.data = data_of(gradient, task.gradient.dtype, false);
-  bool clear = is_clear_of(gradient, task.gradient, task.param, numel_);
-  for (const TensorView& state : task.state)
-    clear = clear && (state.data == nullptr || is_clear_of(gradient, task.gradient, state, numel_));
+  if (task == nullptr) return true;
+  task->gradient.data = data_of(gradient, task->gradient.dtype, false);
+  bool clear = is_clear_of(gradient, task->gradient, task->param, numel_);
+  for (const TensorView& state : task->state)
+    clear = clear && (state.data == nullptr || is_clear_of(gradient, task->gradient, state, numel_));
   return clear;
 }
 

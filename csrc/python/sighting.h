@@ -81,7 +81,7 @@ class Sighting {
   bool contiguous_ = false;
   c10::SmallVector<Item, 3> items_;
 
-  bool gradient_holds(const c10::TensorImpl* param, const c10::TensorImpl* gradient, cpu::Task& task);
+  bool gradient_holds(const c10::TensorImpl* param, const c10::TensorImpl* gradient, cpu::Task* task);
   bool items_hold(const c10::TensorImpl* param, Entry& entry, bool* all_next) const;
 };
 
