@@ -47,8 +47,6 @@ class Sighting {
   // Asks for the memory that `still_holds` will read.
   void prefetch() const;
 
-  PyObject* object() const { return object_; }
-  PyObject* state() const { return state_; }
   bool has_gradient() const { return gradient_.impl != nullptr; }
 
   // The tensors that the step reads or writes.
