@@ -1,7 +1,6 @@
 """What the engine does not take goes through torch's own step in the same call, with torch's results and errors."""
 
 import contextlib
-import copy
 
 import pytest
 import torch
@@ -615,51 +614,3 @@ def test_functional_call_and_func_grad(name):
             optimizer.step()
         sides.append((optimizer, list(params.values())))
     assert_same_outcome(*sides)
-
-
-# torch.compile --------------------------------------------------------------------------------------------------------
-
-
-def compiled_run(name, side, backend, schedule, steps=20, whole=True):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)).double()
-    optimizer = CLASSES[name][side](model.parameters(), **OPTIONS[name])
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps) if schedule else None
-
-    def train(x):
-        loss = model(x).square().sum()
-        if whole:
-            loss.backward()
-        optimizer.step()
-        return loss
-
-    def step():
-        optimizer.step()
-
-    run = (train if whole else step) if backend is None else torch.compile(train if whole else step, backend=backend)
-    for i in range(steps):
-        optimizer.zero_grad()
-        x = torch.full((3, 5), 0.1 * (i % 4 + 1), dtype=torch.float64)
-        if whole:
-            run(x)
-        else:
-            model(x).square().sum().backward()
-            run()
-        if scheduler is not None:
-            scheduler.step()
-    return (optimizer, list(model.parameters())), copy.deepcopy(torch._dynamo.utils.counters)
-
-
-@each_class
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("whole", [True, False], ids=["a train step", "the optimizer's step alone"])
-def test_compiled_steps_equal_eager_ones(name, backend, whole):
-    compiled, counters = compiled_run(name, 0, backend, True, whole=whole)
-    eager, _ = compiled_run(name, 1, None, True)
-    assert_same_outcome(compiled, eager)
-    stats = counters["stats"]
-    # The frames round the step, each compiled once, and once more where the first step differs from the others.
-    assert sum(counters["recompiles"].values()) <= 1
-    assert stats["unique_graphs"] <= 4, dict(stats)

@@ -45,7 +45,7 @@ def main() -> int:
     reference = os.environ.get("TRAINOPT_REFERENCE")
     show("TRAINOPT_REFERENCE", reference or "not set", "1 sends every parameter through torch's own path")
     if extension and optim:
-        on_cpu = "torch's own path" if optim.is_reference_forced() else f"{extension.cpu_variant()} kernel"
+        on_cpu = "torch's own path" if optim.reference.is_forced() else f"{extension.cpu_variant()} kernel"
         for optimizer in ("SGD", "Adam", "AdamW"):
             show(optimizer, f"CPU: {on_cpu}; elsewhere: torch's own path", "trainopt.explain(optimizer) tells more")
         return 0

@@ -82,6 +82,8 @@ const Rule* find_rule(const char* name) {
   return nullptr;
 }
 
+const Rule* rule_at(int index) { return index < kRules ? &kRuleList[index] : nullptr; }
+
 void run_blocks(const Run& run, int64_t first, int64_t last) {
   const Kernel kernel = table_in_use->rule[run.rule->index][run.wide];
   // The task that block `first` belongs to: the last one that starts at or before it.

@@ -25,7 +25,8 @@ struct Stages {
   S l1;              // added to the gradient, times the parameter's sign
   S threshold;       // the proximal form: the parameter is moved to 0 by this
   S noise;           // standard deviation
-  uint64_t seed;
+  uint64_t seed;     // of the noise, and
+  uint32_t step;     // the step that it belongs to
 };
 
 constexpr size_t kRuleScalarBytes = 128;
@@ -46,8 +47,7 @@ struct Task {
   TensorView param, gradient;
   TensorView state[kMaxStates];  // without data where the rule needs none
   const Scalars* scalars;
-  uint32_t tensor;  // its index in the optimizer, and
-  uint32_t step;    // its step, for the random numbers
+  uint32_t tensor;  // its index in the optimizer, for the random numbers
 };
 
 // Runs a rule over elements [begin, end) of a task; begin is a multiple of kBlock.
@@ -67,7 +67,8 @@ struct Rule {
   int index;  // in the kernel tables
 };
 
-const Rule* find_rule(const char* name);
+const Rule* find_rule(const char* name);  // null if there is none
+const Rule* rule_at(int index);           // null past the last
 
 // Blocks [first, last) of all tasks' blocks one after the other; starts[i] is the first block of task i, starts[count]
 // their total. `wide` selects float64 arithmetic.

@@ -139,7 +139,7 @@ TRAINOPT_FUNCTION void run_buffered(const Task& task, const Stages<S>& stages,
         load_tile(task.param, at, count, buffer[0]), load_tile(task.gradient, at, count, buffer[1]), {}, nullptr};
     for (int s = 0; s < kPresent; ++s) tile.state[s] = load_tile(task.state[s], at, count, buffer[3 + s]);
     if (stages.noisy) {
-      gaussian_tile(gaussians, at, stages.seed, task.step, task.tensor);
+      gaussian_tile(gaussians, at, stages.seed, stages.step, task.tensor);
       for (int i = 0; i < kBlock; ++i) buffer[2][i] = gaussians[i];
       tile.noise = buffer[2];
     }

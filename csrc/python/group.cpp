@@ -115,6 +115,7 @@ void fill(cpu::Stages<S>& stages, const GroupValues& group, const Moment& now, D
   stages.threshold = static_cast<S>(group.lr * group.l1);
   stages.noise = static_cast<S>(group.noise);
   stages.seed = group.seed;
+  stages.step = static_cast<uint32_t>(now.step);
 }
 
 }  // namespace

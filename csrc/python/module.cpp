@@ -9,6 +9,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/engine.h"
 #include "python/loss_calls.h"
@@ -65,6 +66,14 @@ std::string compiler() {
 #endif
 }
 
+// The rules, each with the options that it reads from a parameter group.
+std::map<std::string, std::vector<std::string>> rules() {
+  std::map<std::string, std::vector<std::string>> result;
+  for (int i = 0; const cpu::Rule* rule = cpu::rule_at(i); ++i)
+    result[rule->name] = {rule->options, rule->options + rule->option_count};
+  return result;
+}
+
 bool is_observed() { return at::hasCallbacks(); }
 
 // Fills a contiguous float32 CPU tensor with the noise of one parameter at one step, in the logical order of elements.
@@ -94,6 +103,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_variants", variants);
   m.def("set_cpu_variant", [](const std::string& name) { cpu::set_variant(parse_variant(name)); });
   m.def("compiler", compiler);
+  m.def("rules", rules);
   m.def("is_observed", is_observed, "Whether a profiler or another observer of record_function is active.");
   m.def("takes", take, "Whether the fused losses take all of these tensors (or None) as they are now.");
   m.def("gaussian_", gaussian_, pybind11::arg("out"), pybind11::arg("seed"), pybind11::arg("step"),

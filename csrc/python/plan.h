@@ -1,37 +1,20 @@
 // The step plan: torch's parameter groups and state in, one call of the engine out.
 //
-// A plan owns nothing that torch's dicts do not say: every step walks the groups, the gradients and the states as they
-// are now, and keeps from the last step only memory to write in and what can be compared with the present to skip work.
+// A plan owns nothing that torch's dicts do not say: every step looks at the groups, the gradients and the states as
+// they are now. What is kept from the last step is compared with the present, and used again where they are the same.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
-#include <deque>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cpu/engine.h"
+#include "python/batch.h"
 #include "python/group.h"
+#include "python/sighting.h"
 
 namespace trainopt::python {
-
-// Which way a parameter takes through a step, and why.
-enum class Path {
-  kFused,
-  kSubclass,
-  kDifferentiable,
-  kDevice,
-  kDtype,
-  kGradient,
-  kStateForm,
-  kMemory,
-  kMode,
-};
-const char* describe(Path);
-
-using Indices = std::vector<int64_t>;
 
 class Plan {
  public:
@@ -51,44 +34,48 @@ class Plan {
   std::vector<std::string> paths(pybind11::list groups, pybind11::dict state);
 
  private:
-  // What `commit` must still do for a task: count its step and give it its scalars.
-  struct Entry {
-    void* steps;   // null where none are counted
-    int64_t task;  // its index, or -1 for a parameter without elements
-    int32_t group;
-    int32_t steps_are_double, first, wide;  // truth values
-  };
-  struct Span {
-    const char* begin;
-    const char* end;
-    uint32_t tensor;
+  // What a group decides of the batch.
+  struct GroupForm {
+    Py_ssize_t count = 0;
+    int64_t states_needed = 0;
+    bool noisy = false, differentiable = false;
+
+    GroupForm() = default;
+    explicit GroupForm(const Group& group)
+        : count(PySequence_Fast_GET_SIZE(group.params)),
+          states_needed(group.states_needed),
+          noisy(group.noise != 0),
+          differentiable(group.differentiable != 0) {}
+    bool operator==(const GroupForm& other) const {
+      return count == other.count && states_needed == other.states_needed && noisy == other.noisy &&
+             differentiable == other.differentiable;
+    }
   };
 
-  const cpu::Rule* rule_;
-  std::vector<pybind11::str> state_names_;
+  // A parameter in the lists, and the state dict's value for it; null where it has none or no gradient.
+  struct Place {
+    PyObject* object;
+    PyObject* state;
+    bool has_gradient;
+  };
+
+  const cpu::Rule& rule_;
+  std::vector<pybind11::str> state_names_;  // the rule's, then "step"
   std::vector<Group> groups_;
-  std::vector<Entry> entries_;
-  std::vector<cpu::Task> tasks_[2];  // float arithmetic, double arithmetic
-  std::vector<int64_t> starts_[2];
-  std::vector<size_t> task_scalars_[2];
-  std::vector<cpu::Scalars> scalars_;
-  std::deque<Layout> layouts_;
-  std::vector<c10::TensorImpl*> written_tensors_, read_tensors_;
-  std::vector<Span> written_;  // the memory of this step, over that of the last
-  bool sharing_is_known_ = false;
-  Indices sharing_;  // parameters whose memory another one writes too
-  int64_t elements_ = 0;
-  bool is_running_ = false;  // with the interpreter let go
+  std::vector<GroupForm> forms_;     // of the last walk
+  std::vector<Place> places_;        // of every parameter, in order
+  std::vector<Sighting> sightings_;  // likewise
+  Batch batch_;
+  std::vector<c10::Storage> kept_;  // while the interpreter is let go
+  bool can_recall_ = false;         // whether the next step can be compared with the last one
+  bool is_running_ = false;         // with the interpreter let go
 
+  bool recall(PyObject* groups, PyObject* state, bool* all_next);
+  bool same_places(PyObject* groups, PyObject* state);
   void walk(PyObject* groups, PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs,
             Indices* missing, Indices* rest);
-  Path look(const Group& group, PyObject* object, PyObject* param_state, bool writes_gradient, cpu::Task* task,
-            Entry* entry, bool* missing);
-  bool arrange(const at::Tensor& param, const std::vector<std::pair<const at::Tensor*, TensorView*>>& operands,
-               bool logical_order);
-  void find_sharing();
-  void commit(double gradient_scale);
-  void execute();
+  bool lacks_states(const Operands& operands, const Group& group) const;
+  void run_unlocked();
 };
 
 }  // namespace trainopt::python

@@ -1,10 +1,11 @@
-// What the plan asks of a torch tensor before an engine may touch its memory.
+// What is asked of a torch tensor before an engine may touch its memory.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/TensorImpl.h>
 
+#include "core/macros.h"
 #include "core/tensor_view.h"
 
 namespace trainopt::python {
@@ -15,30 +16,68 @@ namespace trainopt::python {
 inline const uint64_t kOrdinaryKeys =
     at::detail::empty_cpu({0}, at::kFloat).unsafeGetTensorImpl()->key_set().raw_repr();
 
-inline bool is_plain_cpu(const at::Tensor& tensor) {
-  const c10::DispatchKeySet keys = tensor.unsafeGetTensorImpl()->key_set();
+TRAINOPT_INLINE bool is_plain_cpu(const c10::TensorImpl* tensor) {
+  const c10::DispatchKeySet keys = tensor->key_set();
   return (keys.raw_repr() & ~kOrdinaryKeys) == 0 && keys.has(c10::DispatchKey::CPU);
 }
 
-// The tensor's type and memory; a lazily copied tensor is given memory of its own if it is to be written. False for a
-// type that the engine does not store.
-inline bool read_view(const at::Tensor& tensor, bool writes, TensorView* out) {
-  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  switch (c10::typeMetaToScalarType(impl->dtype())) {
-    case c10::ScalarType::Float: out->dtype = DType::kFloat32; break;
-    case c10::ScalarType::Double: out->dtype = DType::kFloat64; break;
-    case c10::ScalarType::BFloat16: out->dtype = DType::kBFloat16; break;
-    case c10::ScalarType::Half: out->dtype = DType::kFloat16; break;
+// False for a type that the engine does not store.
+inline bool read_dtype(const c10::TensorImpl* tensor, DType* out) {
+  switch (c10::typeMetaToScalarType(tensor->dtype())) {
+    case c10::ScalarType::Float: *out = DType::kFloat32; return true;
+    case c10::ScalarType::Double: *out = DType::kFloat64; return true;
+    case c10::ScalarType::BFloat16: *out = DType::kBFloat16; return true;
+    case c10::ScalarType::Half: *out = DType::kFloat16; return true;
     default: return false;
   }
-  out->layout = nullptr;
-  // TensorImpl's own accessors ask it virtually whether it has a storage; a plain tensor has.
-  c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+}
+
+// TensorImpl's own accessors ask it virtually whether it has a storage; a plain tensor has.
+TRAINOPT_INLINE c10::StorageImpl* storage_of(const c10::TensorImpl* tensor) {
+  return tensor->unsafe_storage().unsafeGetStorageImpl();
+}
+
+// The tensor's memory; a lazily copied tensor is given memory of its own if it is to be written.
+inline void* data_of(const c10::TensorImpl* tensor, DType dtype, bool writes) {
+  c10::StorageImpl* storage = storage_of(tensor);
   char* base = static_cast<char*>(writes ? storage->mutable_data() : const_cast<void*>(storage->data()));
-  out->data = base + impl->storage_offset() * size_of(out->dtype);
+  return base + tensor->storage_offset() * size_of(dtype);
+}
+
+inline bool read_view(const c10::TensorImpl* tensor, bool writes, TensorView* out) {
+  if (!read_dtype(tensor, &out->dtype)) return false;
+  out->layout = nullptr;
+  out->data = data_of(tensor, out->dtype, writes);
   return true;
 }
 
-inline bool is_dense(const at::Tensor& tensor) { return tensor.unsafeGetTensorImpl()->is_non_overlapping_and_dense(); }
+// As ==, for the few dimensions that there are.
+TRAINOPT_INLINE bool are_equal(c10::IntArrayRef a, c10::IntArrayRef b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i)
+    if (a[i] != b[i]) return false;
+  return true;
+}
+
+// Whether the elements of `tensor` lie in memory in the order of `param`'s, which has the same sizes.
+inline bool same_order_in_memory(const c10::TensorImpl* param, const c10::TensorImpl* tensor) {
+  return (param->is_contiguous() && tensor->is_contiguous()) || are_equal(param->strides(), tensor->strides());
+}
+
+inline const char* end_of(const TensorView& view, int64_t numel) {
+  return static_cast<const char*>(view.data) + numel * size_of(view.dtype);
+}
+
+// Whether a gradient's memory, which may have gaps or repeat itself, is clear of a dense view's.
+inline bool is_clear_of(const c10::TensorImpl* gradient, const TensorView& gradient_view, const TensorView& view,
+                        int64_t numel) {
+  const char* begin = static_cast<const char*>(gradient_view.data);
+  const char* end = end_of(gradient_view, numel);
+  if (!gradient->is_non_overlapping_and_dense()) {
+    begin = static_cast<const char*>(storage_of(gradient)->data());
+    end = begin + storage_of(gradient)->nbytes();
+  }
+  return end <= static_cast<const char*>(view.data) || end_of(view, numel) <= begin;
+}
 
 }  // namespace trainopt::python

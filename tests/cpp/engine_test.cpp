@@ -354,6 +354,7 @@ void fill(cpu::Stages<S>& stages, const Setting& s) {
   stages.threshold = static_cast<S>(s.lr * s.l1);
   stages.noise = static_cast<S>(s.noise);
   stages.seed = kSeed;
+  stages.step = static_cast<uint32_t>(s.step);
 }
 
 // The places and types of one parameter's tensors.
@@ -421,7 +422,6 @@ void run_engine(const Setting& s, const Parameters& parameters, bool wide, int64
     for (size_t k = 0; k < from.states.size(); ++k) task.state[k] = from.states[k]->view();
     task.scalars = &scalars;
     task.tensor = static_cast<uint32_t>(i);
-    task.step = static_cast<uint32_t>(s.step);
     tasks.push_back(task);
     starts.push_back(starts.back() + cpu::blocks_of(from.numel));
   }

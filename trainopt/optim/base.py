@@ -5,7 +5,6 @@ and errors are torch's own. The step is one call into the compiled plan, which r
 parameters that the engine does not take go through torch's own step (`trainopt.optim.reference`) in the same call.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -13,13 +12,8 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 from trainopt._extension import _C
-from trainopt.optim import reference
+from trainopt.optim import compiled, reference
 from trainopt.optim.nonfinite import NonfiniteReport
-
-
-def is_reference_forced() -> bool:
-    """Whether TRAINOPT_REFERENCE asks for torch's own path everywhere."""
-    return os.environ.get("TRAINOPT_REFERENCE", "0") not in ("", "0")
 
 
 class Fused(torch.optim.Optimizer):
@@ -51,21 +45,30 @@ class Fused(torch.optim.Optimizer):
         Returns:
             What `closure` returned, else None.
         """
+        self._opt_called = True
         if torch.compiler.is_compiling():
-            return _uncompiled_step(self, closure)
-        if (
+            return _compiled_step(self, closure)
+        if (self._has_hooks() or _C.is_observed()) and type(
+            self
+        ).step is Fused.step:  # an overriding step has been wrapped by torch already
+            return _observed_step(self, closure)
+        return self._step(closure)
+
+    def _has_hooks(self) -> bool:
+        return bool(
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
-            or _C.is_observed()
-        ) and type(self).step is Fused.step:  # an overriding step has been wrapped by torch already
-            return _observed_step(self, closure)
-        return self._step(closure)
+        )
 
     # torch wraps step() in hooks and a profiler range that cost tens of microseconds, heard or not; ours costs that
     # only when somebody listens.
     step.hooked = True  # type: ignore[attr-defined]
+    # A scheduler of torch's wraps step() to see whether it was called before the scheduler's own step, and a compiler
+    # does not look into the wrapper. Ours tells by itself.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    _opt_called: bool
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -80,7 +83,7 @@ class Fused(torch.optim.Optimizer):
         scale = 1.0 if grad_scale is None else float(grad_scale)
         plan = self._plan
         if plan is None:
-            if is_reference_forced():
+            if reference.is_forced():
                 self._step_by_torch(None, scale)
                 return loss
             plan = self._plan = _C.Plan(self._rule)
@@ -132,7 +135,16 @@ class Fused(torch.optim.Optimizer):
         """
         for _, group, param in self._enumerate():
             if param.requires_grad and not self.state.get(param):
-                self._start(param, group)
+                self._start_before_first_step(param, group)
+
+    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        """Makes the states of a parameter that has none, so that its next step is a first one, whoever takes it."""
+        self._start(param, group)
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
+        if lists and lists[-1] == compiled.GATHER:
+            return compiled.gather(self, group, *lists[:-1])
+        return super()._init_group(group, *lists)  # type: ignore[misc]
 
     def _states_needed(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The param-shaped states that a group's options call for."""
@@ -245,10 +257,23 @@ class Fused(torch.optim.Optimizer):
         ]
 
 
-# A compiled training step breaks its graph here, as it does round torch's own step, and runs this one as it is: what
-# the compiler would trace is C++.
+# What a compiler cannot keep in its graph breaks it, as torch's own step does, and runs as it is.
 _uncompiled_step = torch._disable_dynamo(Fused.step)
 _observed_step = torch.optim.Optimizer.profile_hook_step(Fused._step)
+
+
+def _compiled_step(optimizer: Fused, closure: Callable[[], Any] | None) -> Any:
+    """The step as the compiler traces it."""
+    if (
+        closure is not None
+        or getattr(optimizer, "grad_scale", None) is not None
+        or getattr(optimizer, "found_inf", None) is not None
+        or optimizer._has_hooks()
+        or optimizer.last_step_skipped  # to be set to False, which a graph cannot do
+        or not compiled.step(optimizer)
+    ):
+        return _uncompiled_step(optimizer, closure)
+    return None
 
 
 def check_extras(options: dict[str, Any]) -> None:

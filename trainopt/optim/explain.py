@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from trainopt._extension import _C
-from trainopt.optim.base import Fused, is_reference_forced
+from trainopt.optim import reference
+from trainopt.optim.base import Fused
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
         why = f"{type(optimizer).__module__}.{type(optimizer).__qualname__} is not one of trainopt's"
         return Explanation(ParameterPath(f"parameter {i}", "torch", why, _outline(p)) for i, p in enumerate(rows))
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    if is_reference_forced():
+    if reference.is_forced():
         reasons = ["TRAINOPT_REFERENCE is set"] * len(params)
     else:
         reasons = _C.Plan(optimizer._rule).paths(optimizer.param_groups, optimizer.state)

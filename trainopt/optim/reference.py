@@ -5,6 +5,7 @@ optimizer that holds only the parameters in question. What trainopt adds to torc
 """
 
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,11 @@ Numbered = tuple[int, dict[str, Any], torch.Tensor]  # index over all groups, gr
 
 # A step count at which every bias correction is exactly 1.
 _LONG_PAST = 1e18
+
+
+def is_forced() -> bool:
+    """Whether TRAINOPT_REFERENCE asks for torch's own path everywhere."""
+    return os.environ.get("TRAINOPT_REFERENCE", "0") not in ("", "0")
 
 
 def step(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int] | None, scale: float) -> None:

@@ -79,10 +79,13 @@ class SGD(Fused, torch.optim.SGD):
 
     def init_state(self) -> None:
         for _, group, param in self._enumerate():
-            # The first step takes the gradient undampened: a count of 0 tells a buffer of zeros that it is a first one.
-            if group["dampening"] != 0 and param.requires_grad and not self.state.get(param):
-                self._start_count(param, group)
             if param.requires_grad:
-                self._start(param, group)
+                self._start_before_first_step(param, group)
 
     init_state.__doc__ = Fused.init_state.__doc__
+
+    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        # The first step takes the gradient undampened: a count of 0 tells a buffer of zeros that it is a first one.
+        if group["dampening"] != 0 and not self.state.get(param):
+            self._start_count(param, group)
+        self._start(param, group)

@@ -1,0 +1,319 @@
+#include "python/batch.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "python/tensors.h"
+
+namespace trainopt::python {
+namespace {
+
+// Elements that a thread should at least have to do: less is not worth waking it.
+constexpr int64_t kGrainElements = 48 * 1024;
+
+double next_count(const Entry& entry) {
+  return entry.steps_are_double ? *static_cast<double*>(entry.steps) + 1 : *static_cast<float*>(entry.steps) + 1.0f;
+}
+
+void count_and_tell(Entry& entry) {
+  for (VersionCounter* const* counter = entry.written; *counter != nullptr; ++counter) move_on(*counter);
+  if (entry.steps == nullptr) return;
+  if (entry.steps_are_double) {
+    *static_cast<double*>(entry.steps) = entry.step;
+  } else {
+    *static_cast<float*>(entry.steps) = static_cast<float>(entry.step);
+  }
+}
+
+}  // namespace
+
+bool Entry::recount() {
+  const double last = step;
+  step = next_count(*this);
+  return step == last + 1;
+}
+
+const char* describe(Path path) {
+  switch (path) {
+    case Path::kFused: return "";
+    case Path::kSubclass: return "a tensor subclass, which may do its own thing with an in-place operation";
+    case Path::kDifferentiable: return "differentiable=True";
+    case Path::kDevice: return "not a plain dense CPU tensor";
+    case Path::kDtype: return "not float32, float64, bfloat16 or float16";
+    case Path::kGradient: return "a gradient that is sparse, lazily computed, or of another device, dtype or shape";
+    case Path::kStateForm: return "a state of another device, layout or shape than the parameter";
+    case Path::kMemory:
+      return "memory that is not dense, that another parameter or state shares, or of over 8 dimensions";
+    case Path::kMode: return "a torch dispatch mode is active";
+  }
+  return "";
+}
+
+int64_t threads_for(int64_t elements) {
+  if (elements < 2 * kGrainElements || at::in_parallel_region()) return 1;
+  return std::min<int64_t>(elements / kGrainElements, at::get_num_threads());
+}
+
+void Batch::clear() {
+  entries.clear();
+  layouts_.clear();
+  elements = 0;
+  spans_ = 0;
+  for (int wide = 0; wide < 2; ++wide) {
+    tasks[wide].clear();
+    starts_[wide].assign(1, 0);
+  }
+}
+
+Path Batch::look(const Operands& operands, const GroupValues& group, bool writes_gradient, cpu::Task* task,
+                 Entry* entry) {
+  const c10::TensorImpl* param = operands.param;
+  const c10::TensorImpl* gradient = operands.gradient;
+  if (group.differentiable != 0) return Path::kDifferentiable;
+  if (!is_plain_cpu(param)) return Path::kDevice;
+  if (!read_view(param, true, &task->param)) return Path::kDtype;
+  if (!param->is_contiguous() && !param->is_non_overlapping_and_dense()) return Path::kMemory;
+  VersionCounter** written = entry->written;
+  const auto writes = [&](const c10::TensorImpl* tensor) {
+    if (VersionCounter* counter = counter_of(tensor)) *written++ = counter;
+  };
+  writes(param);
+  task->numel = param->numel();
+  bool in_order = true;
+
+  if (gradient != nullptr) {
+    if (!is_plain_cpu(gradient) || !read_view(gradient, writes_gradient, &task->gradient) ||
+        !are_equal(gradient->sizes(), param->sizes()))
+      return Path::kGradient;
+    if (writes_gradient) {
+      if (!gradient->is_non_overlapping_and_dense() &&
+          at::has_internal_overlap(const_cast<c10::TensorImpl*>(gradient)) != at::MemOverlap::No)
+        return Path::kMemory;
+      writes(gradient);
+    }
+    in_order = same_order_in_memory(param, gradient);
+  }
+
+  if (!operands.states_are_tensors) return Path::kStateForm;
+  bool clear = true;  // of the gradient
+  const auto is_clear = [&](const TensorView& view) {
+    return gradient == nullptr || is_clear_of(gradient, task->gradient, view, task->numel);
+  };
+  clear = is_clear(task->param);
+  for (int s = 0; s < kMaxStates; ++s) {
+    TensorView& view = task->state[s];
+    view.data = nullptr;
+    const c10::TensorImpl* state = operands.states[s];
+    if (state == nullptr) continue;
+    if (!is_plain_cpu(state) || !read_view(state, true, &view) || state->requires_grad() ||
+        !are_equal(state->sizes(), param->sizes()))
+      return Path::kStateForm;
+    const bool same_order = same_order_in_memory(param, state);
+    if (!same_order && !state->is_non_overlapping_and_dense()) return Path::kMemory;
+    in_order = in_order && same_order;
+    clear = clear && is_clear(view);
+    writes(state);
+  }
+  entry->steps = nullptr;
+  entry->step = 0;
+  if (const c10::TensorImpl* steps = operands.steps) {
+    TensorView view;
+    if (!is_plain_cpu(steps) || !read_view(steps, true, &view) || steps->numel() != 1 || size_of(view.dtype) == 2)
+      return Path::kStateForm;
+    entry->steps = view.data;
+    entry->steps_are_double = view.dtype == DType::kFloat64;
+    entry->step = next_count(*entry);
+    writes(steps);
+  }
+  *written = nullptr;
+  if (!clear) return Path::kMemory;
+
+  // Noise belongs to the logical element, whatever the memory format.
+  const bool logical_order = group.noise != 0 && !param->is_contiguous();
+  if (in_order && !logical_order) return Path::kFused;
+  std::vector<std::pair<const c10::TensorImpl*, TensorView*>> arranged{{param, &task->param}};
+  if (gradient != nullptr) arranged.emplace_back(gradient, &task->gradient);
+  for (int s = 0; s < kMaxStates; ++s)
+    if (operands.states[s] != nullptr) arranged.emplace_back(operands.states[s], &task->state[s]);
+  return arrange(*param, arranged, logical_order) ? Path::kFused : Path::kMemory;
+}
+
+// Gives the tensors layouts in one common order of elements: the parameter's order in memory, or the logical one. False
+// if that takes more dimensions than the engine has.
+bool Batch::arrange(const c10::TensorImpl& param,
+                    const std::vector<std::pair<const c10::TensorImpl*, TensorView*>>& operands, bool logical_order) {
+  std::vector<int64_t> order(param.dim());
+  std::iota(order.begin(), order.end(), 0);
+  if (!logical_order)
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return param.strides()[a] > param.strides()[b]; });
+
+  std::vector<int64_t> sizes;
+  std::vector<std::vector<int64_t>> strides(operands.size());
+  for (const int64_t d : order) {
+    const int64_t size = param.sizes()[d];
+    if (size == 1) continue;
+    bool joins = !sizes.empty();
+    for (size_t i = 0; joins && i < operands.size(); ++i)
+      joins = strides[i].back() == size * operands[i].first->strides()[d];
+    if (joins) {
+      sizes.back() *= size;
+      for (size_t i = 0; i < operands.size(); ++i) strides[i].back() = operands[i].first->strides()[d];
+    } else {
+      sizes.push_back(size);
+      for (size_t i = 0; i < operands.size(); ++i) strides[i].push_back(operands[i].first->strides()[d]);
+    }
+  }
+  if (sizes.size() > kMaxDims) return false;
+  for (size_t i = 0; i < operands.size(); ++i) {
+    int64_t run = 1;
+    bool dense = true;
+    for (size_t d = sizes.size(); d-- > 0; run *= sizes[d]) dense = dense && strides[i][d] == run;
+    if (dense) continue;
+    Layout layout{static_cast<int>(sizes.size()), {}, {}};
+    std::copy(sizes.begin(), sizes.end(), layout.sizes);
+    std::copy(strides[i].begin(), strides[i].end(), layout.strides);
+    layouts_.push_back(layout);
+    operands[i].second->layout = &layouts_.back();
+  }
+  return true;
+}
+
+Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t tensor, bool first, bool writes_gradient) {
+  const bool wide = operands.param->dtype() == caffe2::TypeMeta::Make<double>();
+  cpu::Task& task = tasks[wide].emplace_back();
+  Entry& entry = entries.emplace_back();
+  const Path path = look(operands, *group, writes_gradient, &task, &entry);
+  if (path != Path::kFused) {
+    tasks[wide].pop_back();
+    entries.pop_back();
+    return path;
+  }
+  entry.group = group;
+  entry.first = first;
+  entry.wide = wide;
+  if (entry.steps != nullptr)
+    note(entry.steps, static_cast<const char*>(entry.steps) + (entry.steps_are_double ? 8 : 4), tensor);
+  if (task.numel == 0) {
+    tasks[wide].pop_back();
+    entry.task = -1;
+    return path;
+  }
+  entry.task = static_cast<int64_t>(tasks[wide].size()) - 1;
+  task.tensor = tensor;
+  note(task.param.data, end_of(task.param, task.numel), tensor);
+  for (const TensorView& state : task.state)
+    if (state.data != nullptr) note(state.data, end_of(state, task.numel), tensor);
+  if (writes_gradient) note(task.gradient.data, end_of(task.gradient, task.numel), tensor);
+  elements += task.numel;
+  starts_[wide].push_back(starts_[wide].back() + cpu::blocks_of(task.numel));
+  return path;
+}
+
+Path Batch::announce(const Operands& operands, const GroupValues& group, uint32_t tensor, bool writes_gradient) {
+  cpu::Task task;
+  Entry entry;
+  const Path path = look(operands, group, writes_gradient, &task, &entry);
+  if (path == Path::kFused) note(task.param.data, end_of(task.param, task.numel), tensor);
+  return path;
+}
+
+void Batch::note(const void* data, const char* end, uint32_t tensor) {
+  const char* begin = static_cast<const char*>(data);
+  if (spans_ == written_.size()) written_.push_back({});
+  Span& span = written_[spans_++];
+  if (span.begin == begin && span.end == end && span.tensor == tensor) return;
+  span = {begin, end, tensor};
+  sharing_is_known_ = false;
+}
+
+const Indices& Batch::sharing() {
+  if (!sharing_is_known_ || spans_ != written_.size()) {
+    written_.resize(spans_);
+    find_sharing();
+    sharing_is_known_ = true;
+  }
+  return sharing_;
+}
+
+// Parameters that are written in the same place must be stepped one after the other, which is torch's way, not the
+// engine's. The check sorts all written memory, so it is made only when that has moved since the last step.
+void Batch::find_sharing() {
+  sharing_.clear();
+  std::vector<Span> sorted = written_;
+  std::sort(sorted.begin(), sorted.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  for (size_t i = 1, furthest = 0; i < sorted.size(); ++i) {
+    if (sorted[i].begin < sorted[furthest].end && sorted[i].begin != sorted[i].end) {
+      sharing_.push_back(sorted[i].tensor);
+      sharing_.push_back(sorted[furthest].tensor);
+    }
+    if (sorted[i].end > sorted[furthest].end) furthest = i;
+  }
+  std::sort(sharing_.begin(), sharing_.end());
+  sharing_.erase(std::unique(sharing_.begin(), sharing_.end()), sharing_.end());
+}
+
+cpu::Scalars Batch::scalars_of(const Run& run, double gradient_scale) const {
+  return run.group->scalars(rule_, run.step, run.first, run.wide, gradient_scale);
+}
+
+void Batch::prepare(double gradient_scale) {
+  runs_.clear();
+  scalars_.clear();
+  scalars_.reserve(entries.size());  // tasks point into it
+  alike_.clear();
+  for (Entry& entry : entries) {
+    if (entry.task < 0) continue;
+    const Run run{entry.group, entry.step, entry.steps != nullptr, entry.first || entry.step == 1, entry.wide};
+    const Run* last = runs_.empty() ? nullptr : &runs_.back();
+    const bool joins = last != nullptr && last->step == run.step && last->counts == run.counts &&
+                       last->first == run.first && last->wide == run.wide &&
+                       (last->group == run.group || *last->group == *run.group);
+    if (!joins) {
+      runs_.push_back(run);
+      scalars_.push_back(scalars_of(run, gradient_scale));
+    } else if (last->group != run.group && (alike_.empty() || alike_.back().second != run.group)) {
+      alike_.emplace_back(last->group, run.group);
+    }
+    tasks[entry.wide][entry.task].scalars = &scalars_.back();
+  }
+}
+
+// The entries and the tasks need not be touched if the runs stay what they were.
+void Batch::prepare_again(double gradient_scale, bool all_next) {
+  for (const auto& [group, other] : alike_) all_next = all_next && *group == *other;
+  for (const Run& run : runs_) all_next = all_next && !run.first && !(run.counts && run.step == 0);
+  if (!all_next) {
+    for (Entry& entry : entries) entry.first = false;
+    return prepare(gradient_scale);
+  }
+  for (size_t i = 0; i < runs_.size(); ++i) {
+    runs_[i].step += runs_[i].counts ? 1 : 0;
+    scalars_[i] = scalars_of(runs_[i], gradient_scale);
+  }
+}
+
+void Batch::run() {
+  const int64_t tensors = static_cast<int64_t>(entries.size());
+  const int64_t parts = threads_for(elements + kTensorElements * tensors);
+  // Equal shares: a thread has the same tensors in every step, and so does its cache.
+  const auto run_part = [&](int64_t part) {
+    const auto cut = [&](int64_t count, int64_t at) { return count * at / parts; };
+    for (int64_t i = cut(tensors, part); i < cut(tensors, part + 1); ++i) count_and_tell(entries[i]);
+    for (int wide = 0; wide < 2; ++wide) {
+      if (tasks[wide].empty()) continue;
+      const cpu::Run run{tasks[wide].data(), starts_[wide].data(), tasks[wide].size(), &rule_, wide == 1};
+      const int64_t blocks = starts_[wide].back();
+      cpu::run_blocks(run, cut(blocks, part), cut(blocks, part + 1));
+    }
+  };
+  if (parts == 1) return run_part(0);
+  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) run_part(part);
+  });
+}
+
+}  // namespace trainopt::python

@@ -1,0 +1,86 @@
+// The optimizer step as an operator of torch's dispatcher: what a compiler can keep in its graph.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "python/batch.h"
+
+namespace trainopt::python {
+namespace {
+
+constexpr const char* kSchema =
+    "optimizer_step_(str rule, Tensor(a!)[] params, Tensor[] gradients, Tensor(b!)[] states, Tensor(c!)[] steps, "
+    "Tensor lr, float[] options, float weight_decay=0., bool maximize=False, float l1=0., bool l1_proximal=False) -> "
+    "()";
+
+// What the lists must be, whatever the tensors are.
+const cpu::Rule& check(std::string_view name, at::TensorList params, at::TensorList gradients, at::TensorList states,
+                       at::TensorList steps, const at::Tensor& lr, c10::ArrayRef<double> options) {
+  const cpu::Rule* rule = cpu::find_rule(std::string(name).c_str());
+  TORCH_CHECK_VALUE(rule != nullptr, "optimizer_step_: there is no rule '", name, "'");
+  TORCH_CHECK_VALUE(options.size() == static_cast<size_t>(rule->option_count), "optimizer_step_: options: ", name,
+                    " has ", rule->option_count, ", not ", options.size());
+  const size_t count = params.size(), needed = count * rule->states_needed(options.data());
+  TORCH_CHECK_VALUE(gradients.size() == count, "optimizer_step_: gradients: ", gradients.size(), " for ", count,
+                    " params");
+  TORCH_CHECK_VALUE(states.size() == needed, "optimizer_step_: states: ", states.size(),
+                    " where these options call for ", needed);
+  TORCH_CHECK_VALUE(steps.size() == count || (steps.empty() && !rule->counts_steps),
+                    "optimizer_step_: steps: ", steps.size(), " for ", count, " params");
+  TORCH_CHECK_VALUE(lr.numel() == 1, "optimizer_step_: lr has ", lr.numel(), " elements, not 1");
+  return *rule;
+}
+
+void optimizer_step_(std::string_view name, at::TensorList params, at::TensorList gradients, at::TensorList states,
+                     at::TensorList steps, const at::Tensor& lr, c10::ArrayRef<double> options, double weight_decay,
+                     bool maximize, double l1, bool l1_proximal) {
+  const cpu::Rule& rule = check(name, params, gradients, states, steps, lr, options);
+  GroupValues group;
+  std::copy(options.begin(), options.end(), group.options);
+  group.states_needed = rule.states_needed(group.options);
+  group.lr = lr.item().toDouble();
+  group.single_lr = lr.scalar_type() == at::kFloat;
+  group.weight_decay = weight_decay;
+  group.maximize = maximize;
+  group.l1 = l1;
+  group.l1_proximal = l1_proximal;
+
+  const size_t count = params.size();
+  Batch batch(rule);
+  const auto add = [&](size_t i) {
+    Operands operands;
+    operands.param = params[i].unsafeGetTensorImpl();
+    operands.gradient = gradients[i].unsafeGetTensorImpl();
+    if (!steps.empty()) operands.steps = steps[i].unsafeGetTensorImpl();
+    for (int64_t s = 0; s < group.states_needed; ++s) operands.states[s] = states[s * count + i].unsafeGetTensorImpl();
+    const Path path = batch.add(operands, &group, static_cast<uint32_t>(i), false, false);
+    TORCH_CHECK_VALUE(path == Path::kFused, "optimizer_step_: params[", i, "]: ", describe(path));
+  };
+  const auto run = [&] {
+    batch.prepare(1);
+    batch.run();
+  };
+  batch.clear();
+  for (size_t i = 0; i < count; ++i) add(i);
+  if (batch.sharing().empty()) return run();
+  for (size_t i = 0; i < count; ++i) {  // one after the other, each from what the last one left
+    batch.clear();
+    add(i);
+    run();
+  }
+}
+
+void optimizer_step_meta_(std::string_view name, at::TensorList params, at::TensorList gradients, at::TensorList states,
+                          at::TensorList steps, const at::Tensor& lr, c10::ArrayRef<double> options, double, bool,
+                          double, bool) {
+  check(name, params, gradients, states, steps, lr, options);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(trainopt, m) { m.def(kSchema); }
+TORCH_LIBRARY_IMPL(trainopt, CPU, m) { m.impl("optimizer_step_", optimizer_step_); }
+TORCH_LIBRARY_IMPL(trainopt, Meta, m) { m.impl("optimizer_step_", optimizer_step_meta_); }
+
+}  // namespace trainopt::python

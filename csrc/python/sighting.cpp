@@ -1,0 +1,185 @@
+#include "python/sighting.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "python/tensors.h"
+
+namespace trainopt::python {
+namespace {
+
+TRAINOPT_FUNCTION const c10::TensorImpl* impl_of(PyObject* tensor) {
+  return THPVariable_Unpack(tensor).unsafeGetTensorImpl();
+}
+
+// Null if there is none.
+TRAINOPT_FUNCTION const c10::TensorImpl* gradient_of(const c10::TensorImpl* param) {
+  const auto* meta =
+      static_cast<const torch::autograd::AutogradMeta*>(const_cast<c10::TensorImpl*>(param)->autograd_meta());
+  return meta != nullptr && meta->grad_.defined() ? meta->grad_.unsafeGetTensorImpl() : nullptr;
+}
+
+// Which of the names a key is, or their number. Keys are nearly always the very strings, interned; those of an
+// unpickled state need not be.
+int find_name(const std::vector<pybind11::str>& names, PyObject* key) {
+  const int count = static_cast<int>(names.size());
+  for (int i = 0; i < count; ++i)
+    if (key == names[i].ptr()) return i;
+  if (PyUnicode_CheckExact(key) && !PyUnicode_CHECK_INTERNED(key))
+    for (int i = 0; i < count; ++i)
+      if (PyUnicode_Compare(key, names[i].ptr()) == 0) return i;
+  return count;
+}
+
+// Where a tensor's storage begins; a lazily copied one is given memory of its own if it is to be written.
+TRAINOPT_FUNCTION const void* storage_data(const c10::TensorImpl* tensor, bool writes) {
+  c10::StorageImpl* storage = storage_of(tensor);
+  return writes ? storage->mutable_data() : storage->data();
+}
+
+SeenTensor seen(const c10::TensorImpl* tensor, bool writes) {
+  return {
+      tensor,         storage_of(tensor), counter_of(tensor), storage_data(tensor, writes), tensor->storage_offset(),
+      tensor->dtype()};
+}
+
+TRAINOPT_FUNCTION bool same_memory(const c10::TensorImpl* tensor, const SeenTensor& then, bool writes) {
+  return storage_data(tensor, writes) == then.storage_data && tensor->storage_offset() == then.storage_offset;
+}
+
+// Whether a tensor that the step writes is the one it was, of its type, with its memory and its version counter.
+TRAINOPT_FUNCTION bool is_same(const c10::TensorImpl* tensor, const SeenTensor& then) {
+  return tensor == then.impl && is_plain_cpu(tensor) && tensor->dtype() == then.dtype &&
+         counter_of(tensor) == then.version && same_memory(tensor, then, true);
+}
+
+// Whether two tensors of a step have the same sizes, and their elements the same order in memory.
+TRAINOPT_FUNCTION bool same_elements(const c10::TensorImpl* param, const c10::TensorImpl* tensor) {
+  return are_equal(param->sizes(), tensor->sizes()) &&
+         (are_equal(param->strides(), tensor->strides()) || same_order_in_memory(param, tensor));
+}
+
+// A tensor's metadata lies in up to four lines of the cache, its storage's in two.
+void prefetch_lines(const void* address, int lines) {
+  for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(address) + 64 * line);
+}
+
+void prefetch_tensor(const SeenTensor& tensor) {
+  prefetch_lines(tensor.impl, 4);
+  prefetch_lines(tensor.storage, 2);
+  prefetch_lines(tensor.version, 1);
+}
+
+}  // namespace
+
+bool has_gradient(PyObject* param) { return gradient_of(impl_of(param)) != nullptr; }
+
+void Sighting::see_idle(PyObject* param) {
+  object_ = param;
+  gradient_.impl = nullptr;
+}
+
+void Sighting::see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, int64_t states_needed,
+                   Operands* operands) {
+  object_ = param;
+  state_ = state;
+  items_.clear();
+  operands->param = impl_of(param);
+  operands->gradient = gradient_of(operands->param);
+  if (state == nullptr) return;
+  operands->states_are_tensors = PyDict_Check(state);
+  if (!operands->states_are_tensors) return;
+  const int count_name = static_cast<int>(names.size()) - 1;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(state, &position, &key, &value)) {
+    const int name = find_name(names, key);
+    Role role = Role::kIgnored;
+    if (value != Py_None && (name == count_name || name < states_needed)) {
+      operands->states_are_tensors = THPVariable_CheckExact(value);
+      if (!operands->states_are_tensors) return;
+      role = name == count_name ? Role::kCount : Role::kState;
+      (role == Role::kCount ? operands->steps : operands->states[name]) = impl_of(value);
+    }
+    items_.push_back({pybind11::reinterpret_borrow<pybind11::object>(key), value, role, {}});
+  }
+}
+
+bool Sighting::note(const Operands& operands, const Batch& batch) {
+  entry_ = static_cast<int64_t>(batch.entries.size()) - 1;
+  param_ = seen(operands.param, true);
+  gradient_ = seen(operands.gradient, false);
+  meta_ = const_cast<c10::TensorImpl*>(operands.param)->autograd_meta();
+  numel_ = operands.param->numel();
+  contiguous_ = operands.param->is_contiguous();
+  for (Item& item : items_)
+    if (item.role != Role::kIgnored) item.tensor = seen(impl_of(item.value), true);
+  const Entry& entry = batch.entries.back();
+  if (entry.task < 0) return true;
+  const cpu::Task& task = batch.tasks[entry.wide][entry.task];
+  bool is_simple = task.param.layout == nullptr && task.gradient.layout == nullptr;
+  for (const TensorView& state : task.state)
+    is_simple = is_simple && (state.data == nullptr || state.layout == nullptr);
+  return is_simple;
+}
+
+void Sighting::prefetch() const {
+  prefetch_lines(object_, 1);
+  prefetch_lines(state_, 1);
+  prefetch_tensor(param_);
+  prefetch_tensor(gradient_);
+  if (meta_ != nullptr) prefetch_lines(&static_cast<const torch::autograd::AutogradMeta*>(meta_)->grad_, 1);
+  for (const Item& item : items_) {
+    prefetch_lines(item.value, 1);
+    prefetch_tensor(item.tensor);
+  }
+}
+
+bool Sighting::still_holds(Batch& batch, bool* all_next) {
+  if (!THPVariable_CheckExact(object_)) return false;
+  const c10::TensorImpl* param = impl_of(object_);
+  const c10::TensorImpl* gradient = gradient_of(param);
+  if (gradient == nullptr || !has_gradient()) return gradient == gradient_.impl;
+  Entry& entry = batch.entries[entry_];
+  return is_same(param, param_) && param->numel() == numel_ && param->is_contiguous() == contiguous_ &&
+         param->is_non_overlapping_and_dense() &&
+         gradient_holds(param, gradient, entry.task < 0 ? nullptr : &batch.tasks[entry.wide][entry.task]) &&
+         items_hold(param, entry, all_next);
+}
+
+bool Sighting::gradient_holds(const c10::TensorImpl* param, const c10::TensorImpl* gradient, cpu::Task* task) {
+  if (!is_plain_cpu(gradient) || gradient->dtype() != gradient_.dtype || !same_elements(param, gradient)) return false;
+  if (same_memory(gradient, gradient_, false)) {
+    gradient_.impl = gradient;  // what the step reads, of whichever tensor
+    return true;
+  }
+  gradient_ = seen(gradient, false);
+  if (task == nullptr) return true;
+  task->gradient.data = data_of(gradient, task->gradient.dtype, false);
+  bool clear = is_clear_of(gradient, task->gradient, task->param, numel_);
+  for (const TensorView& state : task->state)
+    clear = clear && (state.data == nullptr || is_clear_of(gradient, task->gradient, state, numel_));
+  return clear;
+}
+
+bool Sighting::items_hold(const c10::TensorImpl* param, Entry& entry, bool* all_next) const {
+  if (state_ == nullptr) return true;
+  if (!PyDict_Check(state_) || PyDict_GET_SIZE(state_) != static_cast<Py_ssize_t>(items_.size())) return false;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  for (const Item& item : items_) {
+    if (!PyDict_Next(state_, &position, &key, &value) || key != item.key.ptr() || value != item.value) return false;
+    if (item.role == Role::kIgnored) continue;
+    if (!THPVariable_CheckExact(value)) return false;
+    const c10::TensorImpl* tensor = impl_of(value);
+    if (!is_same(tensor, item.tensor)) return false;
+    if (item.role == Role::kState) {
+      if (tensor->requires_grad() || !same_elements(param, tensor)) return false;
+    } else {
+      if (tensor->numel() != 1) return false;
+      if (!entry.recount()) *all_next = false;
+    }
+  }
+  return true;
+}
+
+}  // namespace trainopt::python

@@ -1,0 +1,86 @@
+// A parameter, its gradient and its states as a step met them, for the next step to compare with what is there then.
+#pragma once
+
+#include <c10/core/TensorImpl.h>
+#include <c10/util/SmallVector.h>
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "python/batch.h"
+
+namespace trainopt::python {
+
+// Addresses are compared, or asked for ahead of time; nothing is read through one before the present has confirmed it.
+struct SeenTensor {
+  const c10::TensorImpl* impl = nullptr;
+  const c10::StorageImpl* storage = nullptr;
+  const VersionCounter* version = nullptr;
+  const void* storage_data = nullptr;
+  int64_t storage_offset = 0;  // in elements
+  caffe2::TypeMeta dtype;
+};
+
+// Whether a tensor, of no subclass, has a gradient.
+bool has_gradient(PyObject* param);
+
+class Sighting {
+ public:
+  // A parameter that takes no part in the step.
+  void see_idle(PyObject* param);
+
+  // Unpacks a parameter, a tensor and of no subclass. `names` are the rule's states, then "step"; the first
+  // `states_needed` count.
+  void see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, int64_t states_needed,
+           Operands* operands);
+
+  // Notes where the memory is, once the batch has taken the parameter as its last entry. False if the next step cannot
+  // be compared with this one.
+  bool note(const Operands& operands, const Batch& batch);
+
+  // Whether everything that a step asks of these objects has the same answer as when they were noted, but for the
+  // gradient's memory, which is put into the task, and the count of steps, which is put into the entry; `all_next`
+  // turns false if that is not the next one. Touches no reference count: several threads may ask at once, each for its
+  // own, while the caller holds the interpreter.
+  bool still_holds(Batch& batch, bool* all_next);
+
+  // Asks for the memory that `still_holds` will read.
+  void prefetch() const;
+
+  bool has_gradient() const { return gradient_.impl != nullptr; }
+
+  // The tensors that the step reads or writes.
+  template <class Use>
+  void for_each_tensor(Use use) const {
+    if (!has_gradient()) return;
+    use(param_.impl);
+    use(gradient_.impl);
+    for (const Item& item : items_)
+      if (item.role != Role::kIgnored) use(item.tensor.impl);
+  }
+
+ private:
+  enum class Role { kState, kCount, kIgnored };
+
+  // Of the parameter's state dict.
+  struct Item {
+    pybind11::object key;  // owned, so that its address stays its own
+    PyObject* value;
+    Role role;
+    SeenTensor tensor;
+  };
+
+  PyObject* object_ = nullptr;
+  PyObject* state_ = nullptr;  // null where there is none
+  SeenTensor param_, gradient_;
+  const c10::AutogradMetaInterface* meta_ = nullptr;
+  int64_t numel_ = 0;
+  int64_t entry_ = 0;
+  bool contiguous_ = false;
+  c10::SmallVector<Item, 3> items_;
+
+  bool gradient_holds(const c10::TensorImpl* param, const c10::TensorImpl* gradient, cpu::Task* task);
+  bool items_hold(const c10::TensorImpl* param, Entry& entry, bool* all_next) const;
+};
+
+}  // namespace trainopt::python

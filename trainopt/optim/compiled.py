@@ -1,0 +1,98 @@
+"""The step under torch.compile: what the compiler keeps in its graph is one operator for each parameter group.
+
+The compiler runs an optimizer's method of the name `_init_group` as it is while it traces, guards what that reads, and
+takes the lists that it fills for inputs of the graph. So `gather` sees real tensors, and decides with them whether the
+operator does what the step would do; if not, the step runs uncompiled.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainopt._extension import _C
+from trainopt.optim import reference
+
+if TYPE_CHECKING:
+    from trainopt.optim.base import Fused
+
+#: The last argument of `_init_group` that asks for `gather`; without it the call is torch's.
+GATHER = "trainopt"
+
+
+def _keys(names: list[str]) -> tuple[tuple[str, int], ...]:
+    """Where each option is in a group: "betas.1" is element 1 of "betas"; -1 stands for the value itself."""
+    parts = [name.partition(".") for name in names]
+    return tuple((key, int(element) if element else -1) for key, _, element in parts)
+
+
+_OPTION_KEYS = {rule: _keys(names) for rule, names in _C.rules().items()}
+
+# Passed by name: what all rules share. trainopt's own are missing in a group that torch made.
+_SHARED_OPTIONS = {"weight_decay": 0.0, "maximize": False, "l1": 0.0, "l1_proximal": False}
+
+
+def step(optimizer: "Fused") -> bool:
+    """The whole step, traced; False if it must run uncompiled, and then nothing is done."""
+    batches = []
+    for group in optimizer.param_groups:
+        if group.get("noise", 0.0) != 0:  # it depends on a parameter's index and step
+            return False
+        lists: tuple[list[torch.Tensor], ...] = ([], [], [], [])
+        params, gradients, states, steps = lists
+        if not optimizer._init_group(group, params, gradients, states, steps, GATHER):
+            return False
+        batches.append((group, lists))
+    with torch.no_grad():
+        for group, lists in batches:
+            lr = group["lr"]
+            # A number that a scheduler changes would be compiled in, time and again. As a factor it becomes an input.
+            lr = lr if isinstance(lr, torch.Tensor) else torch.ones((), dtype=torch.float64) * lr
+            options = [float(_option(optimizer, group, key, i)) for key, i in _OPTION_KEYS[optimizer._rule]]
+            shared = {key: type(default)(group.get(key, default)) for key, default in _SHARED_OPTIONS.items()}
+            torch.ops.trainopt.optimizer_step_(optimizer._rule, *lists, lr, options, **shared)
+    return True
+
+
+def _option(optimizer: "Fused", group: dict[str, Any], key: str, element: int) -> Any:
+    value = group[key] if key in group else optimizer.EXTRAS[key]
+    return value if element < 0 else value[element]
+
+
+@torch._disable_dynamo
+def gather(
+    optimizer: "Fused",
+    group: dict[str, Any],
+    params: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    states: list[torch.Tensor],
+    steps: list[torch.Tensor],
+) -> bool:
+    """Fills the operator's lists with a group's tensors, and makes the states that are missing, as before a first step.
+
+    False if the operator cannot do the group's step as it is, and then no state is made.
+    """
+    scalars = [_option(optimizer, group, key, i) for key, i in _OPTION_KEYS[optimizer._rule]]
+    if any(isinstance(value, torch.Tensor) for value in (*scalars, *(group.get(key) for key in _SHARED_OPTIONS))):
+        return False
+    if reference.is_forced() or optimizer._is_dummy_step():
+        return False
+    chosen = [param for param in group["params"] if param.grad is not None]
+    if any(_C.Plan(optimizer._rule).paths([{**group, "params": chosen}], optimizer.state)):
+        return False
+    needed = optimizer._states_needed(group)
+    for param in chosen:
+        if not optimizer.state.get(param):
+            optimizer._start_before_first_step(param, group)
+    optimizer._opt_called = True  # what is set in a graph is lost
+    found = [optimizer.state.get(param, {}) for param in chosen]
+    counts = [state.get("step") for state in found]
+    each = [state.get(name) for name in needed for state in found]
+    if optimizer._counts_steps or any(count is not None for count in counts):
+        each += counts
+    if any(value is None for value in each):
+        return False
+    params += chosen
+    gradients += [param.grad for param in chosen if param.grad is not None]
+    states += each[: len(needed) * len(chosen)]
+    steps += each[len(needed) * len(chosen) :]
+    return True
