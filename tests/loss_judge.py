@@ -55,14 +55,16 @@ def judge(
     arguments: dict[str, Any] | None = None,
     constants: Sequence[Tensor] = (),
     roundings: float = 2.0,
-    unit: float = 0.0,
+    loss_unit: float = 0.0,
+    gradient_unit: float = 0.0,
 ) -> None:
     """Compares ours(*operands, *constants, **arguments) with torch's: values, gradients, dtypes, shapes.
 
     Args:
         operands: float64 tensors whose gradients are compared too.
         constants: tensors that follow them and have no gradient. All are rounded to dtype before anyone sees them.
-        roundings, unit: what is forgiven, as for assert_no_worse.
+        roundings: how many are forgiven, of the largest element of a result, or of loss_unit or gradient_unit where the
+            result is what is left of a difference of larger things.
     """
     arguments = arguments or {}
     rounded = [as_dtype(operand, dtype) for operand in operands]
@@ -79,7 +81,7 @@ def judge(
     found, expected, truth = of(ours, False), of(torchs, False), of(torchs, True)
     names = ["loss", *(f"gradient {i}" for i in range(len(found) - 1))]
     for name, mine, theirs, true in zip(names, found, expected, truth, strict=True):
-        assert_no_worse(mine, theirs, true, name, roundings, unit)
+        assert_no_worse(mine, theirs, true, name, roundings, loss_unit if name == "loss" else gradient_unit)
 
 
 def assert_no_worse(

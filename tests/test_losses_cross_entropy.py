@@ -22,7 +22,9 @@ LAYOUTS = {
     "sliced": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
     "every second class": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
     "expanded": lambda x: x[:1].expand(x.shape),
-    "reversed dimensions": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
+    "reversed dimensions": lambda x: (
+        x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+    ),
 }
 
 
@@ -47,7 +49,7 @@ def compare(logits, target, dtype, weighted=False, ours=functional.cross_entropy
         dtype,
         options,
         constants=[target, weight],
-        unit=float(logits.dim() > 0 and logits.shape[0 if logits.dim() == 1 else 1] == 1),  # p − t, which is 0, of 1 − 1
+        gradient_unit=float(logits.shape[0 if logits.dim() == 1 else 1] == 1),  # 0 is what is left of 1 − 1
     )
 
 

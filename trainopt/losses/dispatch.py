@@ -99,8 +99,8 @@ def linear_cross_entropy(
         REFERENCE_FORCED
         or input.dtype not in _FLOATING
         or not _has_labels(input, target, ignore_index)
-        or not _needs_no_promotion(weight, input)
-        or (bias is not None and not _needs_no_promotion(bias, input))
+        or not needs_no_promotion(weight, input)
+        or (bias is not None and not needs_no_promotion(bias, input))
         or (class_weight is not None and not _is_constant_of(class_weight, input))
         or not (_are_traceable(input, weight, bias, class_weight) if is_compiling() else _C.takes(*operands))
     ):
@@ -121,10 +121,10 @@ def _has_labels(input: Tensor, target: Tensor, ignore_index: int) -> bool:
 
 
 def _is_constant_of(tensor: Tensor, input: Tensor) -> bool:
-    return not tensor.requires_grad and _needs_no_promotion(tensor, input)
+    return not tensor.requires_grad and needs_no_promotion(tensor, input)
 
 
-def _needs_no_promotion(tensor: Tensor, input: Tensor) -> bool:
+def needs_no_promotion(tensor: Tensor, input: Tensor) -> bool:
     """Whether no promotion is needed between the two, beyond autocast's to float32."""
     if tensor.dtype is input.dtype:
         return True
@@ -132,8 +132,8 @@ def _needs_no_promotion(tensor: Tensor, input: Tensor) -> bool:
 
 
 def alike(input: Tensor, target: Tensor) -> bool:
-    """Whether both have one shape and one dtype."""
-    return target.dtype is input.dtype and target.size() == input.size()
+    """Whether both have one shape and one dtype, in a loss that broadcasts and promotes nothing."""
+    return target.size() == input.size() and needs_no_promotion(target, input)
 
 
 def fits(factor: Tensor | None, input: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from trainopt.losses import dispatch, reference
 from trainopt.losses.arguments import check_extras, check_linear, number_of
-from trainopt.losses.dispatch import alike, fits, is_only_a_mode, overridden, pointwise_loss
+from trainopt.losses.dispatch import alike, fits, is_only_a_mode, needs_no_promotion, overridden, pointwise_loss
 
 __all__ = [
     "binary_cross_entropy",
@@ -287,7 +287,7 @@ def huber_loss(
         return F.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
     input, target = _broadcast(input, target)
     loss = None
-    if delta > 0:
+    if delta > 0 and needs_no_promotion(target, input):
         loss = pointwise_loss("huber_loss", input, target, None, None, number_of(reduction), delta)
     return F.huber_loss(input, target, reduction, delta) if loss is None else loss
 
