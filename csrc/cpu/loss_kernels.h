@@ -1,6 +1,7 @@
 // The kernels of all losses. Included once by each loss_kernels_*.cpp, which names the table that it fills.
 #pragma once
 
+#include "cpu/cross_entropy_columns.h"
 #include "cpu/cross_entropy_narrow.h"
 #include "cpu/cross_entropy_wide.h"
 #include "cpu/loss_kernel_table.h"
@@ -11,11 +12,13 @@ namespace {
 
 template <class S>
 void cross_entropy_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+  if (task.inner > 1) return columns_forward<S>(task, first_row, last_row);
   (task.classes <= kFewClasses ? narrow_forward<S> : wide_forward<S>)(task, first_row, last_row);
 }
 
 template <class S>
 void cross_entropy_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+  if (task.inner > 1) return columns_backward<S>(task, first_row, last_row);
   (task.classes <= kFewClasses ? narrow_backward<S> : wide_backward<S>)(task, first_row, last_row);
 }
 

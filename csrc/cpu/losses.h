@@ -39,15 +39,16 @@ void pointwise_backward(const PointwiseLoss&, bool wide, const PointwiseTask&, i
 // Cross-entropy
 // --------------------------------------------------------------------------------------------------------
 
-// Rows of elements that lie side by side; without data, absent.
+// Rows of one element a class; without data, absent. `inner` rows (of the task) lie side by side, class by class: class
+// c of row r is the element r / inner * stride + c * class_stride + r % inner. Where inner is 1, class_stride is 1 too.
 struct Rows {
   void* data;
-  int64_t stride;  // in elements
+  int64_t stride, class_stride;
   DType dtype;
 };
 
 struct CrossEntropyTask {
-  int64_t classes;
+  int64_t classes, inner;
   Rows logits;
   const int64_t* labels;  // a class for each row, checked; or absent:
   Rows probabilities;     // then these are the target

@@ -29,13 +29,53 @@ c10::DimVector without(c10::IntArrayRef sizes, int64_t dim) {
 
 }  // namespace
 
-at::Tensor rows_of(const at::Tensor& input, int64_t class_dim) {
-  if (class_dim == 1 && input.dim() == 2 && input.stride(1) == 1) return input;
+namespace {
+
+cpu::Rows rows_in(const at::Tensor& tensor, int64_t stride, int64_t class_stride) {
+  const TensorView view = view_of(tensor);
+  return {view.data, stride, class_stride, view.dtype};
+}
+
+// Row by row, with a row's classes side by side; for a tensor that does not lie so, of a copy.
+Logits by_row(const at::Tensor& input, int64_t class_dim) {
+  if (class_dim == 1 && input.dim() == 2 && input.stride(1) == 1) return {input, rows_in(input, input.stride(0), 1), 1};
   const int64_t classes = input.size(class_dim);
   const at::Tensor last = input.movedim(class_dim, -1);
   at::Tensor rows = last.reshape({classes == 0 ? 0 : last.numel() / classes, classes});
   if (classes > 1 && rows.stride(1) != 1) rows = rows.contiguous();
-  return rows;
+  return {rows, rows_in(rows, rows.stride(0), 1), 1};
+}
+
+// Class by class, with all rows of an element of the batch side by side; for a tensor that does not lie so, of a copy.
+Logits by_class(const at::Tensor& input) {
+  int64_t inner = 1;
+  bool runs = true;
+  for (int64_t d = input.dim() - 1; d > 1; inner *= input.size(d), --d)
+    runs = runs && (input.stride(d) == inner || input.size(d) == 1);
+  const at::Tensor tensor = runs ? input : input.contiguous();
+  return {tensor, rows_in(tensor, tensor.stride(0), tensor.stride(1)), inner};
+}
+
+}  // namespace
+
+Logits Logits::of(const at::Tensor& input, int64_t class_dim) {
+  if (input.dim() > 2 && input.stride(1) != 1 && class_dim == 1) {
+    Logits found = by_class(input);
+    if (found.inner > 1) return found;
+  }
+  // A transposed matrix: all its rows side by side.
+  if (input.dim() == 2 && class_dim == 1 && input.stride(0) == 1 && input.stride(1) > 1 && input.size(0) > 1)
+    return {input, rows_in(input, 0, input.stride(1)), input.size(0)};
+  return by_row(input, class_dim);
+}
+
+Logits Logits::of(const at::Tensor& input, int64_t class_dim, int64_t inner) {
+  Logits found = of(input, class_dim);
+  if (found.inner == inner) return found;
+  if (inner == 1) return by_row(input, class_dim);
+  if (input.dim() > 2) return by_class(input.contiguous());
+  const at::Tensor turned = input.t().contiguous().t();
+  return {turned, rows_in(turned, 0, turned.stride(1)), inner};
 }
 
 void for_each_row(int64_t rows, int64_t classes, const std::function<void(int64_t, int64_t)>& use) {
@@ -45,7 +85,7 @@ void for_each_row(int64_t rows, int64_t classes, const std::function<void(int64_
 CrossEntropyTarget::CrossEntropyTarget(c10::IntArrayRef input_sizes, int64_t class_dim, const at::Tensor& target,
                                        const std::optional<at::Tensor>& class_weight,
                                        const CrossEntropyOptions& options)
-    : options_(options), classes_(input_sizes[class_dim]) {
+    : options_(options), classes_(input_sizes[class_dim]), class_dim_(class_dim) {
   const c10::DimVector row_sizes = without(input_sizes, class_dim);
   rows_ = c10::multiply_integers(row_sizes);
   if (class_weight.has_value() && class_weight->defined()) {
@@ -57,7 +97,9 @@ CrossEntropyTarget::CrossEntropyTarget(c10::IntArrayRef input_sizes, int64_t cla
   if (target.is_floating_point()) {
     TORCH_CHECK_VALUE(target.sizes().equals(input_sizes), "input has shape ", input_sizes,
                       ", and a target of probabilities must have the same, not ", target.sizes());
-    probabilities_ = rows_of(target, class_dim);
+    const bool classes_last = class_dim + 1 == target.dim();
+    probabilities_ = classes_last ? target.reshape({rows_, classes_}) : target;
+    if (classes_last) class_dim_ = 1;
     denominator_ = row_count_ = static_cast<double>(rows_);
     return;
   }
@@ -81,19 +123,35 @@ CrossEntropyTarget::CrossEntropyTarget(c10::IntArrayRef input_sizes, int64_t cla
   if (weight == nullptr) denominator_ = row_count_;
 }
 
-cpu::CrossEntropyTask CrossEntropyTarget::task(const at::Tensor& logits, int64_t first) const {
-  const auto rows_view = [](const at::Tensor& tensor) {
-    const TensorView view = view_of(tensor);
-    return cpu::Rows{view.data, tensor.stride(0), view.dtype};
-  };
-  cpu::CrossEntropyTask task{};
-  task.classes = classes_;
-  task.logits = rows_view(logits);
+cpu::CrossEntropyTask CrossEntropyTarget::task(const Logits& logits) {
+  cpu::CrossEntropyTask task = bare_task();
+  task.inner = logits.inner;
+  task.logits = logits.rows;
+  if (labels_.defined()) {
+    task.labels = labels_.const_data_ptr<int64_t>();
+  } else {
+    const Logits alike = Logits::of(probabilities_, class_dim_, logits.inner);
+    alike_ = alike.tensor;
+    task.probabilities = alike.rows;
+  }
+  return task;
+}
+
+cpu::CrossEntropyTask CrossEntropyTarget::chunk_task(const at::Tensor& logits, int64_t first) const {
+  cpu::CrossEntropyTask task = bare_task();
+  task.inner = 1;
+  task.logits = by_row(logits, 1).rows;
   if (labels_.defined()) {
     task.labels = labels_.const_data_ptr<int64_t>() + first;
   } else {
-    task.probabilities = rows_view(probabilities_.narrow(0, first, logits.size(0)));
+    task.probabilities = by_row(probabilities_.narrow(0, first, logits.size(0)), 1).rows;
   }
+  return task;
+}
+
+cpu::CrossEntropyTask CrossEntropyTarget::bare_task() const {
+  cpu::CrossEntropyTask task{};
+  task.classes = classes_;
   task.weight = weight_.defined() ? weight_.const_data_ptr<double>() : nullptr;
   task.total_weight = total_weight_;
   task.ignore_index = options_.ignore_index;

@@ -11,6 +11,17 @@
 
 namespace trainopt::python {
 
+// Logits, or what has their shape, as the engine walks them.
+struct Logits {
+  at::Tensor tensor;  // holds the memory: what was given, or a copy in an order that the engine knows
+  cpu::Rows rows;
+  int64_t inner;
+
+  static Logits of(const at::Tensor& input, int64_t class_dim);
+  // With this very `inner`.
+  static Logits of(const at::Tensor& input, int64_t class_dim, int64_t inner);
+};
+
 struct CrossEntropyOptions {
   int64_t reduction, ignore_index;
   double label_smoothing, z_loss, softcap;
@@ -30,8 +41,10 @@ class CrossEntropyTarget {
   double denominator() const { return denominator_; }
   double row_count() const { return row_count_; }
 
-  // The task of rows [first, first + count), of which `logits` are given.
-  cpu::CrossEntropyTask task(const at::Tensor& logits, int64_t first) const;
+  // The task of all rows.
+  cpu::CrossEntropyTask task(const Logits& logits);
+  // That of rows [first, first + logits.size(0)) of a target whose logits are given by rows, a chunk at a time.
+  cpu::CrossEntropyTask chunk_task(const at::Tensor& logits, int64_t first) const;
 
   // The factors of the loss and the lse of rows [first, first + count) in the gradient, for upstream gradients of the
   // loss.
@@ -45,16 +58,16 @@ class CrossEntropyTarget {
  private:
   CrossEntropyOptions options_;
   int64_t rows_, classes_;
+  int64_t class_dim_;
   at::Tensor labels_, probabilities_, weight_;  // int64, any floating type, float64
+  at::Tensor alike_;                            // the probabilities in the order of the logits
   double total_weight_, denominator_, row_count_;
 
+  cpu::CrossEntropyTask bare_task() const;
   bool is_counted(int64_t row) const {
     return !labels_.defined() || labels_.const_data_ptr<int64_t>()[row] != options_.ignore_index;
   }
 };
-
-// The classes last: (rows, classes), each row's logits side by side; where they lie, if they do so already.
-at::Tensor rows_of(const at::Tensor& input, int64_t class_dim);
 
 // Runs `use(first, last)` over rows, in parallel.
 void for_each_row(int64_t rows, int64_t classes, const std::function<void(int64_t, int64_t)>& use);

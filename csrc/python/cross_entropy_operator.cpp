@@ -22,12 +22,12 @@ int64_t class_dim_of(const at::Tensor& input) {
 Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
               int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool, bool empty_is_zero) {
   const int64_t class_dim = class_dim_of(input);
-  const CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
-                                   {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
-  const at::Tensor rows = rows_of(input, class_dim);
+  CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
+                             {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
+  const Logits logits = Logits::of(input, class_dim);
   at::Tensor lse = at::empty({targets.rows()}, input.options().dtype(at::kDouble));
   std::vector<double> loss(targets.rows());
-  cpu::CrossEntropyTask task = targets.task(rows, 0);
+  cpu::CrossEntropyTask task = targets.task(logits);
   task.lse = lse.mutable_data_ptr<double>();
   task.loss = loss.data();
   for_each_row(targets.rows(), task.classes, [&](int64_t first, int64_t last) {
@@ -39,19 +39,18 @@ Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalT
   return {std::move(reduced), std::move(z), std::move(lse)};
 }
 
-// Writes the gradient into `gradient`, rows of the shape of `rows`.
-void write_gradient(const at::Tensor& upstream, const at::Tensor& rows, const CrossEntropyTarget& targets,
-                    const at::Tensor& lse, const at::Tensor& gradient) {
+// Writes the gradient into `gradient`, which lies in memory as the logits do.
+void write_gradient(const at::Tensor& upstream, const Logits& logits, CrossEntropyTarget& targets,
+                    const at::Tensor& lse, const Logits& gradient) {
   std::vector<double> scale, lse_scale;
   targets.scales(upstream, lse.const_data_ptr<double>(), 0, targets.rows(), &scale, &lse_scale);
-  cpu::CrossEntropyTask task = targets.task(rows, 0);
+  cpu::CrossEntropyTask task = targets.task(logits);
   task.lse = const_cast<double*>(lse.const_data_ptr<double>());
   task.scale = scale.data();
   task.lse_scale = lse_scale.data();
-  const TensorView view = view_of(gradient);
-  task.gradient = {view.data, gradient.stride(0), view.dtype};
+  task.gradient = gradient.rows;
   for_each_row(targets.rows(), task.classes, [&](int64_t first, int64_t last) {
-    cpu::cross_entropy_backward(rows.scalar_type() == at::kDouble, task, first, last);
+    cpu::cross_entropy_backward(logits.tensor.scalar_type() == at::kDouble, task, first, last);
   });
 }
 
@@ -59,31 +58,32 @@ at::Tensor backward(const at::Tensor& upstream, const at::Tensor& input, const a
                     const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
                     double label_smoothing, double z_loss, double softcap, bool empty_is_zero) {
   const int64_t class_dim = class_dim_of(input);
-  const CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
-                                   {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
-  const at::Tensor rows = rows_of(input, class_dim);
-  at::Tensor gradient = fresh_like(input, input.scalar_type());
-  const at::Tensor gradient_rows = rows_of(gradient, class_dim);
-  write_gradient(upstream, rows, targets, lse, gradient_rows);
-  // Where the classes do not lie side by side, the rows are a copy.
-  if (!gradient_rows.is_alias_of(gradient))
-    gradient.copy_(gradient_rows.view(gradient.movedim(1, -1).sizes()).movedim(-1, 1));
-  return gradient;
+  CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
+                             {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
+  at::Tensor result = fresh_like(input, input.scalar_type());
+  const Logits gradient = Logits::of(result, class_dim);
+  if (gradient.tensor.is_alias_of(result)) {
+    write_gradient(upstream, Logits::of(input, class_dim, gradient.inner), targets, lse, gradient);
+    return result;
+  }
+  // An order in memory that the engine does not know: by way of one that it does.
+  return result.copy_(backward(upstream, input.contiguous(), target, weight, lse, reduction, ignore_index,
+                               label_smoothing, z_loss, softcap, empty_is_zero));
 }
 
-// The same, over the logits' own memory where their rows lie side by side.
-at::Tensor backward_in_place(const at::Tensor& upstream, at::Tensor input, const at::Tensor& target,
+// The same, over the logits' own memory, if they lie in memory as the engine walks them.
+at::Tensor backward_in_place(const at::Tensor& upstream, const at::Tensor& input, const at::Tensor& target,
                              const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction,
                              int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
                              bool empty_is_zero) {
   const int64_t class_dim = class_dim_of(input);
-  const at::Tensor rows = rows_of(input, class_dim);
-  if (!input.is_non_overlapping_and_dense() || !rows.is_alias_of(input))
+  const Logits logits = Logits::of(input, class_dim);
+  if (!input.is_non_overlapping_and_dense() || !logits.tensor.is_alias_of(input))
     return backward(upstream, input, target, weight, lse, reduction, ignore_index, label_smoothing, z_loss, softcap,
                     empty_is_zero);
-  const CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
-                                   {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
-  write_gradient(upstream, rows, targets, lse, rows);
+  CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
+                             {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
+  write_gradient(upstream, logits, targets, lse, logits);
   return input.detach();
 }
 

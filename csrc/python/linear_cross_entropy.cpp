@@ -90,7 +90,7 @@ void for_each_chunk(const Problem& problem, Use use) {
   for (int64_t first = 0; first < problem.tokens(); first += chunk) {
     const int64_t count = std::min(chunk, problem.tokens() - first);
     const at::Tensor logits = problem.logits(first, count, buffer);
-    use(problem.target.task(logits, first), first, count, logits);
+    use(problem.target.chunk_task(logits, first), first, count, logits);
   }
 }
 

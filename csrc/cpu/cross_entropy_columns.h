@@ -1,0 +1,228 @@
+// The inner loops of cross-entropy where the same class of neighbouring rows lies side by side, as in images: a lane is
+// a row, and up to 256 rows are worked on class by class.
+#pragma once
+
+#include "cpu/cross_entropy_wide.h"
+
+namespace trainopt::cpu {
+namespace {
+
+// Some rows: the element of class c of row i is `start + c * class_stride + i` of the tensor.
+struct Columns {
+  TensorView tensor;
+  int64_t start, class_stride;
+};
+
+template <class S>
+class ColumnTiles {
+ public:
+  ColumnTiles(const Columns& columns, int count) : columns_(columns), count_(count) {}
+
+  // One class of all rows, and zeros up to a whole number of lanes.
+  const S* load(int64_t c) {
+    S* tile = load_tile(columns_.tensor, place(c), count_, buffer_);
+    if (count_ == padded(count_)) return tile;
+    if (tile != buffer_) __builtin_memcpy(buffer_, tile, count_ * sizeof(S));
+    for (int i = count_; i < padded(count_); ++i) buffer_[i] = S(0);
+    return buffer_;
+  }
+
+  // Memory for one class, and its way back.
+  S* start_writing(int64_t c) {
+    if (count_ == padded(count_) && is_run_of<S>(columns_.tensor))
+      return static_cast<S*>(columns_.tensor.data) + place(c);
+    return buffer_;
+  }
+  void finish_writing(int64_t c, const S* tile) {
+    if (tile != buffer_) return;
+    if (is_run_of<S>(columns_.tensor)) {
+      __builtin_memcpy(static_cast<S*>(columns_.tensor.data) + place(c), tile, count_ * sizeof(S));
+    } else {
+      store_tile(columns_.tensor, place(c), count_, tile);
+    }
+  }
+
+ private:
+  const Columns columns_;
+  const int count_;
+  S buffer_[kBlock];
+
+  int64_t place(int64_t c) const { return columns_.start + c * columns_.class_stride; }
+};
+
+// The logits and masses of up to kBlock rows from `first_row` on.
+template <class S>
+class ColumnGroup {
+ public:
+  ColumnGroup(const CrossEntropyTask& task, const Columns& logits, const Columns& probabilities, int count)
+      : task_(task), logits_(logits, count), probabilities_(probabilities, count), width_(padded(count)) {}
+
+  // Calls use(c, x, mass) for each class; `mass` is null without one beside the spike.
+  template <class Use>
+  TRAINOPT_INLINE void for_each_class(Use use) {
+    for (int64_t c = 0; c < task_.classes; ++c) use(c, logits(c), has_mass(task_) ? masses(c) : nullptr);
+  }
+  const S* logits(int64_t c) {
+    const S* x = logits_.load(c);
+    if (task_.softcap == 0) return x;
+    for (int i = 0; i < width_; i += Vec<S>::kSize)
+      store(capped_ + i, SoftmaxCrossEntropy::capped(load(x + i), Vec<S>(static_cast<S>(task_.softcap))));
+    return capped_;
+  }
+  const S* masses(int64_t c) {
+    const S weight = static_cast<S>(task_.weight == nullptr ? 1 : task_.weight[c]);
+    const S spread = static_cast<S>(spread_of(task_)), keep = static_cast<S>(1 - task_.smoothing);
+    if (task_.labels == nullptr) {
+      const S* target = probabilities_.load(c);
+      for (int i = 0; i < width_; ++i) masses_[i] = (target[i] * keep + spread) * weight;
+    } else {
+      for (int i = 0; i < width_; ++i) masses_[i] = spread * weight;
+    }
+    return masses_;
+  }
+
+ private:
+  const CrossEntropyTask& task_;
+  ColumnTiles<S> logits_, probabilities_;
+  const int width_;
+  S capped_[kBlock], masses_[kBlock];
+};
+
+// Sums of many small parts: in S over a few classes, then in double.
+template <class S>
+struct ColumnSums {
+  S part[kBlock] = {};
+  double total[kBlock] = {};
+
+  void flush(int width) {
+    for (int i = 0; i < width; ++i) {
+      total[i] += static_cast<double>(part[i]);
+      part[i] = S(0);
+    }
+  }
+};
+constexpr int64_t kClassesPerPart = 32;
+constexpr bool ends_part(int64_t c, int64_t classes) {
+  return c % kClassesPerPart == kClassesPerPart - 1 || c == classes - 1;
+}
+
+template <class S>
+void columns_forward(const CrossEntropyTask& task, const Columns& logits, const Columns& probabilities,
+                     int64_t first_row, int count) {
+  constexpr int kSize = Vec<S>::kSize;
+  const int width = padded(count);
+  ColumnGroup<S> group(task, logits, probabilities, count);
+  S largest[kBlock], label_logit[kBlock] = {};
+  for (int i = 0; i < width; ++i) largest[i] = -kInfinity<S>;
+  for (int64_t c = 0; c < task.classes; ++c) {
+    const S* x = group.logits(c);
+    for (int i = 0; i < width; i += kSize) store(largest + i, larger(load(x + i), load(largest + i)));
+  }
+  ColumnSums<S> exponentials, mass, products;
+  group.for_each_class([&](int64_t c, const S* x, const S* m) {
+    for (int i = 0; i < width; i += kSize) {
+      const Vec<S> below = load(x + i) - load(largest + i);
+      store(exponentials.part + i, load(exponentials.part + i) + exponential(below));
+      if (m == nullptr) continue;
+      store(mass.part + i, load(mass.part + i) + load(m + i));
+      store(products.part + i, load(products.part + i) + load(m + i) * below);
+    }
+    if (task.labels != nullptr)
+      for (int i = 0; i < count; ++i)
+        if (task.labels[first_row + i] == c) label_logit[i] = x[i];
+    if (!ends_part(c, task.classes)) return;
+    exponentials.flush(width);
+    if (m == nullptr) return;
+    mass.flush(width);
+    products.flush(width);
+  });
+  for (int i = 0; i < count; ++i) {
+    const int64_t row = first_row + i;
+    const double peak = static_cast<double>(largest[i]), above = __builtin_log(exponentials.total[i]);
+    task.lse[row] = peak + above;
+    double loss = mass.total[i] * above - products.total[i];
+    if (task.labels != nullptr) loss += spike_of(task, row) * (peak - static_cast<double>(label_logit[i]) + above);
+    task.loss[row] = is_ignored(task, row) ? 0 : loss;
+  }
+}
+
+template <class S>
+void columns_backward(const CrossEntropyTask& task, const Columns& logits, const Columns& probabilities,
+                      const Columns& gradient, int64_t first_row, int count) {
+  constexpr int kSize = Vec<S>::kSize;
+  const int width = padded(count);
+  ColumnGroup<S> group(task, logits, probabilities, count);
+  ColumnTiles<S> gradients(gradient, count);
+  S high[kBlock] = {}, low[kBlock] = {}, upstream[kBlock] = {}, share[kBlock] = {}, spike[kBlock] = {};
+  ColumnSums<S> mass;
+  if (has_mass(task))
+    for (int64_t c = 0; c < task.classes; ++c) {
+      const S* m = group.masses(c);
+      for (int i = 0; i < width; i += kSize) store(mass.part + i, load(mass.part + i) + load(m + i));
+      if (ends_part(c, task.classes)) mass.flush(width);
+    }
+  for (int i = 0; i < count; ++i) {
+    const int64_t row = first_row + i;
+    const double lse = task.lse[row], scale = task.scale[row];
+    const double at_label = is_ignored(task, row) ? 0 : spike_of(task, row);
+    high[i] = static_cast<S>(lse);
+    low[i] = static_cast<S>(lse - static_cast<double>(high[i]));
+    upstream[i] = static_cast<S>(scale);
+    spike[i] = static_cast<S>(scale * at_label);
+    share[i] = static_cast<S>(scale * (mass.total[i] + at_label) + task.lse_scale[row]);
+  }
+  const Vec<S> cap(static_cast<S>(task.softcap));
+  group.for_each_class([&](int64_t c, const S* x, const S* m) {
+    S at_label[kBlock];
+    if (task.labels != nullptr)
+      for (int i = 0; i < width; ++i) {
+        const S slope = task.softcap == 0 ? S(1) : SoftmaxCrossEntropy::cap_slope(x[i], static_cast<S>(task.softcap));
+        at_label[i] = i < count && task.labels[first_row + i] == c ? spike[i] * slope : S(0);
+      }
+    S* out = gradients.start_writing(c);
+    for (int i = 0; i < width; i += kSize) {
+      const Vec<S> tile = load(x + i), masses = m == nullptr ? Vec<S>(S(0)) : load(m + i) * load(upstream + i);
+      Vec<S> slope = SoftmaxCrossEntropy::slope(tile, load(high + i), load(low + i), load(share + i), masses);
+      if (task.softcap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(tile, cap);
+      if (task.labels != nullptr) slope = slope - load(at_label + i);
+      store(out + i, slope);
+    }
+    if (task.labels != nullptr)
+      for (int i = 0; i < count; ++i)
+        if (task.labels[first_row + i] == task.ignore_index) out[i] = S(0);
+    gradients.finish_writing(c, out);
+  });
+}
+
+// Rows that lie so in memory, `task.inner` of them side by side.
+template <class Use>
+TRAINOPT_FUNCTION void for_each_column_group(const CrossEntropyTask& task, int64_t first_row, int64_t last_row,
+                                             Use use) {
+  for (int64_t row = first_row; row < last_row;) {
+    const int64_t outer = row / task.inner, inner = row % task.inner;
+    int64_t count = task.inner - inner < last_row - row ? task.inner - inner : last_row - row;
+    count = count < kBlock ? count : kBlock;
+    const auto columns = [&](const Rows& rows) {
+      return Columns{{rows.data, nullptr, rows.dtype}, outer * rows.stride + inner, rows.class_stride};
+    };
+    use(columns, row, static_cast<int>(count));
+    row += count;
+  }
+}
+
+template <class S>
+void columns_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+  for_each_column_group(task, first_row, last_row, [&](auto columns, int64_t row, int count) {
+    columns_forward<S>(task, columns(task.logits), columns(task.probabilities), row, count);
+  });
+}
+
+template <class S>
+void columns_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+  for_each_column_group(task, first_row, last_row, [&](auto columns, int64_t row, int count) {
+    columns_backward<S>(task, columns(task.logits), columns(task.probabilities), columns(task.gradient), row, count);
+  });
+}
+
+}  // namespace
+}  // namespace trainopt::cpu
