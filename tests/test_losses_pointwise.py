@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_layouts(function, make, options, layouts):
 def test_a_gradient_has_the_strides_of_its_operand(function, make, options):
     operands = [operand.to(memory_format=torch.channels_last) for operand in make((3, 4, 5, 2))]
     for reduction in REDUCTIONS:
-        _, *gradients = run(lambda *ab: getattr(functional, function)(*ab, reduction=reduction, **options), operands)
+        _, *gradients = run(partial(getattr(functional, function), reduction=reduction, **options), operands)
         assert all(gradient.stride() == operands[0].stride() for gradient in gradients)
 
 
@@ -155,18 +156,12 @@ def test_two_dtypes_are_promoted(name, dtypes):
     for first, second in (dtypes, dtypes[::-1]):
         a, b = make((50,))
         for reduction in REDUCTIONS:
-            ours, torchs = (
-                run(
-                    lambda x, y, side=side: getattr(side, function)(x, y, reduction=reduction, **options),
-                    [a.to(first), b.to(second)],
-                )
-                for side in (functional, F)
-            )
-            truth = run(
-                lambda x, y: getattr(F, function)(x, y, reduction=reduction, **options),
-                [a.to(first).double(), b.to(second).double()],
-            )
-            for mine, theirs, true in zip(ours, torchs, truth, strict=True):
+            ours = partial(getattr(functional, function), reduction=reduction, **options)
+            torchs = partial(getattr(F, function), reduction=reduction, **options)
+            rounded = [a.to(first), b.to(second)]
+            found, expected = run(ours, rounded), run(torchs, rounded)
+            truth = run(torchs, [operand.double() for operand in rounded])
+            for mine, theirs, true in zip(found, expected, truth, strict=True):
                 assert_no_worse(mine, theirs, true)
 
 
@@ -220,7 +215,7 @@ def test_batchmean():
 def test_extremes(dtype, reduction):
     large = torch.finfo(torch.float16).max / 4
     values = torch.tensor([0.0, -0.0, 1.0, 1e-4, -large, large, torch.inf, -torch.inf, torch.nan], dtype=torch.float64)
-    for name in ("mse", "l1", "smooth_l1", "huber"):
+    for name in ("mse", "smooth_l1", "huber"):
         function, _, options = LOSSES[name]
         grid = torch.cartesian_prod(values, values)
         if reduction == "none":
@@ -228,6 +223,18 @@ def test_extremes(dtype, reduction):
         else:
             for a, b in grid:
                 compare(function, [a.expand(3), b.expand(3)], dtype, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_an_l1_loss_that_is_no_number_is_none_either(dtype):
+    """torch's is 0 there, and hides it; everything else is as in torch."""
+    values = torch.tensor([0.0, 1.0, -3.0, torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    a, b = torch.cartesian_prod(values, values).unbind(1)
+    loss, of_input, of_target = run(partial(functional.l1_loss, reduction="none"), [a, b], torch.ones(len(a)))
+    expected, torchs, _ = run(partial(F.l1_loss, reduction="none"), [a, b], torch.ones(len(a)))
+    torchs[expected.isnan()] = torch.nan
+    for mine, theirs in ((loss, expected), (of_input, torchs), (of_target, -torchs)):
+        torch.testing.assert_close(mine, theirs, equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
