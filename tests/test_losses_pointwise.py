@@ -95,7 +95,7 @@ def test_large_sizes(function, make, options):
 
 
 @each_loss
-@pytest.mark.parametrize("layouts", itertools.product(LAYOUTS, ("contiguous", *LAYOUTS)), ids="-".join)
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, ("contiguous", *LAYOUTS))), ids="-".join)
 def test_layouts(function, make, options, layouts):
     changes = [LAYOUTS.get(layout, lambda x: x) for layout in layouts]
     operands = [change(operand) for change, operand in zip(changes, make((3, 4, 5, 2)), strict=True)]

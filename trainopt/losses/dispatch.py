@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.compiler import is_compiling
+from torch.compiler import assume_constant_result, is_compiling
 from torch.overrides import _get_overloaded_args, handle_torch_function
 
 import trainopt.losses.fake  # noqa: F401  (torch.compile needs it)
@@ -150,6 +150,12 @@ def fits(factor: Tensor | None, input: Tensor) -> bool:
 
 def _are_traceable(*tensors: Tensor | None) -> bool:
     """Whether a compiled program may call the operators with these, of what _C.takes says about tensors in memory."""
-    return _functorch.maybe_current_level() is None and all(
+    return not _in_function_transform() and all(
         tensor is None or (tensor.device.type == "cpu" and tensor.dtype in _FLOATING) for tensor in tensors
     )
+
+
+@assume_constant_result
+def _in_function_transform() -> bool:
+    """Whether vmap, jvp or another transform of torch.func is being traced."""
+    return _functorch.maybe_current_level() is not None
