@@ -119,7 +119,7 @@ def test_a_rows_result_does_not_depend_on_where_it_lies(dtype, by_class):
         x, target = lay(random(23, count, scale=3).to(dtype)), classes((23,), count)
         loss, gradient = run(partial(functional.cross_entropy, target=target, reduction="sum"), [x])
         each, _ = run(partial(functional.cross_entropy, target=target, reduction="none"), [x])
-        for first in (0, 1, 6, 22):
+        for first in (0, 1, 6):
             part = slice(first, first + 17)
             part_loss = partial(functional.cross_entropy, target=target[part])
             assert torch.equal(part_loss(x[part], reduction="none"), each[part])
