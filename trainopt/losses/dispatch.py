@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.compiler import assume_constant_result, is_compiling
-from torch.overrides import _get_overloaded_args, handle_torch_function
+from torch.overrides import handle_torch_function
 
 import trainopt.losses.fake  # noqa: F401  (torch.compile needs it)
 from trainopt._extension import _C
@@ -16,13 +16,17 @@ from trainopt.optim.base import is_reference_forced
 #: TRAINOPT_REFERENCE as it was when trainopt was imported: reading the environment takes as long as a small loss.
 REFERENCE_FORCED = is_reference_forced()
 
+_NO_OVERRIDE = torch._C._disabled_torch_function_impl
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LABELS = (torch.int64, torch.uint8)
 
 
 def is_only_a_mode(*arguments: Any) -> bool:
     """Of a call that something overrides: whether a mode does, such as torch.device("cpu"), and no argument."""
-    return not _get_overloaded_args(arguments)
+    return not any(
+        type(argument) is not Tensor and getattr(type(argument), "__torch_function__", _NO_OVERRIDE) is not _NO_OVERRIDE
+        for argument in arguments
+    )
 
 
 def overridden(ours: Callable[..., Any], torchs: Callable[..., Any], *arguments: Any) -> Any:
@@ -113,10 +117,10 @@ def linear_cross_entropy(
 
 def _has_labels(input: Tensor, target: Tensor, ignore_index: int) -> bool:
     """Whether the target is one that the operators read as torch does: classes, or constant probabilities."""
-    if not isinstance(target, Tensor):
+    if not isinstance(target, Tensor) or not isinstance(input, Tensor):
         return False
     if target.dtype is torch.int64 or target.dtype is torch.uint8:
-        return True
+        return input.dim() != 1 or target.dim() == 0  # torch lets one row have a target of shape (1,) too
     return target.is_floating_point() and ignore_index < 0 and _is_constant_of(target, input)
 
 
