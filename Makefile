@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
+BENCH ?= optimizers losses
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
@@ -22,7 +23,7 @@ PIP_FAILED := $(FAIL) "pip could not install what is needed. Is there a network 
 help:
 	@echo 'make demo       train a small network on real digits, with trainopt and with torch.optim'
 	@echo 'make test       run the whole test suite'
-	@echo 'make bench      time optimizer steps against torch'
+	@echo 'make bench      time optimizer steps and losses against torch'
 	@echo 'make lint       check with ruff, clang-format and mypy'
 	@echo 'make format     let ruff and clang-format rewrite the sources'
 	@echo 'make wheel      build a wheel for the torch in $(VENV), into dist/'
@@ -31,6 +32,7 @@ help:
 	@echo
 	@echo 'Each sets up what it needs in $(VENV), and rebuilds only what has changed. Variables:'
 	@echo '  ARGS="..."           handed on to demo, test and bench'
+	@echo '  BENCH=losses         which benchmarks to run; both without it'
 	@echo '  PYTHON=python3       makes the environment; 3.11 or newer'
 	@echo '  VENV=.venv           where the environment is'
 	@echo '  TORCH=torch==2.13.0  what pip installs as torch'
@@ -44,7 +46,7 @@ test: build $(TOOLS_READY)
 	$(RUN) -m pytest $(ARGS)
 
 bench: build $(TOOLS_READY)
-	$(RUN) -m benchmarks.optimizers $(ARGS)
+	for name in $(BENCH); do $(RUN) -m benchmarks.$$name $(ARGS) || exit 1; done
 
 lint: $(TOOLS_READY)
 	$(VENV)/bin/ruff check

@@ -44,9 +44,7 @@ if X86:
 # file's name ends in its variant.
 SIMD_FLAGS = {
     "avx2": shlex.split("-mavx2 -mfma -mf16c"),
-    "avx512": shlex.split(
-        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
-    ),
+    "avx512": shlex.split("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"),
 }
 
 SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")

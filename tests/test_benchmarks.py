@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import optimizers, tables, timing
+from benchmarks import loss_cases, losses, memory, optimizers, tables, timing
 from benchmarks.bandwidth import ReadModifyWrite
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -132,3 +132,85 @@ def test_tables():
         "12.5 ms",
         "250 ms",
     ]
+
+
+# Losses ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_losses(monkeypatch):
+    """The cases of the losses at a size at which they cost nothing."""
+    cases = (
+        loss_cases._cross_entropy(7, 5, torch.float32),
+        loss_cases._cross_entropy(7, 5, torch.float32, "in place"),
+        loss_cases._pointwise("kl_div", torch.nn.functional.logsigmoid, size=100, reduction="sum"),
+        loss_cases._linear(torch.float32, tokens=6, width=3, words=5),
+        loss_cases._linear(torch.bfloat16, tokens=6, width=3, words=5),
+    )
+    monkeypatch.setattr(losses, "CASES", cases)
+    return cases
+
+
+def test_losses_have_the_sizes_that_the_tables_name():
+    titles = [case.title for case in loss_cases.CASES]
+    assert len(titles) == len(set(titles)) == 18
+    moved = {case.title: case.moved for case in loss_cases.CASES}
+    assert moved["cross_entropy, 1,024 × 50,257, bfloat16"] == 3 * 1024 * 50257 * 2
+    assert moved["mse_loss, 16,777,216"] == 5 * 4 * 2**24
+
+
+def test_all_contenders_for_a_loss_do_the_same_work(small_losses):
+    for index, case in enumerate(small_losses):
+        result = losses.measure(index, 1, "default allocator", with_compile=False, with_peaks=False)
+        assert not result.left_out
+        assert set(result.seconds) == {*case.losses, *case.others}
+        assert bool(result.memory_pass) == bool(case.moved)
+        assert result.speedup(case.reference).median == 1.0
+        assert losses.details(result).startswith(case.title)
+
+
+def test_a_loss_that_is_another_is_no_peer(small_losses, monkeypatch):
+    case = small_losses[0]
+    monkeypatch.setitem(case.losses, "torch eager", lambda x, t: 2 * torch.nn.functional.cross_entropy(x, t))
+    with pytest.raises(RuntimeError, match="unlike that of torch eager"):
+        losses.measure(0, 1, "default allocator", with_compile=False, with_peaks=False)
+
+
+@pytest.mark.skipif(not memory.can_measure(), reason="the system does not tell")
+def test_peak_memory_counts_what_is_held_and_given_back():
+    def call():
+        return torch.ones(2**24).sum()
+
+    assert 60e6 < memory.peak_of(call) < 100e6
+    assert memory.peak_of(lambda: None) < 5e6
+
+
+class Ones:
+    """Makes a call that holds 64 MB."""
+
+    def __call__(self):
+        return torch.ones(2**24).sum
+
+
+@pytest.mark.skipif(not memory.can_measure(), reason="the system does not tell")
+@pytest.mark.slow
+def test_peak_memory_in_a_process_of_its_own():
+    assert memory.peak_in_new_process(Ones()) < 5e6  # what was made before the call is not counted
+
+
+def test_the_losses_table(small_losses, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(losses, "measure_in_new_process", in_this_process)
+    monkeypatch.setattr(losses, "peak_in_new_process", lambda prepare: memory.peak_of(prepare()))
+    file = tmp_path / "figures.json"
+    assert losses.main(["--rounds", "1", "--markdown", "--json", str(file)]) == 0
+    output = capsys.readouterr().out
+    for allocator in losses.ALLOCATORS:
+        assert f"| {allocator} |" in output
+    assert output.count("| linear_cross_entropy, 6 × 3 × 5, float32 |") == 2
+    assert len(json.loads(file.read_text())["results"]) == 2 * len(small_losses)
+
+
+def in_this_process(allocator, options, file):
+    arguments = ["--allocator", allocator, "--rounds", str(options.rounds), "--json", str(file)]
+    assert losses.main(arguments) == 0
+    return [losses.Result(**result) for result in json.loads(file.read_text())["results"]]

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import trainopt._extension  # noqa: F401  (registers the operators)
+
 NONE = 0  # torch's number for reduction="none"
 
 

@@ -1,0 +1,291 @@
+"""What the losses say to input that is wrong: torch's own words, or the argument, its value and where."""
+
+import warnings
+
+import pytest
+import torch
+from loss_judge import classes, random
+from torch.nn import functional as F
+
+import trainopt
+from trainopt import functional
+
+
+def logits(*shape):
+    return random(*(shape or (4, 5))).float()
+
+
+def error_of(action):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            action()
+        except Exception as error:
+            return type(error), str(error)
+    return None
+
+
+# A class out of range -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [5, 1000, -1, -99, 2**62, -(2**62)])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_class_out_of_range(value, reduction):
+    target = torch.tensor([[0, 1, 2], [3, 4, value]])
+    with pytest.raises(IndexError, match=rf"target {value} at position \(1, 2\) is out of range for 5 classes"):
+        functional.cross_entropy(logits(2, 5, 3), target, reduction=reduction)
+    with pytest.raises(IndexError, match=rf"target {value} at position \(1, 2\) is out of range for 5 classes"):
+        functional.linear_cross_entropy(logits(2, 3, 8), logits(5, 8), target, reduction=reduction)
+    with pytest.raises(IndexError, match=rf"target {value} "):
+        functional.cross_entropy(logits(5), torch.tensor(value))
+
+
+def test_torch_refuses_the_same_classes():
+    for value in (5, -1, 255):
+        with pytest.raises(IndexError):
+            F.cross_entropy(logits(), torch.tensor([0, 1, 2, value]))
+    with pytest.raises(IndexError, match="target 255 at position"):
+        functional.cross_entropy(logits(), torch.tensor([0, 1, 2, 255], dtype=torch.uint8))
+
+
+def test_the_default_ignore_index_is_no_error_and_others_are():
+    functional.cross_entropy(logits(), torch.tensor([0, 1, 2, -100]))
+    functional.cross_entropy(logits(), torch.tensor([0, 1, 2, 77]), ignore_index=77)
+    with pytest.raises(IndexError, match=r"target -100 at position \(3\)"):
+        functional.cross_entropy(logits(), torch.tensor([0, 1, 2, -100]), ignore_index=77)
+
+
+def test_no_classes_at_all():
+    with pytest.raises(IndexError, match="for 0 classes"):
+        functional.cross_entropy(logits(4, 0), torch.zeros(4, dtype=torch.int64))
+
+
+# Shapes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("input", "target"),
+    [
+        ((4, 5), (3,)),
+        ((4, 5), (5,)),
+        ((4, 5), (4, 1)),
+        ((2, 5, 3), (2, 4)),
+        ((2, 5, 3), (2,)),
+        ((4, 5), ()),
+    ],
+    ids=str,
+)
+def test_shapes_of_classes_that_do_not_match(input, target):
+    with pytest.raises(ValueError) as caught:
+        functional.cross_entropy(logits(*input), torch.zeros(target, dtype=torch.int64))
+    assert str(list(input)) in str(caught.value) and str(list(target)) in str(caught.value)
+    assert error_of(lambda: F.cross_entropy(logits(*input), torch.zeros(target, dtype=torch.int64))) is not None
+
+
+@pytest.mark.parametrize(
+    ("input", "target"), [((4, 5), (4, 4)), ((4, 5), (4,)), ((2, 5, 3), (2, 5)), ((5,), (4,))], ids=str
+)
+def test_shapes_of_probabilities_that_do_not_match(input, target):
+    with pytest.raises(ValueError) as caught:
+        functional.cross_entropy(logits(*input), torch.zeros(target))
+    assert str(list(input)) in str(caught.value) and str(list(target)) in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(4,), (6,), (5, 1), (1, 5), ()], ids=str)
+def test_a_class_weight_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"weight has shape .* 5 classes") as caught:
+        functional.cross_entropy(logits(), classes((4,), 5), torch.ones(shape))
+    assert str(list(shape)) in str(caught.value)
+
+
+def test_an_input_without_a_dimension():
+    with pytest.raises((ValueError, RuntimeError)):
+        functional.cross_entropy(torch.tensor(1.0), torch.tensor(0))
+
+
+def test_one_column_against_none():
+    """(N, 1) against (N) trains on nonsense: an error for the BCEs, torch's warning for the others."""
+    column, row = torch.rand(4, 1), torch.rand(4)
+    for name in ("binary_cross_entropy", "binary_cross_entropy_with_logits"):
+        ours, torchs = (error_of(lambda s=s: getattr(s, name)(column, row)) for s in (functional, F))  # noqa: B023
+        assert ours == torchs and ours[0] is ValueError
+        assert "[4]" in ours[1] and "[4, 1]" in ours[1]
+    for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"):
+        with pytest.warns(
+            UserWarning, match=r"target size \(torch.Size\(\[4\]\)\).*input size \(torch.Size\(\[4, 1\]\)\)"
+        ):
+            getattr(functional, name)(column, row)
+
+
+def test_shapes_that_do_not_broadcast():
+    a, b = torch.rand(3), torch.rand(4)
+    for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"):
+        error = error_of(lambda name=name: getattr(functional, name)(a, b))
+        assert error == error_of(lambda name=name: getattr(F, name)(a, b)) and error[0] is RuntimeError
+
+
+def test_what_torch_lets_pass():
+    target = torch.tensor([3])
+    for reduction in ("none", "mean"):
+        ours, torchs = (side.cross_entropy(logits(5), target, reduction=reduction) for side in (functional, F))
+        assert torch.equal(ours, torchs) and ours.shape == torchs.shape
+    for smoothing in (-0.5, float("nan")):
+        ours, torchs = (side.cross_entropy(logits(), LABELS, label_smoothing=smoothing) for side in (functional, F))
+        assert torch.equal(ours, torchs)
+
+
+# torch's own words ----------------------------------------------------------------------------------------------------
+
+X, P = torch.rand(4, 5), torch.rand(4, 5)
+LABELS = torch.tensor([0, 1, 2, 3])
+TORCHS = {
+    "unknown reduction": lambda side: side.cross_entropy(X, LABELS, reduction="foo"),
+    "unknown reduction of mse": lambda side: side.mse_loss(X, P, reduction="batchmean"),
+    "unknown reduction of l1": lambda side: side.l1_loss(X, P, reduction="foo"),
+    "unknown reduction of smooth_l1": lambda side: side.smooth_l1_loss(X, P, reduction="foo"),
+    "unknown reduction of huber": lambda side: side.huber_loss(X, P, reduction="foo"),
+    "unknown reduction of bce": lambda side: side.binary_cross_entropy(X, P, reduction="foo"),
+    "unknown reduction of bce with logits": lambda side: side.binary_cross_entropy_with_logits(X, P, reduction="foo"),
+    "unknown reduction of kl": lambda side: side.kl_div(X, P, reduction="foo"),
+    "integer logits": lambda side: side.cross_entropy(X.long(), LABELS),
+    "integer input of mse": lambda side: side.mse_loss(X.long(), P.long()),
+    "integer input of l1": lambda side: side.l1_loss(X.long(), P.long()),
+    "integer input of huber": lambda side: side.huber_loss(X.long(), P.long()),
+    "integer input of bce": lambda side: side.binary_cross_entropy(X.long(), P),
+    "integer input of bce with logits": lambda side: side.binary_cross_entropy_with_logits(X.long(), P.long()),
+    "int32 classes": lambda side: side.cross_entropy(X, LABELS.int()),
+    "bool classes": lambda side: side.cross_entropy(X, LABELS.bool()),
+    "float classes": lambda side: side.binary_cross_entropy(X, P.double()),
+    "smoothing above 1": lambda side: side.cross_entropy(X, LABELS, label_smoothing=1.5),
+    "ignored probabilities": lambda side: side.cross_entropy(X, P, ignore_index=2),
+    "class weight of another type": lambda side: side.cross_entropy(X, LABELS, torch.ones(5).double()),
+    "negative beta": lambda side: side.smooth_l1_loss(X, P, beta=-1.0),
+    "delta 0": lambda side: side.huber_loss(X, P, delta=0.0),
+    "two types in huber": lambda side: side.huber_loss(X.requires_grad_(), P.double()).backward(),
+    "no probability": lambda side: side.binary_cross_entropy(X + 1, P),
+    "no probability, below": lambda side: side.binary_cross_entropy(X - 1, P),
+    "no number": lambda side: side.binary_cross_entropy(X * torch.nan, P),
+    "weight of a larger shape": lambda side: side.binary_cross_entropy(X, P, torch.ones(3, 4, 5)),
+    "weight of a larger shape, logits": lambda side: side.binary_cross_entropy_with_logits(X, P, torch.ones(3, 4, 5)),
+    "weight of another shape": lambda side: side.binary_cross_entropy_with_logits(X, P, torch.ones(4)),
+    "pos_weight of another shape": lambda side: side.binary_cross_entropy_with_logits(X, P, pos_weight=torch.ones(4)),
+    "mse weight of another shape": lambda side: side.mse_loss(X, P, weight=torch.ones(5)),
+    "a list": lambda side: side.cross_entropy([1.0], LABELS),
+    "a list of classes": lambda side: side.cross_entropy(X, [0, 1, 2, 3]),
+    "a list of errors": lambda side: side.mse_loss(X, [1.0]),
+    "None": lambda side: side.cross_entropy(X, None),
+}
+
+
+@pytest.mark.parametrize("call", TORCHS.values(), ids=TORCHS)
+def test_torchs_own_words(call):
+    expected = error_of(lambda: call(F))
+    assert expected is not None
+    assert error_of(lambda: call(functional)) == expected
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy"])
+@pytest.mark.parametrize(("size_average", "reduce"), [(True, None), (False, None), (None, False), (False, True)])
+def test_deprecated_arguments(name, size_average, reduce):
+    target = LABELS if name == "cross_entropy" else P
+    results = []
+    for side in (functional, F):
+        with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
+            results.append(getattr(side, name)(X, target, size_average=size_average, reduce=reduce))
+    torch.testing.assert_close(*results)
+
+
+def test_elementwise_mean_is_deprecated_as_in_torch():
+    with pytest.warns(UserWarning, match="elementwise_mean"):
+        loss = functional.mse_loss(X, P, reduction="elementwise_mean")
+    torch.testing.assert_close(loss, F.mse_loss(X, P))
+
+
+# trainopt's own options -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("z_loss", -0.1),
+        ("z_loss", float("nan")),
+        ("z_loss", float("inf")),
+        ("softcap", 0.0),
+        ("softcap", -1.0),
+        ("softcap", float("nan")),
+        ("softcap", float("inf")),
+        ("empty", "none"),
+        ("empty", None),
+    ],
+)
+def test_options_out_of_range(option, value):
+    calls = (
+        lambda: functional.cross_entropy(X, LABELS, **{option: value}),
+        lambda: functional.linear_cross_entropy(X, logits(7, 5), LABELS, **{option: value}),
+        lambda: trainopt.CrossEntropyLoss(**{option: value}),
+        lambda: trainopt.LinearCrossEntropyLoss(5, 7, **{option: value}),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=option) as caught:
+            call()
+        assert repr(value) in str(caught.value)
+
+
+def test_the_extras_are_keywords():
+    with pytest.raises(TypeError):
+        functional.cross_entropy(X, LABELS, None, None, -100, None, "mean", 0.0, 0.1)
+
+
+# linear_cross_entropy -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.empty(0)}, r"weight is empty, it has shape \(0,\).*gather"),
+        ({"weight": torch.empty(0, 5)}, r"weight is empty, it has shape \(0, 5\).*summon_full_params"),
+        ({"weight": torch.rand(35)}, r"weight must have shape \(classes, features\), not \(35,\).*gather"),
+        ({"weight": torch.rand(7, 3)}, r"input has shape \(4, 5\) and weight has shape \(7, 3\).*gather"),
+        ({"input": torch.tensor(1.0)}, r"input has shape \(\)"),
+        ({"bias": torch.rand(6)}, r"bias must have shape \(7,\).*not \(6,\)"),
+        ({"class_weight": torch.rand(6)}, r"class_weight must have shape \(7,\).*not \(6,\)"),
+        ({"target": torch.tensor([0, 1, 2])}, r"input has shape \(4, 5\).*must have shape \(4,\), not \(3,\)"),
+        ({"target": torch.rand(4, 5)}, r"target of probabilities must have shape \(4, 7\), not \(4, 5\)"),
+        ({"memory_budget": 0}, "memory_budget must be .* greater than 0, not 0"),
+        ({"memory_budget": -5}, "memory_budget must be .* not -5"),
+    ],
+)
+def test_operands_of_linear_cross_entropy(changes, message):
+    operands = {"input": X, "weight": logits(7, 5), "target": LABELS, **changes}
+    with pytest.raises(ValueError, match=message):
+        functional.linear_cross_entropy(**operands)
+
+
+def test_a_sharded_weight_says_what_to_gather(tmp_path):
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(logits(7, 5), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(ValueError, match=r"weight is a DTensor.*weight\.full_tensor\(\)"):
+            functional.linear_cross_entropy(X, weight, LABELS)
+        torch.testing.assert_close(
+            functional.linear_cross_entropy(X, weight.full_tensor(), LABELS),
+            F.cross_entropy(X @ logits(7, 5).t(), LABELS),
+        )
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_unlike_types_in_linear_cross_entropy_are_refused_as_in_torch():
+    for weight, bias in ((logits(7, 5).double(), None), (logits(7, 5), logits(7).double())):
+        with pytest.raises(RuntimeError, match="dtype"):
+            functional.linear_cross_entropy(X, weight, LABELS, bias)
+    with pytest.raises(ValueError, match="foo is not a valid value for reduction"):
+        functional.linear_cross_entropy(X, logits(7, 5), LABELS, reduction="foo")
+    with pytest.raises(RuntimeError, match="label_smoothing must be between"):
+        functional.linear_cross_entropy(X, logits(7, 5), LABELS, label_smoothing=2.0)
+    with pytest.raises(RuntimeError, match="ignore_index is not supported"):
+        functional.linear_cross_entropy(X, logits(7, 5), torch.rand(4, 7), ignore_index=2)

@@ -1,0 +1,287 @@
+"""The losses as operators: opcheck, torch.compile, torch.export, fake tensors, autocast."""
+
+import itertools
+
+import pytest
+import torch
+from loss_judge import REDUCTIONS, assert_no_worse, classes, random, run
+from torch._subclasses import FakeTensorMode
+from torch.library import opcheck
+from torch.nn import functional as F
+
+import trainopt
+from trainopt import functional
+
+OPS = torch.ops.trainopt
+NUMBERS = {"none": 0, "mean": 1, "sum": 2}
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+
+
+def logits(*shape):
+    return random(*(shape or (6, 9))).float().requires_grad_()
+
+
+@pytest.mark.parametrize("reduction", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_opcheck_of_cross_entropy(reduction, kind):
+    target = classes((6,), 9) if kind == "classes" else random(6, 9, seed=1).softmax(1).float()
+    plain = (0.0, 0.0, 0.0, False, False)
+    extra = (0.1, 0.2, 3.0, False, True)
+    for options, weight in itertools.product((plain, extra), (None, torch.rand(9))):
+        opcheck(OPS.cross_entropy.default, (logits(), target, weight, reduction, -100, *options))
+    volume = logits(2, 9, 3)
+    places = classes((2, 3), 9) if kind == "classes" else random(2, 9, 3, seed=1).softmax(1).float()
+    opcheck(OPS.cross_entropy.default, (volume, places, None, reduction, -100, *plain))
+
+
+@pytest.mark.parametrize("reduction", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        ("mse_loss", 0.0),
+        ("l1_loss", 0.0),
+        ("smooth_l1_loss", 0.5),
+        ("huber_loss", 0.5),
+        ("kl_div", 0.0),
+        ("kl_div_log_target", 0.0),
+        ("binary_cross_entropy", 0.0),
+        ("binary_cross_entropy_with_logits", 0.0),
+    ],
+)
+def test_opcheck_of_pointwise_losses(name, parameter, reduction):
+    x, t = (random(4, 5, seed=seed).sigmoid().float().requires_grad_() for seed in (0, 1))
+    weight = torch.rand(5) if name.startswith("binary") else None
+    opcheck(OPS.pointwise_loss.default, (name, x, t, weight, None, reduction, parameter))
+    opcheck(OPS.pointwise_loss.default, (name, x, t.detach()[:, :1], None, None, reduction, parameter))
+
+
+@pytest.mark.parametrize("reduction", NUMBERS.values(), ids=NUMBERS)
+def test_opcheck_of_the_named_pointwise_losses(reduction):
+    x, t = (random(4, 5, seed=seed).sigmoid().float().requires_grad_() for seed in (0, 1))
+    opcheck(OPS.mse_loss.default, (x, t, reduction))
+    opcheck(OPS.l1_loss.default, (x, t, reduction))
+    opcheck(OPS.smooth_l1_loss.default, (x, t, reduction, 0.5))
+    opcheck(OPS.huber_loss.default, (x, t, reduction, 0.5))
+    opcheck(OPS.kl_div.default, (x, t, reduction, False))
+    opcheck(OPS.binary_cross_entropy.default, (x, t, torch.rand(5), reduction))
+    opcheck(OPS.binary_cross_entropy_with_logits.default, (x, t, torch.rand(5), torch.rand(5), reduction))
+
+
+@pytest.mark.parametrize("reduction", NUMBERS.values(), ids=NUMBERS)
+def test_opcheck_of_linear_cross_entropy(reduction):
+    weight, bias, target = logits(11, 9), logits(11), classes((6,), 11)
+    for options in ((0.0, 0.0, 0.0, False), (0.1, 0.2, 3.0, True)):
+        for given in (None, bias):
+            opcheck(
+                OPS.linear_cross_entropy.default,
+                (logits(), weight, target, given, None, reduction, -100, *options, 100),
+            )
+
+
+def test_every_operator_is_checked():
+    """A new operator needs a check above."""
+    known = {"cross_entropy", "pointwise_loss", "linear_cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss"}
+    known |= {"huber_loss", "kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits"}
+    names = {
+        name.removeprefix("trainopt::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("trainopt::")
+    }
+    differentiable = {name for name in names if not name.endswith(("_backward", "_forward"))}
+    assert differentiable == known
+
+
+# torch.compile --------------------------------------------------------------------------------------------------------
+
+TARGET = classes((6,), 9)
+PROBABILITIES = random(6, 9, seed=1).softmax(1).float()
+
+COMPILED = {
+    "cross_entropy": lambda x, side: side.cross_entropy(x, TARGET),
+    "cross_entropy, all": lambda x, side: side.cross_entropy(x, TARGET, torch.ones(9), label_smoothing=0.1),
+    "cross_entropy, probabilities": lambda x, side: side.cross_entropy(x, PROBABILITIES, reduction="sum"),
+    "mse": lambda x, side: side.mse_loss(x, PROBABILITIES),
+    "l1": lambda x, side: side.l1_loss(x, PROBABILITIES),
+    "smooth_l1": lambda x, side: side.smooth_l1_loss(x, PROBABILITIES, beta=0.4),
+    "huber": lambda x, side: side.huber_loss(x, PROBABILITIES, delta=0.4),
+    "bce": lambda x, side: side.binary_cross_entropy(x.sigmoid(), PROBABILITIES),
+    "bce with logits": lambda x, side: side.binary_cross_entropy_with_logits(x, PROBABILITIES, torch.ones(9)),
+    "kl": lambda x, side: side.kl_div(x.log_softmax(1), PROBABILITIES, reduction="batchmean"),
+}
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def gradient(function, x):
+    x = x.detach().clone().requires_grad_()
+    loss = function(x)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+@pytest.mark.parametrize("loss", COMPILED.values(), ids=COMPILED)
+def test_compiled_whole(loss):
+    """The graph has trainopt's operator, and its results are those without a compiler."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    torch._dynamo.reset()
+    function = torch.compile(lambda x: 2 * loss(x, functional), fullgraph=True, backend=backend)
+    for mine, theirs in zip(
+        gradient(function, logits()), gradient(lambda x: 2 * loss(x, functional), logits()), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+    names = [str(node.target) for node in graphs[0].graph.nodes]
+    assert any(name.startswith("trainopt.") for name in names), names
+
+
+def test_compiled_extras():
+    def loss(x):
+        value, z = functional.cross_entropy(x, TARGET, z_loss=0.1, return_z_loss=True, softcap=3.0, empty="zero")
+        return value + 0 * z
+
+    for mine, theirs in zip(gradient(compiled(loss), logits()), gradient(loss, logits()), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_compiled_linear_cross_entropy(reduction):
+    weight, target = logits(11, 9), classes((6,), 11)
+
+    def loss(x):
+        return functional.linear_cross_entropy(x, weight, target, reduction=reduction).sum()
+
+    for mine, theirs in zip(gradient(compiled(loss), logits()), gradient(loss, logits()), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.slow
+def test_compiled_by_the_default_backend():
+    def loss(x, t):
+        return functional.cross_entropy(x * 2, t) + functional.mse_loss(x, PROBABILITIES)
+
+    torch._dynamo.reset()
+    function = torch.compile(loss, fullgraph=True)
+    mine = gradient(lambda x: function(x, TARGET), logits())
+    torch.testing.assert_close(mine, gradient(lambda x: loss(x, TARGET), logits()))
+
+
+def test_compiled_modules_and_training_step():
+    torch.manual_seed(0)
+    layer = trainopt.LinearCrossEntropyLoss(9, 11, bias=True)
+    criterion = trainopt.CrossEntropyLoss(label_smoothing=0.1)
+    target = classes((6,), 11)
+
+    def step(x):
+        return layer(x, target) + criterion(x, TARGET)
+
+    for mine, theirs in zip(gradient(compiled(step), logits()), gradient(step, logits()), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_other_sizes_do_not_compile_again_and_again():
+    function = compiled(lambda x, t: functional.cross_entropy(x, t))
+    counter = torch._dynamo.utils.counters
+    counter.clear()
+    for rows in (4, 5, 6, 7, 8):
+        x = random(rows, 9).float()
+        torch.testing.assert_close(function(x, classes((rows,), 9)), F.cross_entropy(x, classes((rows,), 9)))
+    assert counter["stats"]["unique_graphs"] <= 2
+
+
+def test_compiled_function_transforms():
+    def rows(x):
+        return torch.func.vmap(functional.cross_entropy)(x, TARGET)
+
+    torch.testing.assert_close(compiled(rows)(logits()), F.cross_entropy(logits(), TARGET, reduction="none"))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(5, 9)
+            self.loss = trainopt.CrossEntropyLoss(label_smoothing=0.1)
+            self.head = trainopt.LinearCrossEntropyLoss(5, 9)
+
+        def forward(self, x, target):
+            mse = functional.mse_loss(self.layer(x), self.layer(x) + 1)
+            return self.loss(self.layer(x), target) + self.head(x, target) + mse
+
+    model, x = Model(), random(6, 5).float()
+    program = torch.export.export(model, (x, TARGET), strict=strict)
+    torch.testing.assert_close(program.module()(x, TARGET), model(x, TARGET))
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"trainopt.cross_entropy.default", "trainopt.linear_cross_entropy.default"} <= operators
+
+
+def test_fake_and_meta_tensors_have_the_right_shape():
+    with FakeTensorMode():
+        x = torch.empty(6, 9, requires_grad=True)
+        for reduction in REDUCTIONS:
+            loss = functional.cross_entropy(x, torch.zeros(6, dtype=torch.int64), reduction=reduction)
+            assert loss.shape == ((6,) if reduction == "none" else ())
+    x, target = torch.empty(6, 9, device="meta"), torch.empty(6, device="meta", dtype=torch.int64)
+    assert functional.cross_entropy(x, target).device.type == "meta"
+    assert functional.mse_loss(x, x, reduction="none").shape == (6, 9)
+
+
+# Autocast -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", COMPILED.values(), ids=COMPILED)
+def test_autocast(loss, dtype):
+    def under_autocast(side):
+        def of(x):
+            with torch.autocast("cpu", dtype=dtype):
+                return loss(x.to(dtype) if given is dtype else x, side)
+
+        return of
+
+    for given in (torch.float32, dtype):
+        x = random(6, 9).float()
+        mine, theirs = run(under_autocast(functional), [x]), run(under_autocast(F), [x])
+        wide = x.to(given).double()
+        truth = run(lambda x: loss(x, Double()), [wide])
+        for ours, torchs, true in zip(mine, theirs, truth, strict=True):
+            assert_no_worse(ours, torchs, true, roundings=4)
+
+
+class Double:
+    """torch's functions, with every constant in float64."""
+
+    def __getattr__(self, name):
+        def call(*args, **options):
+            def widen(value):
+                floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+                return value.double() if floating else value
+
+            return getattr(F, name)(*map(widen, args), **{key: widen(value) for key, value in options.items()})
+
+        return call
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_of_linear_cross_entropy(dtype):
+    hidden, weight, target = random(6, 5).float(), random(9, 5, seed=1).float(), TARGET
+
+    def ours(h, w):
+        with torch.autocast("cpu", dtype=dtype):
+            return functional.linear_cross_entropy(h, w, target)
+
+    def torchs(h, w):
+        with torch.autocast("cpu", dtype=dtype):
+            return F.cross_entropy(F.linear(h, w), target)
+
+    mine, theirs = run(ours, [hidden, weight]), run(torchs, [hidden, weight])
+    truth = run(lambda h, w: F.cross_entropy(F.linear(h, w), target), [hidden.double(), weight.double()])
+    for a, b, true in zip(mine, theirs, truth, strict=True):
+        assert_no_worse(a, b, true)

@@ -1,0 +1,338 @@
+"""cross_entropy over the whole grid of its options, dtypes and shapes, judged against float64."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_judge import DTYPES, REDUCTIONS, assert_no_worse, classes, judge, random, run
+from torch.nn import functional as F
+
+from trainopt import functional
+from trainopt.losses import reference
+
+CLASSES = 7
+SHAPES = {"1-D": (), "2-D": (5,), "3-D": (3, 4), "4-D": (2, 3, 2)}  # of the rows
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "sliced": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
+    "every second class": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "reversed dimensions": lambda x: (
+        x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+    ),
+}
+
+
+def problem(rows, kind, classes_=CLASSES, ignored=None, seed=0):
+    """Float64 logits, and a target of the kind: classes, of which `ignored` stands in some places, or probabilities."""
+    shape = (classes_,) if rows == () else (rows[0], classes_, *rows[1:])
+    logits = random(*shape, seed=seed, scale=3)
+    if kind == "probabilities":
+        return logits, random(*shape, seed=seed + 1).softmax(0 if rows == () else 1)
+    target = classes(rows, classes_, seed)
+    if ignored is not None and target.dim() > 0:
+        target.view(-1)[::3] = ignored
+    return logits, target
+
+
+def compare(logits, target, dtype, weighted=False, ours=functional.cross_entropy, **options):
+    weight = random(logits.shape[0 if logits.dim() == 1 else 1], seed=5).abs() + 0.1 if weighted else None
+    judge(
+        lambda x, t, w, **given: ours(x, t, w, **given),
+        lambda x, t, w, **given: F.cross_entropy(x, t, w, **given),
+        [logits],
+        dtype,
+        options,
+        constants=[target, weight],
+        gradient_unit=float(logits.shape[0 if logits.dim() == 1 else 1] == 1),  # 0 is what is left of 1 − 1
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rows", SHAPES.values(), ids=SHAPES)
+def test_the_grid(dtype, reduction, rows):
+    for kind, ignore_index, weighted, smoothing in itertools.product(
+        ("classes", "probabilities"), (-100, 2, 1000), (False, True), (0.0, 0.1, 1.0)
+    ):
+        if kind == "probabilities" and ignore_index != -100:
+            continue  # torch refuses it
+        logits, target = problem(rows, kind, ignored=ignore_index)
+        compare(
+            logits,
+            target,
+            dtype,
+            weighted,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=smoothing,
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts(layout, kind, dtype):
+    logits, target = problem((4, 3, 5), kind, ignored=1)
+    logits = layout(logits)
+    if kind == "probabilities":
+        target = layout(target)
+    for reduction in REDUCTIONS:
+        compare(logits, target, dtype, True, reduction=reduction, label_smoothing=0.2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 255, 257, 1000, 4099])
+def test_numbers_of_classes(dtype, count):
+    for kind, smoothing in (("classes", 0.0), ("classes", 0.1), ("probabilities", 0.0)):
+        logits, target = problem((3,), kind, classes_=count)
+        compare(logits, target, dtype, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 15, 17, 64, 257, 1025])
+def test_numbers_of_rows(count):
+    for columns in (3, 10):
+        logits, target = problem((count,), "classes", classes_=columns, ignored=1)
+        for reduction in REDUCTIONS:
+            compare(logits, target, torch.float32, True, reduction=reduction, ignore_index=1)
+
+
+def test_a_million_classes():
+    logits = random(2, 1_000_000)
+    for target in (classes((2,), 1_000_000), random(2, 1_000_000, seed=1).softmax(1)):
+        compare(logits, target, torch.float32)
+
+
+@pytest.mark.parametrize("variant_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_variant_is_right(variant, variant_dtype):
+    for count in (5, 300):
+        logits, target = problem((9,), "classes", classes_=count, ignored=3)
+        compare(logits, target, variant_dtype, True, ignore_index=3, label_smoothing=0.1)
+
+
+@given(
+    rows=st.lists(st.integers(0, 5), max_size=3),
+    count=st.integers(1, 40),
+    kind=st.sampled_from(["classes", "probabilities"]),
+    reduction=st.sampled_from(REDUCTIONS),
+    ignore_index=st.integers(-101, 40),
+    smoothing=st.floats(0, 1),
+    weighted=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=100, deadline=None)
+def test_any_options(rows, count, kind, reduction, ignore_index, smoothing, weighted, dtype, seed):
+    if kind == "probabilities":
+        ignore_index = -100
+    logits, target = problem(tuple(rows), kind, count, ignored=ignore_index, seed=seed)
+    compare(
+        logits,
+        target,
+        dtype,
+        weighted,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=smoothing,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_dtypes_of_classes(dtype):
+    logits, target = problem((5,), "classes")
+    compare(logits, target.to(dtype), torch.float32)
+
+
+# Beyond torch ---------------------------------------------------------------------------------------------------------
+
+EXTRAS = {
+    "z_loss": {"z_loss": 0.1},
+    "softcap": {"softcap": 2.0},
+    "both": {"z_loss": 0.1, "softcap": 2.0},
+    "zero": {"empty": "zero"},
+    "all": {"z_loss": 0.1, "softcap": 2.0, "empty": "zero", "label_smoothing": 0.1},
+}
+
+
+def by_formula(logits, target, weight, **options):
+    """The same in plain torch."""
+    options = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0, "z_loss": 0.0, **options}
+    options = {"softcap": None, "empty": "nan", **options}
+    result = reference.cross_entropy(logits, target, weight, **options)
+    return result[0] if options["z_loss"] else result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_extras(dtype, extras, kind):
+    for rows, reduction, weighted in itertools.product(((), (6,), (3, 4)), REDUCTIONS, (False, True)):
+        logits, target = problem(rows, kind, ignored=2)
+        weight = random(CLASSES, seed=5).abs() if weighted else None
+        ignore_index = 2 if kind == "classes" else -100
+        judge(
+            lambda x, t, w, **given: functional.cross_entropy(x, t, w, **given),
+            by_formula,
+            [logits],
+            dtype,
+            {"reduction": reduction, "ignore_index": ignore_index, **extras},
+            constants=[target, weight],
+        )
+
+
+def test_the_formula_is_what_the_page_says():
+    logits, target = problem((6,), "classes", ignored=-100)
+    capped = 5 * (logits / 5).tanh()
+    lse = torch.log(capped.exp().sum(1))
+    counted = target != -100
+    each = (lse - capped.gather(1, target.clamp(min=0)[:, None])[:, 0] + 0.01 * lse**2) * counted
+    for reduce, reduction in ((lambda x: x, "none"), (torch.sum, "sum"), (lambda x: x.sum() / counted.sum(), "mean")):
+        for function in (functional.cross_entropy, by_formula):
+            options = {} if function is functional.cross_entropy else {"weight": None}
+            found = function(logits, target, z_loss=0.01, softcap=5.0, reduction=reduction, **options)
+            torch.testing.assert_close(found, reduce(each))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_z_loss_comes_separately(reduction):
+    logits, target = problem((6,), "classes", ignored=-100)
+    x = logits.clone().requires_grad_()
+    loss, z = functional.cross_entropy(x, target, z_loss=0.5, return_z_loss=True, reduction=reduction)
+    assert not z.requires_grad and z.dtype == loss.dtype and z.shape == loss.shape
+    torch.testing.assert_close(loss - z, F.cross_entropy(logits, target, reduction=reduction))
+    alone = functional.cross_entropy(x, target, z_loss=0.5, reduction=reduction)
+    assert torch.equal(alone, loss)
+    loss, z = functional.cross_entropy(x, target, return_z_loss=True, reduction=reduction)
+    assert torch.equal(z, torch.zeros_like(loss)) and not z.requires_grad
+    assert torch.equal(loss, functional.cross_entropy(x, target, reduction=reduction))
+
+
+def test_extras_that_are_off_change_nothing():
+    logits, target = problem((6,), "classes", ignored=-100)
+    logits = logits.float()
+    off = {"z_loss": 0.0, "softcap": None, "empty": "nan", "inplace_backward": False}
+    plain = run(lambda x: functional.cross_entropy(x, target), [logits])
+    assert all(map(torch.equal, plain, run(lambda x: functional.cross_entropy(x, target, **off), [logits])))
+    unempty = run(lambda x: functional.cross_entropy(x, target, empty="zero"), [logits])
+    assert all(map(torch.equal, plain, unempty))
+
+
+# Nothing to count -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rows", [(4,), (2, 3), (0,)], ids=str)
+def test_all_ignored(options, reduction, rows):
+    logits = random(rows[0], CLASSES, *rows[1:]).float()
+    target = torch.full(rows, -100)
+    loss, gradient = run(lambda x: functional.cross_entropy(x, target, reduction=reduction, **options), [logits])
+    assert torch.equal(gradient, torch.zeros_like(logits))
+    if reduction == "mean":
+        assert loss.isnan()
+    else:
+        assert torch.equal(loss, torch.zeros_like(loss))
+    zero, gradient = run(
+        lambda x: functional.cross_entropy(x, target, reduction=reduction, empty="zero", **options), [logits]
+    )
+    assert torch.equal(zero, torch.zeros_like(loss)) and torch.equal(gradient, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (4, 5, 0), (0, 5, 0)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_empty_batches(shape, reduction, kind):
+    logits = random(*shape)
+    target = logits.clone() if kind == "probabilities" else torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
+    compare(logits, target, torch.float32, reduction=reduction)
+    zero = functional.cross_entropy(logits, target, reduction=reduction, empty="zero")
+    assert torch.equal(zero, torch.zeros_like(zero))
+
+
+# Extremes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_huge_logits(dtype):
+    logits = random(6, 9).sign() * 1e4
+    compare(logits, classes((6,), 9), dtype, reduction="none")
+    compare(logits, classes((6,), 9), dtype, reduction="mean", label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_masked_vocabulary(dtype):
+    logits = random(6, 40)
+    logits[:, 25:] = -torch.inf
+    for reduction in REDUCTIONS:
+        compare(logits, classes((6,), 25), dtype, reduction=reduction)
+        compare(logits, torch.arange(20, 26), dtype, reduction=reduction)  # one row's own class is masked
+        compare(logits, classes((6,), 25), dtype, reduction=reduction, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("columns", [3, 40])
+def test_values_that_are_no_numbers_stay_in_their_row(value, columns):
+    logits = random(4, columns)
+    logits[1, 2] = value
+    for target in (classes((4,), columns), torch.tensor([0, 2, 1, 2])):
+        compare(logits, target, torch.float32, reduction="none")
+    loss, gradient = run(
+        lambda x: functional.cross_entropy(x, torch.tensor([0, 1, 1, 2]), reduction="none"), [logits.float()]
+    )
+    assert loss[[0, 2, 3]].isfinite().all() and gradient[[0, 2, 3]].isfinite().all()
+
+
+def test_a_row_that_is_all_minus_infinity():
+    logits = random(3, 5)
+    logits[1] = -torch.inf
+    compare(logits, classes((3,), 5), torch.float32, reduction="none")
+
+
+def test_ignored_rows_may_hold_anything():
+    logits = random(4, 9).float()
+    target = torch.tensor([1, -100, 3, -100])
+    clean = run(lambda x: functional.cross_entropy(x, target), [logits])
+    for value in (torch.nan, torch.inf, -torch.inf):
+        spoilt = logits.clone()
+        spoilt[1] = value
+        loss, gradient = run(lambda x: functional.cross_entropy(x, target), [spoilt])
+        assert torch.equal(loss, clean[0]) and torch.equal(gradient, clean[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_subnormal_logits_and_gradients(dtype):
+    tiny = torch.finfo(dtype).smallest_normal
+    compare(random(4, 9) * tiny / 16, classes((4,), 9), dtype)
+    far = torch.zeros(2, 4, dtype=torch.float64)
+    far[:, 1] = -95.0 if dtype == torch.float32 else -740.0  # softmax is subnormal there
+    compare(far, torch.zeros(2, dtype=torch.int64), dtype, reduction="none")
+
+
+def test_tiny_gradients_are_exact_in_each_element():
+    logits = torch.linspace(-60, 0, 50, dtype=torch.float64).repeat(2, 1)
+    target = torch.tensor([49, 0])
+    truth = run(lambda x: F.cross_entropy(x, target, reduction="sum"), [logits])[1]
+    ours = run(lambda x: functional.cross_entropy(x, target, reduction="sum"), [logits.float()])[1]
+    torchs = run(lambda x: F.cross_entropy(x, target, reduction="sum"), [logits.float()])[1]
+    for column in range(50):
+        assert_no_worse(ours[:, column], torchs[:, column], truth[:, column], f"class {column}", roundings=32)
+
+
+def test_probabilities_are_not_checked_to_be_a_distribution():
+    compare(random(4, 6), random(4, 6, seed=9), torch.float32)
+    compare(random(4, 6), torch.zeros(4, 6, dtype=torch.float64), torch.float32, label_smoothing=0.5)
+
+
+def test_a_loss_that_needs_a_wide_sum():
+    logits = torch.zeros(200_000, 2)
+    target = torch.zeros(200_000, dtype=torch.int64)
+    truth = torch.log(torch.tensor(2.0, dtype=torch.float64))
+    mean = functional.cross_entropy(logits, target)
+    assert abs(mean.double() - truth) <= 2**-24
+    total = functional.cross_entropy(logits, target, reduction="sum")
+    assert abs(total.double() / 200_000 - truth) <= 2**-24

@@ -1,0 +1,165 @@
+"""Which way a loss goes: to trainopt's operators, or to torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.compiler import assume_constant_result, is_compiling
+from torch.overrides import handle_torch_function
+
+import trainopt.losses.fake  # noqa: F401  (torch.compile needs it)
+from trainopt._extension import _C
+from trainopt.optim.base import is_reference_forced
+
+#: TRAINOPT_REFERENCE as it was when trainopt was imported: reading the environment takes as long as a small loss.
+REFERENCE_FORCED = is_reference_forced()
+
+_NO_OVERRIDE = torch._C._disabled_torch_function_impl
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LABELS = (torch.int64, torch.uint8)
+
+
+def is_only_a_mode(*arguments: Any) -> bool:
+    """Of a call that something overrides: whether a mode does, such as torch.device("cpu"), and no argument."""
+    return not any(
+        type(argument) is not Tensor and getattr(type(argument), "__torch_function__", _NO_OVERRIDE) is not _NO_OVERRIDE
+        for argument in arguments
+    )
+
+
+def overridden(ours: Callable[..., Any], torchs: Callable[..., Any], *arguments: Any) -> Any:
+    """A call that something overrides. A subclass knows torch's function, and not ours; a mode may see ours."""
+    if not is_only_a_mode(*arguments):
+        return torchs(*arguments)
+    return handle_torch_function(ours, arguments, *arguments)
+
+
+def pointwise_loss(
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: int,
+    parameter: float = 0.0,
+) -> Tensor | None:
+    """The operator's result, or None where it does not take these tensors."""
+    if REFERENCE_FORCED:
+        return None
+    if not is_compiling():
+        return _C.pointwise_loss(loss, input, target, weight, pos_weight, reduction, parameter)
+    if not _are_traceable(input, target, weight, pos_weight):
+        return None
+    return torch.ops.trainopt.pointwise_loss(loss, input, target, weight, pos_weight, reduction, parameter)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    inplace_backward: bool,
+    empty_is_zero: bool,
+) -> Any:
+    """The operator's loss, with z_loss the pair of it and its z-loss; None where it does not take these tensors."""
+    if (
+        REFERENCE_FORCED
+        or not _has_labels(input, target, ignore_index)
+        or (weight is not None and not _is_constant_of(weight, input))
+    ):
+        return None
+    options = (reduction, ignore_index, label_smoothing, z_loss, softcap, inplace_backward, empty_is_zero)
+    if not is_compiling():
+        return _C.cross_entropy(input, target, weight, *options)
+    if not _are_traceable(input, None if target.dtype in _LABELS else target, weight):
+        return None
+    loss, z, _ = torch.ops.trainopt.cross_entropy(input, target, weight, *options)
+    return (loss, z) if z_loss else loss
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    empty_is_zero: bool,
+    chunk_bytes: int,
+) -> Any:
+    """The operator's loss, with z_loss the pair of it and its z-loss; None where it does not take these tensors."""
+    operands = (input, weight, target, bias, class_weight)
+    if (
+        REFERENCE_FORCED
+        or input.dtype not in _FLOATING
+        or not _has_labels(input, target, ignore_index)
+        or not needs_no_promotion(weight, input)
+        or (bias is not None and not needs_no_promotion(bias, input))
+        or (class_weight is not None and not _is_constant_of(class_weight, input))
+        or not (_are_traceable(input, weight, bias, class_weight) if is_compiling() else _C.takes(*operands))
+    ):
+        return None
+    loss, z = torch.ops.trainopt.linear_cross_entropy(
+        *operands, reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero, chunk_bytes
+    )
+    return (loss, z) if z_loss else loss
+
+
+def _has_labels(input: Tensor, target: Tensor, ignore_index: int) -> bool:
+    """Whether the target is one that the operators read as torch does: classes, or constant probabilities."""
+    if not isinstance(target, Tensor) or not isinstance(input, Tensor):
+        return False
+    if target.dtype is torch.int64 or target.dtype is torch.uint8:
+        return input.dim() != 1 or target.dim() == 0  # torch lets one row have a target of shape (1,) too
+    return target.is_floating_point() and ignore_index < 0 and _is_constant_of(target, input)
+
+
+def _is_constant_of(tensor: Tensor, input: Tensor) -> bool:
+    return not tensor.requires_grad and needs_no_promotion(tensor, input)
+
+
+def needs_no_promotion(tensor: Tensor, input: Tensor) -> bool:
+    """Whether no promotion is needed between the two, beyond autocast's to float32."""
+    if tensor.dtype is input.dtype:
+        return True
+    return torch.is_autocast_enabled("cpu") and torch.float64 not in (tensor.dtype, input.dtype)
+
+
+def alike(input: Tensor, target: Tensor) -> bool:
+    """Whether both have one shape and one dtype, in a loss that broadcasts and promotes nothing."""
+    return target.size() == input.size() and needs_no_promotion(target, input)
+
+
+def fits(factor: Tensor | None, input: Tensor) -> bool:
+    """Whether a factor of the loss is a constant of the input's dtype that broadcasts to its shape."""
+    if factor is None:
+        return True
+    if not _is_constant_of(factor, input):
+        return False
+    shape, wanted = factor.shape, input.shape
+    return shape == wanted or (
+        len(shape) <= len(wanted) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(wanted), strict=False))
+    )
+
+
+def _are_traceable(*tensors: Tensor | None) -> bool:
+    """Whether a compiled program may call the operators with these, of what _C.takes says about tensors in memory."""
+    return not _in_function_transform() and all(
+        tensor is None or (tensor.device.type == "cpu" and tensor.dtype in _FLOATING) for tensor in tensors
+    )
+
+
+@assume_constant_result
+def _in_function_transform() -> bool:
+    """Whether vmap, jvp or another transform of torch.func is being traced."""
+    return _functorch.maybe_current_level() is not None

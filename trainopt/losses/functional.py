@@ -1,0 +1,403 @@
+"""The losses as functions: torch.nn.functional's, with one pass forward and one backward.
+
+Signatures, results, warnings and errors are torch's. A tensor that the operators do not take (another device, a
+subclass, a function transform, an integer) goes through torch's own function in the same call.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from trainopt.losses import dispatch, reference
+from trainopt.losses.arguments import check_extras, check_linear, number_of
+from trainopt.losses.dispatch import alike, fits, is_only_a_mode, needs_no_promotion, overridden, pointwise_loss
+
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "linear_cross_entropy",
+    "mse_loss",
+    "smooth_l1_loss",
+]
+
+#: Bytes of logits that linear_cross_entropy holds at a time.
+MEMORY_BUDGET = 32 * 2**20
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    return_z_loss: bool = False,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
+    empty: str = "nan",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of logits against classes or probabilities: torch.nn.functional.cross_entropy, and more.
+
+    With x the logits of a row, lse = log Σ exp(x) and y its class, the loss is weight[y]·(lse − x[y]); the rest of the
+    formula, with smoothing and probabilities, is torch.nn.CrossEntropyLoss's. Forward keeps one lse a row; backward
+    makes the gradient from the logits in one pass.
+
+    Args:
+        input: logits, (C), (N, C) or (N, C, d1, …), with any strides.
+        target: classes (int64 or uint8) in input's shape without C, or probabilities in input's shape. Probabilities
+            are not checked to be a distribution, as in torch.
+        weight: a factor for each class, (C).
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: rows of this class count for nothing.
+        reduction: "none", "mean" (over the weights of the rows that count) or "sum".
+        label_smoothing: the share of the target that is spread evenly over all classes, 0 to 1 (Szegedy et al. 2016,
+            arXiv:1512.00567).
+        z_loss: adds z_loss·lse² to each row that counts, 0 or more; unweighted, and averaged over the number of rows
+            that count (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, uses 1e-4).
+        return_z_loss: return (loss, the part of it that is z-loss, without a gradient).
+        softcap: replaces x by softcap·tanh(x / softcap), greater than 0 (Gemma 2, arXiv:2408.00118, uses 30).
+        inplace_backward: permits backward to write the gradient over the logits' memory, which then saves one tensor of
+            their size. Autograd refuses to use the logits afterwards, as after any operation in place.
+        empty: "nan" or "zero": the mean where no row counts. The gradient is 0 in either case.
+
+    Raises:
+        IndexError: a class out of range, with its value and position.
+        ValueError: shapes that do not match, or an option out of its range.
+    """
+    is_overridden = has_torch_function_variadic(input, target, weight)
+    if is_overridden and is_only_a_mode(input, target, weight):
+        return handle_torch_function(
+            cross_entropy,
+            (input, target, weight),
+            input,
+            target,
+            weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
+            z_loss=z_loss,
+            return_z_loss=return_z_loss,
+            softcap=softcap,
+            inplace_backward=inplace_backward,
+            empty=empty,
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if z_loss != 0 or softcap is not None or empty != "nan":
+        check_extras(z_loss, softcap, empty)
+    result = None
+    if not is_overridden and 0 <= label_smoothing <= 1:
+        result = dispatch.cross_entropy(
+            input,
+            target,
+            weight,
+            number_of(reduction),
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            softcap or 0.0,
+            inplace_backward,
+            empty == "zero",
+        )
+    if result is None:
+        result = reference.cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, empty
+        )
+    if not return_z_loss:
+        return result[0] if z_loss else result
+    return result if z_loss else (result, torch.zeros_like(result))
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_z_loss: bool = False,
+    softcap: float | None = None,
+    empty: str = "nan",
+    memory_budget: int = MEMORY_BUDGET,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """cross_entropy(linear(input, weight, bias), target) without the logits of more than a few tokens at a time.
+
+    The logits are made, used and forgotten chunk by chunk, in float32 (float64 for float64 operands); so are the sums
+    over chunks that make the gradients of weight and bias, whatever the dtype. With a reduction to one number forward
+    makes the gradients as well, if any is wanted; otherwise backward makes the logits again. It can be differentiated
+    once: a double backward raises. Tensors that the operator does not take go through torch, with all logits stored.
+
+    Args:
+        input: hidden states, (…, features).
+        weight: of the output layer, (classes, features).
+        target: classes (int64 or uint8), (…), or probabilities, (…, classes).
+        bias: of the output layer, (classes).
+        class_weight: a factor for each class, (classes): cross_entropy's weight.
+        ignore_index, reduction, label_smoothing, z_loss, return_z_loss, softcap, empty: as for cross_entropy.
+        memory_budget: bytes for a chunk of logits; at least one token is taken at a time.
+
+    Raises:
+        IndexError: a class out of range, with its value and position.
+        ValueError: shapes that do not match; a weight that is empty, flat or a DTensor, with what to gather; or an
+            option out of its range.
+    """
+    operands = (input, weight, target, bias, class_weight)
+    is_overridden = has_torch_function_variadic(*operands)
+    if is_overridden and is_only_a_mode(*operands):
+        return handle_torch_function(
+            linear_cross_entropy,
+            operands,
+            input,
+            weight,
+            target,
+            bias,
+            class_weight=class_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            return_z_loss=return_z_loss,
+            softcap=softcap,
+            empty=empty,
+            memory_budget=memory_budget,
+        )
+    check_extras(z_loss, softcap, empty)
+    check_linear(*operands, memory_budget)
+    result = None
+    if not is_overridden and 0 <= label_smoothing <= 1:
+        result = dispatch.linear_cross_entropy(
+            *operands,
+            number_of(reduction),
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            softcap or 0.0,
+            empty == "zero",
+            memory_budget,
+        )
+    if result is None:
+        result = reference.linear_cross_entropy(
+            *operands, ignore_index, reduction, label_smoothing, z_loss, softcap, empty
+        )
+    if not return_z_loss:
+        return result[0] if z_loss else result
+    return result if z_loss else (result, torch.zeros_like(result))
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Squared error (input − target)²: torch.nn.functional.mse_loss, whose arguments these are.
+
+    input and target broadcast, with torch's warning. With a weight, torch's own function computes the loss.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return overridden(mse_loss, F.mse_loss, input, target, size_average, reduce, reduction, weight)
+    if weight is not None:
+        return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    input, target = _broadcast(input, target)
+    loss = pointwise_loss("mse_loss", input, target, None, None, number_of(reduction))
+    return F.mse_loss(input, target, reduction=reduction) if loss is None else loss
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Absolute error |input − target|, with gradient 0 where it is 0: torch.nn.functional.l1_loss.
+
+    input and target broadcast, with torch's warning. With a weight, torch's own function computes the loss.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return overridden(l1_loss, F.l1_loss, input, target, size_average, reduce, reduction, weight)
+    if weight is not None:
+        return F.l1_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    input, target = _broadcast(input, target)
+    loss = pointwise_loss("l1_loss", input, target, None, None, number_of(reduction))
+    return F.l1_loss(input, target, reduction=reduction) if loss is None else loss
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    """½d²/beta where |d| < beta, else |d| − ½beta, of d = input − target: torch.nn.functional.smooth_l1_loss.
+
+    beta = 0 is l1_loss (Girshick 2015, arXiv:1504.08083, has beta = 1). input and target broadcast, with torch's
+    warning.
+    """
+    if has_torch_function_variadic(input, target):
+        return overridden(smooth_l1_loss, F.smooth_l1_loss, input, target, size_average, reduce, reduction, beta)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    input, target = _broadcast(input, target)
+    loss = None
+    if beta >= 0:
+        name = "smooth_l1_loss" if beta else "l1_loss"
+        loss = pointwise_loss(name, input, target, None, None, number_of(reduction), beta)
+    return F.smooth_l1_loss(input, target, reduction=reduction, beta=beta) if loss is None else loss
+
+
+def huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
+    """½d² where |d| < delta, else delta·(|d| − ½delta), of d = input − target: torch.nn.functional.huber_loss.
+
+    Huber 1964, doi:10.1214/aoms/1177703732. input and target broadcast, with torch's warning. With a weight, torch's
+    own function computes the loss.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return overridden(huber_loss, F.huber_loss, input, target, reduction, delta, weight)
+    if weight is not None:
+        return F.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
+    input, target = _broadcast(input, target)
+    loss = None
+    if delta > 0 and needs_no_promotion(target, input):
+        loss = pointwise_loss("huber_loss", input, target, None, None, number_of(reduction), delta)
+    return F.huber_loss(input, target, reduction, delta) if loss is None else loss
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """−weight·(target·log(input) + (1 − target)·log(1 − input)): torch.nn.functional.binary_cross_entropy.
+
+    As in torch the logarithms are at least −100, an input outside of [0, 1] is a RuntimeError, and target must have
+    input's shape. weight broadcasts to it.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return overridden(
+            binary_cross_entropy, F.binary_cross_entropy, input, target, weight, size_average, reduce, reduction
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    loss = None
+    if alike(input, target) and fits(weight, input):
+        loss = pointwise_loss("binary_cross_entropy", input, target, weight, None, number_of(reduction))
+    return F.binary_cross_entropy(input, target, weight, reduction=reduction) if loss is None else loss
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """binary_cross_entropy of sigmoid(input), safe for large logits: torch.nn.functional's function of that name.
+
+    pos_weight multiplies the term of target, for classes that are rare; target must have input's shape, and weight and
+    pos_weight broadcast to it.
+    """
+    if has_torch_function_variadic(input, target, weight, pos_weight):
+        return overridden(
+            binary_cross_entropy_with_logits,
+            F.binary_cross_entropy_with_logits,
+            input,
+            target,
+            weight,
+            size_average,
+            reduce,
+            reduction,
+            pos_weight,
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if alike(input, target) and fits(weight, input) and fits(pos_weight, input):
+        name = "binary_cross_entropy_with_logits"
+        loss = pointwise_loss(name, input, target, weight, pos_weight, number_of(reduction))
+        if loss is not None:
+            return loss
+    return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """target·(log(target) − input), 0 where target is 0, of log-probabilities input: torch.nn.functional.kl_div.
+
+    With log_target, exp(target)·(target − input) (Kullback & Leibler 1951, doi:10.1214/aoms/1177729694). "batchmean"
+    divides the sum by input's first dimension; "mean", by all elements, has torch's warning. input and target
+    broadcast.
+    """
+    if has_torch_function_variadic(input, target):
+        return overridden(kl_div, F.kl_div, input, target, size_average, reduce, reduction, log_target)
+    if size_average is None and reduce is None:
+        number = number_of("sum" if reduction == "batchmean" else reduction)
+        loss = pointwise_loss("kl_div_log_target" if log_target else "kl_div", input, target, None, None, number)
+        if loss is not None:
+            if reduction == "mean":
+                _warn_of_mean()
+            return loss / input.size(0) if reduction == "batchmean" and input.dim() != 0 else loss
+    return F.kl_div(input, target, size_average, reduce, reduction, log_target)
+
+
+def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one shape, with torch's warning if they have two, in the name of the caller's caller."""
+    if input.size() == target.size():
+        return input, target
+    warnings.warn(
+        f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+        "This will likely lead to incorrect results due to broadcasting. "
+        "Please ensure they have the same size.",
+        stacklevel=3,
+    )
+    expanded_input, expanded_target = torch.broadcast_tensors(input, target)
+    return expanded_input, expanded_target
+
+
+def _warn_of_mean() -> None:
+    """torch's warning, in the name of the caller's caller."""
+    warnings.warn(
+        "reduction: 'mean' divides the total loss by both the batch size and the support size."
+        "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+        "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
+        stacklevel=3,
+    )
