@@ -3,10 +3,11 @@
 import sys
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adam", "AdamW", "__version__", "explain", "fuse"]
+__all__ = ["SGD", "Adam", "AdamW", "Schedule", "__version__", "explain", "fuse", "param_groups", "schedules"]
 
 try:
-    from trainopt.optim import SGD, Adam, AdamW, explain, fuse
+    from trainopt import schedules
+    from trainopt.optim import SGD, Adam, AdamW, Schedule, explain, fuse, param_groups
 except ImportError:
     # Python imports this package before it runs `python -m trainopt`, which is there to report this very error.
     if not (sys.argv[:1] == ["-m"] and "trainopt" in sys.orig_argv):
