@@ -19,6 +19,7 @@ OPTIONS = (
     Option("updates", "from one to the other", 100, whole(2), "N"),
     Option("plot", "file for a picture of the curve, such as curve.png", None, str, "FILE"),
 )
+AFTER_TRAINING = ("compare", "sample", "temperature")  # options that say nothing to the test
 BAR = 40  # characters
 
 
@@ -26,7 +27,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
     """Prints the curve and the suggestion for the experiment of this name; nothing is trained or kept."""
     experiment = experiments.load(name)
     rule = tuple(option for option in options.OPTIMIZER if option.name != "lr")
-    own = tuple(option for option in experiment.OPTIONS if option.name not in ("compare", "sample", "temperature"))
+    own = tuple(option for option in experiment.OPTIONS if option.name not in AFTER_TRAINING)
     settings, parser = read(
         arguments,
         f"trainopt lr-find {name}",
@@ -39,6 +40,8 @@ def main(name: str, arguments: Sequence[str]) -> int:
         },
     )
     settings.lr = 1.0  # the test sets it
+    for option in set(experiment.OPTIONS) - set(own):
+        setattr(settings, option.key, option.default)
     setup.check(settings, parser)
     if settings.lowest >= settings.highest:
         parser.error(f"argument --lowest: {settings.lowest:g} is not less than --highest {settings.highest:g}")

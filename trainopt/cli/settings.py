@@ -50,7 +50,8 @@ class Option:
     def help_line(self) -> str:
         shown = self.shown
         if shown is None:
-            shown = {None: "none", True: "on", False: "off"}.get(self.default, str(self.default))
+            words = {None: "none", True: "on", False: "off"} if self.parse is None or self.default is None else {}
+            shown = words.get(self.default, str(self.default))
         return f"{self.help} (default: {shown})".replace("%", "%%")
 
 

@@ -16,7 +16,7 @@ from trainopt.training.report import Report
 
 DESCRIPTION = "Train a small GPT-like model to write Python, character by character, on the standard library's sources."
 DEFAULTS = {
-    "steps": 900,
+    "steps": 1000,
     "batch-size": 16,
     "accumulation": 2,
     "optimizer": "adamw",
@@ -27,15 +27,15 @@ DEFAULTS = {
     "floor": 0.1,
     "clip": 1.0,
     "average": 0.99,
-    "validate-every": 150,
-    "checkpoint-every": 300,
+    "validate-every": 200,
+    "checkpoint-every": 200,
     "log-every": 25,
 }
 OPTIONS = (
     Option("context", "characters that the model sees", 128, whole(8, 4096), "N"),
-    Option("width", "features of a character, a multiple of the heads", 192, whole(8, 4096), "N"),
+    Option("width", "features of a character, a multiple of the heads", 160, whole(8, 4096), "N"),
     Option("layers", "blocks of attention and feed-forward", 4, whole(1, 64), "N"),
-    Option("heads", "of the attention", 6, whole(1, 64), "N"),
+    Option("heads", "of the attention", 5, whole(1, 64), "N"),
     Option("sample", "characters written at the end", 500, whole(0, 100_000), "N"),
     Option("temperature", "of the sample; less is more careful", 0.7, real(0, above=True), "X"),
 )
