@@ -38,9 +38,10 @@ class Options:
         keep: how many checkpoints are kept, the newest ones.
         resume: whether to carry on from the newest whole checkpoint in `directory`, if there is one. False: that
             directory must not have any.
-        nonfinite: what happens when a gradient is NaN or infinite. "skip": the update is left out, and the run stops after
-            `nonfinite_limit` such in a row; "stop": the run stops at the first; "ignore": no check, and so on an
-            accelerator no waiting for the device.
+        nonfinite: what happens when a gradient is NaN or infinite. "skip": the update is left out, and the run stops
+            after `nonfinite_limit` such in a row; "stop": the run stops at the first; "ignore": no check, and so on an
+            accelerator no waiting for the device. Where a gradient overflows for float16's scale, the update is left
+            out in any case, and counts as one of these only once the scale is down to 1.
         nonfinite_limit: see there.
         log_every: updates between Progress events. Between them nothing is read from the device but whether the
             gradient is finite.

@@ -64,12 +64,12 @@ class Validated:
 class Message:
     """A sentence for the person.
 
-    `kind` is "info", "warning" (something to look into) or "trouble" (what `topic` names); `numbers` are those of the text.
+    `kind` is "info", "warning" (something to look into) or "trouble"; `numbers` are those of the text.
     """
 
     step: int
     kind: str
-    topic: str  # "loss", "overfitting", "nonfinite", "checkpoint", "data", "stop"
+    topic: str  # "loss", "overfitting", "nonfinite", "checkpoint" or "stop"
     text: str
     numbers: Mapping[str, float] = field(default_factory=dict)
 
