@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 import trainopt
 from trainopt.cli.options import LEARNING_RATES, OPTIMIZERS, WEIGHT_DECAYS
@@ -102,22 +99,3 @@ def outline(optimizer: torch.optim.Optimizer, settings: SimpleNamespace) -> str:
     shown = ["lr", *(name for name in ("momentum", "weight_decay", "l1", "noise") if getattr(settings, name))]
     chosen = ", ".join(f"{name} {getattr(settings, name):g}" for name in shown)
     return f"{type(optimizer).__name__}: {chosen}; seed {settings.seed}; threads {torch.get_num_threads()}"
-
-
-class Rows(Dataset[Any]):
-    """Tensors of equal length, as a dataset that hands out a batch at once."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = tensors
-
-    def __len__(self) -> int:
-        return len(self.tensors[0])
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        return tuple(tensor[indices] for tensor in self.tensors)
-
-
-def in_batches(tensors: Sequence[Tensor], size: int | str) -> DataLoader[Any]:
-    """The validation data in order, in batches of the training's size or, where there are fewer, all at once."""
-    rows = Rows(tensors)
-    return DataLoader(rows, len(rows) if size == "full" else min(int(size), len(rows)), collate_fn=lambda batch: batch)

@@ -104,7 +104,7 @@ def train(experiment: Experiment, task: Task, settings: SimpleNamespace, folder:
         task.loss,
         optimizer,
         choices,
-        validation=setup.in_batches(task.validation, settings.batch_size),
+        validation=task.validation,
         metrics=task.metrics,
         count=task.count,
         schedule=schedule,

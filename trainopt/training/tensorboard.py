@@ -49,4 +49,5 @@ class TensorBoard:
         self._writer.add_text(event.topic, event.text, event.step)
 
     def finished(self, event: Finished) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
