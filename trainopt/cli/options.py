@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from trainopt.cli.settings import Option, choice, folder_name, real, whole, word_or
@@ -66,7 +67,12 @@ RUN = (
 
 
 def with_defaults(options: tuple[Option, ...], defaults: Mapping[str, Any]) -> tuple[Option, ...]:
-    """The same options, with other defaults for those named."""
-    return tuple(
-        option.with_default(defaults[option.name]) if option.name in defaults else option for option in options
-    )
+    """The same options, with other defaults for those named. Of epochs and steps one is given, or else the default."""
+    changed = []
+    for option in options:
+        if option.name in defaults:
+            value = defaults[option.name]
+            is_length = option.name in ("epochs", "steps")
+            option = replace(option, default=None if is_length else value, shown=str(value) if is_length else None)
+        changed.append(option)
+    return tuple(changed)

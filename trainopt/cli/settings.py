@@ -44,9 +44,6 @@ class Option:
     def key(self) -> str:
         return self.name.replace("-", "_")
 
-    def with_default(self, default: Any) -> Option:
-        return Option(self.name, self.help, default, self.parse, self.metavar, None)
-
     def help_line(self) -> str:
         shown = self.shown
         if shown is None:
