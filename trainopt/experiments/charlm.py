@@ -16,20 +16,20 @@ from trainopt.training.report import Report
 
 DESCRIPTION = "Train a small GPT-like model to write Python, character by character, on the standard library's sources."
 DEFAULTS = {
-    "steps": 1000,
-    "batch-size": 16,
+    "steps": 2000,
+    "batch-size": 8,
     "accumulation": 2,
     "optimizer": "adamw",
     "lr": 2e-3,
     "weight-decay": 0.1,
     "schedule": "cosine",
-    "warmup": 50,
+    "warmup": 100,
     "floor": 0.1,
     "clip": 1.0,
     "average": 0.99,
-    "validate-every": 200,
-    "checkpoint-every": 200,
-    "log-every": 25,
+    "validate-every": 400,
+    "checkpoint-every": 400,
+    "log-every": 50,
 }
 OPTIONS = (
     Option("context", "characters that the model sees", 128, whole(8, 4096), "N"),
