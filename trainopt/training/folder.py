@@ -35,7 +35,7 @@ class Folder:
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path)
         self._settings = dict(settings or {})
-        self._is_started = False
+        self.is_started = False
         self._lost = 0
 
     def started(self, event: Started) -> None:
@@ -59,7 +59,7 @@ class Folder:
         replace(self.path / CONFIG, json.dumps(finite(config), indent=2) + "\n")
         kept = [entry for entry in read_metrics(self.path) if entry["step"] <= event.step] if event.step else []
         replace(self.path / METRICS, "".join(map(line_of, kept)))
-        self._is_started = True
+        self.is_started = True
 
     def progress(self, event: Progress) -> None:
         self._write("progress", event)
@@ -71,7 +71,7 @@ class Folder:
         self._write("message", event)
 
     def finished(self, event: Finished) -> None:
-        if self._is_started:  # a run that was refused leaves nothing behind
+        if self.is_started:  # a run that was refused leaves nothing behind
             self._write("finished", event)
 
     def _write(self, kind: str, event: Any) -> None:
