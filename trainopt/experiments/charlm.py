@@ -37,7 +37,7 @@ OPTIONS = (
     Option("layers", "blocks of attention and feed-forward", 4, whole(1, 64), "N"),
     Option("heads", "of the attention", 5, whole(1, 64), "N"),
     Option("sample", "characters written at the end", 500, whole(0, 100_000), "N"),
-    Option("temperature", "of the sample; less is more careful", 0.7, real(0, above=True), "X"),
+    Option("temperature", "of the sample; less is more careful", 0.9, real(0, above=True), "X"),
 )
 PROMPT = "def "
 

@@ -1,4 +1,4 @@
-"""The twin of a run: the same network on the same batches, in a plain loop with torch.optim.
+"""The twin of a run: the same network on the same batches, in a plain loop with torch's own optimizer and loss.
 
 It trains an epoch after each of the run's, so that a machine that slows down for a while slows both.
 Before the first epoch each has taken a few steps on throw-away weights: costs paid once are in neither figure.
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from trainopt.experiments import Task
 from trainopt.training.report import Finished, Message, Progress, Started, Validated
@@ -99,7 +100,7 @@ class Comparison:
         total, samples, in_step = torch.zeros(()), 0, side.in_step
         start = perf_counter()
         for images, labels in batches:
-            loss = self.task.loss(side.model(images), labels)
+            loss = cross_entropy(side.model(images), labels)
             side.optimizer.zero_grad()
             loss.backward()
             if self.clip is not None:
@@ -113,10 +114,10 @@ class Comparison:
         return mean, perf_counter() - start, side.in_step - in_step
 
     def warm_up(self) -> None:
-        for side in (self.ours, self.twin):
+        for side, loss in ((self.ours, self.task.loss), (self.twin, cross_entropy)):
             model, optimizer = copy.deepcopy((side.model, side.optimizer))
             for _, (images, labels) in zip(range(WARM_UP), self.batches(0), strict=False):
-                self.task.loss(model(images), labels).backward()
+                loss(model(images), labels).backward()
                 optimizer.step()
 
     # Events -----------------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class Comparison:
         images, labels = self.task.validation
         with torch.no_grad():
             logits = self.twin.model(images)
-            return self.task.loss(logits, labels).item(), float(self.task.metrics["accuracy"](logits, labels))
+            return cross_entropy(logits, labels).item(), float(self.task.metrics["accuracy"](logits, labels))
 
     def summary(self) -> str:
         """Held-out accuracy, training time, and the optimizer's share of it, a column a side."""
