@@ -313,6 +313,7 @@ SMALL = ["--width=16", "--layers=1", "--heads=2", "--context=16"]
 def few_sources(monkeypatch):
     text = "def double(x):\n    return 2 * x\n\n\n" * 60
     monkeypatch.setattr(sources, "sources", lambda folder=None: [text] * 40)
+    monkeypatch.setattr(sources, "HELD_OUT_CHARACTERS", 10_000)
 
 
 def test_text_is_encoded_and_decoded():
