@@ -346,6 +346,10 @@ def test_without_a_name_every_run_has_a_folder_of_its_own(few_digits):
     assert main(["train", "digits", "--epochs", "1", "--batch-size", "10"]) == 0
     [path] = Path("runs").iterdir()
     assert re.fullmatch(r"digits-\d{8}-\d{6}", path.name)
+    assert train_command.new_name(Path("runs"), "digits") == "digits"
+    for name in ("digits", "digits-2"):
+        Path("runs", name).mkdir()
+    assert train_command.new_name(Path("runs"), "digits") == "digits-3"
 
 
 def test_a_checkpoint_of_another_model_is_refused(capsys, few_digits, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
@@ -49,7 +50,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
     task = setup.task_of(experiment, settings, parser)
     is_named = settings.name is not None
     if not is_named:
-        settings.name = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        settings.name = new_name(Path(settings.runs), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
     folder = Folder(Path(settings.runs, settings.name), vars(settings))
     try:
         result = train(experiment, task, settings, folder)
@@ -71,6 +72,12 @@ def main(name: str, arguments: Sequence[str]) -> int:
             task.model.load_state_dict(result.average)
         experiment.finish(task, settings)
     return STATUS.get(result.reason, 1)
+
+
+def new_name(runs: Path, name: str) -> str:
+    """This name, or one with a number where a run has it already."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in names if not (runs / candidate).exists())
 
 
 def check(settings: SimpleNamespace, experiment: Experiment, parser: Parser) -> None:
