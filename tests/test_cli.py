@@ -4,9 +4,11 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -457,6 +459,18 @@ def test_a_signal_ends_the_run_and_the_printed_command_carries_it_on(name, statu
     result = subprocess.run([sys.executable, "-m", "trainopt", *again], capture_output=True, **environment)
     assert result.returncode == 0, result.stderr
     assert "carrying on Sequential" in result.stdout and "step 250 " in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["--compare"], ["--name", "a b"]])
+def test_a_run_that_was_interrupted_says_how_it_is_carried_on(arguments, capsys, few_digits, monkeypatch):
+    stopped = types.SimpleNamespace(reason="SIGINT")
+    monkeypatch.setattr(train_command, "train", lambda *_: stopped)
+    assert main(["train", "digits", "--epochs", "1", "--batch-size", "10", *arguments]) == 130
+    [again] = re.findall(r"^carry on with: trainopt train digits (.*)$", capsys.readouterr().out, re.MULTILINE)
+    words = shlex.split(again)
+    assert words[:4] == ["--epochs", "1", "--batch-size", "10"] and words.count("--name") == 1
+    assert "--compare" not in words or words.index("--no-compare") > words.index("--compare")
+    assert "--name" not in arguments or words[words.index("--name") + 1] == "a b"
 
 
 def test_an_error_in_the_midst_of_a_run_is_no_bad_option(few_digits, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 import trainopt
 from trainopt import Schedule
 from trainopt.schedules import constant, cosine, linear, warmup
+from trainopt.training import Silent, fit
 
 CURVE = warmup(3, start=0.25).then(cosine(12, floor=0.1))
 STEPS = 16
@@ -159,6 +160,30 @@ def test_the_unit_is_one_optimizer_step_however_often_step_is_called(make):
     schedule.step()
     assert schedule.last_epoch == 4
     assert options_of(optimizer, "lr")[0] == (0.1 * CURVE(4),)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_rate_of_an_update_does_not_depend_on_the_micro_batches_in_it(accumulation):
+    updates = 12
+    curve = warmup(3, start=0.25).then(cosine(updates - 1, floor=0.1))
+    model = torch.nn.Linear(2, 1)
+    optimizer = trainopt.SGD(model.parameters(), lr=0.1)
+    used = []
+    optimizer.register_step_pre_hook(lambda *_: used.append(optimizer.param_groups[0]["lr"]))
+    data = torch.randn(48 * accumulation, 2), torch.randn(48 * accumulation, 1)
+    fit(
+        model,
+        data,
+        torch.nn.functional.mse_loss,
+        optimizer,
+        schedule=Schedule(optimizer, lr=curve),
+        report=Silent(),
+        steps=updates,
+        batch_size=4,
+        accumulation=accumulation,
+    )
+    assert used == [0.1 * curve(k) for k in range(updates)]
+    assert used[-1] == pytest.approx(0.01) and min(used[:-1]) > used[-1]
 
 
 def test_a_schedule_counts_from_when_it_was_made():

@@ -66,6 +66,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
         print(f"drawn into {plot(folder.path)}")
     if result.reason in ("SIGINT", "SIGTERM"):
         again = ["trainopt", "train", name, *arguments, *([] if is_named else ["--name", settings.name])]
+        again += ["--no-compare"] if getattr(settings, "compare", False) else []  # the twin has no checkpoints
         print(f"carry on with: {shlex.join(again)}")
     elif result.reason in ("finished", "early stopping"):
         if result.average is not None and settings.early_stopping is None:  # with it, the model is the best average
