@@ -1,10 +1,11 @@
-"""The gradients of one update: cleared, measured, clipped. The seam where fused forms go.
+"""The gradients of one update: cleared, looked at, measured, clipped. The seam where fused forms go.
 
 The order in an update is: unscale, norm, clip, step; each once.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -32,29 +33,49 @@ def global_norm(params: list[Tensor]) -> Tensor:
 
     16-bit gradients are summed in float32, and the norms of the tensors in float64.
     """
-    gradients = [param.grad for param in params if param.grad is not None]
-    if not gradients:
+    norms = []
+    for gradients in alike(params):
+        norms += torch._foreach_norm(gradients, 2, torch.float32 if gradients[0].itemsize == 2 else None)
+    if not norms:
         return torch.zeros((), dtype=torch.float64)
-    alike = defaultdict(list)
-    for gradient in gradients:
-        alike[gradient.dtype, gradient.device].append(gradient)
-    norms: list[Tensor] = []
-    for (dtype, _), tensors in alike.items():
-        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-        norms += torch._foreach_norm(tensors, 2, wide)
-    device = gradients[0].device
-    if len(alike) > 1:
+    device, dtype = norms[0].device, norms[0].dtype
+    if any(norm.device != device or norm.dtype != dtype for norm in norms):
         norms = [norm.to(device, torch.float64) for norm in norms]
     return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)
 
 
-def are_finite(params: list[Tensor], norm: float) -> bool:
-    """Whether no gradient holds NaN or infinity, given the global norm, which may overflow where they do not."""
-    if -float("inf") < norm < float("inf"):
+def are_finite(params: list[Tensor], norm: Tensor | None) -> bool:
+    """Whether no gradient holds NaN or infinity. Waits for the device.
+
+    Args:
+        norm: the global norm where it has been computed; it says so at once, unless it overflowed.
+    """
+    if norm is not None and math.isfinite(norm.item()):
         return True
-    return all(bool(param.grad.isfinite().all()) for param in params if param.grad is not None)
+    for gradients in alike(params):
+        if type(gradients[0]) is Tensor:  # torch's own check for GradScaler, which multiplies by 1 on its way
+            found = torch.zeros((), device=gradients[0].device)
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones_like(found))
+            if found.item():
+                return False
+        elif not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            return False
+    return True
 
 
 def clip(params: list[Tensor], limit: float, norm: Tensor) -> None:
     """Scales the gradients by min(1, limit / (norm + 1e-6)), torch's formula, without waiting for the device."""
     torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
+
+
+def alike(params: list[Tensor]) -> list[list[Tensor]]:
+    """The gradients, of a sparse one its values, in lists of one type, dtype and device."""
+    gradients = [param.grad for param in params if param.grad is not None]
+    kinds = {(type(gradient), gradient.dtype, gradient.layout, gradient.device) for gradient in gradients}
+    if len(kinds) == 1 and gradients[0].layout == torch.strided:
+        return [gradients]
+    lists = defaultdict(list)
+    for gradient in gradients:
+        values = gradient.coalesce().values() if gradient.is_sparse else gradient
+        lists[type(values), values.dtype, values.device].append(values)
+    return list(lists.values())

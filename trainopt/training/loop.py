@@ -207,17 +207,12 @@ class Loop(Run):
         params = gradients.parameters(self.optimizer)
         limit = self.options.clip
         is_shown = self.watch.cause is not None or (self.step + 1) % self.options.log_every == 0
-        norm: Any = None
-        if self.must_check or limit is not None or is_shown:
-            norm = gradients.global_norm(params)
-        if self.must_check:
-            norm = norm.item()  # the one wait for the device in an update
-            if not gradients.are_finite(params, norm):
-                self.skip(window)
-                return False
-        if limit is not None and not (self.must_check and norm <= limit):
-            gradients.clip(params, limit, torch.as_tensor(norm))
-        self.norm = norm
+        norm = self.norm = gradients.global_norm(params) if limit is not None or is_shown else None
+        if self.must_check and not gradients.are_finite(params, norm):  # the one wait for the device in an update
+            self.skip(window)
+            return False
+        if limit is not None and norm is not None and not (self.must_check and norm <= limit):
+            gradients.clip(params, limit, norm)
 
         before = [param.detach().clone() for param in params] if self.watch.cause is not None else None
         lr = self.optimizer.param_groups[0]["lr"]
@@ -235,7 +230,7 @@ class Loop(Run):
         for loss, count in zip(window.losses, window.counts, strict=True):
             add_weighted(self.interval_loss, loss, count)
             self.interval_count = self.interval_count + count
-        if before is not None:
+        if before is not None and norm is not None:
             evidence = measure(self.module, before, params, float(norm))
             self.report.message(self.watch.measured(self.step, evidence, float(self.lr)))
         return True

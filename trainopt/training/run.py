@@ -96,7 +96,7 @@ class Run:
         self.seed = 0 if options.seed is None else options.seed
 
         self.lr: Any = optimizer.param_groups[0]["lr"]  # that the last update used
-        self.norm: Tensor | float | None = None  # of the last update's gradient, unscaled, before clipping
+        self.norm: Tensor | None = None  # of the last update's gradient, unscaled, before clipping
         self.reason: str | None = None  # why the run must end, where an update has found out
         self.suspects: list[Any] | None = None  # the micro-batches of the last update that was not finite
         self.checkpoint: Path | None = None  # the newest
