@@ -130,7 +130,6 @@ class Comparison:
             self.bar_task = self.bar.add_task("epochs", total=event.options.epochs)
             self.bar.start()
         self.line(self.head)
-        self.line("")
         columns = f"{'loss':>8}{'val loss':>10}{'val acc':>9}{'seconds':>9}"
         self.line("     " + "  ".join(f"{side.name:>36}" for side in (self.ours, self.twin)))
         self.line("epoch" + "  ".join([columns] * 2))
