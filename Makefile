@@ -40,7 +40,7 @@ help:
 	@echo '  CXX=c++  MAX_JOBS=2  the compiler, and how many run at once'
 
 demo: build $(TOOLS_READY)
-	$(RUN) -m trainopt.training.digits $(ARGS)
+	$(RUN) -m trainopt train digits --compare $(ARGS)
 
 test: build $(TOOLS_READY)
 	$(RUN) -m pytest $(ARGS)

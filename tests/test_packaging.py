@@ -139,9 +139,14 @@ def test_wheel(built_tree, tmp_path):
         metadata.read_text().splitlines()
     )
 
+    [scripts] = installed.glob("*.dist-info/entry_points.txt")
+    assert "trainopt = trainopt.cli:main" in scripts.read_text()
+
     report = python("-m", "trainopt", cwd=installed)
     assert report.returncode == 0, report.stdout + report.stderr
     assert str(installed) in report.stdout
+    bench = python("-m", "trainopt", "bench", cwd=installed)
+    assert bench.returncode == 2 and "source tree" in bench.stderr
     step = (
         "import torch, trainopt; p = torch.ones(1000, requires_grad=True); o = trainopt.AdamW([p], lr=0.5);"
         "p.sum().backward(); o.step(); print(trainopt.__file__, p.max().item())"
@@ -258,6 +263,22 @@ def test_a_module_that_does_not_load_says_what_to_run_and_why(unbuilt):
     assert "does not load here" in report.stdout
     assert str(module) in last_line(report.stdout)  # the loader's own words
     assert "Traceback" not in report.stdout + report.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["info"], ["train", "digits"], ["lr-find", "digits"], ["bench"]])
+@pytest.mark.parametrize("as_script", [False, True])
+def test_the_command_says_what_to_run_in_a_tree_that_was_never_built(unbuilt, arguments, as_script):
+    if as_script:
+        script = unbuilt / "bin/trainopt"
+        script.parent.mkdir()
+        entry = "from trainopt.cli import main; sys.exit(main())"
+        script.write_text(f"import sys; sys.path.insert(0, {str(unbuilt)!r}); {entry}")
+        result = python_in(unbuilt, str(script), *arguments)
+    else:
+        result = python_in(unbuilt, "-m", "trainopt", *arguments)
+    assert result.returncode == 1
+    assert INSTALL in last_line(result.stdout + result.stderr) or "has not been built" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
 
 
 def test_report():

@@ -1,6 +1,7 @@
 """Drop-in optimizers and losses for PyTorch: one call per step, one pass over memory."""
 
 import sys
+from pathlib import Path
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,15 +16,21 @@ __all__ = [
     "L1Loss",
     "LinearCrossEntropyLoss",
     "MSELoss",
+    "Schedule",
     "SmoothL1Loss",
     "__version__",
+    "clip_grad_norm_",
     "explain",
     "functional",
     "fuse",
+    "get_total_norm",
+    "param_groups",
+    "schedules",
 ]
 
 try:
-    from trainopt import functional
+    from trainopt import functional, schedules
+    from trainopt.clip import clip_grad_norm_, get_total_norm
     from trainopt.losses import (
         BCELoss,
         BCEWithLogitsLoss,
@@ -35,8 +42,8 @@ try:
         MSELoss,
         SmoothL1Loss,
     )
-    from trainopt.optim import SGD, Adam, AdamW, explain, fuse
+    from trainopt.optim import SGD, Adam, AdamW, Schedule, explain, fuse, param_groups
 except ImportError:
-    # Python imports this package before it runs `python -m trainopt`, which is there to report this very error.
-    if not (sys.argv[:1] == ["-m"] and "trainopt" in sys.orig_argv):
+    # Python imports this package before it runs `python -m trainopt` or `trainopt`, which report this very error.
+    if not (sys.argv[:1] == ["-m"] and "trainopt" in sys.orig_argv) and Path(sys.argv[0]).stem != "trainopt":
         raise

@@ -1,7 +1,7 @@
-"""`python -m trainopt`."""
+"""`python -m trainopt`: the same as the command `trainopt`."""
 
 import sys
 
-from trainopt.info import main
+from trainopt.cli import main
 
 sys.exit(main())

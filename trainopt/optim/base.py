@@ -33,6 +33,8 @@ class Fused(torch.optim.Optimizer):
 
     #: Whether the last step was skipped because GradScaler found a gradient that is not finite (with ``fused=True``).
     last_step_skipped: bool = False
+    #: How many steps this object has completed since it was made; skipped ones are not counted.
+    completed_steps: int = 0
 
     # Stepping ---------------------------------------------------------------------------------------------------------
 
@@ -85,18 +87,19 @@ class Fused(torch.optim.Optimizer):
         if plan is None:
             if reference.is_forced():
                 self._step_by_torch(None, scale)
+                self.completed_steps += 1
                 return loss
             plan = self._plan = _C.Plan(self._rule)
         unfinished = plan.step(self.param_groups, self.state, scale)
-        if unfinished is not None:
-            self._finish(unfinished, scale)
+        if unfinished is None or self._finish(unfinished, scale):
+            self.completed_steps += 1
         return loss
 
-    def _finish(self, unfinished: tuple[list[int], list[int]] | None, scale: float) -> None:
-        """A step in which states are still to be made, or that torch has a part in."""
+    def _finish(self, unfinished: tuple[list[int], list[int]] | None, scale: float) -> bool:
+        """A step in which states are still to be made, or that torch has a part in; False if it only makes states."""
         if unfinished and unfinished[0] and self._is_dummy_step():
             self.init_state()
-            return
+            return False
         params = list(self._enumerate())
         fresh: set[int] = set()
         torchs: set[int] = set()
@@ -113,6 +116,7 @@ class Fused(torch.optim.Optimizer):
             fresh.update(missing)
             torchs.update(rest)
             unfinished = self._plan.step(self.param_groups, self.state, scale, sorted(fresh), sorted(torchs))
+        return True
 
     def _step_by_torch(self, indices: Sequence[int] | None, scale: float) -> None:
         reference.step(self, list(self._enumerate()), indices, scale)

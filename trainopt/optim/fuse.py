@@ -38,6 +38,8 @@ def fuse(optimizer: torch.optim.Optimizer) -> Fused:
     fused._complete_groups()
     if "step" in fused.__dict__:  # a scheduler watches whether the old one's step was called
         fused.__dict__["step"] = MethodType(_step_and_tell(optimizer), fused)
+    if "_schedule_watch" in fused.__dict__:
+        fused.__dict__["_schedule_watch"].follow(fused)
     return fused
 
 

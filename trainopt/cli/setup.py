@@ -1,0 +1,109 @@
+"""From options to objects: what `trainopt train` and `trainopt lr-find` both need."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import trainopt
+from trainopt.cli.options import LEARNING_RATES, OPTIMIZERS, WEIGHT_DECAYS
+from trainopt.cli.settings import Parser
+from trainopt.experiments import Experiment, Task
+from trainopt.schedules import Curve, constant, cosine, inverse_sqrt, linear, warmup, warmup_stable_decay
+
+
+def check(settings: SimpleNamespace, parser: Parser) -> None:
+    """Ends the program for options of the optimizer and the machine that do not go together."""
+    if settings.momentum and settings.optimizer != "sgd":
+        parser.error(f"argument --momentum: {settings.momentum:g} is for --optimizer sgd, not {settings.optimizer}")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: 'cuda' is not there: torch finds no such device")
+    if settings.lr is None:
+        settings.lr = LEARNING_RATES[settings.optimizer]
+    if settings.weight_decay is None:
+        settings.weight_decay = WEIGHT_DECAYS[settings.optimizer]
+    if settings.device == "auto":
+        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def is_first() -> bool:
+    """Whether this is the only process, or the first of those that torchrun has started: the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def task_of(experiment: Experiment, settings: SimpleNamespace, parser: Parser) -> Task:
+    """The experiment's data and model, this on its device; ends the program where the data are not to be had."""
+    try:
+        task = experiment.make(settings)
+    except ValueError as error:
+        parser.error(str(error))
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    if settings.batch_size != "full" and settings.batch_size > len(task.data[0]):
+        parser.error(
+            f"argument --batch-size: {settings.batch_size} is more than the {len(task.data[0]):,} samples to train on;"
+            " 'full' takes them all at once"
+        )
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if settings.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    task.model.to(settings.device)
+    return task
+
+
+def optimizer_of(task: Task, settings: SimpleNamespace, library: Any = trainopt) -> torch.optim.Optimizer:
+    """The optimizer of a library, trainopt or torch.optim; what torch does not know is left out for it."""
+    keywords = {"lr": settings.lr}
+    if settings.optimizer == "sgd":
+        keywords["momentum"] = settings.momentum
+    if library is trainopt:
+        keywords.update(l1=settings.l1, noise=settings.noise, seed=settings.seed)
+    groups = trainopt.param_groups(task.model, settings.weight_decay)
+    return getattr(library, OPTIMIZERS[settings.optimizer])(groups, **keywords)
+
+
+def total_steps(task: Task, settings: SimpleNamespace) -> int:
+    """Updates of the whole run."""
+    if settings.steps:
+        return settings.steps
+    samples = len(task.data[0])
+    batches = 1 if settings.batch_size == "full" else math.ceil(samples / settings.batch_size)
+    return settings.epochs * math.ceil(batches / settings.accumulation)
+
+
+def curve_of(task: Task, settings: SimpleNamespace) -> Curve | None:
+    """The course of the learning rate, None if it has none. ValueError if the warm-up is as long as the run.
+
+    With a floor the last update is made at the floor; a rate that falls to 0 gets there after it.
+    """
+    total = total_steps(task, settings)
+    if settings.warmup >= total:
+        raise ValueError(f"argument --warmup: {settings.warmup} is not less than the {total} updates of the run")
+    if settings.schedule == "constant" and not settings.warmup:
+        return None
+    end = total - 1 if settings.floor else total
+    rise = warmup(settings.warmup)
+    if settings.schedule == "wsd":
+        return warmup_stable_decay(end, settings.warmup, min(total // 5, end - settings.warmup), floor=settings.floor)
+    return rise.then(
+        {
+            "constant": constant(),
+            "linear": linear(end, end=settings.floor),
+            "cosine": cosine(end, floor=settings.floor),
+            "inverse-sqrt": inverse_sqrt(max(settings.warmup, 1)),
+        }[settings.schedule]
+    )
+
+
+def outline(optimizer: torch.optim.Optimizer, settings: SimpleNamespace) -> str:
+    """The optimizer and what was chosen for it, in a line."""
+    shown = ["lr", *(name for name in ("momentum", "weight_decay", "l1", "noise") if getattr(settings, name))]
+    chosen = ", ".join(f"{name} {getattr(settings, name):g}" for name in shown)
+    return f"{type(optimizer).__name__}: {chosen}; seed {settings.seed}; threads {torch.get_num_threads()}"

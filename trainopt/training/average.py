@@ -1,0 +1,96 @@
+"""A moving average of the weights.
+
+At its t-th update (t = 1, 2, …), with the weights w just stepped to:
+
+    d_t = decay, or with warm-up min(decay, t / (9 + t))
+    D_t = d_1 · d_2 · … · d_t                      (D_0 = 1)
+    a_t = a_{t-1} + (1 - d_t) / (1 - D_t) · (w - a_{t-1})
+
+The divisor 1 - D_t takes the bias out, as in Adam (Kingma & Ba 2015, section 3): a_t is a weighted mean of w_1 … w_t
+alone, whose weights are those of the plain recursion divided by their sum, so that a_1 = w_1, and without warm-up a_t
+is near the plain mean while t is small against 1 / (1 - decay). The warm-up, which is that of TensorFlow's
+ExponentialMovingAverage with `num_updates`, forgets the first weights of a run faster still.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """The moving average of a model's parameters; its buffers are copied as they are, integers too.
+
+    16-bit parameters have their average in float32, where its small steps are not lost.
+
+    Args:
+        model: the bare module.
+        decay: in [0, 1).
+        warmup: whether the decay starts small.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = True) -> None:
+        self.model, self.decay, self.warmup = model, decay, warmup
+        self.count = 0  # t
+        self.log_bias = 0.0  # log D_t: D_t itself is 0 at once where the decay is, and 1 - D_t is exact from it
+        with torch.no_grad():
+            self.weights = {name: wide(param).clone() for name, param in model.named_parameters()}
+
+    def decay_at(self, t: int) -> float:
+        """d_t."""
+        return min(self.decay, t / (9 + t)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the weights as they are now: after an update that was made, never after a skipped one."""
+        self.count += 1
+        decay = self.decay_at(self.count)
+        self.log_bias += math.log(decay) if decay > 0 else -math.inf
+        step = (1 - decay) / -math.expm1(self.log_bias)
+        averages = list(self.weights.values())
+        current = [wide(param.detach()) for param in self.model.parameters()]
+        torch._foreach_lerp_(averages, current, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counter, the bias and the averages, by parameter name."""
+        return {"count": self.count, "log_bias": self.log_bias, "weights": dict(self.weights)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave, as copies."""
+        self.count, self.log_bias = state["count"], state["log_bias"]
+        with torch.no_grad():
+            for name, average in self.weights.items():
+                average.copy_(state["weights"][name])
+
+    def model_state(self) -> dict[str, Tensor]:
+        """A state dict for the model: the averages in its parameters' dtypes, and its buffers as they are; copies."""
+        with self.applied():
+            return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model's parameters are the averages inside, and afterwards the same bits as before."""
+        params = dict(self.model.named_parameters())
+        if not self.count:
+            yield
+            return
+        with torch.no_grad():
+            kept = {name: param.detach().clone() for name, param in params.items()}
+            for name, param in params.items():
+                param.copy_(self.weights[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, param in params.items():
+                    param.copy_(kept[name])
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """float32 for a 16-bit tensor, else the tensor itself."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

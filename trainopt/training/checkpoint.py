@@ -1,0 +1,179 @@
+"""Checkpoints that are whole or not there.
+
+A file is written under another name, flushed to the disk, and renamed: a process that is killed at any moment leaves
+the files that were there before. Its last 40 bytes are a mark and the SHA-256 of all before; `torch.load(path,
+weights_only=True)` reads it as any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+MARK = b"trainopt"
+TRAILER = len(MARK) + hashlib.sha256().digest_size
+NAME = re.compile(r"step-(\d+)\.pt")
+
+
+class CorruptCheckpoint(Exception):
+    """A file that is not as it was written; the message says in what way."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: `step-000001000.pt` and so on, in one directory.
+
+    Args:
+        directory: is made with the first file.
+        keep: how many are kept, the newest ones.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.directory, self.keep = directory, keep
+
+    def check_writable(self) -> None:
+        """ValueError, with nothing written, if files cannot be made there."""
+        existing = self.directory
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            raise ValueError(f"directory: {str(existing)!r} is not a directory")
+        try:
+            tempfile.TemporaryFile(dir=existing).close()
+        except OSError as error:
+            raise ValueError(f"directory: cannot write in {str(existing)!r}: {error.strerror}") from error
+
+    def paths(self) -> list[Path]:
+        """The checkpoints, whole or not, the newest first."""
+        found = [(int(match[1]), path) for path in self._files() if (match := NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def save(self, state: Mapping[str, Any], step: int) -> Path:
+        """Writes a checkpoint and, once it is whole, removes the oldest beyond `keep`. OSError if that cannot be done;
+        what was there before is then still there."""
+        for left_over in self.directory.glob("*.partial"):  # by a run that was killed
+            left_over.unlink(missing_ok=True)
+        path = self.directory / f"step-{step:09}.pt"
+        write(state, path)
+        for old in self.paths()[self.keep :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def newest(self, on_corrupt: Callable[[Path, str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint; each newer one that is not goes to `on_corrupt`, with what is wrong with it."""
+        for path in self.paths():
+            try:
+                return path, read(path)
+            except CorruptCheckpoint as error:
+                on_corrupt(path, str(error))
+        return None
+
+    def _files(self) -> list[Path]:
+        return list(self.directory.iterdir()) if self.directory.is_dir() else []
+
+
+def write(state: Mapping[str, Any], path: Path) -> None:
+    """Writes `state` to `path`, wholly or, with an OSError, not at all: an older file of that name is then kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            hashing = _HashingWriter(file)
+            torch.save(state, cast(IO[bytes], hashing))
+            file.write(MARK + hashing.hash.digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch's writer hides why it could not write
+        raise
+    sync_directory(path.parent)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `write` wrote, on the CPU. CorruptCheckpoint if the file is not whole; nothing of it is loaded then."""
+    try:
+        digest, expected = digests(path)
+    except OSError as error:
+        raise CorruptCheckpoint(f"it cannot be read: {error.strerror or error}") from error
+    if expected is None:
+        raise CorruptCheckpoint("it is truncated: its end is missing")
+    if digest != expected:
+        raise CorruptCheckpoint("its checksum is wrong")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CorruptCheckpoint(f"it cannot be loaded: {error}") from error
+
+
+def digests(path: Path) -> tuple[bytes, bytes | None]:
+    """The SHA-256 of a file without its trailer, and the one in the trailer; None where there is no trailer."""
+    sha, left = hashlib.sha256(), path.stat().st_size - TRAILER
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            sha.update(block)
+            left -= len(block)
+        trailer = file.read(TRAILER)
+    return sha.digest(), trailer[len(MARK) :] if trailer.startswith(MARK) and len(trailer) == TRAILER else None
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes a rename in `directory` outlast a power failure, where the system knows how."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:  # Windows opens no directories
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _HashingWriter:
+    """The part of a file that torch.save needs, which hashes what goes by."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.hash = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def plain(tree: Any, where: str = "the state") -> Any:
+    """A tree of what `torch.load(weights_only=True)` takes: tensors, numbers, strings, None, dicts, lists, tuples.
+
+    NumPy's numbers become Python's, any mapping a dict, a small view of a large tensor a tensor of its own. TypeError
+    that says where for anything else.
+    """
+    if isinstance(tree, Tensor):
+        is_small_view = tree.layout == torch.strided and type(tree) in (Tensor, torch.nn.Parameter)
+        is_small_view = is_small_view and tree.untyped_storage().nbytes() > 2 * tree.nbytes
+        return tree.detach().clone() if is_small_view else tree.detach()
+    if tree is None or isinstance(tree, bool | str | bytes):
+        return tree
+    if isinstance(tree, Integral):
+        return int(tree)
+    if isinstance(tree, Real):
+        return float(tree)
+    if isinstance(tree, Mapping):
+        return {plain(key, where): plain(value, f"{where}[{key!r}]") for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(plain(value, f"{where}[{i}]") for i, value in enumerate(tree))
+    if isinstance(tree, list):
+        return [plain(value, f"{where}[{i}]") for i, value in enumerate(tree)]
+    raise TypeError(f"{where} is a {type(tree).__name__}, which a checkpoint cannot hold")

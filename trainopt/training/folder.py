@@ -1,0 +1,121 @@
+"""The folder of a run: what it was told to do, and its numbers as they come."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trainopt
+from trainopt.training.report import Finished, Message, Progress, Started, Validated
+
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+
+
+class Folder:
+    """A reporter that writes `config.json` (options, model, versions) and `metrics.jsonl` (one event a line).
+
+    A run that carries on from a checkpoint drops the lines that its predecessor wrote after that: they are made anew. A
+    line that cannot be written (a full disk) is lost with a word on standard error, and the run goes on. Numbers that
+    are not finite are null.
+
+    Args:
+        path: the folder; made, with those above it, when the run starts.
+        settings: what else config.json is to say, as JSON knows it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self._settings = dict(settings or {})
+        self.is_started = False
+        self._lost = 0
+
+    def started(self, event: Started) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        config = {
+            "settings": self._settings,
+            "options": event.options.plain(),
+            "model": event.model,
+            "parameters": event.parameters,
+            "optimizer": event.optimizer,
+            "device": event.device,
+            "processes": event.processes,
+            "total_steps": event.total_steps,
+            "versions": {
+                "trainopt": trainopt.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "threads": torch.get_num_threads(),
+        }
+        replace(self.path / CONFIG, json.dumps(finite(config), indent=2) + "\n")
+        kept = [entry for entry in read_metrics(self.path) if entry["step"] <= event.step] if event.step else []
+        replace(self.path / METRICS, "".join(map(line_of, kept)))
+        self.is_started = True
+
+    def progress(self, event: Progress) -> None:
+        self._write("progress", event)
+
+    def validated(self, event: Validated) -> None:
+        self._write("validated", event)
+
+    def message(self, event: Message) -> None:
+        self._write("message", event)
+
+    def finished(self, event: Finished) -> None:
+        if self.is_started:  # a run that was refused leaves nothing behind
+            self._write("finished", event)
+
+    def _write(self, kind: str, event: Any) -> None:
+        try:
+            with open(self.path / METRICS, "a", encoding="utf-8") as file:
+                file.write(line_of({"event": kind, **asdict(event)}))
+        except OSError as error:
+            self._lost += 1
+            if self._lost == 1:
+                print(f"warning: {self.path / METRICS} loses lines: {error.strerror}", file=sys.stderr)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The events in a run's folder, in order. A line that was cut off is left out."""
+    file = Path(path) / METRICS
+    entries = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries
+
+
+def line_of(entry: Mapping[str, Any]) -> str:
+    return json.dumps(finite(entry)) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The value as strict JSON has it: numbers that are not finite are None, paths are text."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,81 @@
+"""The gradients of one update: cleared, looked at, measured, clipped. The seam where fused forms go.
+
+The order in an update is: unscale, norm, clip, step; each once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def clear(optimizer: Optimizer) -> None:
+    """Drops the gradients, as `optimizer.zero_grad()` does, without the profiler range that torch puts round it."""
+    if type(optimizer).zero_grad is not Optimizer.zero_grad:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = None
+
+
+def parameters(optimizer: Optimizer) -> list[Tensor]:
+    """The optimizer's parameters in order: read anew, for a group may be added at any time."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def global_norm(params: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, a 0-dim float64 tensor on the first one's device; nothing is read back.
+
+    16-bit gradients are summed in float32, and the norms of the tensors in float64.
+    """
+    norms = []
+    for gradients in alike(params):
+        norms += torch._foreach_norm(gradients, 2, torch.float32 if gradients[0].itemsize == 2 else None)
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    device, dtype = norms[0].device, norms[0].dtype
+    if any(norm.device != device or norm.dtype != dtype for norm in norms):
+        norms = [norm.to(device, torch.float64) for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)
+
+
+def are_finite(params: list[Tensor], norm: Tensor | None) -> bool:
+    """Whether no gradient holds NaN or infinity. Waits for the device.
+
+    Args:
+        norm: the global norm where it has been computed; it says so at once, unless it overflowed.
+    """
+    if norm is not None and math.isfinite(norm.item()):
+        return True
+    for gradients in alike(params):
+        if type(gradients[0]) is Tensor:  # torch's own check for GradScaler, which multiplies by 1 on its way
+            found = torch.zeros((), device=gradients[0].device)
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones_like(found))
+            if found.item():
+                return False
+        elif not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            return False
+    return True
+
+
+def clip(params: list[Tensor], limit: float, norm: Tensor) -> None:
+    """Scales the gradients by min(1, limit / (norm + 1e-6)), torch's formula, without waiting for the device."""
+    torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
+
+
+def alike(params: list[Tensor]) -> list[list[Tensor]]:
+    """The gradients, of a sparse one its values, in lists of one type, dtype and device."""
+    gradients = [param.grad for param in params if param.grad is not None]
+    kinds = {(type(gradient), gradient.dtype, gradient.layout, gradient.device) for gradient in gradients}
+    if len(kinds) == 1 and gradients[0].layout == torch.strided:
+        return [gradients]
+    lists = defaultdict(list)
+    for gradient in gradients:
+        values = gradient.coalesce().values() if gradient.is_sparse else gradient
+        lists[type(values), values.dtype, values.device].append(values)
+    return list(lists.values())

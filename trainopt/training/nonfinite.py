@@ -1,0 +1,123 @@
+"""Where the first NaN or infinity of an update comes from.
+
+The update's micro-batches are gone through once more, on the weights as they are, with every layer's output and its
+gradient looked at in the order in which they are computed. That costs an update, and only when one has been lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainopt.optim.nonfinite import count_nonfinite
+from trainopt.training import random_state
+from trainopt.training.data import move
+from trainopt.training.evaluation import Task
+from trainopt.training.precision import Precision
+
+
+def first_nonfinite(
+    model: nn.Module, micro_batches: Sequence[Any], task: Task, precision: Precision, device: torch.device
+) -> str | None:
+    """A phrase that names the first offending tensor and its layer; None if the gradients alone can tell no more.
+
+    Looked at in this order: parameters, inputs, outputs of layers, loss, gradients of the layers' outputs (from the
+    loss backwards), gradients of parameters. The gradients of the failed update are read first and then cleared.
+
+    Args:
+        model: the bare module. Its buffers are not restored.
+    """
+    held = {
+        name: counts
+        for name, param in model.named_parameters()
+        if (counts := count_nonfinite(param.grad))[0] or counts[1]
+    }
+    for name, param in model.named_parameters():
+        if (found := described(param)) is not None:
+            return f"parameter '{name}' itself {found}"
+    with random_state.preserved(device=device):
+        for batch in micro_batches:
+            if (found := _in_one(model, move(batch, device), task, precision)) is not None:
+                return found
+    for name, (nan, inf, numel) in reversed(held.items()):
+        return f"the gradient of parameter '{name}' {_phrase(nan, inf, numel)}; it is finite when computed again"
+    return None
+
+
+def _in_one(model: nn.Module, batch: Any, task: Task, precision: Precision) -> str | None:
+    inputs, target = task.split(batch)
+    for what, tree in (("inputs", inputs), ("target", target)):
+        for tensor in tensors_in(tree):
+            if (found := described(tensor)) is not None:
+                return f"the batch's {what}, a tensor of shape {tuple(tensor.shape)}, {found}"
+    model.zero_grad()
+    found_in: list[str] = []
+    with _watched(model, found_in):
+        with precision.autocast():
+            output = task.output(model, inputs)
+            loss = task.loss(output, target)
+        if not found_in and (found := described(loss)) is not None:
+            found_in.append(f"the loss {found}, while the model's output is finite")
+        if not found_in and loss.requires_grad:
+            precision.scaled(loss).backward()
+    if not found_in:
+        for name, param in reversed(list(model.named_parameters())):
+            if (found := described(param.grad)) is not None:
+                found_in.append(f"the gradient of parameter '{name}' {found}")
+                break
+    model.zero_grad()
+    return found_in[0] if found_in else None
+
+
+@contextmanager
+def _watched(model: nn.Module, found_in: list[str]) -> Iterator[None]:
+    """Notes the first output, and then the first gradient of an output, that is not finite."""
+
+    def watch(name: str, module: nn.Module) -> Any:
+        layer = f"layer '{name}' ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+
+        def look_back(gradient: Tensor) -> None:
+            if not found_in and (found := described(gradient)) is not None:
+                found_in.append(f"the gradient of the output of {layer} {found}")
+
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            for tensor in tensors_in(output):
+                if not found_in and (found := described(tensor)) is not None:
+                    found_in.append(f"the output of {layer} {found}")
+                if tensor.requires_grad:
+                    tensor.register_hook(look_back)
+
+        return module.register_forward_hook(look)
+
+    handles = [watch(name, module) for name, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors of nested dicts, lists and tuples, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from tensors_in(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from tensors_in(value)
+
+
+def described(tensor: Any) -> str | None:
+    """What is not finite in a tensor, with numbers; None if all is."""
+    nan, inf, numel = count_nonfinite(tensor)
+    return _phrase(nan, inf, numel) if nan or inf else None
+
+
+def _phrase(nan: int, inf: int, numel: int) -> str:
+    return f"has {nan:,} NaN and {inf:,} Inf of {numel:,} elements"
