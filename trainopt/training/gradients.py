@@ -33,7 +33,7 @@ def global_norm(params: list[Tensor]) -> Tensor:
 
     16-bit gradients are summed in float32, and the norms of the tensors in float64.
     """
-    norms = []
+    norms: list[Tensor] = []
     for gradients in alike(params):
         norms += torch._foreach_norm(gradients, 2, torch.float32 if gradients[0].itemsize == 2 else None)
     if not norms:

@@ -81,7 +81,8 @@ def fit(
             once after every update, not after a skipped one.
         report: receives what happens; lines on standard output by default.
         count: how many the loss counts in a target (tokens, samples). By default those that are not the loss's
-            `ignore_index`, or else the samples (`trainopt.training.counting`).
+            `ignore_index`, or else the samples (`trainopt.training.counting`). A micro-batch with a count of 0 is left
+            out, unless the count is a tensor on an accelerator: the gradient of its loss must be finite then.
         split: `(inputs, target)` of a batch, which is such a pair by default. Inputs that are a tuple or list are given
             to the model as its arguments, those that are a dict as its keyword arguments.
 
@@ -168,7 +169,7 @@ class Loop(Run):
             counts: list[Count] = []
             samples = 0
             for batch, is_counted in drawn:
-                counts.append(self.task.count(self.task.split(batch)[1]) if is_counted else 0)
+                counts.append(self.task.count(batch) if is_counted else 0)
                 samples += samples_in(batch) if is_counted else 0
             total: Count = sum(counts)
             is_asked = False

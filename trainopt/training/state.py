@@ -82,7 +82,7 @@ def restore(run: Run, state: dict[str, Any], path: Any) -> None:
 def data_of(run: Run) -> dict[str, Any]:
     """What the position in the data means something for."""
     options = run.options
-    return {"batches": run.source.length, "batch_size": options.batch_size, "shuffle": options.shuffle}
+    return {"batch_size": options.batch_size, "shuffle": options.shuffle, "batches": run.source.length}
 
 
 def check(run: Run, state: dict[str, Any], path: Any) -> None:
