@@ -21,13 +21,6 @@ def told(recorder, topic):
 # Something is not finite --------------------------------------------------------------------------------------------
 
 
-class Rooted(nn.Module):
-    """Finite outputs whose gradient is infinite where the input is zero."""
-
-    def forward(self, x):
-        return x.abs().sqrt()
-
-
 class Scaled(nn.Module):
     def __init__(self, factor):
         super().__init__()

@@ -25,7 +25,7 @@ from trainopt.training.checkpoint import plain, write
 from trainopt.training.counting import Count, add_weighted, samples_in
 from trainopt.training.data import move
 from trainopt.training.evaluation import evaluate
-from trainopt.training.nonfinite import first_nonfinite, tensors_in
+from trainopt.training.nonfinite import first_nonfinite, nonfinite_gradient, tensors_in
 from trainopt.training.options import Options
 from trainopt.training.report import Finished, Lines, Progress, Report, Validated
 from trainopt.training.run import Run
@@ -270,13 +270,14 @@ class Loop(Run):
             self.precision.adapt()
             return
         self.skipped_in_a_row += 1
+        otherwise = f"{nonfinite_gradient(self.module)}, and is finite when computed again"
         found = first_nonfinite(self.module, window.batches, self.task, self.precision, self.device)
         for buffer, kept in zip(self.buffers, window.buffers or (), strict=True):
             buffer.copy_(kept)
         self.precision.adapt()
         everywhere = self.processes.gather(found)
         rank = next((rank for rank, text in enumerate(everywhere) if text is not None), 0)
-        what = everywhere[rank] or "the gradient is not finite; it is finite when computed again"
+        what = everywhere[rank] or otherwise
         self.suspects = window.batches
         kept_in = self.keep_suspects(what) if self.processes.rank == rank else None
         kept_in = self.processes.gather(kept_in)[rank]
