@@ -97,6 +97,11 @@ def weight_of(count: Count, total: Count) -> float | Tensor:
     return count / total if total else 0.0
 
 
+def is_counted(count: Count) -> bool:
+    """Whether anything is counted, as far as that is known without waiting."""
+    return isinstance(count, Tensor) or count > 0
+
+
 def add_weighted(total: Tensor, mean: Tensor, count: Count) -> None:
     """total += count · mean on the device; what counts nothing adds nothing, also where its mean is 0/0."""
     if isinstance(count, Tensor):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainopt.training import random_state
-from trainopt.training.counting import Count, add_weighted, samples_in, widest
+from trainopt.training.counting import Count, add_weighted, on_host, samples_in, widest
 from trainopt.training.data import Source, move
 from trainopt.training.distributed import Processes
 from trainopt.training.precision import Precision
@@ -31,7 +31,12 @@ class Task:
         count: Callable[[Any], Count],
         split: Callable[[Any], tuple[Any, Any]] | None,
     ) -> None:
-        self.loss, self.count, self.split = loss, count, split or pair
+        self.loss, self.split, self._count = loss, split or pair, count
+
+    def count(self, batch: Any) -> Count:
+        """What the loss counts in a batch; a number wherever that costs no waiting."""
+        count = self._count(self.split(batch)[1])
+        return on_host(count) if isinstance(count, Tensor) else count
 
     def output(self, model: nn.Module, inputs: Any) -> Any:
         """The model's output; a tuple or list of inputs are its arguments, a dict its keyword arguments."""
@@ -85,7 +90,7 @@ def evaluate(
         for micro_batch in source.epoch(seed=0, epoch=0, skip=0):
             if not micro_batch.counts:
                 continue
-            count = task.count(task.split(micro_batch.batch)[1])
+            count = task.count(micro_batch.batch)
             inputs, target = task.split(move(micro_batch.batch, device))
             with precision.autocast():
                 output = task.output(model, inputs)

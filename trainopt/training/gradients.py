@@ -5,6 +5,7 @@ The order in an update is: unscale, norm, clip, step; each once.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 
@@ -33,7 +34,7 @@ def global_norm(params: list[Tensor]) -> Tensor:
 
     16-bit gradients are summed in float32, and the norms of the tensors in float64.
     """
-    norms = []
+    norms: list[Tensor] = []
     for gradients in alike(params):
         norms += torch._foreach_norm(gradients, 2, torch.float32 if gradients[0].itemsize == 2 else None)
     if not norms:
@@ -55,7 +56,7 @@ def are_finite(params: list[Tensor], norm: Tensor | None) -> bool:
     for gradients in alike(params):
         if type(gradients[0]) is Tensor:  # torch's own check for GradScaler, which multiplies by 1 on its way
             found = torch.zeros((), device=gradients[0].device)
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones_like(found))
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one_on(gradients[0].device))
             if found.item():
                 return False
         elif not all(bool(gradient.isfinite().all()) for gradient in gradients):
@@ -68,11 +69,17 @@ def clip(params: list[Tensor], limit: float, norm: Tensor) -> None:
     torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
 
 
+@functools.cache
+def one_on(device: torch.device) -> Tensor:
+    """The number 1 on a device."""
+    return torch.ones((), device=device)
+
+
 def alike(params: list[Tensor]) -> list[list[Tensor]]:
     """The gradients, of a sparse one its values, in lists of one type, dtype and device."""
     gradients = [param.grad for param in params if param.grad is not None]
-    kinds = {(type(gradient), gradient.dtype, gradient.layout, gradient.device) for gradient in gradients}
-    if len(kinds) == 1 and gradients[0].layout == torch.strided:
+    kinds = {(type(gradient), gradient.dtype, gradient.device) for gradient in gradients}
+    if len(kinds) == 1 and not any(gradient.is_sparse for gradient in gradients):
         return [gradients]
     lists = defaultdict(list)
     for gradient in gradients:

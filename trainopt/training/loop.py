@@ -6,12 +6,11 @@ What a run consists of and how it begins is in `trainopt.training.run`.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainopt.training import gradients, state
 from trainopt.training.checkpoint import plain, write
-from trainopt.training.counting import Count, add_weighted, samples_in
+from trainopt.training.counting import Count, is_counted, samples_in
 from trainopt.training.data import move
 from trainopt.training.evaluation import evaluate
-from trainopt.training.nonfinite import first_nonfinite, tensors_in
+from trainopt.training.nonfinite import first_nonfinite, nonfinite_gradient, tensors_in
 from trainopt.training.options import Options
 from trainopt.training.report import Finished, Lines, Progress, Report, Validated
 from trainopt.training.run import Run
@@ -81,14 +80,15 @@ def fit(
             once after every update, not after a skipped one.
         report: receives what happens; lines on standard output by default.
         count: how many the loss counts in a target (tokens, samples). By default those that are not the loss's
-            `ignore_index`, or else the samples (`trainopt.training.counting`).
+            `ignore_index`, or else the samples (`trainopt.training.counting`). A micro-batch with a count of 0 is left
+            out, unless the count is a tensor on an accelerator: the gradient of its loss must be finite then.
         split: `(inputs, target)` of a batch, which is such a pair by default. Inputs that are a tuple or list are given
             to the model as its arguments, those that are a dict as its keyword arguments.
 
     Raises:
         ValueError, TypeError: for what cannot be right, naming it, before anything is written or changed.
     """
-    chosen = options_of(options, choices)
+    chosen = Options.of(options, choices)
     report = report or Lines()
     loop = Loop(model, data, loss, optimizer, chosen, validation, metrics or {}, schedule, report, count, split)
     reason = "error"
@@ -107,18 +107,6 @@ def fit(
             loop.report.finished(Finished(*summary, seconds, loop.samples, checkpoint))
     average = None if loop.average is None else loop.average.model_state()
     return Result(*summary, checkpoint, average, loop.suspects)
-
-
-def options_of(options: Options | None, choices: Mapping[str, Any]) -> Options:
-    """The given object, or one of the choices by name; ValueError for an unknown name, with the nearest known one."""
-    known = [field.name for field in fields(Options)]
-    for name in choices:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"there is no option {name!r}" + (f"; is it {nearest[0]!r}?" if nearest else ""))
-    if options is not None and choices:
-        raise ValueError(f"give options, or {', '.join(choices)} by name, not both")
-    return Options(**choices) if options is None else options
 
 
 class Loop(Run):
@@ -167,9 +155,9 @@ class Loop(Run):
             self.batch += len(drawn)
             counts: list[Count] = []
             samples = 0
-            for batch, is_counted in drawn:
-                counts.append(self.task.count(self.task.split(batch)[1]) if is_counted else 0)
-                samples += samples_in(batch) if is_counted else 0
+            for batch, counts_at_all in drawn:
+                counts.append(self.task.count(batch) if counts_at_all else 0)
+                samples += samples_in(batch) if counts_at_all else 0
             total: Count = sum(counts)
             is_asked = False
             if world > 1:
@@ -226,10 +214,7 @@ class Loop(Run):
         self.step += 1
         self.skipped_in_a_row = 0
         self.samples += window.samples
-        self.interval_samples += window.samples
-        for loss, count in zip(window.losses, window.counts, strict=True):
-            add_weighted(self.interval_loss, loss, count)
-            self.interval_count = self.interval_count + count
+        self.interval.add(window.losses, window.counts, window.samples)
         if before is not None and norm is not None:
             evidence = measure(self.module, before, params, float(norm))
             self.report.message(self.watch.measured(self.step, evidence, float(self.lr)))
@@ -269,13 +254,15 @@ class Loop(Run):
             self.precision.adapt()
             return
         self.skipped_in_a_row += 1
-        found = first_nonfinite(self.module, window.batches, self.task, self.precision, self.device)
+        otherwise = f"{nonfinite_gradient(self.module)}, and is finite when computed again"
+        computed = [batch for batch, count in zip(window.batches, window.counts, strict=True) if is_counted(count)]
+        found = first_nonfinite(self.module, computed, self.task, self.precision, self.device)
         for buffer, kept in zip(self.buffers, window.buffers or (), strict=True):
             buffer.copy_(kept)
         self.precision.adapt()
         everywhere = self.processes.gather(found)
         rank = next((rank for rank, text in enumerate(everywhere) if text is not None), 0)
-        what = everywhere[rank] or "the gradient is not finite; it is finite when computed again"
+        what = everywhere[rank] or otherwise
         self.suspects = window.batches
         kept_in = self.keep_suspects(what) if self.processes.rank == rank else None
         kept_in = self.processes.gather(kept_in)[rank]
@@ -315,7 +302,9 @@ class Loop(Run):
     def progress(self) -> None:
         """Brings the sums of the interval from the device, shows them, and begins a new interval."""
         now, total = perf_counter(), self.total_steps()
-        loss, count = self.processes.sum([float(self.interval_loss), float(self.interval_count)])
+        interval = self.interval
+        interval.fold()
+        loss, count = self.processes.sum([interval.total, interval.counted])
         self.train_loss = loss / count if count else float("nan")
         steps = self.step - self.steps_before
         left = None if total is None or not steps else (now - self.begun) / steps * max(total - self.step, 0)
@@ -327,15 +316,14 @@ class Loop(Run):
                 loss=self.train_loss,
                 lr=float(self.lr),
                 grad_norm=None if self.norm is None else float(self.norm),
-                samples_per_second=self.interval_samples / max(now - self.interval_begun, 1e-9),
+                samples_per_second=interval.samples / max(now - self.interval_begun, 1e-9),
                 seconds=now - self.begun,
                 seconds_left=left,
                 skipped=self.skipped,
             )
         )
         self.watch.progressed(self.step, self.train_loss)
-        self.interval_loss.zero_()
-        self.interval_count, self.interval_samples = 0, 0
+        interval.clear()
         self.interval_begun = perf_counter()
 
     def validate(self) -> None:
@@ -387,7 +375,7 @@ class Loop(Run):
         if reason == "nonfinite":  # the last good checkpoint stays as it is
             return
         if reason in ("finished", "early stopping"):
-            if self.interval_samples:
+            if self.interval.samples:
                 self.progress()
             self.validate()
         self.save()

@@ -122,7 +122,7 @@ def _sweep(
         with precision.autocast():
             value = task.loss(task.output(model, inputs), target)
         precision.scaled(value).backward()
-        number = float(value)
+        number = value.item()
         if not math.isfinite(number):
             break
         rates.append(rate)

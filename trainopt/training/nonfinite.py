@@ -23,19 +23,14 @@ from trainopt.training.precision import Precision
 def first_nonfinite(
     model: nn.Module, micro_batches: Sequence[Any], task: Task, precision: Precision, device: torch.device
 ) -> str | None:
-    """A phrase that names the first offending tensor and its layer; None if the gradients alone can tell no more.
+    """A phrase that names the first offending tensor and its layer; None if all is finite when computed again.
 
     Looked at in this order: parameters, inputs, outputs of layers, loss, gradients of the layers' outputs (from the
-    loss backwards), gradients of parameters. The gradients of the failed update are read first and then cleared.
+    loss backwards), gradients of parameters. The gradients are cleared.
 
     Args:
         model: the bare module. Its buffers are not restored.
     """
-    held = {
-        name: counts
-        for name, param in model.named_parameters()
-        if (counts := count_nonfinite(param.grad))[0] or counts[1]
-    }
     for name, param in model.named_parameters():
         if (found := described(param)) is not None:
             return f"parameter '{name}' itself {found}"
@@ -43,9 +38,15 @@ def first_nonfinite(
         for batch in micro_batches:
             if (found := _in_one(model, move(batch, device), task, precision)) is not None:
                 return found
-    for name, (nan, inf, numel) in reversed(held.items()):
-        return f"the gradient of parameter '{name}' {_phrase(nan, inf, numel)}; it is finite when computed again"
     return None
+
+
+def nonfinite_gradient(model: nn.Module) -> str:
+    """A phrase that names the last parameter whose gradient is not finite: the first that backward came to."""
+    for name, param in reversed(list(model.named_parameters())):
+        if (found := described(param.grad)) is not None:
+            return f"the gradient of parameter '{name}' {found}"
+    return "a gradient is not finite"
 
 
 def _in_one(model: nn.Module, batch: Any, task: Task, precision: Precision) -> str | None:
@@ -65,10 +66,7 @@ def _in_one(model: nn.Module, batch: Any, task: Task, precision: Precision) -> s
         if not found_in and loss.requires_grad:
             precision.scaled(loss).backward()
     if not found_in:
-        for name, param in reversed(list(model.named_parameters())):
-            if (found := described(param.grad)) is not None:
-                found_in.append(f"the gradient of parameter '{name}' {found}")
-                break
+        found_in += [nonfinite_gradient(model)] if any(described(param.grad) for param in model.parameters()) else []
     model.zero_grad()
     return found_in[0] if found_in else None
 
@@ -116,8 +114,4 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 def described(tensor: Any) -> str | None:
     """What is not finite in a tensor, with numbers; None if all is."""
     nan, inf, numel = count_nonfinite(tensor)
-    return _phrase(nan, inf, numel) if nan or inf else None
-
-
-def _phrase(nan: int, inf: int, numel: int) -> str:
-    return f"has {nan:,} NaN and {inf:,} Inf of {numel:,} elements"
+    return f"has {nan:,} NaN and {inf:,} Inf of {numel:,} elements" if nan or inf else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,18 @@ class Options:
         for name in ("shuffle", "average_warmup", "maximize", "resume", "sharded"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+
+    @classmethod
+    def of(cls, options: Options | None, choices: Mapping[str, Any]) -> Options:
+        """The given object, or one of choices by name; ValueError for an unknown name, with the nearest known one."""
+        known = [field.name for field in fields(cls)]
+        for name in choices:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, 1)
+                raise ValueError(f"there is no option {name!r}" + (f"; is it {nearest[0]!r}?" if nearest else ""))
+        if options is not None and choices:
+            raise ValueError(f"give options, or {', '.join(choices)} by name, not both")
+        return cls(**choices) if options is None else options
 
     def plain(self) -> dict[str, Any]:
         """The options as JSON knows them: numbers, strings, booleans and None."""

@@ -18,6 +18,7 @@ from trainopt.training.counting import Count
 from trainopt.training.data import Source, TensorSource, is_tensors, source_of
 from trainopt.training.distributed import Processes, bare
 from trainopt.training.evaluation import Task
+from trainopt.training.interval import Interval
 from trainopt.training.options import Options
 from trainopt.training.precision import Precision
 from trainopt.training.report import Message, Report, Silent, Started
@@ -86,11 +87,7 @@ class Run:
         self.train_loss = float("nan")  # mean over the last interval between two Progress events
         self.validated_step = -1
         self.window: Window | None = None  # the update under way
-        self.interval_loss = torch.zeros(
-            (), dtype=counting.widest(self.device), device=self.device
-        )  # sum over the counted
-        self.interval_count: Count = 0
-        self.interval_samples = 0
+        self.interval = Interval()
         self.watch = Watch()
         self.best = Best(options.maximize, keeps_weights=options.early_stopping is not None)
         self.seed = 0 if options.seed is None else options.seed

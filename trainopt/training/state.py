@@ -33,11 +33,7 @@ def collect(run: Run) -> dict[str, Any]:
         "scaler": None if run.precision.scaler is None else run.precision.scaler.state_dict(),
         "average": None if run.average is None else run.average.state_dict(),
         "counters": {name: getattr(run, name) for name in COUNTERS},
-        "interval": {
-            "loss": float(run.interval_loss),
-            "count": float(run.interval_count),
-            "samples": run.interval_samples,
-        },
+        "interval": run.interval.state_dict(),
         "watch": run.watch.state_dict(),
         "best": run.best.state_dict(),
         "data": {**data_of(run), "seed": run.seed, "generators": run.source.state()},
@@ -61,14 +57,13 @@ def restore(run: Run, state: dict[str, Any], path: Any) -> None:
         run.average.load_state_dict(state["average"])
     for name in COUNTERS:
         setattr(run, name, state["counters"][name])
-    run.interval_loss.fill_(state["interval"]["loss"])
-    run.interval_count, run.interval_samples = state["interval"]["count"], state["interval"]["samples"]
+    run.interval.load_state_dict(state["interval"])
     run.watch.load_state_dict(state["watch"])
     run.best.load_state_dict(state["best"])
     run.seed = state["data"]["seed"]
     run.source.load(state["data"]["generators"])
     if state["window"] is not None:
-        run.window = Window.from_state(state["window"])
+        run.window = Window.from_state(state["window"], run.device)
     if state["gradients"] is not None:
         for param, gradient in zip(gradients.parameters(run.optimizer), state["gradients"], strict=True):
             param.grad = None if gradient is None else gradient.to(param.device)
@@ -82,7 +77,7 @@ def restore(run: Run, state: dict[str, Any], path: Any) -> None:
 def data_of(run: Run) -> dict[str, Any]:
     """What the position in the data means something for."""
     options = run.options
-    return {"batches": run.source.length, "batch_size": options.batch_size, "shuffle": options.shuffle}
+    return {"batch_size": options.batch_size, "shuffle": options.shuffle, "batches": run.source.length}
 
 
 def check(run: Run, state: dict[str, Any], path: Any) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainopt.training.counting import Count, weight_of
+from trainopt.training.counting import Count, weight_of, widest
 
 
 @dataclass
@@ -45,8 +44,7 @@ class Window:
         return {**vars(self), "losses": [float(loss) for loss in self.losses]}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Window:
-        losses: Sequence[float] = state["losses"]
-        return cls(
-            **{**state, "losses": [torch.tensor(loss, dtype=torch.float64) for loss in losses], "asked_to_stop": False}
-        )
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Window:
+        losses = [torch.tensor(loss, dtype=widest(device), device=device) for loss in state["losses"]]
+        buffers = [buffer.to(device) for buffer in state["buffers"] or ()]
+        return cls(**{**state, "losses": losses, "buffers": buffers, "asked_to_stop": False})

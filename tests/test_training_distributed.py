@@ -1,0 +1,154 @@
+"""Two real processes train as one does: the same weights, the same numbers shown, one of them writing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_training_loop import Recorder
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from training_runs import Stopping
+
+import trainopt
+from trainopt.training import fit
+
+SAMPLES, TAIL = 29, 5  # the last batch of an epoch has one sample: too few for two
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(SAMPLES, 5, dtype=torch.float64, generator=generator)
+    target = torch.randint(0, 3, (SAMPLES,), generator=generator)
+    target[::4] = -100
+    target[8:14] = -100
+    return inputs, target
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+CASES = {
+    "tensors": {"epochs": 2, "batch_size": 4, "accumulation": 3, "clip": 0.5, "average": 0.9},
+    "loader": {"epochs": 2, "accumulation": 2},
+    "workers": {"epochs": 1},
+    "bad batch": {"epochs": 1, "batch_size": 4, "shuffle": False},
+}
+
+
+def train(case, directory, **choices):
+    """One case, in each process; returns the model and what was said."""
+    torch.set_num_threads(1)
+    model = network()
+    optimizer = trainopt.AdamW(model.parameters(), lr=0.02)
+    inputs, target = data()
+    if case == "bad batch":
+        inputs[5] = float("nan")
+    source = (inputs, target)
+    if case in ("loader", "workers"):
+        workers = 2 if case == "workers" else 0
+        source = DataLoader(TensorDataset(inputs, target), batch_size=4, shuffle=True, num_workers=workers)
+    recorder, loss = Recorder(), nn.CrossEntropyLoss()
+    metrics = {"accuracy": lambda output, target: (output.argmax(1) == target).double().mean()}
+    choices = {
+        "seed": 3,
+        "log_every": 2,
+        "checkpoint_every": 3,
+        "directory": directory,
+        **CASES.get(case, CASES["tensors"]),
+        **choices,
+    }
+    result = fit(
+        model,
+        source,
+        Stopping(loss, 4) if case == "stopped" and os.environ["RANK"] == "1" else loss,
+        optimizer,
+        validation=data(),
+        metrics=metrics,
+        count=lambda target: int((target != -100).sum()),
+        schedule=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95),
+        report=recorder,
+        **choices,
+    )
+    return model, recorder, result
+
+
+def main(case, folder):
+    """What each process of torchrun runs."""
+    rank = os.environ["RANK"]
+    model, recorder, result = train(case, os.path.join(folder, "run"))
+    shown = [(event.step, event.loss) for event in recorder.named("Progress") + recorder.named("Validated")]
+    texts = [event.text for event in recorder.named("Message")]
+    accuracy = [event.metrics["accuracy"] for event in recorder.named("Validated")]
+    found = {"model": dict(model.state_dict()), "shown": shown, "texts": texts, "accuracy": accuracy}
+    found.update(step=result.step, reason=result.reason)
+    torch.save(found, os.path.join(folder, f"{rank}.pt"))
+
+
+def torchrun(case, folder, processes=2):
+    """The case under torchrun, on this machine's loopback; what each process found, by rank."""
+    tests = os.path.dirname(__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": tests, "GLOO_SOCKET_IFNAME": "lo"}
+    subprocess.run(
+        [*command, __file__, case, str(folder)], check=True, env=environment, timeout=120, capture_output=True
+    )
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_weights_of_one(case, tmp_path):
+    model, recorder, result = train(case, tmp_path / "alone")
+    first, second = torchrun(case, tmp_path)
+    assert first["step"] == second["step"] == result.step > 0
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(first["model"][name], tensor, rtol=1e-11, atol=1e-13)
+        assert torch.equal(first["model"][name], second["model"][name])
+    shown = [(event.step, event.loss) for event in recorder.named("Progress") + recorder.named("Validated")]
+    assert [step for step, _ in first["shown"]] == [step for step, _ in shown]
+    assert [loss for _, loss in first["shown"]] == pytest.approx([loss for _, loss in shown], rel=1e-10)
+    accuracy = [event.metrics["accuracy"] for event in recorder.named("Validated")]
+    assert first["accuracy"] == pytest.approx(accuracy, rel=1e-12)
+    assert second["shown"] == [] and second["texts"] == []  # the first alone speaks
+    files = [sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) for run in ("alone", "run")]
+    assert files[0] == files[1]
+    if case == "bad batch":
+        assert result.step == 5
+        (text,) = first["texts"]
+        assert "the batch's inputs" in text and "in process 1" in text
+
+
+def test_a_run_of_two_processes_goes_on_in_one_and_back(tmp_path):
+    """The position in the data is that of all processes together."""
+    straight, _, _ = train("tensors", tmp_path / "straight", epochs=2)
+    train("tensors", tmp_path / "run", epochs=1)
+    first, _ = torchrun("tensors", tmp_path)
+    for name, tensor in straight.state_dict().items():
+        torch.testing.assert_close(first["model"][name], tensor, rtol=1e-11, atol=1e-13)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_update(tmp_path):
+    straight, _, _ = train("tensors", tmp_path / "straight")
+    first, second = torchrun("stopped", tmp_path)
+    assert first["reason"] == second["reason"] == "SIGTERM" and first["step"] == second["step"] < 6
+    assert "start the same run again" in first["texts"][-1]
+    first, _ = torchrun("tensors", tmp_path)
+    for name, tensor in straight.state_dict().items():
+        torch.testing.assert_close(first["model"][name], tensor, rtol=1e-11, atol=1e-13)
+
+
+def test_data_that_cannot_be_divided_is_refused(monkeypatch):
+    from trainopt.training.data import source_of
+    from trainopt.training.distributed import Processes
+
+    processes = Processes(0, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="sharded is False, but data, a list, cannot be divided among 2 processes"):
+        source_of([data()], None, True, processes)
+    assert source_of([data()], None, True, processes, sharded=True).length == 1
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,113 @@
+"""Runs that the training tests start in processes of their own: everything random, everything stateful, and small."""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import trainopt
+from trainopt.training import Silent, fit
+
+
+class Augmented(Dataset):
+    """Samples that are never the same twice: each draws from torch's, NumPy's and Python's generator."""
+
+    def __init__(self, samples=52, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.inputs = torch.randn(samples, 6, generator=generator)
+        self.targets = torch.randint(0, 3, (samples,), generator=generator)
+        self.targets[::5] = -100
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, index):
+        noise = 0.1 * torch.randn(6) + 0.1 * float(np.random.rand()) + 0.1 * random.random()
+        return self.inputs[index] + noise, self.targets[index]
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+
+class Stopping:
+    """A loss that sends this process a signal at its n-th call."""
+
+    def __init__(self, loss, call, number=signal.SIGTERM):
+        self.loss, self.call, self.number, self.calls = loss, call, number, 0
+
+    def __call__(self, output, target):
+        if torch.is_grad_enabled():
+            self.calls += 1
+            if self.calls == self.call:
+                os.kill(os.getpid(), self.number)
+        return self.loss(output, target)
+
+
+def train(directory, result=None, stop_at=None, seed=0, workers=0, **choices):
+    """The run of the resume tests, to its end or to the signal; writes the final state to `result` if it ends."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    model = network()
+    optimizer = trainopt.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=10_000)
+    loss = nn.CrossEntropyLoss()
+    choices = {
+        "epochs": 3,
+        "accumulation": 3,
+        "checkpoint_every": 4,
+        "average": 0.9,
+        "clip": 1.0,
+        "log_every": 5,
+        **choices,
+    }
+    outcome = fit(
+        model,
+        DataLoader(Augmented(), batch_size=8, shuffle=True, num_workers=workers),
+        Stopping(loss, stop_at) if stop_at else loss,
+        optimizer,
+        schedule=schedule,
+        validation=(Augmented(seed=1).inputs, Augmented(seed=1).targets.clamp(min=0)),
+        count=lambda target: int((target != -100).sum()),
+        directory=directory,
+        report=Silent(),
+        **choices,
+    )
+    if result is not None and outcome.reason == "finished":
+        final = {
+            "model": dict(model.state_dict()),
+            "optimizer": optimizer.state_dict()["state"],
+            "lr": schedule.get_last_lr(),
+            "average": outcome.average,
+            "random": [torch.get_rng_state(), torch.tensor(random.random()), torch.tensor(np.random.rand())],
+            "loss": outcome.loss,
+            "best": outcome.best,
+            "step": outcome.step,
+        }
+        torch.save(final, Path(result).with_suffix(".partial"))
+        os.replace(Path(result).with_suffix(".partial"), result)
+    return outcome
+
+
+def assert_same(a, b, where="run"):
+    """Two trees are the same, tensors to the bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), f"{where}: {a} and {b}"
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
