@@ -50,6 +50,9 @@ SIMD_FLAGS = {
 
 SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
 
+# For the CUDA sources as the SIMT machine of the tests runs them.
+SIMT_FLAGS = shlex.split("-DTRAINOPT_SIMT -Itests/simt")
+
 
 def fail(message: str) -> NoReturn:
     raise SystemExit(f"error: {message}")
@@ -279,11 +282,19 @@ class Sanitize(Command):
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        compiler = Compiler(Path("build", "sanitize"))
-        tested = sources("csrc/core", "csrc/cpu", "tests/cpp")
-        objects = compiler.compile({source: kernel_flags(source) + SANITIZER_FLAGS for source in tested})
-        program = compiler.link(objects, compiler.folder / "engine_test", [*SANITIZER_FLAGS, "-pthread"])
-        raise SystemExit(subprocess.run([program]).returncode)
+        simt = Path("tests", "simt")
+        programs = [
+            self.build("engine", sources("csrc/core", "csrc/cpu", "tests/cpp"), []),
+            self.build("simt", [simt / "simt.cpp", simt / "faults_test.cpp"], SIMT_FLAGS),
+        ]
+        failed = [program.name for program in programs if subprocess.run([program]).returncode != 0]
+        if failed:
+            fail(f"failed: {', '.join(failed)}")
+
+    def build(self, name: str, files: list[Path], flags: list[str]) -> Path:
+        compiler = Compiler(Path("build", "sanitize", name))
+        objects = compiler.compile({source: kernel_flags(source) + SANITIZER_FLAGS + flags for source in files})
+        return compiler.link(objects, compiler.folder / f"{name}_test", [*SANITIZER_FLAGS, "-pthread"])
 
 
 setup(
