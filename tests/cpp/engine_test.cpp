@@ -338,22 +338,26 @@ void reference(const Setting& s, double& p, double& g, double* state, double noi
 
 constexpr uint64_t kSeed = 0x123456789abcdefu;
 
-template <class S>
-void fill(cpu::Stages<S>& stages, const Setting& s) {
-  stages = {};
-  stages.scaled = stages.write_gradient = s.gradient_scale != 1;
-  stages.negate = s.maximize;
-  stages.decay_gradient = s.weight_decay != 0 && s.coupled_decay;
-  stages.l1_gradient = s.l1 != 0 && !s.l1_proximal;
-  stages.l1_proximal = s.l1 != 0 && s.l1_proximal;
-  stages.noisy = s.noise != 0;
-  stages.gradient_scale = static_cast<S>(s.gradient_scale);
-  stages.weight_decay = static_cast<S>(s.weight_decay);
-  stages.keep = static_cast<S>(s.coupled_decay ? 1 : 1 - s.lr * s.weight_decay);
-  stages.l1 = static_cast<S>(s.l1);
-  stages.threshold = static_cast<S>(s.lr * s.l1);
-  stages.noise = static_cast<S>(s.noise);
-  stages.seed = kSeed;
+Scalars scalars_of(const Setting& s, bool wide) {
+  const cpu::Rule* rule = cpu::find_rule(s.rule);
+  const Moment now{s.lr, false, s.step, s.step == 1};
+  const Decay decay = s.coupled_decay ? Decay::kGradient : Decay::kParameter;
+  Settings settings;
+  settings.lr = s.lr;
+  settings.weight_decay = s.weight_decay;
+  settings.l1 = s.l1;
+  settings.noise = s.noise;
+  settings.maximize = s.maximize;
+  settings.l1_proximal = s.l1_proximal;
+  settings.seed = kSeed;
+  Scalars result;
+  if (wide) {
+    result.stages64 = prepare_stages<double>(settings, now, decay, s.gradient_scale);
+  } else {
+    result.stages32 = prepare_stages<float>(settings, now, decay, s.gradient_scale);
+  }
+  rule->prepare(s.options.data(), now, wide, &result);
+  return result;
 }
 
 // The places and types of one parameter's tensors.
@@ -406,9 +410,7 @@ using Parameters = std::vector<Parameter*>;
 // Runs the engine over these parameters; their blocks in pieces of `piece` (all at once if 0), the last first.
 void run_engine(const Setting& s, const Parameters& parameters, bool wide, int64_t piece) {
   const cpu::Rule* rule = cpu::find_rule(s.rule);
-  cpu::Scalars scalars;
-  wide ? fill(scalars.stages64, s) : fill(scalars.stages32, s);
-  rule->prepare(s.options.data(), Moment{s.lr, false, s.step, s.step == 1}, wide, &scalars);
+  const Scalars scalars = scalars_of(s, wide);
   std::vector<cpu::Task> tasks;
   std::vector<int64_t> starts{0};
   for (size_t i = 0; i < parameters.size(); ++i) {
