@@ -50,8 +50,10 @@ SIMD_FLAGS = {
 
 SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
 
+SANITIZED = Path("build", "sanitize")
+
 # For the CUDA sources as the SIMT machine of the tests runs them.
-SIMT_FLAGS = shlex.split("-DTRAINOPT_SIMT -Itests/simt")
+SIMT_FLAGS = shlex.split("-DTRAINOPT_SIMT -Itests/simt -Wno-unknown-pragmas")
 
 
 def fail(message: str) -> NoReturn:
@@ -133,7 +135,8 @@ def sources(*folders: str) -> list[Path]:
 
 
 def kernel_flags(source: Path) -> list[str]:
-    return KERNEL_FLAGS + SIMD_FLAGS.get(source.name, [])
+    language = ["-x", "c++"] if source.suffix == ".cu" else []
+    return KERNEL_FLAGS + SIMD_FLAGS.get(source.name, []) + language
 
 
 def is_current(product: Path, record: str, inputs: Callable[[], Iterable[Path]]) -> bool:
@@ -282,19 +285,33 @@ class Sanitize(Command):
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        simt = Path("tests", "simt")
+        engine = self.compile("cpu", sources("csrc/core", "csrc/cpu"), [])
         programs = [
-            self.build("engine", sources("csrc/core", "csrc/cpu", "tests/cpp"), []),
-            self.build("simt", [simt / "simt.cpp", simt / "faults_test.cpp"], SIMT_FLAGS),
+            self.link("cpu", engine + self.compile("cpu", sources("tests/cpp"), [])),
+            self.link(
+                "simt",
+                self.compile("simt", [Path("tests/simt/faults_test.cpp"), Path("tests/simt/simt.cpp")], SIMT_FLAGS),
+            ),
         ]
-        failed = [program.name for program in programs if subprocess.run([program]).returncode != 0]
+        # As for old and for new drivers: the kernels' parameters are larger from CUDA 13 on.
+        for size in (4096, 32764):
+            flags = [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"]
+            tested = [
+                *sorted(Path("csrc", "cuda").glob("*.cu")),
+                Path("tests/simt/engine_test.cpp"),
+                Path("tests/simt/simt.cpp"),
+            ]
+            programs.append(self.link(f"cuda-{size}", engine + self.compile(f"cuda-{size}", tested, flags)))
+        failed = [program.parent.name for program in programs if subprocess.run([program]).returncode != 0]
         if failed:
             fail(f"failed: {', '.join(failed)}")
 
-    def build(self, name: str, files: list[Path], flags: list[str]) -> Path:
-        compiler = Compiler(Path("build", "sanitize", name))
-        objects = compiler.compile({source: kernel_flags(source) + SANITIZER_FLAGS + flags for source in files})
-        return compiler.link(objects, compiler.folder / f"{name}_test", [*SANITIZER_FLAGS, "-pthread"])
+    def compile(self, name: str, files: list[Path], flags: list[str]) -> list[Path]:
+        compiler = Compiler(SANITIZED / name)
+        return compiler.compile({file: kernel_flags(file) + SANITIZER_FLAGS + flags for file in files})
+
+    def link(self, name: str, objects: list[Path]) -> Path:
+        return Compiler(SANITIZED / name).link(objects, SANITIZED / name / "test", [*SANITIZER_FLAGS, "-pthread"])
 
 
 setup(

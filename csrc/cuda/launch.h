@@ -48,8 +48,12 @@ void launch(void (*kernel)(Parameters...), Shape shape, Stream stream, const Arg
   simt::launch(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads), shape.shared_bytes,
                [&] { kernel(arguments...); });
 #else
-  kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared_bytes, stream> > >(arguments...);
-  const cudaError_t error = cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(shape.blocks);
+  config.blockDim = static_cast<unsigned>(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 #endif
 }

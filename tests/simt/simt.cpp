@@ -50,6 +50,7 @@ struct Block {
 
 std::vector<Fault> faults;
 Order order = Order::kAscending;
+std::vector<unsigned> launches, only_blocks;
 std::deque<Fiber> fibers;
 ucontext_t scheduler;
 Block block;
@@ -235,8 +236,11 @@ void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::f
   }
   gridDim.x = blocks;
   blockDim.x = threads;
-  for (unsigned i = 0; i < blocks; ++i) {
-    blockIdx.x = order == Order::kAscending ? i : blocks - 1 - i;
+  launches.push_back(blocks);
+  const unsigned count = only_blocks.empty() ? blocks : static_cast<unsigned>(only_blocks.size());
+  for (unsigned i = 0; i < count; ++i) {
+    const unsigned place = order == Order::kAscending ? i : count - 1 - i;
+    blockIdx.x = only_blocks.empty() ? place : only_blocks[place];
     block = Block{&body, threads, 0, shared_bytes, 0, {}, {}};
     run_block();
   }
@@ -304,5 +308,13 @@ std::vector<Fault> take_faults() {
 }
 
 void set_order(Order wanted) { order = wanted; }
+
+std::vector<unsigned> take_launches() {
+  std::vector<unsigned> result;
+  result.swap(launches);
+  return result;
+}
+
+void set_blocks(const std::vector<unsigned>& only) { only_blocks = only; }
 
 }  // namespace simt

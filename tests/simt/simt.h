@@ -22,6 +22,7 @@
 #define __device__
 #define __host__
 #define __grid_constant__ &  // const T __grid_constant__ name: not copied for each thread
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
 namespace simt {
@@ -37,6 +38,11 @@ std::vector<Fault> take_faults();
 // The order in which blocks and a block's threads run: a right kernel gives the same bits in each.
 enum class Order { kAscending, kDescending };
 void set_order(Order);
+
+// How many blocks each launch since the last call had.
+std::vector<unsigned> take_launches();
+// Of the launches to come, only these blocks run; all, if there are none. For grids that would take too long.
+void set_blocks(const std::vector<unsigned>& only);
 
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
