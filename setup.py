@@ -299,6 +299,7 @@ class Sanitize(Command):
             tested = [
                 *sorted(Path("csrc", "cuda").glob("*.cu")),
                 Path("tests/simt/engine_test.cpp"),
+                Path("tests/simt/norm_test.cpp"),
                 Path("tests/simt/simt.cpp"),
             ]
             programs.append(self.link(f"cuda-{size}", engine + self.compile(f"cuda-{size}", tested, flags)))

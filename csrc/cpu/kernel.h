@@ -4,6 +4,7 @@
 
 #include "core/random.h"
 #include "cpu/kernel_table.h"
+#include "cpu/norm_kernel.h"
 #include "cpu/tile.h"
 #include "cpu/vec.h"
 #include "rules/stages.h"
@@ -166,7 +167,8 @@ void run(const Task& task, int64_t begin, int64_t end) {
 }  // namespace
 
 #define TRAINOPT_KERNELS(rule) {run<rule, float>, run<rule, double>},
-const KernelTable TRAINOPT_KERNEL_TABLE = {{TRAINOPT_FOR_EACH_RULE(TRAINOPT_KERNELS)}, gaussian_range};
+const KernelTable TRAINOPT_KERNEL_TABLE = {
+    {TRAINOPT_FOR_EACH_RULE(TRAINOPT_KERNELS)}, gaussian_range, norm_of_chunk_kernel, scale_kernel};
 #undef TRAINOPT_KERNELS
 
 }  // namespace trainopt::cpu

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "cpu/engine.h"
+#include "python/clip.h"
 #include "python/plan.h"
 
 namespace trainopt::python {
@@ -86,6 +87,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("is_observed", is_observed, "Whether a profiler or another observer of record_function is active.");
   m.def("gaussian_", gaussian_, pybind11::arg("out"), pybind11::arg("seed"), pybind11::arg("step"),
         pybind11::arg("tensor"));
+  m.def("norm_of", norm_of, pybind11::arg("tensors"), pybind11::arg("order"), pybind11::arg("of_gradients"));
+  m.def("scale_gradients", scale_gradients, pybind11::arg("parameters"), pybind11::arg("factor"));
   pybind11::class_<Plan>(m, "Plan")
       .def(pybind11::init<const std::string&>(), pybind11::arg("rule"))
       .def("step", &Plan::step, pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),
