@@ -44,6 +44,7 @@ def get_total_norm(
     Args:
         tensors: a tensor or an iterable of tensors, of any shapes and dtypes.
         norm_type: the order p: 1, 2 or infinity in one call of the compiled module, any other through torch.
+            Unlike torch, an empty tensor has a norm of 0 for each of the three.
         error_if_nonfinite: raise RuntimeError if the norm is infinite or NaN.
         foreach: for tensors that torch takes care of: sparse ones, those of other devices, subclasses.
 
@@ -78,6 +79,7 @@ def clip_grad_norm_(
         parameters: a tensor or an iterable of tensors; those without a gradient are passed over.
         max_norm: the largest norm to be left.
         norm_type: the order p: 1, 2 or infinity in one call of the compiled module, any other through torch.
+            Unlike torch, an empty tensor has a norm of 0 for each of the three.
         error_if_nonfinite: raise RuntimeError, before anything is changed, if the norm is infinite or NaN.
         foreach: for gradients that torch takes care of: sparse ones, those of other devices, subclasses, and gradients
             that share memory.
