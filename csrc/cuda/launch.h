@@ -54,7 +54,9 @@ void launch(void (*kernel)(Parameters...), Shape shape, Stream stream, const Arg
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // said here, and not to whoever asks next
+  throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 #endif
 }
 

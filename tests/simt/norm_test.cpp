@@ -145,7 +145,7 @@ void test_norms() {
   drop(parameters);
   parameters.clear();
   // More tensors than fit in a launch, of mixed types.
-  for (int64_t i = 0; i < 1500; ++i) {
+  for (int64_t i = 0; i < 800; ++i) {
     const DType dtype = kDTypes[i % 4 == 1 ? 0 : i % 4];
     parameters.push_back(new Parameter(i % 13, i, 0, {dtype, dtype, dtype, run_of(0), run_of(i % 2), run_of(0), true}));
   }
