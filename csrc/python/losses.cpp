@@ -26,7 +26,7 @@ torch::autograd::variable_list differentiable_gradients(
 }
 
 bool takes(const at::Tensor& tensor) {
-  if (!is_plain_cpu(tensor)) return false;
+  if (!is_plain_cpu(tensor.unsafeGetTensorImpl())) return false;
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return false;
   return !tensor._fw_grad(/*level=*/0).defined();
 }
@@ -49,7 +49,7 @@ double number_in(const at::Tensor& tensor) {
 
 TensorView view_of(const at::Tensor& tensor) {
   TensorView view{};
-  TORCH_CHECK(read_view(tensor, false, &view), "expected a tensor of float32, float64, bfloat16 or float16, not ",
+  TORCH_CHECK(read_view(tensor.unsafeGetTensorImpl(), false, &view), "expected a tensor of float32, float64, bfloat16 or float16, not ",
               tensor.scalar_type());
   return view;
 }
