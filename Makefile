@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 TORCH_READY := $(VENV)/.ready-$(TORCH)
 TOOLS_READY := $(VENV)/.ready-tools
-CXX_FILES = $(wildcard csrc/*/*.h csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+CXX_FILES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cpp/*.h tests/cpp/*.cpp tests/simt/*.h tests/simt/*.cpp)
 
 # command || $(FAIL) "what to do"
 FAIL := sh -c 'printf "\n%s\n\n" "$$1" >&2; exit 1' fail

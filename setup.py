@@ -49,6 +49,11 @@ SIMD_FLAGS = {
 
 SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
 
+SANITIZED = Path("build", "sanitize")
+
+# For the CUDA sources as the SIMT machine of the tests runs them.
+SIMT_FLAGS = shlex.split("-DTRAINOPT_SIMT -Itests/simt -Wno-unknown-pragmas")
+
 
 def fail(message: str) -> NoReturn:
     raise SystemExit(f"error: {message}")
@@ -133,7 +138,8 @@ def variant_of(source: Path) -> str:
 
 
 def kernel_flags(source: Path) -> list[str]:
-    return KERNEL_FLAGS + SIMD_FLAGS.get(variant_of(source), [])
+    language = ["-x", "c++"] if source.suffix == ".cu" else []
+    return KERNEL_FLAGS + SIMD_FLAGS.get(variant_of(source), []) + language
 
 
 def is_current(product: Path, record: str, inputs: Callable[[], Iterable[Path]]) -> bool:
@@ -282,11 +288,37 @@ class Sanitize(Command):
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        compiler = Compiler(Path("build", "sanitize"))
-        tested = sources("csrc/core", "csrc/cpu", "tests/cpp")
-        objects = compiler.compile({source: kernel_flags(source) + SANITIZER_FLAGS for source in tested})
-        program = compiler.link(objects, compiler.folder / "engine_test", [*SANITIZER_FLAGS, "-pthread"])
-        raise SystemExit(subprocess.run([program]).returncode)
+        engine = self.compile("cpu", sources("csrc/core", "csrc/cpu"), [])
+        programs = [
+            *(
+                self.link(test.stem, engine + self.compile(test.stem, [test], []))
+                for test in sorted(Path("tests", "cpp").glob("*_test.cpp"))
+            ),
+            self.link(
+                "simt",
+                self.compile("simt", [Path("tests/simt/faults_test.cpp"), Path("tests/simt/simt.cpp")], SIMT_FLAGS),
+            ),
+        ]
+        # As for old and for new drivers: the kernels' parameters are larger from CUDA 13 on.
+        for size in (4096, 32764):
+            flags = [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"]
+            tested = [
+                *sorted(Path("csrc", "cuda").glob("*.cu")),
+                Path("tests/simt/engine_test.cpp"),
+                Path("tests/simt/norm_test.cpp"),
+                Path("tests/simt/simt.cpp"),
+            ]
+            programs.append(self.link(f"cuda-{size}", engine + self.compile(f"cuda-{size}", tested, flags)))
+        failed = [program.parent.name for program in programs if subprocess.run([program]).returncode != 0]
+        if failed:
+            fail(f"failed: {', '.join(failed)}")
+
+    def compile(self, name: str, files: list[Path], flags: list[str]) -> list[Path]:
+        compiler = Compiler(SANITIZED / name)
+        return compiler.compile({file: kernel_flags(file) + SANITIZER_FLAGS + flags for file in files})
+
+    def link(self, name: str, objects: list[Path]) -> Path:
+        return Compiler(SANITIZED / name).link(objects, SANITIZED / name / "test", [*SANITIZER_FLAGS, "-pthread"])
 
 
 setup(

@@ -1,4 +1,5 @@
-// The functions of one number that rules use beside + - * /. An engine's vector type brings its own overloads.
+// The functions of one number that rules and stages use beside + - * /. An engine's vector type brings its own
+// overloads.
 #pragma once
 
 #include "core/macros.h"
@@ -11,5 +12,17 @@ TRAINOPT_FUNCTION double square_root(double x) { return __builtin_sqrt(x); }
 // The larger of two numbers; NaN if either is, as torch.maximum.
 TRAINOPT_FUNCTION float maximum(float a, float b) { return b > a || b != b ? b : a; }
 TRAINOPT_FUNCTION double maximum(double a, double b) { return b > a || b != b ? b : a; }
+
+// 1, -1 or 0 with the sign of x; 0 for NaN.
+TRAINOPT_FUNCTION float sign_of(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }
+TRAINOPT_FUNCTION double sign_of(double x) { return x > 0 ? 1.0 : x < 0 ? -1.0 : 0.0; }
+
+// x moved towards 0 by `threshold`, and to exactly 0 if it is nearer than that; NaN stays NaN.
+TRAINOPT_FUNCTION float soft_threshold(float x, float threshold) {
+  return x - (x > threshold ? threshold : x < -threshold ? -threshold : x);
+}
+TRAINOPT_FUNCTION double soft_threshold(double x, double threshold) {
+  return x - (x > threshold ? threshold : x < -threshold ? -threshold : x);
+}
 
 }  // namespace trainopt

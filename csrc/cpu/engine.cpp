@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cpu/kernel_table.h"
+#include "cpu/norm.h"
 
 namespace trainopt::cpu {
 namespace {
@@ -103,6 +104,14 @@ void run_blocks(const Run& run, int64_t first, int64_t last) {
 
 void gaussian(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor) {
   table_in_use->gaussian(out, begin, count, seed, step, tensor);
+}
+
+double norm_of_chunk(Norm norm, const TensorView& view, int64_t begin, int64_t end) {
+  return table_in_use->norm_of_chunk(norm, view, begin, end);
+}
+
+void scale(const TensorView& view, int64_t begin, int64_t end, double factor) {
+  table_in_use->scale(view, begin, end, factor);
 }
 
 const char* name_of(Variant variant) {

@@ -9,36 +9,13 @@
 
 #include "core/tensor_view.h"
 #include "rules/rule.h"
+#include "rules/stages.h"
 
 namespace trainopt::cpu {
 
 constexpr int64_t kBlock = 256;
 
-// What happens to an element before and after the rule, whatever the rule: the same for all parameters of a group at
-// one step. S is the arithmetic's type.
-template <class S>
-struct Stages {
-  bool scaled, negate, decay_gradient, l1_gradient, l1_proximal, noisy, write_gradient;
-  S gradient_scale;  // the gradient is divided by it
-  S weight_decay;    // L2: added to the gradient, times the parameter
-  S keep;            // decoupled decay: the parameter is multiplied by it; else 1
-  S l1;              // added to the gradient, times the parameter's sign
-  S threshold;       // the proximal form: the parameter is moved to 0 by this
-  S noise;           // standard deviation
-  uint64_t seed;     // of the noise, and
-  uint32_t step;     // the step that it belongs to
-};
-
-constexpr size_t kRuleScalarBytes = 128;
-
-// All that the kernel needs beside the tensors; one for each group and step count.
-struct Scalars {
-  union {
-    Stages<float> stages32;
-    Stages<double> stages64;
-  };
-  alignas(16) unsigned char rule[kRuleScalarBytes];
-};
+using trainopt::Scalars;
 
 // One parameter in a step.
 struct Task {

@@ -2,11 +2,12 @@
 // each kernels_*.cpp, which names the table that it fills.
 #pragma once
 
-#include "core/math.h"
 #include "core/random.h"
 #include "cpu/kernel_table.h"
+#include "cpu/norm_kernel.h"
 #include "cpu/tile.h"
 #include "cpu/vec.h"
+#include "rules/stages.h"
 
 namespace trainopt::cpu {
 namespace {
@@ -38,30 +39,6 @@ void gaussian_range(float* out, int64_t begin, int64_t count, uint64_t seed, uin
   }
 }
 
-template <class Rule>
-constexpr int kStateCount = sizeof(Rule::kStates) / sizeof(Rule::kStates[0]);
-
-// One register of elements: everything that happens to them between load and store. kPlain: only weight decay, if
-// anything.
-template <class Rule, bool kPlain, class T, class S>
-TRAINOPT_FUNCTION void update(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T& p, T& g,
-                              T* state, const S* noise) {
-  if constexpr (!kPlain)
-    if (stages.scaled) g = g / T(stages.gradient_scale);
-  T slope = g;
-  if constexpr (!kPlain)
-    if (stages.negate) slope = -slope;
-  if (stages.decay_gradient) slope = slope + p * T(stages.weight_decay);
-  if constexpr (!kPlain)
-    if (stages.l1_gradient) slope = slope + sign_of(p) * T(stages.l1);
-  p = p * T(stages.keep);  // times 1 without decoupled decay
-  Rule::update(scalars, p, slope, state);
-  if constexpr (!kPlain) {
-    if (stages.l1_proximal) p = soft_threshold(p, T(stages.threshold));
-    if (noise != nullptr) p = p + load(noise) * T(stages.noise);
-  }
-}
-
 // The parts of one tile, stored as `Stored`.
 template <class Stored, class S, int kStates>
 struct Tile {
@@ -77,7 +54,10 @@ TRAINOPT_FUNCTION void update_at(const Stages<S>& stages, const typename Rule::t
   using T = Register<Stored>;
   T p = load(tile.p + i), g = load(tile.g + i), state[kStateCount<Rule>];
   for (int s = 0; s < kStateCount<Rule>; ++s) state[s] = s < kPresent ? load(tile.state[s] + i) : T(S(0));
-  update<Rule, kPlain>(stages, scalars, p, g, state, tile.noise != nullptr ? tile.noise + i : nullptr);
+  T noise(S(0));
+  if constexpr (!kPlain)
+    if (tile.noise != nullptr) noise = load(tile.noise + i);
+  step_elements<Rule, kPlain>(stages, scalars, p, g, state, noise);
   store(tile.p + i, p);
   for (int s = 0; s < kPresent; ++s) store(tile.state[s] + i, state[s]);
   if (!kPlain && stages.write_gradient) store(tile.g + i, g);
@@ -110,9 +90,6 @@ TRAINOPT_FUNCTION void run_tile(const Stages<S>& stages, const typename Rule::te
   for (int s = 0; s < kPresent; ++s) __builtin_memcpy(tile.state[s] + i, rest.state[s], bytes);
   if (!kPlain && stages.write_gradient) __builtin_memcpy(tile.g + i, rest.g, bytes);
 }
-
-TRAINOPT_FUNCTION const Stages<float>& stages_of(const Scalars& s, float) { return s.stages32; }
-TRAINOPT_FUNCTION const Stages<double>& stages_of(const Scalars& s, double) { return s.stages64; }
 
 // All tensors are runs of one type: they are worked on where they lie.
 template <class Rule, int kPresent, class Stored, class S>
@@ -190,7 +167,8 @@ void run(const Task& task, int64_t begin, int64_t end) {
 }  // namespace
 
 #define TRAINOPT_KERNELS(rule) {run<rule, float>, run<rule, double>},
-const KernelTable TRAINOPT_KERNEL_TABLE = {{TRAINOPT_FOR_EACH_RULE(TRAINOPT_KERNELS)}, gaussian_range};
+const KernelTable TRAINOPT_KERNEL_TABLE = {
+    {TRAINOPT_FOR_EACH_RULE(TRAINOPT_KERNELS)}, gaussian_range, norm_of_chunk_kernel, scale_kernel};
 #undef TRAINOPT_KERNELS
 
 }  // namespace trainopt::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/engine.h"
+#include "cpu/norm.h"
 #include "rules/rules.h"
 
 namespace trainopt::cpu {
@@ -13,6 +14,8 @@ constexpr int kRules = TRAINOPT_FOR_EACH_RULE(TRAINOPT_COUNT);
 struct KernelTable {
   Kernel rule[kRules][2];  // [..][0] float arithmetic, [..][1] double
   void (*gaussian)(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor);
+  double (*norm_of_chunk)(Norm, const TensorView&, int64_t begin, int64_t end);
+  void (*scale)(const TensorView&, int64_t begin, int64_t end, double factor);
 };
 
 extern const KernelTable kBaselineKernels;

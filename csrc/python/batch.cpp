@@ -4,8 +4,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <numeric>
 
+#include "python/layout.h"
 #include "python/tensors.h"
 
 namespace trainopt::python {
@@ -134,52 +134,11 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   // Noise belongs to the logical element, whatever the memory format.
   const bool logical_order = group.noise != 0 && !param->is_contiguous();
   if (in_order && !logical_order) return Path::kFused;
-  std::vector<std::pair<const c10::TensorImpl*, TensorView*>> arranged{{param, &task->param}};
-  if (gradient != nullptr) arranged.emplace_back(gradient, &task->gradient);
+  std::vector<Arranged> arranged{{param, &task->param}};
+  if (gradient != nullptr) arranged.push_back({gradient, &task->gradient});
   for (int s = 0; s < kMaxStates; ++s)
-    if (operands.states[s] != nullptr) arranged.emplace_back(operands.states[s], &task->state[s]);
-  return arrange(*param, arranged, logical_order) ? Path::kFused : Path::kMemory;
-}
-
-// Gives the tensors layouts in one common order of elements: the parameter's order in memory, or the logical one. False
-// if that takes more dimensions than the engine has.
-bool Batch::arrange(const c10::TensorImpl& param,
-                    const std::vector<std::pair<const c10::TensorImpl*, TensorView*>>& operands, bool logical_order) {
-  std::vector<int64_t> order(param.dim());
-  std::iota(order.begin(), order.end(), 0);
-  if (!logical_order)
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return param.strides()[a] > param.strides()[b]; });
-
-  std::vector<int64_t> sizes;
-  std::vector<std::vector<int64_t>> strides(operands.size());
-  for (const int64_t d : order) {
-    const int64_t size = param.sizes()[d];
-    if (size == 1) continue;
-    bool joins = !sizes.empty();
-    for (size_t i = 0; joins && i < operands.size(); ++i)
-      joins = strides[i].back() == size * operands[i].first->strides()[d];
-    if (joins) {
-      sizes.back() *= size;
-      for (size_t i = 0; i < operands.size(); ++i) strides[i].back() = operands[i].first->strides()[d];
-    } else {
-      sizes.push_back(size);
-      for (size_t i = 0; i < operands.size(); ++i) strides[i].push_back(operands[i].first->strides()[d]);
-    }
-  }
-  if (sizes.size() > kMaxDims) return false;
-  for (size_t i = 0; i < operands.size(); ++i) {
-    int64_t run = 1;
-    bool dense = true;
-    for (size_t d = sizes.size(); d-- > 0; run *= sizes[d]) dense = dense && strides[i][d] == run;
-    if (dense) continue;
-    Layout layout{static_cast<int>(sizes.size()), {}, {}};
-    std::copy(sizes.begin(), sizes.end(), layout.sizes);
-    std::copy(strides[i].begin(), strides[i].end(), layout.strides);
-    layouts_.push_back(layout);
-    operands[i].second->layout = &layouts_.back();
-  }
-  return true;
+    if (operands.states[s] != nullptr) arranged.push_back({operands.states[s], &task->state[s]});
+  return arrange(arranged, logical_order, &layouts_) ? Path::kFused : Path::kMemory;
 }
 
 Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t tensor, bool first, bool writes_gradient) {

@@ -111,8 +111,6 @@ class Batch {
   bool sharing_is_known_ = false;
   Indices sharing_;
 
-  bool arrange(const c10::TensorImpl& param,
-               const std::vector<std::pair<const c10::TensorImpl*, TensorView*>>& operands, bool logical_order);
   void note(const void* begin, const char* end, uint32_t tensor);
   void find_sharing();
   cpu::Scalars scalars_of(const Run& run, double gradient_scale) const;

@@ -99,25 +99,6 @@ bool is_immutable(PyObject* value) {
          PyUnicode_CheckExact(value);
 }
 
-template <class S>
-void fill(cpu::Stages<S>& stages, const GroupValues& group, const Moment& now, Decay decay, double gradient_scale) {
-  const bool coupled = decay == Decay::kGradient;
-  stages.scaled = stages.write_gradient = gradient_scale != 1;
-  stages.negate = group.maximize != 0;
-  stages.decay_gradient = group.weight_decay != 0 && coupled;
-  stages.l1_gradient = group.l1 != 0 && group.l1_proximal == 0;
-  stages.l1_proximal = group.l1 != 0 && group.l1_proximal != 0;
-  stages.noisy = group.noise != 0;
-  stages.gradient_scale = static_cast<S>(gradient_scale);
-  stages.weight_decay = static_cast<S>(group.weight_decay);
-  stages.keep = coupled ? S(1) : static_cast<S>(now.rounded(1 - now.rounded(now.lr * now.rounded(group.weight_decay))));
-  stages.l1 = static_cast<S>(group.l1);
-  stages.threshold = static_cast<S>(group.lr * group.l1);
-  stages.noise = static_cast<S>(group.noise);
-  stages.seed = group.seed;
-  stages.step = static_cast<uint32_t>(now.step);
-}
-
 }  // namespace
 
 bool Group::unchanged(PyObject* dict) const {
@@ -180,10 +161,11 @@ cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first
                                   double gradient_scale) const {
   cpu::Scalars result;
   const Moment now{lr, single_lr != 0, step, first};
+  const Decay decay = rule.decay(options);
   if (wide) {
-    fill(result.stages64, *this, now, rule.decay(options), gradient_scale);
+    result.stages64 = prepare_stages<double>(*this, now, decay, gradient_scale);
   } else {
-    fill(result.stages32, *this, now, rule.decay(options), gradient_scale);
+    result.stages32 = prepare_stages<float>(*this, now, decay, gradient_scale);
   }
   rule.prepare(options, now, wide, &result);
   return result;

@@ -11,12 +11,9 @@
 namespace trainopt::python {
 
 // What a group says. All fields are eight bytes wide, so that two groups can be compared as they lie in memory.
-struct GroupValues {
+struct GroupValues : Settings {
   double options[kMaxOptions] = {};
-  double lr = 0, single_lr = 0;  // single_lr: the learning rate is a float32 tensor
-  double weight_decay = 0, l1 = 0, noise = 0;
-  double maximize = 0, l1_proximal = 0, differentiable = 0;  // truth values
-  uint64_t seed = 0;
+  double differentiable = 0;  // a truth value
   int64_t states_needed = 0;
 
   bool operator==(const GroupValues& other) const { return std::memcmp(this, &other, sizeof other) == 0; }

@@ -5,28 +5,28 @@
 
 namespace trainopt::python {
 
-bool arrange(const std::vector<Operand>& operands, bool logical_order, std::deque<Layout>* layouts) {
-  const at::Tensor& first = *operands[0].tensor;
+bool arrange(const std::vector<Arranged>& operands, bool logical_order, std::deque<Layout>* layouts) {
+  const c10::TensorImpl& first = *operands[0].tensor;
   std::vector<int64_t> order(first.dim());
   std::iota(order.begin(), order.end(), 0);
   if (!logical_order)
     std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return first.stride(a) > first.stride(b); });
+                     [&](int64_t a, int64_t b) { return first.strides()[a] > first.strides()[b]; });
 
   std::vector<int64_t> sizes;
   std::vector<std::vector<int64_t>> strides(operands.size());
   for (const int64_t d : order) {
-    const int64_t size = first.size(d);
+    const int64_t size = first.sizes()[d];
     if (size == 1) continue;
     bool joins = !sizes.empty();
     for (size_t i = 0; joins && i < operands.size(); ++i)
-      joins = strides[i].back() == size * operands[i].tensor->stride(d);
+      joins = strides[i].back() == size * operands[i].tensor->strides()[d];
     if (joins) {
       sizes.back() *= size;
-      for (size_t i = 0; i < operands.size(); ++i) strides[i].back() = operands[i].tensor->stride(d);
+      for (size_t i = 0; i < operands.size(); ++i) strides[i].back() = operands[i].tensor->strides()[d];
     } else {
       sizes.push_back(size);
-      for (size_t i = 0; i < operands.size(); ++i) strides[i].push_back(operands[i].tensor->stride(d));
+      for (size_t i = 0; i < operands.size(); ++i) strides[i].push_back(operands[i].tensor->strides()[d]);
     }
   }
   if (sizes.size() > kMaxDims) return false;

@@ -49,8 +49,8 @@ double number_in(const at::Tensor& tensor) {
 
 TensorView view_of(const at::Tensor& tensor) {
   TensorView view{};
-  TORCH_CHECK(read_view(tensor.unsafeGetTensorImpl(), false, &view), "expected a tensor of float32, float64, bfloat16 or float16, not ",
-              tensor.scalar_type());
+  TORCH_CHECK(read_view(tensor.unsafeGetTensorImpl(), false, &view),
+              "expected a tensor of float32, float64, bfloat16 or float16, not ", tensor.scalar_type());
   return view;
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/engine.h"
+#include "python/clip.h"
 #include "python/loss_calls.h"
 #include "python/losses.h"
 #include "python/plan.h"
@@ -109,6 +110,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gaussian_", gaussian_, pybind11::arg("out"), pybind11::arg("seed"), pybind11::arg("step"),
         pybind11::arg("tensor"));
   bind_loss_calls(m);
+  m.def("norm_of", norm_of, pybind11::arg("tensors"), pybind11::arg("order"), pybind11::arg("of_gradients"));
+  m.def("scale_gradients", scale_gradients, pybind11::arg("parameters"), pybind11::arg("factor"));
   pybind11::class_<Plan>(m, "Plan")
       .def(pybind11::init<const std::string&>(), pybind11::arg("rule"))
       .def("step", &Plan::step, pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),

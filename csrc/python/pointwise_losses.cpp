@@ -62,10 +62,10 @@ class Operands {
   void arrange() {
     bool contiguous = true;
     for (const at::Tensor& tensor : tensors_) contiguous = contiguous && tensor.is_contiguous();
-    std::vector<Operand> operands;
+    std::vector<Arranged> operands;
     for (size_t i = 0; i < tensors_.size(); ++i) {
       *views_[i] = view_of(tensors_[i]);
-      operands.push_back({&tensors_[i], views_[i]});
+      operands.push_back({tensors_[i].unsafeGetTensorImpl(), views_[i]});
     }
     if (contiguous) return;
     TORCH_CHECK(python::arrange(operands, false, &layouts_), "tensors of more than ", kMaxDims,

@@ -15,8 +15,10 @@ struct Adam {
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr bool kCountsSteps = true;
 
-  static int states_needed(const double* options) { return options[kAmsgrad] != 0 ? 3 : 2; }
-  static Decay decay(const double* options) { return options[kDecoupled] != 0 ? Decay::kParameter : Decay::kGradient; }
+  TRAINOPT_INLINE static int states_needed(const double* options) { return options[kAmsgrad] != 0 ? 3 : 2; }
+  TRAINOPT_INLINE static Decay decay(const double* options) {
+    return options[kDecoupled] != 0 ? Decay::kParameter : Decay::kGradient;
+  }
 
   template <class S>
   struct Scalars {
@@ -25,7 +27,7 @@ struct Adam {
   };
 
   template <class S>
-  static Scalars<S> prepare(const double* options, const Moment& now) {
+  TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const Moment& now) {
     // 1 - beta^t without the cancellation that a small t brings.
     const auto correction = [&](double beta) {
       return options[kBiasCorrection] != 0 && beta > 0 ? -__builtin_expm1(now.step * __builtin_log(beta)) : 1.0;
@@ -44,7 +46,7 @@ struct Adam {
   }
 
   template <class T, class S>
-  static void update(const Scalars<S>& k, T& p, T g, T* state) {
+  TRAINOPT_INLINE static void update(const Scalars<S>& k, T& p, T g, T* state) {
     T& m = state[0];
     T& v = state[1];
     // Interpolate from the nearer end: with beta1 = 0 the average is the gradient exactly.

@@ -13,6 +13,7 @@
 //   Scalars<S>, prepare<S>    what it needs once for each parameter and step, computed in double
 //   update(scalars, p, g, s)  one element: changes parameter p and states s by gradient g. T is float or double, or a
 //                             vector of these whose lanes are elements.
+// Its functions are TRAINOPT_INLINE, which lets them run on a GPU too.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +36,7 @@ struct Moment {
   double step;     // 1 in the first step
   bool first;      // the states hold nothing yet
 
-  double rounded(double x) const { return single_lr ? static_cast<double>(static_cast<float>(x)) : x; }
+  TRAINOPT_INLINE double rounded(double x) const { return single_lr ? static_cast<double>(static_cast<float>(x)) : x; }
 };
 
 }  // namespace trainopt

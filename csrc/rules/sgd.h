@@ -12,8 +12,8 @@ struct Sgd {
   static constexpr const char* kStates[] = {"momentum_buffer"};
   static constexpr bool kCountsSteps = false;
 
-  static int states_needed(const double* options) { return options[kMomentum] != 0 ? 1 : 0; }
-  static Decay decay(const double*) { return Decay::kGradient; }
+  TRAINOPT_INLINE static int states_needed(const double* options) { return options[kMomentum] != 0 ? 1 : 0; }
+  TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kGradient; }
 
   template <class S>
   struct Scalars {
@@ -22,7 +22,7 @@ struct Sgd {
   };
 
   template <class S>
-  static Scalars<S> prepare(const double* options, const Moment& now) {
+  TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const Moment& now) {
     Scalars<S> k;
     k.lr = static_cast<S>(now.lr);
     k.momentum = static_cast<S>(options[kMomentum]);
@@ -34,7 +34,7 @@ struct Sgd {
   }
 
   template <class T, class S>
-  static void update(const Scalars<S>& k, T& p, T g, T* state) {
+  TRAINOPT_INLINE static void update(const Scalars<S>& k, T& p, T g, T* state) {
     if (k.has_momentum) {
       T& buffer = state[0];
       // torch's first momentum step takes the gradient whole, dampening or not.

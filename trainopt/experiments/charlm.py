@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear_cross_entropy
 
 from trainopt.cli.settings import Option, real, whole
 from trainopt.experiments import Task
 from trainopt.experiments.sources import VOCABULARY, decode, encode, windows
 from trainopt.experiments.transformer import Transformer
+from trainopt.functional import linear_cross_entropy
 from trainopt.training.report import Report
 
 DESCRIPTION = "Train a small GPT-like model to write Python, character by character, on the standard library's sources."

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from trainopt.cli import setup
 from trainopt.cli.settings import Option
 from trainopt.experiments import Task
 from trainopt.experiments.mnist import CLASSES, EMBEDDED, HELD_OUT, PIXELS, embedded_digits, mnist
 from trainopt.experiments.twin import Comparison
+from trainopt.functional import cross_entropy
 from trainopt.training.data import Share, TensorSource
 from trainopt.training.report import Report
 

@@ -1,0 +1,169 @@
+"""What the CUDA kernels compile to: registers, spills and occupancy on every architecture, and a roofline model.
+
+    python -m benchmarks.cuda_kernels          the tables of docs/cuda.md
+
+Needs nvcc (on the PATH or in CUDA_HOME), and no GPU. Nothing here is measured on one: the times are what a GPU's
+memory bandwidth implies for the bytes that a kernel moves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.tables import markdown_table, significant
+
+ROOT = Path(__file__).parents[1]
+FILES = ("update", "prepare", "norm")
+#: As the CPU engine: no contraction to FMA, so that both give the same bits.
+FLAGS = ("-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}")
+
+#: Compute capability: threads and blocks that a multiprocessor holds at most; and the 32-bit registers that each has.
+ARCHITECTURES = {75: (1024, 16), 80: (2048, 32), 86: (1536, 16), 90: (2048, 32), 100: (2048, 32), 120: (1536, 24)}
+REGISTERS = 65536
+
+#: Memory bandwidth in bytes a second, by the makers' data sheets.
+GPUS = {"H100 SXM": 3.35e12, "RTX 4090": 1.008e12}
+
+#: Bytes that an element costs, read and written, and the workload's elements: GPT-2 small.
+ELEMENTS = 124_439_808
+TRAFFIC = {
+    "AdamW, float32": 28,
+    "AdamW with amsgrad, float32": 36,
+    "AdamW, bfloat16": 14,
+    "AdamW, float32 with bfloat16 gradients": 26,
+    "SGD, float32": 12,
+    "SGD with momentum, float32": 20,
+    "SGD with momentum, bfloat16": 10,
+    "norm, float32": 4,
+    "clip above the limit, float32": 8,
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says of one kernel on one architecture."""
+
+    kernel: str
+    registers: int
+    stack: int
+    spills: int
+    threads: int
+
+    def occupancy(self, architecture: int) -> float:
+        """The share of a multiprocessor's threads that the registers leave room for."""
+        most, most_blocks = ARCHITECTURES[architecture]
+        per_warp = -(-self.registers * 32 // 256) * 256
+        blocks = min(REGISTERS // (per_warp * self.threads // 32), most_blocks)
+        return min(blocks * self.threads, most) / most
+
+
+def nvcc() -> str | None:
+    """The compiler's path, if there is one."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+
+
+def version() -> str:
+    """The compiler's release, as 13.0."""
+    text = subprocess.run([nvcc() or "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\S+),", text)
+    return found[1] if found else "unknown"
+
+
+def describe(mangled: str) -> str:
+    """A kernel's name and template arguments in words."""
+    found = re.search(r"\d(update|prepare|partial|clip|finish)_kernel(.*)", mangled)
+    if found is None:
+        raise ValueError(f"{mangled} is no kernel that this knows")
+    name, arguments = found[1], found[2]
+    parts = [name]
+    rule = re.search(r"^INS_\d+([A-Z][a-z]+)E([fd])(?:Li(\d)E)?", arguments)
+    if rule:
+        states = {"0": "no state", "1": "1 state"}.get(rule[3], f"{rule[3]} states")
+        parts.append(rule[1] + (f" with {states}" if rule[3] else ""))
+    arithmetic = rule[2] if rule else arguments[1:2] if arguments.startswith("I") else ""
+    if arithmetic in ("f", "d"):
+        parts.append({"f": "float32", "d": "float64"}[arithmetic])
+    if "Lb1E" in arguments.partition("EEv")[0] + "E":
+        parts.append("strided")
+    return ", ".join(parts)
+
+
+def compile_for(architecture: int) -> list[Usage]:
+    """What each kernel needs, by -Xptxas -v; raises CalledProcessError if it does not compile."""
+    usages = []
+    with TemporaryDirectory() as folder:
+        for name in FILES:
+            command = [nvcc() or "nvcc", *FLAGS, f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
+            command += [str(ROOT / "csrc" / "cuda" / f"{name}.cu"), "-o", f"{folder}/{name}.cubin"]
+            said = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True).stderr
+            pattern = (
+                r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores,"
+                r" (\d+) bytes spill loads\n.*?Used (\d+) registers"
+            )
+            for mangled, stack, stores, loads, registers in re.findall(pattern, said):
+                kernel = describe(mangled)
+                threads = 512 if kernel == "finish" else 64 if kernel.startswith("prepare") else 256
+                usages.append(Usage(kernel, int(registers), int(stack), int(stores) + int(loads), threads))
+    return usages
+
+
+def ptx_of(name: str, architecture: int) -> dict[str, str]:
+    """The PTX of each kernel of a file."""
+    command = [nvcc() or "nvcc", *FLAGS, f"-arch=compute_{architecture}", "-ptx", "-o", "-"]
+    source = str(ROOT / "csrc" / "cuda" / f"{name}.cu")
+    with TemporaryDirectory() as folder:
+        command[-1] = f"{folder}/{name}.ptx"
+        subprocess.run([*command, source], check=True, capture_output=True)
+        text = Path(command[-1]).read_text()
+    entries = re.split(r"\.visible \.entry |\.entry ", text)[1:]
+    return {describe(entry.partition("(")[0]): entry for entry in entries}
+
+
+def compile_all(architectures: Sequence[int] = tuple(ARCHITECTURES)) -> dict[int, list[Usage]]:
+    """The usages on each architecture."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(architectures, pool.map(compile_for, architectures), strict=True))
+
+
+def resource_table(usages: dict[int, list[Usage]]) -> str:
+    """Registers of a thread and occupancy, a row for each kernel."""
+    rows = []
+    for i, first in enumerate(next(iter(usages.values()))):
+        row = [first.kernel]
+        for architecture, found in usages.items():
+            row.append(f"{found[i].registers} ({found[i].occupancy(architecture):.0%})")
+        rows.append(row)
+    return markdown_table(["kernel", *(f"sm_{a}" for a in usages)], rows)
+
+
+def roofline_table() -> str:
+    """The time that the memory's bandwidth implies for the bytes that must move."""
+    rows = []
+    for what, width in TRAFFIC.items():
+        times = [f"{significant(width * ELEMENTS / bandwidth * 1e3)} ms" for bandwidth in GPUS.values()]
+        rows.append([what, str(width), *times])
+    return markdown_table(["kernel", "bytes an element", *(f"{name} (model)" for name in GPUS)], rows)
+
+
+def main() -> None:
+    """Prints both tables."""
+    if nvcc() is None:
+        sys.exit("there is no nvcc, on the PATH or in CUDA_HOME")
+    print(f"nvcc {version()}\n")
+    print(resource_table(compile_all()))
+    print()
+    print(roofline_table())
+
+
+if __name__ == "__main__":
+    main()

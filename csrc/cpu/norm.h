@@ -1,0 +1,17 @@
+// Norms over tensors on the CPU, and their scaling. See core/norm.h for the order of the sums.
+#pragma once
+
+#include <cstdint>
+
+#include "core/norm.h"
+#include "core/tensor_view.h"
+
+namespace trainopt::cpu {
+
+// The sum of elements [begin, end) for a norm; begin is a multiple of kNormChunk. The same bits for every SIMD variant.
+double norm_of_chunk(Norm, const TensorView&, int64_t begin, int64_t end);
+
+// Multiplies elements [begin, end) by `factor`, rounded to the arithmetic's type; begin is a multiple of kNormChunk.
+void scale(const TensorView&, int64_t begin, int64_t end, double factor);
+
+}  // namespace trainopt::cpu

@@ -1,0 +1,116 @@
+// The inner loops of norms and of scaling, once for each SIMD variant.
+#pragma once
+
+#include "core/math.h"
+#include "core/norm.h"
+#include "cpu/tile.h"
+#include "cpu/vec.h"
+
+namespace trainopt::cpu {
+namespace {
+
+// Element i of a block of 256 is added to sum i % kLanes, in every variant: so the bits are the same.
+constexpr int kLanes = 32;
+constexpr int kSums = kLanes / Vec<double>::kSize;
+
+TRAINOPT_FUNCTION Vec<double> load_wide(const double* from) { return load(from); }
+TRAINOPT_FUNCTION Vec<double> load_wide(const float* from) {
+#if defined(__AVX512F__)
+  return (DoubleLanes)_mm512_maskz_cvtps_pd(-1, _mm256_loadu_ps(from));
+#elif defined(__AVX2__)
+  return (DoubleLanes)_mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
+  return DoubleLanes{static_cast<double>(from[0]), static_cast<double>(from[1])};
+#endif
+}
+
+TRAINOPT_FUNCTION Vec<double> magnitude(Vec<double> x) {
+  return x.lanes < Vec<double>(0.0).lanes ? (-x).lanes : x.lanes;
+}
+
+template <Norm kNorm>
+TRAINOPT_FUNCTION void add(Vec<double>& sum, Vec<double> x) {
+  if constexpr (kNorm == Norm::kSquares) sum = sum + x * x;
+  if constexpr (kNorm == Norm::kSizes) sum = sum + magnitude(x);
+  if constexpr (kNorm == Norm::kLargest) sum = maximum(sum, magnitude(x));
+}
+
+// The kLanes sums in so many vectors, by name and not by index: the compiler keeps them in registers.
+template <int kCount>
+struct Sums {
+  Sums<kCount - 1> rest;
+  Vec<double> last{0.0};
+
+  template <Norm kNorm, class S>
+  TRAINOPT_INLINE void add_lanes(const S* from) {
+    rest.template add_lanes<kNorm>(from);
+    add<kNorm>(last, load_wide(from + (kCount - 1) * Vec<double>::kSize));
+  }
+  TRAINOPT_INLINE void store_to(double* lanes) const {
+    rest.store_to(lanes);
+    store(lanes + (kCount - 1) * Vec<double>::kSize, last);
+  }
+};
+template <>
+struct Sums<0> {
+  template <Norm kNorm, class S>
+  TRAINOPT_INLINE void add_lanes(const S*) {}
+  TRAINOPT_INLINE void store_to(double*) const {}
+};
+
+template <Norm kNorm, class S>
+double norm_of_chunk_as(const TensorView& view, int64_t begin, int64_t end) {
+  S buffer[kBlock], padded[kLanes];
+  Sums<kSums> sums;
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
+    const S* tile = load_tile(view, at, count, buffer);
+    int i = 0;
+    for (; i + kLanes <= count; i += kLanes) sums.template add_lanes<kNorm>(tile + i);
+    if (i == count) continue;
+    for (int k = 0; k < kLanes; ++k) padded[k] = i + k < count ? tile[i + k] : S(0);
+    sums.template add_lanes<kNorm>(padded);
+  }
+  double lanes[kLanes];
+  sums.store_to(lanes);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = combine(kNorm, lanes[i], lanes[i + width]);
+  return lanes[0];
+}
+
+template <class S>
+double norm_of_chunk_any(Norm norm, const TensorView& view, int64_t begin, int64_t end) {
+  switch (norm) {
+    case Norm::kSizes: return norm_of_chunk_as<Norm::kSizes, S>(view, begin, end);
+    case Norm::kSquares: return norm_of_chunk_as<Norm::kSquares, S>(view, begin, end);
+    case Norm::kLargest: return norm_of_chunk_as<Norm::kLargest, S>(view, begin, end);
+  }
+  return 0;
+}
+
+double norm_of_chunk_kernel(Norm norm, const TensorView& view, int64_t begin, int64_t end) {
+  if (view.dtype == DType::kFloat64) return norm_of_chunk_any<double>(norm, view, begin, end);
+  return norm_of_chunk_any<float>(norm, view, begin, end);
+}
+
+template <class S>
+void scale_as(const TensorView& view, int64_t begin, int64_t end, S factor) {
+  constexpr int kSize = Vec<S>::kSize;
+  S buffer[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
+    S* tile = load_tile(view, at, count, buffer);
+    int i = 0;
+    for (; i + kSize <= count; i += kSize) store(tile + i, load(tile + i) * Vec<S>(factor));
+    for (; i < count; ++i) tile[i] = tile[i] * factor;
+    store_tile(view, at, count, tile);
+  }
+}
+
+void scale_kernel(const TensorView& view, int64_t begin, int64_t end, double factor) {
+  if (view.dtype == DType::kFloat64) return scale_as<double>(view, begin, end, factor);
+  scale_as<float>(view, begin, end, static_cast<float>(factor));
+}
+
+}  // namespace
+}  // namespace trainopt::cpu

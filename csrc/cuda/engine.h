@@ -1,0 +1,86 @@
+// The CUDA engine: runs a rule over any list of parameters, in one launch where the list fits in a kernel's parameters.
+//
+// Nothing here waits for the device. What only the device knows (step counts, a learning rate or betas kept as tensors,
+// GradScaler's scale and its found_inf) is read there, so that a step can be captured in a CUDA graph. All memory is
+// the caller's, and so is the stream; the caller has made the tensors' device the current one. A launch that CUDA
+// refuses throws std::runtime_error.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/tensor_view.h"
+#include "cuda/stream.h"
+#include "rules/rule.h"
+#include "rules/stages.h"
+
+namespace trainopt::cuda {
+
+// What the kernel needs beside the tensors, for one group and step count.
+struct Prepared {
+  Scalars scalars;
+  uint32_t step;  // for the random numbers
+};
+
+// One parameter in a step.
+struct Task {
+  int64_t numel;
+  TensorView param, gradient;    // data on the device, layouts on the host
+  TensorView state[kMaxStates];  // without data where the rule needs none
+  uint32_t prepared;             // which of the update's is its
+  uint32_t tensor;               // its index in the optimizer, for the random numbers
+};
+
+struct Update {
+  int rule;   // its place in TRAINOPT_FOR_EACH_RULE
+  bool wide;  // float64 arithmetic
+  const Task* tasks;
+  size_t count;
+  const Prepared* prepared;
+  bool prepared_on_device;  // by `prepare`; else they lie on the host, and travel with the launch
+  const float* found_inf;   // on the device, or null: nothing is done unless it is 0
+};
+
+// Changes the parameters and states of all tasks. Tasks without elements are allowed.
+void update(const Update&, Stream);
+
+// Numbers of a parameter group that lie on the device, as tensors of one element.
+struct DeviceNumber {
+  static constexpr int kLr = -1;
+  const void* data;  // null: none
+  int32_t option;    // the rule's option that it is, or kLr
+  int32_t is_double;
+};
+constexpr int kMaxDeviceNumbers = 4;
+
+// What a group says: numbers of the host, some of them replaced by the device's.
+struct GroupSource {
+  Settings settings;
+  double options[kMaxOptions];
+  DeviceNumber replaced[kMaxDeviceNumbers];
+};
+
+// A parameter whose scalars are to be prepared on the device.
+struct Count {
+  void* steps;        // its step count, a tensor of one element on the device; null: the rule counts none
+  uint32_t group;     // which of the sources is its
+  uint8_t is_double;  // the count's type: float64 or float32
+  uint8_t first;      // its states were made in this very step; so is it where the count becomes 1
+};
+
+struct Preparation {
+  int rule;
+  bool wide;
+  const GroupSource* groups;
+  size_t group_count;
+  const Count* counts;
+  size_t count;
+  const float* gradient_scale;  // on the device: gradients are divided by it, and written back; or null
+  const float* found_inf;       // on the device, or null: no step is counted unless it is 0
+  Prepared* out;                // on the device, one for each count
+};
+
+// Counts the steps and computes the scalars of each parameter.
+void prepare(const Preparation&, Stream);
+
+}  // namespace trainopt::cuda

@@ -1,0 +1,99 @@
+// What happens to an element round its rule, whatever the rule and the device: the gradient's scale and sign, decay,
+// L1, noise. Both engines run these between their load and their store.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/macros.h"
+#include "core/math.h"
+#include "rules/rule.h"
+
+namespace trainopt {
+
+// The hyper-parameters that all rules share, as a parameter group gives them. All fields are eight bytes wide.
+struct Settings {
+  double lr = 0, single_lr = 0;  // single_lr: the learning rate is a float32 tensor
+  double weight_decay = 0, l1 = 0, noise = 0;
+  double maximize = 0, l1_proximal = 0;  // truth values
+  uint64_t seed = 0;
+};
+
+// The same for all parameters of a group at one step. S is the arithmetic's type.
+template <class S>
+struct Stages {
+  bool scaled, negate, decay_gradient, l1_gradient, l1_proximal, noisy, write_gradient;
+  S gradient_scale;  // the gradient is divided by it
+  S weight_decay;    // L2: added to the gradient, times the parameter
+  S keep;            // decoupled decay: the parameter is multiplied by it; else 1
+  S l1;              // added to the gradient, times the parameter's sign
+  S threshold;       // the proximal form: the parameter is moved to 0 by this
+  S noise;           // standard deviation
+  uint64_t seed;     // of the noise, and
+  uint32_t step;     // the step that it belongs to
+};
+
+constexpr size_t kRuleScalarBytes = 128;
+
+// All that a kernel needs beside the tensors; one for each group and step count.
+struct Scalars {
+  union {
+    Stages<float> stages32;
+    Stages<double> stages64;
+  };
+  alignas(16) unsigned char rule[kRuleScalarBytes];
+};
+
+TRAINOPT_FUNCTION Stages<float>& stages_of(Scalars& s, float) { return s.stages32; }
+TRAINOPT_FUNCTION Stages<double>& stages_of(Scalars& s, double) { return s.stages64; }
+TRAINOPT_FUNCTION const Stages<float>& stages_of(const Scalars& s, float) { return s.stages32; }
+TRAINOPT_FUNCTION const Stages<double>& stages_of(const Scalars& s, double) { return s.stages64; }
+
+// Gradients are divided by `gradient_scale`, and written back unless it is 1.
+template <class S>
+TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const Moment& now, Decay decay,
+                                           double gradient_scale) {
+  const bool coupled = decay == Decay::kGradient;
+  Stages<S> stages;
+  stages.scaled = stages.write_gradient = gradient_scale != 1;
+  stages.negate = group.maximize != 0;
+  stages.decay_gradient = group.weight_decay != 0 && coupled;
+  stages.l1_gradient = group.l1 != 0 && group.l1_proximal == 0;
+  stages.l1_proximal = group.l1 != 0 && group.l1_proximal != 0;
+  stages.noisy = group.noise != 0;
+  stages.gradient_scale = static_cast<S>(gradient_scale);
+  stages.weight_decay = static_cast<S>(group.weight_decay);
+  stages.keep = coupled ? S(1) : static_cast<S>(now.rounded(1 - now.rounded(now.lr * now.rounded(group.weight_decay))));
+  stages.l1 = static_cast<S>(group.l1);
+  stages.threshold = static_cast<S>(now.lr * group.l1);
+  stages.noise = static_cast<S>(group.noise);
+  stages.seed = group.seed;
+  stages.step = static_cast<uint32_t>(now.step);
+  return stages;
+}
+
+template <class Rule>
+constexpr int kStateCount = sizeof(Rule::kStates) / sizeof(Rule::kStates[0]);
+
+// One register of elements, from load to store. `noise` holds standard normal values, and is read if stages.noisy.
+// kPlain: only weight decay, if anything.
+template <class Rule, bool kPlain, class T, class S>
+TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T& p,
+                                     T& g, T* state, T noise) {
+  if constexpr (!kPlain)
+    if (stages.scaled) g = g / T(stages.gradient_scale);
+  T slope = g;
+  if constexpr (!kPlain)
+    if (stages.negate) slope = -slope;
+  if (stages.decay_gradient) slope = slope + p * T(stages.weight_decay);
+  if constexpr (!kPlain)
+    if (stages.l1_gradient) slope = slope + sign_of(p) * T(stages.l1);
+  p = p * T(stages.keep);  // times 1 without decoupled decay
+  Rule::update(scalars, p, slope, state);
+  if constexpr (!kPlain) {
+    if (stages.l1_proximal) p = soft_threshold(p, T(stages.threshold));
+    if (stages.noisy) p = p + noise * T(stages.noise);
+  }
+}
+
+}  // namespace trainopt

@@ -1,0 +1,176 @@
+// The SIMT machine can fail: small kernels with one seeded fault each, which must be found, beside the same kernels
+// without it, which must pass and give the right result. The last line tells what passed and failed.
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.h"
+
+namespace {
+
+using trainopt::cuda::launch;
+
+int passed = 0, failed = 0;
+
+void check(bool good, const std::string& what) {
+  ++(good ? passed : failed);
+  if (!good) std::printf("FAILED: %s\n", what.c_str());
+}
+
+// A fault may bring others with it: a slot that is written too late is read unset.
+bool found(simt::FaultKind kind) {
+  bool any = false;
+  for (const simt::Fault& fault : simt::take_faults()) any = any || fault.kind == kind;
+  return any;
+}
+
+bool found_nothing() {
+  const std::vector<simt::Fault> faults = simt::take_faults();
+  for (const simt::Fault& fault : faults) std::printf("unexpected: %s\n", fault.text.c_str());
+  return faults.empty();
+}
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr unsigned kAll = 0xffffffffu;
+
+// A sum over each block in the ordinary way, with a place for each fault.
+enum class Seed { kNone, kNoBarrier, kTail, kMask, kUninitialised, kDiverging, kExchange, kDynamic };
+
+template <Seed kSeed>
+__global__ void __launch_bounds__(kThreads) sum_kernel(const int* values, int count, int* sums) {
+  TRAINOPT_SHARED(int, partial, kWarps);
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  int sum = i < count ? values[i] : 0;
+  if (kSeed == Seed::kMask) {
+    // The upper half does not come.
+    if (threadIdx.x % 32 < 16) sum += __shfl_xor_sync(kAll, sum, 8);
+  } else if (kSeed == Seed::kExchange) {
+    sum += __shfl_xor_sync(threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u, sum, 16);
+  } else {
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
+  }
+  const unsigned warp = threadIdx.x / 32;
+  const bool writes = kSeed == Seed::kUninitialised ? warp != 1 : true;
+  if (threadIdx.x % 32 == 0 && writes) partial[warp] = sum;
+  if (kSeed == Seed::kDiverging) {
+    if (warp == 0) __syncthreads();
+  } else if (kSeed != Seed::kNoBarrier) {
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    int total = 0;
+    for (int w = 0; w < kWarps + (kSeed == Seed::kTail); ++w) total += partial[static_cast<size_t>(w)];
+    sums[blockIdx.x] = total;
+  }
+}
+
+template <Seed kSeed>
+bool gives_right_sums() {
+  std::vector<int> values(1000), sums(8, -1), expected(8, 0);
+  for (int i = 0; i < 1000; ++i) expected[static_cast<size_t>(i / kThreads)] += values[static_cast<size_t>(i)] = i * i;
+  launch(sum_kernel<kSeed>, {8, kThreads}, nullptr, values.data(), 1000, sums.data());
+  return sums == expected;
+}
+
+// Each thread takes what its neighbour wrote: ordered by a barrier of the block or, inside a warp, of the warp.
+template <bool kWarpOnly, bool kOrdered>
+__global__ void neighbour_kernel(int* out) {
+  TRAINOPT_DYNAMIC_SHARED(int, slots);
+  slots[threadIdx.x] = static_cast<int>(threadIdx.x);
+  if (kOrdered && kWarpOnly) __syncwarp();
+  if (kOrdered && !kWarpOnly) __syncthreads();
+  const unsigned of = kWarpOnly ? threadIdx.x ^ 1 : (threadIdx.x + 1) % blockDim.x;
+  out[threadIdx.x] = slots[of];
+}
+
+template <bool kWarpOnly, bool kOrdered>
+bool neighbours_are_right(size_t slots) {
+  std::vector<int> out(kThreads);
+  launch(neighbour_kernel<kWarpOnly, kOrdered>, {1, kThreads, slots * sizeof(int)}, nullptr, out.data());
+  for (int t = 0; t < kThreads; ++t)
+    if (out[static_cast<size_t>(t)] != (kWarpOnly ? t ^ 1 : (t + 1) % kThreads)) return false;
+  return true;
+}
+
+// Every thread counts; and two threads write one slot.
+template <bool kAtomic>
+__global__ void count_kernel(unsigned* total) {
+  TRAINOPT_SHARED(unsigned, counter, 1);
+  if (threadIdx.x == 0) counter[0] = 0u;
+  __syncthreads();
+  if (kAtomic) {
+    atomicAdd(&counter[0], 1u);
+  } else {
+    counter[0] += 1u;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(total, static_cast<unsigned>(counter[0]));
+}
+
+__global__ void vote_kernel(unsigned* out) {
+  const bool odd = threadIdx.x % 2 == 1;
+  const bool right =
+      __ballot_sync(kAll, odd) == 0xaaaaaaaau && __any_sync(kAll, odd) && !__all_sync(kAll, odd) &&
+      __all_sync(kAll, true) && !__any_sync(kAll, false) && __reduce_add_sync(kAll, threadIdx.x % 32) == 496 &&
+      __reduce_max_sync(kAll, threadIdx.x % 32) == 31 && __shfl_sync(kAll, threadIdx.x % 32, 7) == 7 &&
+      __shfl_down_sync(kAll, threadIdx.x % 32, 30) ==
+          (threadIdx.x % 32 < 2 ? threadIdx.x % 32 + 30 : threadIdx.x % 32) &&
+      __shfl_up_sync(kAll, threadIdx.x % 32, 30) == (threadIdx.x % 32 < 30 ? threadIdx.x % 32 : threadIdx.x % 32 - 30);
+  atomicAdd(out, right ? 1u : 0u);
+}
+
+__global__ void greedy_kernel() {
+  TRAINOPT_SHARED(double, much, 6145);
+  much[threadIdx.x] = 0.0;
+}
+
+void test_all() {
+  check(gives_right_sums<Seed::kNone>() && found_nothing(), "the kernel without a fault");
+  gives_right_sums<Seed::kNoBarrier>();
+  check(found(simt::FaultKind::kRace), "a missing barrier");
+  gives_right_sums<Seed::kTail>();
+  check(found(simt::FaultKind::kOutOfBounds), "one slot too many");
+  gives_right_sums<Seed::kMask>();
+  check(found(simt::FaultKind::kWarp), "a mask with lanes that do not come");
+  gives_right_sums<Seed::kExchange>();
+  check(found(simt::FaultKind::kWarp), "a lane outside the mask is asked");
+  check(!gives_right_sums<Seed::kUninitialised>() && found(simt::FaultKind::kUninitialised),
+        "a slot that is read before it is set");
+  gives_right_sums<Seed::kDiverging>();
+  check(found(simt::FaultKind::kBarrier), "a barrier that only one warp reaches");
+
+  check(neighbours_are_right<false, true>(kThreads) && found_nothing(), "neighbours with a barrier");
+  check(neighbours_are_right<true, true>(kThreads) && found_nothing(), "neighbours in a warp with its barrier");
+  neighbours_are_right<true, false>(kThreads);
+  check(found(simt::FaultKind::kRace), "neighbours in a warp without its barrier");
+  neighbours_are_right<false, true>(kThreads - 1);
+  check(found(simt::FaultKind::kOutOfBounds), "too little dynamic shared memory");
+
+  unsigned total = 0;
+  launch(count_kernel<true>, {3, kThreads}, nullptr, &total);
+  check(total == 3 * kThreads && found_nothing(), "atomic counting");
+  launch(count_kernel<false>, {1, kThreads}, nullptr, &total);
+  check(found(simt::FaultKind::kRace), "counting without atomics");
+
+  unsigned right = 0;
+  launch(vote_kernel, {1, kThreads}, nullptr, &right);
+  check(right == kThreads && found_nothing(), "votes, reductions and shuffles");
+
+  launch(greedy_kernel, {1, kThreads}, nullptr);
+  check(found(simt::FaultKind::kLaunch), "more shared memory than there is");
+  launch(vote_kernel, {1, 1025}, nullptr, &right);
+  check(found(simt::FaultKind::kLaunch), "more threads than a block may have");
+  launch(vote_kernel, {0, 32}, nullptr, &right);
+  check(found(simt::FaultKind::kLaunch), "a grid of no blocks");
+}
+
+}  // namespace
+
+int main() {
+  for (const simt::Order order : {simt::Order::kAscending, simt::Order::kDescending}) {
+    simt::set_order(order);
+    test_all();
+  }
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}

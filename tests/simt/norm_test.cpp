@@ -1,0 +1,157 @@
+// Norms and clipping on the SIMT machine, against sums in long double.
+#include "norm_test.h"
+
+#include "../cpp/judge.h"
+#include "cuda/norm.h"
+#include "simt.h"
+
+namespace trainopt {
+namespace {
+
+constexpr Norm kNorms[] = {Norm::kSizes, Norm::kSquares, Norm::kLargest};
+
+struct Result {
+  std::vector<double> of_tensor;
+  double total;
+};
+
+std::vector<cuda::NormTensor> tensors_of(const Parameters& parameters) {
+  std::vector<cuda::NormTensor> tensors;
+  for (const Parameter* p : parameters) tensors.push_back({p->gradient.view(), p->numel});
+  return tensors;
+}
+
+Result run_norm(Norm norm, const Parameters& parameters) {
+  const std::vector<cuda::NormTensor> tensors = tensors_of(parameters);
+  int64_t chunks = 0;
+  for (const cuda::NormTensor& tensor : tensors) chunks += norm_chunks(tensor.numel);
+  // Poisoned, as fresh memory of a device may be.
+  std::vector<double> partials(static_cast<size_t>(chunks), std::nan(""));
+  std::vector<int64_t> first_chunk(tensors.size(), -1);
+  Result result{std::vector<double>(tensors.size(), std::nan("")), std::nan("")};
+  cuda::norm({norm, tensors.data(), tensors.size(), partials.data(), first_chunk.data(), result.of_tensor.data(),
+              &result.total},
+             nullptr);
+  return result;
+}
+
+double exact_sum(Norm norm, const Parameter& p) {
+  long double sum = 0;
+  for (int64_t i = 0; i < p.numel; ++i) {
+    const long double x = std::fabs(p.gradient.get(i));
+    if (norm == Norm::kLargest) {
+      sum = x > sum || std::isnan(x) ? x : sum;
+    } else {
+      sum += norm == Norm::kSquares ? x * x : x;
+    }
+  }
+  return static_cast<double>(sum);
+}
+
+bool is_near(double found, double exact, bool wide) {
+  if (std::isnan(exact) || std::isinf(exact)) return same_value(found, exact);
+  return std::fabs(found - exact) <= (wide ? 1e-13 : 2e-7) * exact;
+}
+
+// All tensors' norms and the total, in either order of blocks and threads; then clipping to half of the norm.
+void check_norms(Parameters& parameters, bool wide, const std::string& what) {
+  const auto check_no_faults = [&] {
+    const std::vector<simt::Fault> faults = simt::take_faults();
+    check(faults.empty(), what + ": " + (faults.empty() ? "" : faults[0].text));
+  };
+  for (const Norm norm : kNorms) {
+    simt::set_order(simt::Order::kDescending);
+    const Result other = run_norm(norm, parameters);
+    simt::set_order(simt::Order::kAscending);
+    const Result found = run_norm(norm, parameters);
+    const auto same = [](double a, double b) { return same_value(a, b); };
+    check(same(other.total, found.total) &&
+              std::equal(other.of_tensor.begin(), other.of_tensor.end(), found.of_tensor.begin(), same),
+          what + ": other bits in another order");
+    double sum = 0;
+    bool near = true;
+    for (size_t t = 0; t < parameters.size(); ++t) {
+      const double exact = exact_sum(norm, *parameters[t]);
+      near = near && is_near(found.of_tensor[t], root(norm, exact), wide);
+      sum = combine(norm, sum, exact);
+    }
+    check(near, what + ": a tensor's norm");
+    check(is_near(found.total, root(norm, sum), wide), what + ": the norm of all");
+    check_no_faults();
+  }
+
+  std::vector<std::vector<double>> before;
+  for (const Parameter* p : parameters) {
+    before.emplace_back();
+    for (int64_t i = 0; i < p->numel; ++i) before.back().push_back(p->gradient.get(i));
+  }
+  const std::vector<cuda::NormTensor> tensors = tensors_of(parameters);
+  const auto is_scaled = [&](double factor) {
+    for (size_t t = 0; t < parameters.size(); ++t)
+      for (int64_t i = 0; i < parameters[t]->numel; ++i) {
+        const double exact = before[t][static_cast<size_t>(i)] * factor, found = parameters[t]->gradient.get(i);
+        if (std::isnan(exact) ? !std::isnan(found)
+                              : !(found == exact || is_close(found, exact, tensors[t].view.dtype, wide, 0)))
+          return false;
+      }
+    return true;
+  };
+  const double total = 8;
+  cuda::clip(tensors.data(), tensors.size(), &total, 9.0, nullptr);
+  check(is_scaled(1), what + ": changed below the limit");
+  cuda::clip(tensors.data(), tensors.size(), &total, 4.0, nullptr);
+  check(is_scaled(4.0 / (8 + 1e-6)), what + ": not what clipping gives");
+  for (const Parameter* p : parameters) check(p->is_intact(), what + ": written where nothing is to be written");
+  const double nan = std::nan("");
+  cuda::clip(tensors.data(), tensors.size(), &nan, 4.0, nullptr);
+  check(is_scaled(nan), what + ": a norm of NaN");
+  check_no_faults();
+}
+
+}  // namespace
+
+void test_norms() {
+  for (const DType dtype : kDTypes) {
+    const bool wide = dtype == DType::kFloat64;
+    const std::string name = std::string("norms, ") + format_of(dtype).name;
+    for (const bool guarded : {false, true}) {
+      Parameters parameters;
+      int turn = 0;
+      for (const int64_t n : {0, 3, 1, 9, 2047, 2049, 16383, 16384, 16386, 40007, 0}) {
+        const Placement place = n % 3 == 0 && n > 3 && n < 100 ? kSliced
+                                : n == 16386                   ? kTransposed
+                                                               : run_of(turn++ % 3);
+        const Arrangement a{dtype, dtype, dtype, run_of(0), place, run_of(0), guarded};
+        parameters.push_back(new Parameter(n, n, 0, a));
+      }
+      check_norms(parameters, wide, name);
+      drop(parameters);
+    }
+    // What a float's square cannot hold, and what is not finite.
+    for (const double special : {1e25, 1e-25, HUGE_VAL, std::nan("")}) {
+      if (dtype == DType::kFloat16 && std::isfinite(special)) continue;
+      const Arrangement a{dtype, dtype, dtype, run_of(0), run_of(0), run_of(0), true};
+      Parameters parameters{new Parameter(19, 1, 0, a), new Parameter(3, 1, 0, a)};
+      for (int64_t i = 0; i < 19; ++i)
+        if (std::isfinite(special) || i == 17) parameters[0]->gradient.set(i, special);
+      check_norms(parameters, wide, name + " of " + std::to_string(special));
+      drop(parameters);
+    }
+  }
+  // More chunks than a warp has lanes.
+  const Arrangement long_one{DType::kFloat32, DType::kFloat32, DType::kFloat32, run_of(0), run_of(0), run_of(0), true};
+  Parameters parameters{new Parameter(33 * 16384 + 5, 1, 0, long_one)};
+  check_norms(parameters, false, "a long tensor");
+  drop(parameters);
+  parameters.clear();
+  // More tensors than fit in a launch, of mixed types.
+  for (int64_t i = 0; i < 800; ++i) {
+    const DType dtype = kDTypes[i % 4 == 1 ? 0 : i % 4];
+    parameters.push_back(new Parameter(i % 13, i, 0, {dtype, dtype, dtype, run_of(0), run_of(i % 2), run_of(0), true}));
+  }
+  check_norms(parameters, false, "many tensors");
+  drop(parameters);
+  check(run_norm(Norm::kSquares, {}).total == 0, "the norm of nothing");
+}
+
+}  // namespace trainopt

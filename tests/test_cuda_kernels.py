@@ -1,0 +1,101 @@
+"""What nvcc makes of the CUDA kernels: for every architecture, without spills, in few registers, with wide accesses."""
+
+import re
+import subprocess
+
+import pytest
+
+from benchmarks import cuda_kernels
+from benchmarks.cuda_kernels import ARCHITECTURES, FLAGS, ROOT, describe
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(cuda_kernels.nvcc() is None, reason="nvcc is neither on the PATH nor in CUDA_HOME"),
+]
+
+#: Registers of a thread at most: two blocks of 256 threads on a multiprocessor, and one for float64.
+CEILINGS = {"float32": 128, "float64": 224}
+
+
+@pytest.fixture(scope="module")
+def usages():
+    return cuda_kernels.compile_all()
+
+
+def is_step_preparation(usage) -> bool:
+    """One thread for a parameter: it indexes the group's options, and is no kernel to be fast."""
+    return usage.kernel.startswith("prepare")
+
+
+def test_every_kernel_is_compiled_for_every_architecture(usages):
+    assert set(usages) == set(ARCHITECTURES)
+    for found in usages.values():
+        # Two rules, two types, all states and all but one, strided or not; two types; two types, strided or not, twice.
+        assert len({usage.kernel for usage in found}) == len(found) == 16 + 4 + 8 + 1
+
+
+def test_nothing_is_spilled_or_kept_in_local_memory(usages):
+    for architecture, found in usages.items():
+        for usage in found:
+            assert usage.spills == 0, (architecture, usage)
+            assert usage.stack == 0 or is_step_preparation(usage), (architecture, usage)
+
+
+def test_registers_are_within_their_ceilings(usages):
+    for architecture, found in usages.items():
+        for usage in found:
+            ceiling = next((most for name, most in CEILINGS.items() if name in usage.kernel), 64)
+            if not usage.kernel.startswith("update"):
+                ceiling = min(ceiling, 96)
+            assert usage.registers <= ceiling, (architecture, usage)
+            assert usage.occupancy(architecture) >= 0.125
+
+
+def test_occupancy_is_what_the_registers_leave_room_for():
+    usage = cuda_kernels.Usage("update", registers=120, stack=0, spills=0, threads=256)
+    # 120 registers of 32 threads are 3,840, so 65,536 hold 17 warps: two blocks of 8.
+    assert usage.occupancy(80) == 512 / 2048 and usage.occupancy(86) == 512 / 1536
+    small = cuda_kernels.Usage("prepare", registers=32, stack=0, spills=0, threads=64)
+    assert small.occupancy(86) == 16 * 64 / 1536 and small.occupancy(80) == 1
+
+
+@pytest.mark.parametrize("architecture", (75, 120))
+def test_aligned_tensors_are_loaded_and_stored_16_bytes_at_a_time(architecture):
+    for kernel, ptx in cuda_kernels.ptx_of("update", architecture).items():
+        if "strided" in kernel:
+            continue
+        roles = 2 + int((re.search(r"with (\d)", kernel) or ["", "0"])[1])
+        loads, stores = (len(re.findall(rf"\b{what}\.global\.v4\.\w32\b", ptx)) for what in ("ld", "st"))
+        # Each tensor as float32 in two words, and as bfloat16 and float16 in one.
+        assert loads >= 3 * roles and stores >= 4 * roles, (kernel, loads, stores)
+        assert not re.search(r"\.local\b", ptx), kernel
+    for kernel, ptx in cuda_kernels.ptx_of("norm", architecture).items():
+        if "strided" in kernel or kernel == "finish":
+            continue
+        assert re.search(r"\bld\.global\.(v4\.\w32|v2\.\w64)\b", ptx), kernel
+        assert ("clip" in kernel) == bool(re.search(r"\bst\.global\.v4\.\w32\b", ptx)), kernel
+
+
+def test_contraction_is_off_so_that_the_bits_are_the_cpus():
+    assert "-fmad=false" in FLAGS
+    for name in ("update", "norm"):
+        for kernel, ptx in cuda_kernels.ptx_of(name, 90).items():
+            assert not re.search(r"\bfma\.rn\.f(32|64)\b", ptx), kernel
+
+
+def test_parameters_of_4_kb_compile_too():
+    command = [cuda_kernels.nvcc(), *FLAGS, "-DTRAINOPT_PARAMETER_BYTES=4096", "-arch=sm_75", "-ptx", "-o", "/dev/null"]
+    for name in cuda_kernels.FILES:
+        subprocess.run([*command, str(ROOT / "csrc" / "cuda" / f"{name}.cu")], check=True)
+
+
+def test_the_documentation_has_these_tables(usages):
+    text = (ROOT / "docs" / "cuda.md").read_text()
+    assert cuda_kernels.roofline_table() in text
+    if cuda_kernels.version() in text:
+        assert cuda_kernels.resource_table(usages) in text
+
+
+def test_a_name_that_is_no_kernel_is_refused():
+    with pytest.raises(ValueError, match="no kernel"):
+        describe("_Z3foov")

@@ -1,0 +1,89 @@
+"""The tests of the CUDA kernels can fail: each fault that is seeded into a kernel's source makes them do so.
+
+`make sanitize` runs the same programs over the sources as they are, under the sanitizers.
+"""
+
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "c++")
+FLAGS = shlex.split(
+    "-std=c++17 -O1 -w -ffp-contract=off -fno-math-errno -DTRAINOPT_SIMT -DTRAINOPT_PARAMETER_BYTES=4096"
+)
+FLAGS.append(f"-I{ROOT / 'tests' / 'simt'}")
+KERNELS = ("update.cu", "prepare.cu", "norm.cu")
+OTHERS = (
+    *("csrc/cpu/engine.cpp", "csrc/cpu/kernels_baseline.cpp"),
+    *("tests/simt/simt.cpp", "tests/simt/engine_test.cpp", "tests/simt/norm_test.cpp"),
+)
+
+pytestmark = pytest.mark.slow
+
+
+class Fault(NamedTuple):
+    """Text in a file of csrc/cuda, what it becomes, and what the tests must say."""
+
+    what: str
+    file: str
+    right: str
+    wrong: str
+    said: str = "FAILED"
+
+
+FAULTS = [
+    Fault("a missing barrier", "norm.cu", "  __syncthreads();\n", "", "that thread"),
+    Fault("half a warp's mask", "norm.cu", "kAllLanes = 0xffffffffu", "kAllLanes = 0xffffu", "its own mask"),
+    Fault("unset shared slots", "norm.cu", "threadIdx.x % 32 == 0) of", "threadIdx.x == 0) of", "before it is set"),
+    Fault("a norm's tail, one element too long", "norm.cu", "i + k < chunk.end", "i + k <= chunk.end"),
+    Fault("a step's tail, one element too long", "update.cu", "at < end; at += kThreads", "at <= end; at += kThreads"),
+    Fault("a step after an overflow", "update.cu", "*table.header.found_inf != 0) return", "false) return"),
+    Fault("scalars of another group", "update.cu", "row.prepared = set", "row.prepared = 0"),
+    Fault("a neighbour's chunk", "table.h", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
+]
+
+
+def compile_object(source: Path, csrc: Path, folder: Path) -> Path:
+    language = ["-x", "c++"] if source.suffix == ".cu" else []
+    made = folder / f"{source.stem}-{source.parent.name}.o"
+    subprocess.run([COMPILER, *FLAGS, f"-I{csrc}", *language, "-c", str(source), "-o", str(made)], check=True)
+    return made
+
+
+def run(objects: list[Path], program: Path, *arguments: str) -> subprocess.CompletedProcess:
+    subprocess.run([COMPILER, *map(str, objects), "-o", str(program)], check=True)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("simt")
+    sources = [ROOT / "csrc" / "cuda" / name for name in KERNELS] + [ROOT / name for name in OTHERS]
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.map(lambda source: compile_object(source, ROOT / "csrc", folder), sources)
+        return {source.name: path for source, path in zip(sources, made, strict=True)}
+
+
+def test_the_kernels_as_they_are(objects, tmp_path):
+    result = run(list(objects.values()), tmp_path / "test")
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_a_seeded_fault_is_caught(fault, objects, tmp_path):
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    file = csrc / "cuda" / fault.file
+    text = file.read_text()
+    assert fault.right in text, f"{fault.file} has changed: seed this fault anew"
+    file.write_text(text.replace(fault.right, fault.wrong, 1))
+    changed = fault.file if fault.file.endswith(".cu") else "update.cu"
+    mine = objects | {changed: compile_object(csrc / "cuda" / changed, csrc, tmp_path)}
+    result = run(list(mine.values()), tmp_path / "test", "norms" if changed == "norm.cu" else "steps")
+    assert result.returncode != 0 and fault.said in result.stdout, result.stdout

@@ -1,0 +1,109 @@
+"""Gradient clipping by norm: drop-ins for torch.nn.utils.clip_grad_norm_ and get_total_norm.
+
+Where torch reads each gradient and then multiplies each, these read all in one call, and multiply only if the norm is
+over the limit. Sums are in float64, in an order that does not depend on the number of threads.
+"""
+
+import math
+from collections.abc import Iterable
+from types import GeneratorType
+
+import torch
+from torch import Tensor
+
+from trainopt._extension import _C
+
+_ORDERS = (1.0, 2.0, math.inf)  # any other goes through torch
+
+
+def _norm(tensors: list[Tensor], order: float, of_gradients: bool) -> tuple[float, Tensor] | None:
+    """The norm in float64, and as the tensor that torch gives; None if torch must do it."""
+    if order not in _ORDERS or torch.compiler.is_compiling():
+        return None
+    found = _C.norm_of(tensors, order, of_gradients)
+    if found is None:
+        return None
+    value, dtype = found
+    return value, torch.tensor(value, dtype=dtype)
+
+
+def _check_finite(total: Tensor, order: float) -> None:
+    """Torch's own error for a norm that is infinite or NaN."""
+    if not math.isfinite(total.item()):
+        torch.nn.utils.get_total_norm([total], order, error_if_nonfinite=True)
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The norm of all elements of some tensors, as torch.nn.utils.get_total_norm.
+
+    Args:
+        tensors: a tensor or an iterable of tensors, of any shapes and dtypes.
+        norm_type: the order p: 1, 2 or infinity in one call of the compiled module, any other through torch.
+            Unlike torch, an empty tensor has a norm of 0 for each of the three.
+        error_if_nonfinite: raise RuntimeError if the norm is infinite or NaN.
+        foreach: for tensors that torch takes care of: sparse ones, those of other devices, subclasses.
+
+    Returns:
+        A 0-dimensional tensor of the tensors' dtype (if they differ, of the dtype that torch promotes them to), rounded
+        once from float64; 0 in the default dtype if there are no tensors.
+    """
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    order = float(norm_type)
+    found = _norm(tensors, order, of_gradients=False)
+    if found is None:
+        return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+    _, total = found
+    if error_if_nonfinite:
+        _check_finite(total, order)
+    return total
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scales gradients so that their norm is at most `max_norm`, as torch.nn.utils.clip_grad_norm_.
+
+    All gradients are multiplied in place by min(1, max_norm / (norm + 1e-6)), the norm taken over the elements of all,
+    in float64. Where that factor is 1, they are not written to. A norm that is NaN makes them NaN.
+
+    Args:
+        parameters: a tensor or an iterable of tensors; those without a gradient are passed over.
+        max_norm: the largest norm to be left.
+        norm_type: the order p: 1, 2 or infinity in one call of the compiled module, any other through torch.
+            Unlike torch, an empty tensor has a norm of 0 for each of the three.
+        error_if_nonfinite: raise RuntimeError, before anything is changed, if the norm is infinite or NaN.
+        foreach: for gradients that torch takes care of: sparse ones, those of other devices, subclasses, and gradients
+            that share memory.
+
+    Returns:
+        The norm before clipping: a 0-dimensional tensor of the gradients' dtype (if they differ, of the dtype that
+        torch promotes them to); 0 in the default dtype if there are no gradients.
+    """
+    if isinstance(parameters, Tensor):
+        given = [parameters]
+    else:
+        given = list(parameters)
+        if not given and isinstance(parameters, GeneratorType):
+            # Torch warns of an empty generator, which is nearly always one that has been used up.
+            return torch.nn.utils.clip_grad_norm_((p for p in given), max_norm, norm_type, error_if_nonfinite, foreach)
+    order = float(norm_type)
+    found = _norm(given, order, of_gradients=True)
+    if found is None:
+        return torch.nn.utils.clip_grad_norm_(given, max_norm, norm_type, error_if_nonfinite, foreach)
+    value, total = found
+    if error_if_nonfinite:
+        _check_finite(total, order)
+    factor = float(max_norm) / (value + 1e-6)
+    # Not `factor < 1`: NaN must reach the gradients.
+    if not factor >= 1 and not _C.scale_gradients(given, factor):
+        torch.nn.utils.clip_grads_with_norm_(given, max_norm, total, foreach)
+    return total
