@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 import trainopt
 from trainopt import functional
 from trainopt.losses import dispatch
+from trainopt.training.counting import default_count
 
 X, T = random(6, 5).float(), random(6, 5, seed=1).softmax(1).float()
 LABELS, WEIGHT = classes((6,), 5), random(5, seed=2).abs().float()
@@ -107,6 +109,18 @@ def test_training_is_the_same():
         return model.weight.detach()
 
     torch.testing.assert_close(train(trainopt.CrossEntropyLoss()), train(nn.CrossEntropyLoss()))
+
+
+def test_the_training_loop_counts_by_class_weights_and_not_by_the_layers_weight():
+    target, twos = torch.tensor([0, 1, 2, -100]), torch.full((7,), 2.0)
+    plain = trainopt.LinearCrossEntropyLoss(5, 7)
+    assert default_count(plain)(target) == 3
+    assert default_count(trainopt.LinearCrossEntropyLoss(5, 7, class_weight=twos))(target) == 6
+    assert default_count(partial(functional.linear_cross_entropy, weight=torch.ones(7, 5)))(target) == 3
+    both = partial(functional.linear_cross_entropy, weight=torch.ones(7, 5), class_weight=twos)
+    assert default_count(both)(target) == 6
+    assert default_count(trainopt.CrossEntropyLoss(twos))(target) == 6
+    assert default_count(partial(functional.cross_entropy, weight=twos))(target) == 6
 
 
 # What the operators do not take ---------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ def main() -> int:
         on_cpu = "torch's own path" if optim.reference.is_forced() else f"{extension.cpu_variant()} kernel"
         for optimizer in ("SGD", "Adam", "AdamW"):
             show(optimizer, f"CPU: {on_cpu}; elsewhere: torch's own path", "trainopt.explain(optimizer) tells more")
+        show("losses", f"CPU: {on_cpu}; elsewhere: torch's own path")
         return 0
 
     print()

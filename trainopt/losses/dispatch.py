@@ -11,10 +11,10 @@ from torch.overrides import handle_torch_function
 
 import trainopt.losses.fake  # noqa: F401  (torch.compile needs it)
 from trainopt._extension import _C
-from trainopt.optim import reference
+from trainopt.optim.reference import is_forced
 
 #: TRAINOPT_REFERENCE as it was when trainopt was imported: reading the environment takes as long as a small loss.
-REFERENCE_FORCED = reference.is_forced()
+REFERENCE_FORCED = is_forced()
 
 _NO_OVERRIDE = torch._C._disabled_torch_function_impl
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
