@@ -2,9 +2,9 @@
 
     python -m benchmarks.training
 
-Both train over the same tensors in batches of 64, with torch's Adam and with trainopt's. What is timed is a whole run of a few
-epochs, its beginning included, and what is given is the time of one step. The loop looks every step whether the gradient is
-finite, adds up its loss and counts what was gone through; the ten lines sum their loss and do no more.
+Both train over the same tensors in batches of 64, with torch's Adam and with trainopt's. What is timed is a whole run
+of a few epochs, its beginning included, and what is given is the time of one step. The loop looks every step whether
+the gradient is finite, and keeps its loss and what was gone through; the ten lines sum their loss and do no more.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import optimizers, tables, timing
+from benchmarks import optimizers, tables, timing, training
 from benchmarks.bandwidth import ReadModifyWrite
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -132,3 +132,11 @@ def test_tables():
         "12.5 ms",
         "250 ms",
     ]
+
+
+def test_the_training_benchmark_times_every_loop_against_ten_lines(monkeypatch, capsys):
+    monkeypatch.setattr(training, "SAMPLES", 130)
+    monkeypatch.setattr(training, "EPOCHS", 1)
+    assert training.main(["--rounds", "2", "--markdown"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:]] == list(training.contenders())

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+LARGE = 4096  # elements from which on a dot product is quicker than a look at each
+DOTTED = (torch.float32, torch.float64)
+
 
 def clear(optimizer: Optimizer) -> None:
     """Drops the gradients, as `optimizer.zero_grad()` does, without the profiler range that torch puts round it."""
@@ -54,14 +57,25 @@ def are_finite(params: list[Tensor], norm: Tensor | None) -> bool:
     if norm is not None and math.isfinite(norm.item()):
         return True
     for gradients in alike(params):
-        if type(gradients[0]) is Tensor:  # torch's own check for GradScaler, which multiplies by 1 on its way
-            found = torch.zeros((), device=gradients[0].device)
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one_on(gradients[0].device))
+        if type(gradients[0]) is not Tensor:
+            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+                return False
+            continue
+        rest = [gradient for gradient in gradients if not has_finite_square(gradient)]
+        if rest:  # torch's own check for GradScaler, which multiplies by 1 on its way
+            found = torch.zeros((), device=rest[0].device)
+            torch._amp_foreach_non_finite_check_and_unscale_(rest, found, one_on(rest[0].device))
             if found.item():
                 return False
-        elif not all(bool(gradient.isfinite().all()) for gradient in gradients):
-            return False
     return True
+
+
+def has_finite_square(gradient: Tensor) -> bool:
+    """Whether the sum of a large gradient's squares is finite: on the CPU, one read of it. False for a small one."""
+    if gradient.numel() < LARGE or not gradient.is_cpu or gradient.dtype not in DOTTED or not gradient.is_contiguous():
+        return False
+    flat = gradient.view(-1)
+    return math.isfinite(torch.dot(flat, flat).item())
 
 
 def clip(params: list[Tensor], limit: float, norm: Tensor) -> None:
