@@ -25,7 +25,7 @@ from benchmarks.timing import interleave, machine, paired_ratio
 from trainopt._extension import _C
 from trainopt.training import Silent, fit
 
-SAMPLES, BATCH, EPOCHS = 4000, 64, 6
+SAMPLES, BATCH, EPOCHS = 4000, 64, 10
 STEPS = EPOCHS * -(-SAMPLES // BATCH)
 
 Run = Callable[[type[torch.optim.Optimizer]], Any]

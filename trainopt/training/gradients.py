@@ -92,8 +92,14 @@ def one_on(device: torch.device) -> Tensor:
 def alike(params: list[Tensor]) -> list[list[Tensor]]:
     """The gradients, of a sparse one its values, in lists of one type, dtype and device."""
     gradients = [param.grad for param in params if param.grad is not None]
-    kinds = {(type(gradient), gradient.dtype, gradient.device) for gradient in gradients}
-    if len(kinds) == 1 and not any(gradient.is_sparse for gradient in gradients):
+    if not gradients:
+        return []
+    kind, dtype, device = type(gradients[0]), gradients[0].dtype, gradients[0].get_device()
+    for gradient in gradients:
+        is_alike = type(gradient) is kind and gradient.dtype is dtype and gradient.get_device() == device
+        if not is_alike or gradient.is_sparse:
+            break
+    else:
         return [gradients]
     lists = defaultdict(list)
     for gradient in gradients:
