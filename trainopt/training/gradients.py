@@ -85,7 +85,11 @@ def has_finite_square(gradient: Tensor) -> bool:
 
 
 def clip(params: list[Tensor], limit: float, norm: Tensor) -> None:
-    """Scales the gradients by min(1, limit / (norm + 1e-6)), torch's formula, without waiting for the device."""
+    """Scales the gradients by min(1, limit / (norm + 1e-6)), torch's formula, without waiting for a device."""
+    if norm.device.type == "cpu":
+        factor = limit / (norm.item() + 1e-6)
+        if factor >= 1 or _C.scale_gradients(params, factor):
+            return
     torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
 
 
