@@ -14,11 +14,11 @@
 
 namespace trainopt {
 
-// -1, 0 or 1; NaN for NaN.
+// -1, 0 or 1; `otherwise` for 0 and NaN.
 template <class T>
-TRAINOPT_FUNCTION T sign_or_nan(T x) {
+TRAINOPT_FUNCTION T sign_or(T x, T otherwise) {
   const T zero(0.0f);
-  return select_less(zero, x, T(1.0f), select_less(x, zero, T(-1.0f), x));
+  return select_less(zero, x, T(1.0f), select_less(x, zero, T(-1.0f), otherwise));
 }
 
 struct SquaredError {
@@ -54,7 +54,7 @@ struct AbsoluteError : OfDifference<AbsoluteError> {
   }
   template <class T>
   static TRAINOPT_INLINE T slope(T x, T t, T, T) {
-    return sign_or_nan(x - t);
+    return sign_or(x - t, T(0.0f));  // 0 for NaN, as torch
   }
 };
 
@@ -69,7 +69,7 @@ struct SmoothAbsoluteError : OfDifference<SmoothAbsoluteError> {
   template <class T>
   static TRAINOPT_INLINE T slope(T x, T t, T, T k) {
     const T d = x - t;
-    return select_less(magnitude(d), k, d / k, sign_or_nan(d));
+    return select_less(magnitude(d), k, d / k, sign_or(d, d));
   }
 };
 
@@ -84,11 +84,12 @@ struct Huber : OfDifference<Huber> {
   template <class T>
   static TRAINOPT_INLINE T slope(T x, T t, T, T k) {
     const T d = x - t;
-    return select_less(magnitude(d), k, d, k * sign_or_nan(d));
+    return select_less(magnitude(d), k, d, k * sign_or(d, d));
   }
 };
 
-// x is a probability. Logarithms are not taken below -100, and the slope's denominator not below 1e-12, as in torch.
+// x is a probability. The loss takes no logarithm below -100, and the slope's denominator is not below 1e-12, as in
+// torch.
 struct BinaryCrossEntropy {
   static constexpr const char* kName = "binary_cross_entropy";
   template <class T>
@@ -106,8 +107,7 @@ struct BinaryCrossEntropy {
   }
   template <class T>
   static TRAINOPT_INLINE T target_slope(T x, T, T, T) {
-    const T low(-100.0f);
-    return at_least(log_one_minus(x), low) - at_least(logarithm(x), low);
+    return log_one_minus(x) - logarithm(x);
   }
 };
 
