@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import loss_cases, losses, memory, optimizers, tables, timing
+from benchmarks import loss_cases, losses, memory, optimizers, tables, timing, training
 from benchmarks.bandwidth import ReadModifyWrite
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -214,3 +214,11 @@ def in_this_process(allocator, options, file):
     arguments = ["--allocator", allocator, "--rounds", str(options.rounds), "--json", str(file)]
     assert losses.main(arguments) == 0
     return [losses.Result(**result) for result in json.loads(file.read_text())["results"]]
+
+
+def test_the_training_benchmark_times_every_loop_against_ten_lines(monkeypatch, capsys):
+    monkeypatch.setattr(training, "SAMPLES", 130)
+    monkeypatch.setattr(training, "EPOCHS", 1)
+    assert training.main(["--rounds", "2", "--markdown"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:]] == list(training.contenders())

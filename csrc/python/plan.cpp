@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kReleaseElements = 1 << 21;
 // How far ahead of the comparison memory is asked for, in parameters.
 constexpr int64_t kSightingsAhead = 4;
+// Parameters below which one thread compares them all before another has been woken.
+constexpr int64_t kFewTensors = 64;
 
 // Finds each parameter's entry in torch's state dict. The dict's order is nearly always that of the parameters, so the
 // next entry is looked at before anything is hashed.
@@ -167,7 +169,7 @@ bool Plan::same_places(PyObject* groups, PyObject* state) {
 bool Plan::recall(PyObject* groups, PyObject* state, bool* all_next) {
   if (!can_recall_ || c10::impl::TorchDispatchModeTLS::any_modes_set() || !same_places(groups, state)) return false;
   const int64_t count = static_cast<int64_t>(sightings_.size());
-  const int64_t parts = threads_for(batch_.elements + kTensorElements * count);
+  const int64_t parts = count < kFewTensors ? 1 : threads_for(batch_.elements + kTensorElements * count);
   std::atomic<bool> all_hold = true, all_are_next = true;
   const auto compare = [&](int64_t first_part, int64_t last_part) {
     const int64_t first = count * first_part / parts, last = count * last_part / parts;

@@ -5,6 +5,7 @@ subclass, a function transform, an integer) goes through torch's own function in
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def cross_entropy(
     softcap: float | None = None,
     inplace_backward: bool = False,
     empty: str = "nan",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # a pair with return_z_loss: a union would ask every caller which
     """Cross-entropy of logits against classes or probabilities: torch.nn.functional.cross_entropy, and more.
 
     With x the logits of a row, lse = log Σ exp(x) and y its class, the loss is weight[y]·(lse − x[y]); the rest of the
@@ -137,7 +138,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     empty: str = "nan",
     memory_budget: int = MEMORY_BUDGET,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # a pair with return_z_loss: a union would ask every caller which
     """cross_entropy(linear(input, weight, bias), target) without the logits of more than a few tokens at a time.
 
     The logits are made, used and forgotten chunk by chunk, in float32 (float64 for float64 operands); so are the sums

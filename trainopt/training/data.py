@@ -136,6 +136,8 @@ class TensorSource:
         self.length: int | None = -(-self.samples // self.size)
 
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[MicroBatch]:
+        if skip * self.size >= self.samples:
+            return
         if self.shuffle:
             generator = torch.Generator().manual_seed(derived(seed, epoch))
             order = torch.randperm(self.samples, generator=generator).to(self.tensors[0].device)

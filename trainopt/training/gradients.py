@@ -1,4 +1,4 @@
-"""The gradients of one update: cleared, looked at, measured, clipped. The seam where fused forms go.
+"""The gradients of one update: cleared, looked at, measured, clipped; in one call of the compiled module where it can.
 
 The order in an update is: unscale, norm, clip, step; each once.
 """
@@ -12,6 +12,11 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from trainopt._extension import _C
+
+LARGE = 4096  # elements from which on a dot product is quicker than a look at each
+DOTTED = (torch.float32, torch.float64)
 
 
 def clear(optimizer: Optimizer) -> None:
@@ -32,8 +37,11 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
 def global_norm(params: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, a 0-dim float64 tensor on the first one's device; nothing is read back.
 
-    16-bit gradients are summed in float32, and the norms of the tensors in float64.
+    Every gradient is read once, in float64 on the CPU; elsewhere 16-bit gradients are summed in float32, and the norms
+    of the tensors in float64.
     """
+    if (value := _fused_norm(params)) is not None:
+        return torch.tensor(value, dtype=torch.float64)
     norms: list[Tensor] = []
     for gradients in alike(params):
         norms += torch._foreach_norm(gradients, 2, torch.float32 if gradients[0].itemsize == 2 else None)
@@ -51,22 +59,44 @@ def are_finite(params: list[Tensor], norm: Tensor | None) -> bool:
     Args:
         norm: the global norm where it has been computed; it says so at once, unless it overflowed.
     """
-    if norm is not None and math.isfinite(norm.item()):
+    value = _fused_norm(params) if norm is None else norm.item()
+    if value is not None and math.isfinite(value):
         return True
     for gradients in alike(params):
-        if type(gradients[0]) is Tensor:  # torch's own check for GradScaler, which multiplies by 1 on its way
-            found = torch.zeros((), device=gradients[0].device)
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one_on(gradients[0].device))
+        if type(gradients[0]) is not Tensor:
+            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+                return False
+            continue
+        rest = [gradient for gradient in gradients if not has_finite_square(gradient)]
+        if rest:  # torch's own check for GradScaler, which multiplies by 1 on its way
+            found = torch.zeros((), device=rest[0].device)
+            torch._amp_foreach_non_finite_check_and_unscale_(rest, found, one_on(rest[0].device))
             if found.item():
                 return False
-        elif not all(bool(gradient.isfinite().all()) for gradient in gradients):
-            return False
     return True
 
 
+def has_finite_square(gradient: Tensor) -> bool:
+    """Whether the sum of a large gradient's squares is finite: on the CPU, one read of it. False for a small one."""
+    if gradient.numel() < LARGE or not gradient.is_cpu or gradient.dtype not in DOTTED or not gradient.is_contiguous():
+        return False
+    flat = gradient.view(-1)
+    return math.isfinite(torch.dot(flat, flat).item())
+
+
 def clip(params: list[Tensor], limit: float, norm: Tensor) -> None:
-    """Scales the gradients by min(1, limit / (norm + 1e-6)), torch's formula, without waiting for the device."""
+    """Scales the gradients by min(1, limit / (norm + 1e-6)), torch's formula, without waiting for a device."""
+    if norm.device.type == "cpu":
+        factor = limit / (norm.item() + 1e-6)
+        if factor >= 1 or _C.scale_gradients(params, factor):
+            return
     torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
+
+
+def _fused_norm(params: list[Tensor]) -> float | None:
+    """The global norm, or None where the compiled module does not take the gradients."""
+    found = _C.norm_of(params, 2.0, True)
+    return None if found is None else found[0]
 
 
 @functools.cache
@@ -78,8 +108,14 @@ def one_on(device: torch.device) -> Tensor:
 def alike(params: list[Tensor]) -> list[list[Tensor]]:
     """The gradients, of a sparse one its values, in lists of one type, dtype and device."""
     gradients = [param.grad for param in params if param.grad is not None]
-    kinds = {(type(gradient), gradient.dtype, gradient.device) for gradient in gradients}
-    if len(kinds) == 1 and not any(gradient.is_sparse for gradient in gradients):
+    if not gradients:
+        return []
+    kind, dtype, device = type(gradients[0]), gradients[0].dtype, gradients[0].get_device()
+    for gradient in gradients:
+        is_alike = type(gradient) is kind and gradient.dtype is dtype and gradient.get_device() == device
+        if not is_alike or gradient.is_sparse:
+            break
+    else:
         return [gradients]
     lists = defaultdict(list)
     for gradient in gradients:
