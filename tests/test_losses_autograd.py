@@ -202,7 +202,7 @@ def test_numerical_derivatives_of_input_and_target(name):
 @pytest.mark.parametrize("target", [TARGET, PROBABILITIES], ids=["classes", "probabilities"])
 def test_numerical_derivatives_of_the_extras(extras, reduction, target):
     ignore_index = 1 if target is TARGET else -100
-    for smoothing, empty in itertools.product((0.0, 0.2), ("nan", "zero")):
+    for smoothing, empty in ((0.0, "nan"), (0.2, "zero")):
         loss = partial(
             functional.cross_entropy,
             target=target,
