@@ -196,10 +196,9 @@ void wide_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_
 
 // Asks for what is read and written some way on: memory that is written while it is read, or just after, comes a third
 // sooner so.
-template <class S>
-TRAINOPT_FUNCTION void ask_ahead(const S* read, S* written) {
-  __builtin_prefetch(reinterpret_cast<const char*>(read) + 2048, 0);
-  __builtin_prefetch(reinterpret_cast<char*>(written) + 4096, 1);
+TRAINOPT_FUNCTION void ask_ahead(const char* read, const char* written) {
+  __builtin_prefetch(read + 2048, 0);
+  __builtin_prefetch(written + 4096, 1);
 }
 
 template <class S>
@@ -208,6 +207,7 @@ void wide_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last
   CrossEntropyRows<S> rows(task);
   S buffer[kRowTile];
   const TensorView gradient{task.gradient.data, nullptr, task.gradient.dtype};
+  const int64_t source_size = size_of(task.logits.dtype), target_size = size_of(gradient.dtype);
   const Vec<S> cap(static_cast<S>(task.softcap));
   for (int64_t row = first_row; row < last_row; ++row) {
     const bool ignored = is_ignored(task, row);
@@ -230,13 +230,15 @@ void wide_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last
         S label_slope = S(1);
         if (has_label && task.softcap != 0)
           label_slope = SoftmaxCrossEntropy::cap_slope(x[label], static_cast<S>(task.softcap));
+        const char* source = static_cast<const char*>(task.logits.data) + (row * task.logits.stride + at) * source_size;
+        const char* target = static_cast<const char*>(gradient.data) + place * target_size;
         for (int i = 0; i < padded(count); i += kSize) {
           const Vec<S> tile = load(x + i);
           const Vec<S> masses = mass == nullptr ? Vec<S>(S(0)) : load(mass + i) * mass_scale;
           Vec<S> slope = SoftmaxCrossEntropy::slope(tile, high, low, share, masses);
           if (task.softcap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(tile, cap);
           store(out + i, slope);
-          ask_ahead(x + i, out + i);
+          ask_ahead(source + i * source_size, target + i * target_size);
         }
         if (has_label) out[label] -= static_cast<S>(spike) * label_slope;
       }
