@@ -33,8 +33,13 @@ class Fused(torch.optim.Optimizer):
 
     #: Whether the last step was skipped because GradScaler found a gradient that is not finite (with ``fused=True``).
     last_step_skipped: bool = False
-    #: How many steps this object has completed since it was made; skipped ones are not counted.
-    completed_steps: int = 0
+    _steps: int = 0
+    _compiled_steps: torch.Tensor | None = None  # what a compiled program has counted: a number would be compiled in
+
+    @property
+    def completed_steps(self) -> int:
+        """How many steps this object has completed since it was made; skipped ones are not counted."""
+        return self._steps + (0 if self._compiled_steps is None else int(self._compiled_steps))
 
     # Stepping ---------------------------------------------------------------------------------------------------------
 
@@ -87,12 +92,12 @@ class Fused(torch.optim.Optimizer):
         if plan is None:
             if reference.is_forced():
                 self._step_by_torch(None, scale)
-                self.completed_steps += 1
+                self._steps += 1
                 return loss
             plan = self._plan = _C.Plan(self._rule)
         unfinished = plan.step(self.param_groups, self.state, scale)
         if unfinished is None or self._finish(unfinished, scale):
-            self.completed_steps += 1
+            self._steps += 1
         return loss
 
     def _finish(self, unfinished: tuple[list[int], list[int]] | None, scale: float) -> bool:

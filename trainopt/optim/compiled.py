@@ -50,6 +50,8 @@ def step(optimizer: "Fused") -> bool:
             options = [float(_option(optimizer, group, key, i)) for key, i in _OPTION_KEYS[optimizer._rule]]
             shared = {key: type(default)(group.get(key, default)) for key, default in _SHARED_OPTIONS.items()}
             torch.ops.trainopt.optimizer_step_(optimizer._rule, *lists, lr, options, **shared)
+        assert optimizer._compiled_steps is not None
+        optimizer._compiled_steps.add_(1)
     return True
 
 
@@ -84,6 +86,8 @@ def gather(
         if not optimizer.state.get(param):
             optimizer._start_before_first_step(param, group)
     optimizer._opt_called = True  # what is set in a graph is lost
+    if optimizer._compiled_steps is None:
+        optimizer._compiled_steps = torch.zeros((), dtype=torch.int64)
     found = [optimizer.state.get(param, {}) for param in chosen]
     counts = [state.get("step") for state in found]
     each = [state.get(name) for name in needed for state in found]
