@@ -91,6 +91,15 @@ TRAINOPT_FUNCTION void run_tile(const Stages<S>& stages, const typename Rule::te
   if (!kPlain && stages.write_gradient) __builtin_memcpy(tile.g + i, rest.g, bytes);
 }
 
+// Asks for a block that is to be read and written, four blocks before its turn: the processor's own prefetching asks
+// for it as if it were only read.
+constexpr int64_t kAheadElements = 64 * 1024;  // of a tensor that are left; shorter ones are in the caches
+template <class Stored>
+TRAINOPT_FUNCTION void ask_ahead(const Stored* block) {
+  const char* ahead = reinterpret_cast<const char*>(block + 4 * kBlock);
+  for (size_t line = 0; line < kBlock * sizeof(Stored); line += 64) __builtin_prefetch(ahead + line, 1);
+}
+
 // All tensors are runs of one type: they are worked on where they lie.
 template <class Rule, int kPresent, class Stored, class S>
 TRAINOPT_FUNCTION void run_direct(const Task& task, const Stages<S>& stages,
@@ -100,6 +109,10 @@ TRAINOPT_FUNCTION void run_direct(const Task& task, const Stages<S>& stages,
     Tile<Stored, S, kStateCount<Rule>> tile{
         static_cast<Stored*>(task.param.data) + at, static_cast<Stored*>(task.gradient.data) + at, {}, nullptr};
     for (int s = 0; s < kPresent; ++s) tile.state[s] = static_cast<Stored*>(task.state[s].data) + at;
+    if (end - at >= kAheadElements) {
+      ask_ahead(tile.p);
+      for (int s = 0; s < kPresent; ++s) ask_ahead(tile.state[s]);
+    }
     run_tile<Rule, true, kPresent>(stages, scalars, tile, count);
   }
 }
