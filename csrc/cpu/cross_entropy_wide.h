@@ -43,10 +43,7 @@ TRAINOPT_FUNCTION double spike_of(const CrossEntropyTask& task, int64_t row) {
 template <class S>
 class CrossEntropyRows {
  public:
-  explicit CrossEntropyRows(const CrossEntropyTask& task) : task_(task), spread_(spread_of(task)) {
-    if (has_mass(task) && task.labels != nullptr && task.weight == nullptr)
-      for (S& mass : mass_buffer_) mass = static_cast<S>(spread_);
-  }
+  explicit CrossEntropyRows(const CrossEntropyTask& task) : task_(task), spread_(spread_of(task)) {}
 
   // Up to kRowTile logits, capped, and `padding` up to a whole number of lanes.
   const S* logits(int64_t row, int64_t at, int count, S padding) {
@@ -76,22 +73,16 @@ class CrossEntropyRows {
 
   // The masses of a tile beside the spike, and zeros.
   const S* masses(int64_t row, int64_t at, int count) {
-    if (task_.labels != nullptr && task_.weight == nullptr) {
-      // One constant for all; short tiles need their padding, and a buffer that was padded must be filled again.
-      if (padded(count) == count && filled_ == kRowTile) return mass_buffer_;
-      for (int i = 0; i < kRowTile; ++i) mass_buffer_[i] = i < count ? static_cast<S>(spread_) : S(0);
-      filled_ = count == padded(count) ? kRowTile : count;
-      return mass_buffer_;
-    }
+    const S spread = static_cast<S>(spread_);
     if (task_.labels == nullptr) {
       const S* target = load_row_tile(task_.probabilities, row, at, count, mass_buffer_);
-      const S keep = static_cast<S>(1 - task_.smoothing), spread = static_cast<S>(spread_);
+      const S keep = static_cast<S>(1 - task_.smoothing);
       for (int i = 0; i < count; ++i) mass_buffer_[i] = target[i] * keep + spread;
-      if (task_.weight != nullptr)
-        for (int i = 0; i < count; ++i) mass_buffer_[i] *= static_cast<S>(task_.weight[at + i]);
     } else {
-      for (int i = 0; i < count; ++i) mass_buffer_[i] = static_cast<S>(spread_ * task_.weight[at + i]);
+      for (int i = 0; i < count; ++i) mass_buffer_[i] = spread;
     }
+    if (task_.weight != nullptr)
+      for (int i = 0; i < count; ++i) mass_buffer_[i] *= static_cast<S>(task_.weight[at + i]);
     for (int i = count; i < padded(count); ++i) mass_buffer_[i] = S(0);
     return mass_buffer_;
   }
@@ -119,7 +110,6 @@ class CrossEntropyRows {
  private:
   const CrossEntropyTask& task_;
   const double spread_;
-  int filled_ = kRowTile;
   S logits_buffer_[kRowTile], mass_buffer_[kRowTile];
 };
 
