@@ -14,12 +14,13 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// A tensor that the fused losses take, or None; false for any other object.
-bool read(const pybind11::handle& object, OptionalTensor* tensor) {
+// A tensor that the fused losses take, on the device of the first one if there is one, or None; false for any other
+// object.
+bool read(const pybind11::handle& object, OptionalTensor* tensor, const OptionalTensor* first = nullptr) {
   if (object.is_none()) return true;
   if (!THPVariable_CheckExact(object.ptr()) && !THPVariable_Check(object.ptr())) return false;
   *tensor = THPVariable_Unpack(object.ptr());
-  return takes(**tensor);
+  return takes(**tensor) && (first == nullptr || !first->has_value() || (*first)->device() == (*tensor)->device());
 }
 
 pybind11::object wrap(const at::Tensor& tensor) {
@@ -30,8 +31,8 @@ pybind11::object pointwise_loss(const std::string& loss, const pybind11::handle&
                                 const pybind11::handle& weight, const pybind11::handle& pos_weight, int64_t reduction,
                                 double parameter) {
   OptionalTensor tensors[4];
-  if (!read(input, &tensors[0]) || !read(target, &tensors[1]) || !read(weight, &tensors[2]) ||
-      !read(pos_weight, &tensors[3]) || !tensors[0]->is_floating_point() || !tensors[1]->is_floating_point())
+  if (!read(input, &tensors[0]) || !read(target, &tensors[1], tensors) || !read(weight, &tensors[2], tensors) ||
+      !read(pos_weight, &tensors[3], tensors) || !tensors[0]->is_floating_point() || !tensors[1]->is_floating_point())
     return pybind11::none();
   static const auto operation = c10::Dispatcher::singleton()
                                     .findSchemaOrThrow("trainopt::pointwise_loss", "")
@@ -50,7 +51,7 @@ pybind11::object cross_entropy(const pybind11::handle& input, const pybind11::ha
                                double label_smoothing, double z_loss, double softcap, bool inplace_backward,
                                bool empty_is_zero) {
   OptionalTensor tensors[3];
-  if (!read(input, &tensors[0]) || !read(target, &tensors[1]) || !read(weight, &tensors[2]) ||
+  if (!read(input, &tensors[0]) || !read(target, &tensors[1], tensors) || !read(weight, &tensors[2], tensors) ||
       !tensors[0]->is_floating_point())
     return pybind11::none();
   static const auto operation = c10::Dispatcher::singleton()

@@ -5,6 +5,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include "python/cuda_device.h"
+
 namespace trainopt::python {
 
 torch::autograd::variable_list differentiable_gradients(
@@ -26,7 +28,8 @@ torch::autograd::variable_list differentiable_gradients(
 }
 
 bool takes(const at::Tensor& tensor) {
-  if (!is_plain_cpu(tensor.unsafeGetTensorImpl())) return false;
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (!is_plain_cpu(impl) && !is_plain_cuda(impl)) return false;
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return false;
   return !tensor._fw_grad(/*level=*/0).defined();
 }

@@ -7,12 +7,14 @@
 
 #include <cstdlib>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/engine.h"
 #include "python/clip.h"
+#include "python/cuda_device.h"
 #include "python/loss_calls.h"
 #include "python/losses.h"
 #include "python/plan.h"
@@ -86,13 +88,26 @@ void gaussian_(const pybind11::handle& object, uint64_t seed, uint32_t step, uin
   cpu::gaussian(static_cast<float*>(out.mutable_data_ptr()), 0, out.numel(), seed, step, tensor);
 }
 
-// Whether the fused losses take all of these tensors (or None) as they are now.
+// Whether the fused losses take all of these tensors (or None) together as they are now.
 bool take(const pybind11::args& tensors) {
+  std::optional<c10::Device> device;
   for (const pybind11::handle& object : tensors) {
     if (object.is_none()) continue;
-    if (!THPVariable_Check(object.ptr()) || !takes(THPVariable_Unpack(object.ptr()))) return false;
+    if (!THPVariable_Check(object.ptr())) return false;
+    const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
+    if (!takes(tensor) || tensor.device() != device.value_or(tensor.device())) return false;
+    device = tensor.device();
   }
   return true;
+}
+
+// The device types that there are kernels for.
+std::vector<std::string> device_types() {
+#if defined(TRAINOPT_WITH_CUDA)
+  return {"cpu", c10::DeviceTypeName(c10::dispatchKeyToDeviceType(kCudaKey), true)};
+#else
+  return {"cpu"};
+#endif
 }
 
 }  // namespace
@@ -106,7 +121,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiler", compiler);
   m.def("rules", rules);
   m.def("is_observed", is_observed, "Whether a profiler or another observer of record_function is active.");
-  m.def("takes", take, "Whether the fused losses take all of these tensors (or None) as they are now.");
+  m.def("takes", take, "Whether the fused losses take all of these tensors (or None) together as they are now.");
+  m.def("device_types", device_types, "The device types that there are kernels for.");
   m.def("gaussian_", gaussian_, pybind11::arg("out"), pybind11::arg("seed"), pybind11::arg("step"),
         pybind11::arg("tensor"));
   bind_loss_calls(m);

@@ -17,6 +17,7 @@ from trainopt.optim.reference import is_forced
 REFERENCE_FORCED = is_forced()
 
 _NO_OVERRIDE = torch._C._disabled_torch_function_impl
+_DEVICE_TYPES = _C.device_types()
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LABELS = (torch.int64, torch.uint8)
 
@@ -132,7 +133,7 @@ def needs_no_promotion(tensor: Tensor, input: Tensor) -> bool:
     """Whether no promotion is needed between the two, beyond autocast's to float32."""
     if tensor.dtype is input.dtype:
         return True
-    return torch.is_autocast_enabled("cpu") and torch.float64 not in (tensor.dtype, input.dtype)
+    return torch.is_autocast_enabled(input.device.type) and torch.float64 not in (tensor.dtype, input.dtype)
 
 
 def alike(input: Tensor, target: Tensor) -> bool:
@@ -155,7 +156,7 @@ def fits(factor: Tensor | None, input: Tensor) -> bool:
 def _are_traceable(*tensors: Tensor | None) -> bool:
     """Whether a compiled program may call the operators with these, of what _C.takes says about tensors in memory."""
     return not _in_function_transform() and all(
-        tensor is None or (tensor.device.type == "cpu" and tensor.dtype in _FLOATING) for tensor in tensors
+        tensor is None or (tensor.device.type in _DEVICE_TYPES and tensor.dtype in _FLOATING) for tensor in tensors
     )
 
 
