@@ -38,15 +38,18 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
-    Fault("a missing barrier", "norm.cu", "  __syncthreads();\n", "", "that thread"),
-    Fault("half a warp's mask", "norm.cu", "kAllLanes = 0xffffffffu", "kAllLanes = 0xffffu", "its own mask"),
-    Fault("unset shared slots", "norm.cu", "threadIdx.x % 32 == 0) of", "threadIdx.x == 0) of", "before it is set"),
+    Fault("a missing barrier", "reduce.h", "  __syncthreads();\n", "", "that thread"),
+    Fault("half a warp's mask", "reduce.h", "kAllLanes = 0xffffffffu", "kAllLanes = 0xffffu", "its own mask"),
+    Fault("unset shared slots", "reduce.h", "threadIdx.x % 32 == 0) of", "threadIdx.x == 0) of", "before it is set"),
     Fault("a norm's tail, one element too long", "norm.cu", "i + k < chunk.end", "i + k <= chunk.end"),
     Fault("a step's tail, one element too long", "update.cu", "at < end; at += kThreads", "at <= end; at += kThreads"),
     Fault("a step after an overflow", "update.cu", "*table.header.found_inf != 0) return", "false) return"),
     Fault("scalars of another group", "update.cu", "row.prepared = set", "row.prepared = 0"),
     Fault("a neighbour's chunk", "table.h", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
 ]
+
+#: The kernels that are compiled anew for a fault in a header.
+USERS = {"reduce.h": "norm.cu", "table.h": "update.cu"}
 
 
 def compile_object(source: Path, csrc: Path, folder: Path) -> Path:
@@ -83,7 +86,7 @@ def test_a_seeded_fault_is_caught(fault, objects, tmp_path):
     text = file.read_text()
     assert fault.right in text, f"{fault.file} has changed: seed this fault anew"
     file.write_text(text.replace(fault.right, fault.wrong, 1))
-    changed = fault.file if fault.file.endswith(".cu") else "update.cu"
+    changed = USERS.get(fault.file, fault.file)
     mine = objects | {changed: compile_object(csrc / "cuda" / changed, csrc, tmp_path)}
     result = run(list(mine.values()), tmp_path / "test", "norms" if changed == "norm.cu" else "steps")
     assert result.returncode != 0 and fault.said in result.stdout, result.stdout
