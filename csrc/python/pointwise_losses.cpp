@@ -43,7 +43,7 @@ class Operands {
     task.numel = c10::multiply_integers(shape_);
   }
 
-  cpu::PointwiseTask task{};
+  PointwiseTask task{};
   const c10::ScalarType dtype;
   bool wide() const { return dtype == at::kDouble; }
 
@@ -91,7 +91,7 @@ at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Ten
     operands.add(values, &operands.task.value);
   }
   operands.arrange();
-  cpu::PointwiseTask& task = operands.task;
+  PointwiseTask& task = operands.task;
   task.parameter = parameter;
   const int64_t chunks = (task.numel + kChunk - 1) / kChunk;
   std::vector<double> partial(chunks);
@@ -115,7 +115,7 @@ std::tuple<at::Tensor, at::Tensor> backward(c10::string_view name, const at::Ten
                                             std::array<bool, 2> wanted) {
   const cpu::PointwiseLoss& loss = find(name);
   Operands operands(input, target, weight, positive);
-  cpu::PointwiseTask& task = operands.task;
+  PointwiseTask& task = operands.task;
   const auto gradient_of = [&](const at::Tensor& operand, TensorView* view, bool is_wanted) {
     if (!is_wanted) return at::Tensor();
     at::Tensor gradient = operands.memory_for(operand, operand.scalar_type());
