@@ -19,6 +19,10 @@
 #include "python/losses.h"
 #include "python/plan.h"
 
+#if defined(TRAINOPT_SIMT)
+#include "device.h"
+#endif
+
 namespace trainopt::python {
 namespace {
 
@@ -133,6 +137,9 @@ PYBIND11_MODULE(_C, m) {
       .def("step", &Plan::step, pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),
            pybind11::arg("fresh") = Indices(), pybind11::arg("torchs") = Indices())
       .def("paths", &Plan::paths, pybind11::arg("groups"), pybind11::arg("state"));
+#if defined(TRAINOPT_SIMT)
+  simt::bind_device(m);
+#endif
 }
 
 }  // namespace trainopt::python
