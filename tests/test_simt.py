@@ -49,10 +49,10 @@ FAULTS = [
     Fault("scalars of another group", "update.cu", "row.prepared = set", "row.prepared = 0"),
     Fault("a neighbour's chunk", "table.h", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
     Fault("a loss's tail, one element too long", "pointwise.cu", "i < item_end", "i <= item_end"),
-    Fault("a gradient's tail, one element short", "pointwise.cu", "i < end; i += kThreads", "i + 1 < end; i += kThreads"),
+    Fault("a gradient's tail, one element short", "pointwise.cu", "i < end; i +=", "i + 1 < end; i +="),
     Fault("a factor read past its row", "pointwise.cu", "place + 1 == from.period", "place == from.period"),
     Fault("a sum without its last part", "pointwise.cu", "i < count; i +=", "i + 1 < count; i +="),
-    Fault("a part that is not set", "pointwise.cu", "threadIdx.x != 0) return", "threadIdx.x + blockIdx.x != 0) return"),
+    Fault("a part that is not set", "pointwise.cu", "threadIdx.x != 0)", "threadIdx.x + blockIdx.x != 0)"),
     Fault("a mean that is a sum", "pointwise.cu", "0) / pass.divisor", "0)"),
 ]
 
