@@ -200,6 +200,40 @@ __device__ __forceinline__ void store_one(void* data, DType dtype, int64_t at, S
   }
 }
 
+// Several elements, `step` apart, of which the first `count` exist; the others are `otherwise`, and are not stored. All
+// loads are under way before the first is converted.
+template <class T, class S, int kCount, class Convert>
+__device__ __forceinline__ void load_apart(const void* data, int64_t at, int64_t step, int count, S otherwise,
+                                           S (&value)[kCount], Convert convert) {
+  T stored[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) stored[k] = k < count ? static_cast<const T*>(data)[at + k * step] : T{};
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) value[k] = k < count ? static_cast<S>(convert(stored[k])) : otherwise;
+}
+
+template <class S, int kCount>
+__device__ __forceinline__ void load_apart(const void* data, DType dtype, int64_t at, int64_t step, int count,
+                                           S otherwise, S (&value)[kCount]) {
+  const auto as_it_is = [](auto x) { return x; };
+  const auto wider = [](auto x) { return widen(x); };
+  switch (dtype) {
+    case DType::kFloat32: return load_apart<float>(data, at, step, count, otherwise, value, as_it_is);
+    case DType::kFloat64: return load_apart<double>(data, at, step, count, otherwise, value, as_it_is);
+    case DType::kBFloat16: return load_apart<BFloat16>(data, at, step, count, otherwise, value, wider);
+    case DType::kFloat16: break;
+  }
+  load_apart<Float16>(data, at, step, count, otherwise, value, wider);
+}
+
+template <class S, int kCount>
+__device__ __forceinline__ void store_apart(void* data, DType dtype, int64_t at, int64_t step, int count,
+                                            const S (&value)[kCount]) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+    if (k < count) store_one(data, dtype, at + k * step, value[k]);
+}
+
 // Where element i of a view with a layout lies.
 __device__ __forceinline__ int64_t offset_of(const Layout& layout, int64_t i) {
   int64_t offset = 0;

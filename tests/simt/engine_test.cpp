@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include "../cpp/judge.h"
+#include "cross_entropy_test.h"
 #include "cuda/launch.h"
 #include "norm_test.h"
 #include "rules/rules.h"
@@ -328,14 +329,15 @@ void test_huge() {
 }  // namespace
 }  // namespace trainopt
 
-// With an argument, only the norms or only the steps.
+// With an argument, only the norms, only the losses or only the steps.
 int main(int count, char** arguments) {
   using namespace trainopt;
   const std::string only = count > 1 ? arguments[1] : "";
   std::setvbuf(stdout, nullptr, _IONBF, 0);  // a fault may end the process
   std::printf("kernel parameters of %zu bytes\n", cuda::kParameterBytes);
-  if (only != "steps") test_norms();
-  if (only != "norms") {
+  if (only.empty() || only == "norms") test_norms();
+  if (only.empty() || only == "losses") test_cross_entropy();
+  if (only.empty() || only == "steps") {
     test_rules();
     test_expanded_gradient();
     test_chunks();
