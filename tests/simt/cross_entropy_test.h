@@ -3,6 +3,7 @@
 
 namespace trainopt {
 
-void test_cross_entropy();
+// All problems, or a part of the grid.
+void test_cross_entropy(bool all);
 
 }  // namespace trainopt

@@ -329,14 +329,14 @@ void test_huge() {
 }  // namespace
 }  // namespace trainopt
 
-// With an argument, only the norms, only the losses or only the steps.
+// With an argument, only the norms, only some of the losses' problems, or only the steps.
 int main(int count, char** arguments) {
   using namespace trainopt;
   const std::string only = count > 1 ? arguments[1] : "";
   std::setvbuf(stdout, nullptr, _IONBF, 0);  // a fault may end the process
   std::printf("kernel parameters of %zu bytes\n", cuda::kParameterBytes);
   if (only.empty() || only == "norms") test_norms();
-  if (only.empty() || only == "losses") test_cross_entropy();
+  if (only.empty() || only == "losses") test_cross_entropy(only.empty());
   if (only.empty() || only == "steps") {
     test_rules();
     test_expanded_gradient();
