@@ -3,6 +3,7 @@
     pip install --no-build-isolation .      into the environment whose torch it is built for
     python setup.py build_ext --inplace     into the source tree; only what has changed is compiled
     python setup.py sanitize                the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+    python setup.py emulate                 build/emulated/trainopt, with CUDA kernels that run on the CPU: for tests
 
 Environment: CXX (the compiler), MAX_JOBS (compilers at once), TRAINOPT_CUDA (0 or 1).
 """
@@ -50,6 +51,7 @@ SIMD_FLAGS = {
 SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
 
 SANITIZED = Path("build", "sanitize")
+EMULATED = Path("build", "emulated", "trainopt")
 
 # For the CUDA sources as the SIMT machine of the tests runs them.
 SIMT_FLAGS = shlex.split("-DTRAINOPT_SIMT -Itests/simt -Wno-unknown-pragmas")
@@ -114,6 +116,12 @@ def binding_flags(torch, threaded: bool) -> list[str]:
     return flags
 
 
+def module_flags(torch) -> list[str]:
+    """For linking the module."""
+    kind = ["-shared"] if LINUX else ["-bundle", "-undefined", "dynamic_lookup"]
+    return [*kind, f"-L{Path(torch.__path__[0], 'lib')}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+
+
 def reason_for_no_cuda() -> str:
     """Decides about the CUDA kernels; nvcc is never looked for unless they are asked for."""
     asked = os.environ.get("TRAINOPT_CUDA") or "0"
@@ -135,6 +143,10 @@ def sources(*folders: str) -> list[Path]:
 
 def variant_of(source: Path) -> str:
     return source.stem.rpartition("_")[2]
+
+
+def build_folder(torch) -> Path:
+    return Path("build", f"torch-{torch.__version__}-{sysconfig.get_config_var('SOABI')}")
 
 
 def kernel_flags(source: Path) -> list[str]:
@@ -172,6 +184,8 @@ class Compiler:
             )
         version = subprocess.run([*self.command, "--version"], capture_output=True, text=True, check=True)
         self.version = version.stdout.splitlines()[0]
+        # torch's OpenMP runtime on Linux is GCC's, and code from Clang would bring a second one.
+        self.threaded = LINUX and "clang" not in self.version
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -235,12 +249,11 @@ class BuildExtension(build_ext):
     def run(self) -> None:
         self.torch = import_torch()
         no_cuda = reason_for_no_cuda()
-        folder = Path("build", f"torch-{self.torch.__version__}-{sysconfig.get_config_var('SOABI')}")
+        folder = build_folder(self.torch)
         self.toolchain = Compiler(folder)
         print(f"trainopt._C for torch {self.torch.__version__}, with {self.toolchain.version}")
         print(f"CUDA kernels: not built ({no_cuda})", flush=True)
-        # torch's OpenMP runtime on Linux is GCC's, and code from Clang would bring a second one.
-        self.threaded = LINUX and "clang" not in self.toolchain.version
+        self.threaded = self.toolchain.threaded
         if not self.threaded:
             print("threads: one for a step (build with GCC on Linux for more)")
         super().run()
@@ -267,16 +280,46 @@ class BuildExtension(build_ext):
                 for source in map(Path, extension.sources)
             }
         )
-        link_flags = ["-shared"] if LINUX else ["-bundle", "-undefined", "dynamic_lookup"]
-        link_flags += [f"-L{Path(self.torch.__path__[0], 'lib')}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
         target = Path(self.get_ext_fullpath(extension.name))
-        replace_if_different(target, self.toolchain.link(objects, self.toolchain.folder / target.name, link_flags))
+        made = self.toolchain.link(objects, self.toolchain.folder / target.name, module_flags(self.torch))
+        replace_if_different(target, made)
 
     def copy_extensions_to_source(self) -> None:
         """For an in-place build."""
         for extension in self.extensions:
             module = self.get_ext_filename(extension.name)
             replace_if_different(Path(module), Path(self.build_lib, module))
+
+
+class Emulate(Command):
+    """A package beside the ordinary one, which is built first: its own module, and links to all else."""
+
+    description = f"build {EMULATED}, with the CUDA engine on the device that the tests emulate"
+    user_options: ClassVar[list] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        ordinary = self.reinitialize_command("build_ext", inplace=True)
+        ordinary.ensure_finalized()
+        ordinary.run()
+        torch = import_torch()
+        shared = Compiler(build_folder(torch))
+        own = Compiler(shared.folder / "emulated")
+        bindings = [*binding_flags(torch, own.threaded), *SIMT_FLAGS, "-DTRAINOPT_WITH_CUDA"]
+        device = Path("tests", "simt", "device.cpp")
+        objects = shared.compile({source: kernel_flags(source) for source in sources("csrc/core", "csrc/cpu")})
+        objects += own.compile({source: bindings for source in [*sources("csrc/python"), device]})
+        kernels = [*sorted(Path("csrc", "cuda").glob("*.cu")), *map(device.with_name, ("simt.cpp", "arena.cpp"))]
+        objects += own.compile({source: kernel_flags(source) + SIMT_FLAGS for source in kernels})
+        name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        replace_if_different(EMULATED / name, own.link(objects, own.folder / name, module_flags(torch)))
+        for file in Path("trainopt").iterdir():
+            link = EMULATED / file.name
+            if not file.match("_C.*") and file.name != "__pycache__" and not link.is_symlink():
+                link.symlink_to(os.path.relpath(file, EMULATED))
 
 
 class Sanitize(Command):
@@ -325,5 +368,5 @@ setup(
     license="BSD-3-Clause",
     install_requires=[torch_requirement()],
     ext_modules=[Extension("trainopt._C", [str(path) for path in sources("csrc/core", "csrc/cpu", "csrc/python")])],
-    cmdclass={"build_ext": BuildExtension, "sanitize": Sanitize},
+    cmdclass={"build_ext": BuildExtension, "emulate": Emulate, "sanitize": Sanitize},
 )

@@ -19,6 +19,10 @@
 #include "python/losses.h"
 #include "python/plan.h"
 
+#if defined(TRAINOPT_SIMT)
+#include "device.h"
+#endif
+
 namespace trainopt::python {
 namespace {
 
@@ -134,6 +138,9 @@ PYBIND11_MODULE(_C, m) {
            pybind11::arg("fresh") = Indices(), pybind11::arg("torchs") = Indices(),
            pybind11::arg("device_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none())
       .def("paths", &Plan::paths, pybind11::arg("groups"), pybind11::arg("state"));
+#if defined(TRAINOPT_SIMT)
+  simt::bind_device(m);
+#endif
 }
 
 }  // namespace trainopt::python
