@@ -22,8 +22,8 @@ int64_t class_dim_of(const at::Tensor& input) {
 Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
               int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool, bool empty_is_zero) {
   const int64_t class_dim = class_dim_of(input);
-  CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
-                             {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
+  HostTarget targets(input.sizes(), class_dim, target, weight,
+                     {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
   const Logits logits = Logits::of(input, class_dim);
   at::Tensor lse = at::empty({targets.rows()}, input.options().dtype(at::kDouble));
   std::vector<double> loss(targets.rows());
@@ -40,8 +40,8 @@ Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalT
 }
 
 // Writes the gradient into `gradient`, which lies in memory as the logits do.
-void write_gradient(const at::Tensor& upstream, const Logits& logits, CrossEntropyTarget& targets,
-                    const at::Tensor& lse, const Logits& gradient) {
+void write_gradient(const at::Tensor& upstream, const Logits& logits, HostTarget& targets, const at::Tensor& lse,
+                    const Logits& gradient) {
   std::vector<double> scale, lse_scale;
   targets.scales(upstream, lse.const_data_ptr<double>(), 0, targets.rows(), &scale, &lse_scale);
   cpu::CrossEntropyTask task = targets.task(logits);
@@ -58,8 +58,8 @@ at::Tensor backward(const at::Tensor& upstream, const at::Tensor& input, const a
                     const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
                     double label_smoothing, double z_loss, double softcap, bool empty_is_zero) {
   const int64_t class_dim = class_dim_of(input);
-  CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
-                             {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
+  HostTarget targets(input.sizes(), class_dim, target, weight,
+                     {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
   at::Tensor result = fresh_like(input, input.scalar_type());
   const Logits gradient = Logits::of(result, class_dim);
   if (gradient.tensor.is_alias_of(result)) {
@@ -81,8 +81,8 @@ at::Tensor backward_in_place(const at::Tensor& upstream, const at::Tensor& input
   if (!input.is_non_overlapping_and_dense() || !logits.tensor.is_alias_of(input))
     return backward(upstream, input, target, weight, lse, reduction, ignore_index, label_smoothing, z_loss, softcap,
                     empty_is_zero);
-  CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
-                             {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
+  HostTarget targets(input.sizes(), class_dim, target, weight,
+                     {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
   write_gradient(upstream, logits, targets, lse, logits);
   return input.detach();
 }

@@ -22,7 +22,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 // The problem with all leading dimensions in one, and in the type of the arithmetic.
 struct Problem {
   at::Tensor input, weight, bias;  // (tokens, width), (classes, width), (classes): float32 or float64
-  CrossEntropyTarget target;
+  HostTarget target;
   int64_t chunk;  // tokens
   bool wide;
 
@@ -66,7 +66,7 @@ Problem make_problem(const at::Tensor& input, const at::Tensor& weight, const at
   return {input.reshape({-1, weight.size(1)}).to(dtype),
           weight.to(dtype),
           bias.has_value() ? bias->to(dtype) : at::Tensor(),
-          CrossEntropyTarget(logit_sizes, input.dim() - 1, target, class_weight, options),
+          HostTarget(logit_sizes, input.dim() - 1, target, class_weight, options),
           std::max<int64_t>(chunk_bytes / row_bytes, 1),
           wide};
 }
