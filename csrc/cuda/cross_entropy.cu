@@ -20,7 +20,8 @@ __device__ __forceinline__ CountPartial sum_block(CountPartial sums) {
           combine_block<kWarps>(sums.weight, weights, plus)};
 }
 
-__device__ __forceinline__ TargetTotals totals_of(const CountPartial& sums, bool defer) {
+__device__ __forceinline__ TargetTotals totals_of(const CountPartial& sums, bool mean, bool defer) {
+  if (!mean) return {1, 1, sums.weight, 1};
   if (!defer) return {1 / sums.denominator, 1 / sums.rows, sums.weight, 1};
   const double rest = sums.rows == 0 ? 0 : 1 / sums.denominator;
   return {1, sums.denominator / sums.rows, sums.weight, rest};
@@ -49,17 +50,17 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(const CountWork __
   if (threadIdx.x != 0) return;
   if (weight == nullptr && blockIdx.x == 0) sums.weight = static_cast<double>(task.classes);
   if (gridDim.x == 1)
-    *work.out = totals_of(sums, work.defer);
+    *work.out = totals_of(sums, work.mean, work.defer);
   else
     work.partials[blockIdx.x] = sums;
 }
 
 __global__ void __launch_bounds__(kCountThreads)
-    count_finish_kernel(const CountPartial* partials, int64_t count, bool defer, TargetTotals* out) {
+    count_finish_kernel(const CountPartial* partials, int64_t count, bool mean, bool defer, TargetTotals* out) {
   CountPartial sums{0, 0, 0};
   if (threadIdx.x < count) sums = partials[threadIdx.x];
   sums = sum_block(sums);
-  if (threadIdx.x == 0) *out = totals_of(sums, defer);
+  if (threadIdx.x == 0) *out = totals_of(sums, mean, defer);
 }
 
 __device__ void report(const FinishWork& work, int64_t row) {
@@ -113,7 +114,6 @@ constexpr int64_t ceiling(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 Sharing sharing_of(const CrossEntropyTask& task) {
   constexpr int64_t kFewClasses = 32, kWarpClasses = 1024, kBlockClasses = 16384;
-  constexpr int64_t kMostBlocks = 4096;  // so that one block can put together what they leave
   Sharing result{};
   if (task.inner > 1 || task.classes <= kFewClasses)
     result = {Sharing::kThread, 128, 128, 1, 1};
@@ -123,7 +123,7 @@ Sharing sharing_of(const CrossEntropyTask& task) {
     result = {Sharing::kBlock, 32 * kBlockWarps, 1, 1, 1};
   else
     result = {Sharing::kLargeBlock, 32 * kLargeBlockWarps, 1, 1, 1};
-  result.each = ceiling(task.rows, result.at_once * kMostBlocks);
+  result.each = ceiling(task.rows, result.at_once * kMostForwardBlocks);
   result.blocks = ceiling(task.rows, result.at_once * result.each);
   return result;
 }
@@ -136,7 +136,8 @@ int64_t count_blocks(int64_t rows) {
 void count_targets(const CountWork& work, Stream stream) {
   const int64_t blocks = count_blocks(work.task.rows), each = ceiling(work.task.rows, blocks);
   launch(work.task.wide ? count_kernel<double> : count_kernel<float>, {blocks, kCountThreads}, stream, work, each);
-  if (blocks > 1) launch(count_finish_kernel, {1, kCountThreads}, stream, work.partials, blocks, work.defer, work.out);
+  if (blocks > 1)
+    launch(count_finish_kernel, {1, kCountThreads}, stream, work.partials, blocks, work.mean, work.defer, work.out);
 }
 
 int64_t forward_blocks(const CrossEntropyTask& task) { return task.rows == 0 ? 0 : sharing_of(task).blocks; }

@@ -38,9 +38,10 @@ struct CountPartial {
   double denominator, rows, weight;
 };
 
-// For the mean over rows with labels, or where the weight of all classes must be known.
+// For the mean over rows with labels, and where the weight of all classes must be known.
 struct CountWork {
   CrossEntropyTask task;  // rows, classes, labels, ignore_index and weight
+  bool mean;              // otherwise loss_factor and z_factor are 1
   // Leaves the mean's division to whoever multiplies the gradients by `rest` afterwards (0 where no row is counted):
   // gradients of losses that are not divided yet are neither too small nor too large for 16 bits. loss_factor is 1.
   bool defer;
@@ -65,7 +66,8 @@ struct ForwardWork {
   LossPartial* partials;  // forward_blocks of them
   int64_t first_row;      // of a chunk of a larger batch: added to `bad`
 };
-int64_t forward_blocks(const CrossEntropyTask&);
+int64_t forward_blocks(const CrossEntropyTask&);  // no more than rows
+constexpr int64_t kMostForwardBlocks = 4096;      // so that one block can put together what they leave
 void cross_entropy_forward(const ForwardWork&, Stream);
 
 // What is known of a target that is no class, in memory that the host sees too.
@@ -98,7 +100,7 @@ void cross_entropy_finish(const FinishWork&, Stream);
 struct BackwardWork {
   CrossEntropyTask task;
   Rows gradient;         // may be the logits themselves
-  const void* upstream;  // the gradient of the loss; or of each row's, `upstream_stride` apart
+  const void* upstream;  // the gradient of the loss; or of each row's, `upstream_stride` apart; absent: 1
   DType upstream_dtype;
   int64_t upstream_stride;
   TargetTotals totals;            // where the host knows them

@@ -300,7 +300,8 @@ struct RowSlopes {
                                        const TargetTotals& totals, int64_t row, double mass) {
     const CrossEntropyTask& task = work.task;
     const Label found = label_of(task, row);
-    const double above = load_one<double>(work.upstream, work.upstream_dtype, row * work.upstream_stride);
+    const double above =
+        work.upstream == nullptr ? 1 : load_one<double>(work.upstream, work.upstream_dtype, row * work.upstream_stride);
     const double scale = above * totals.loss_factor, lse = task.lse[row];
     double at_label = 0, all = mass;
     if (task.labels != nullptr) {

@@ -46,6 +46,10 @@ class CrossEntropyTarget {
   // The target's shape, without classes.
   const c10::DimVector& row_sizes() const { return row_sizes_; }
 
+  // Of all rows; null without labels, and without weights.
+  const int64_t* label_data() const { return labels_.defined() ? labels_.const_data_ptr<int64_t>() : nullptr; }
+  const void* weight_data() const { return weight_.defined() ? weight_.const_data_ptr() : nullptr; }
+
   // With logits of all rows.
   CrossEntropyBatch batch(const Logits& logits);
   // Rows [first, first + logits.size(0)) of a target whose logits are given by rows, a chunk at a time.

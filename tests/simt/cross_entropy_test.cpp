@@ -91,8 +91,8 @@ class Run {
     if (options_.reduction == LossReduction::kMean || problem_.c.weighted) {
       std::vector<cuda::CountPartial> partials(static_cast<size_t>(cuda::count_blocks(problem_.rows)),
                                                {kNan, kNan, kNan});
-      cuda::count_targets({work.task, options_.defer, partials.data(), &totals}, nullptr);
-      if (options_.reduction != LossReduction::kMean) totals.loss_factor = totals.z_factor = 1;
+      cuda::count_targets(
+          {work.task, options_.reduction == LossReduction::kMean, options_.defer, partials.data(), &totals}, nullptr);
       work.on_device = &totals;
       rest = totals.rest;
     }
@@ -341,6 +341,7 @@ void test_counts() {
         denominator += weighted ? static_cast<double>(weight[row % 3]) : 1;
       }
       cuda::CountWork work{};
+      work.mean = true;
       work.task.classes = 3;
       work.task.labels = labels.data();
       work.task.ignore_index = -7;
