@@ -120,7 +120,7 @@ def test_layouts(device, name):
     start, gradients = problem(((4, 6, 5, 3), (30, 17), (4, 6, 5, 3)), steps=3)
 
     def laid_out(where):
-        params = [torch.nn.Parameter(t.to(where)) for t in start]
+        params = [torch.nn.Parameter(t.to(where, copy=True)) for t in start]
         params[0].data = params[0].data.contiguous(memory_format=torch.channels_last)
         params[1].data = params[1].data.t().contiguous().t()
         optimizer = row.make(params, **row.everything)
