@@ -347,8 +347,10 @@ class Sanitize(Command):
             flags = [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"]
             tested = [
                 *sorted(Path("csrc", "cuda").glob("*.cu")),
+                Path("tests/simt/cross_entropy_test.cpp"),
                 Path("tests/simt/engine_test.cpp"),
                 Path("tests/simt/norm_test.cpp"),
+                Path("tests/simt/pointwise_test.cpp"),
                 Path("tests/simt/simt.cpp"),
             ]
             programs.append(self.link(f"cuda-{size}", engine + self.compile(f"cuda-{size}", tested, flags)))

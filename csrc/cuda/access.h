@@ -10,6 +10,8 @@
 namespace trainopt::cuda {
 
 // The hardware converts in one instruction from compute capability 8.0 on; bits differ only in which NaN a NaN becomes.
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
 __device__ inline float widen(BFloat16 x) { return to_float(x); }
 
 __device__ inline float widen(Float16 x) {
@@ -202,28 +204,26 @@ __device__ __forceinline__ void store_one(void* data, DType dtype, int64_t at, S
 
 // Several elements, `step` apart, of which the first `count` exist; the others are `otherwise`, and are not stored. All
 // loads are under way before the first is converted.
-template <class T, class S, int kCount, class Convert>
-__device__ __forceinline__ void load_apart(const void* data, int64_t at, int64_t step, int count, S otherwise,
-                                           S (&value)[kCount], Convert convert) {
+template <class T, class S, int kCount>
+__device__ __forceinline__ void load_apart_of(const void* data, int64_t at, int64_t step, int count, S otherwise,
+                                              S (&value)[kCount]) {
   T stored[kCount];
 #pragma unroll
   for (int k = 0; k < kCount; ++k) stored[k] = k < count ? static_cast<const T*>(data)[at + k * step] : T{};
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) value[k] = k < count ? static_cast<S>(convert(stored[k])) : otherwise;
+  for (int k = 0; k < kCount; ++k) value[k] = k < count ? static_cast<S>(widen(stored[k])) : otherwise;
 }
 
 template <class S, int kCount>
 __device__ __forceinline__ void load_apart(const void* data, DType dtype, int64_t at, int64_t step, int count,
                                            S otherwise, S (&value)[kCount]) {
-  const auto as_it_is = [](auto x) { return x; };
-  const auto wider = [](auto x) { return widen(x); };
   switch (dtype) {
-    case DType::kFloat32: return load_apart<float>(data, at, step, count, otherwise, value, as_it_is);
-    case DType::kFloat64: return load_apart<double>(data, at, step, count, otherwise, value, as_it_is);
-    case DType::kBFloat16: return load_apart<BFloat16>(data, at, step, count, otherwise, value, wider);
+    case DType::kFloat32: return load_apart_of<float>(data, at, step, count, otherwise, value);
+    case DType::kFloat64: return load_apart_of<double>(data, at, step, count, otherwise, value);
+    case DType::kBFloat16: return load_apart_of<BFloat16>(data, at, step, count, otherwise, value);
     case DType::kFloat16: break;
   }
-  load_apart<Float16>(data, at, step, count, otherwise, value, wider);
+  load_apart_of<Float16>(data, at, step, count, otherwise, value);
 }
 
 template <class S, int kCount>

@@ -119,7 +119,7 @@ constexpr int kFinishWarps = 16;
 // One block combines all: each warp takes tensors in turn, then the block takes the tensors' sums.
 __global__ void __launch_bounds__(32 * kFinishWarps)
     finish_kernel(Norm norm, const double* partials, int64_t chunks, const int64_t* first_chunk, int64_t tensors,
-                  double* of_tensor, double* total) {
+                  double* of_tensor, double* total, TensorView rounded) {
   const auto both = [norm](double a, double b) { return combine(norm, a, b); };
   const unsigned lane = threadIdx.x % 32;
   double all = 0;
@@ -134,7 +134,10 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
   }
   TRAINOPT_SHARED(double, of_warp, kFinishWarps);
   all = combine_block<kFinishWarps>(all, of_warp, both);
-  if (threadIdx.x == 0) *total = root(norm, all);
+  if (threadIdx.x != 0) return;
+  const double result = root(norm, all);
+  *total = result;
+  if (rounded.data != nullptr) store_one(rounded.data, rounded.dtype, 0, result);
 }
 
 // One block scales one chunk.
@@ -220,7 +223,7 @@ void norm(const NormWork& work, Stream stream) {
   int64_t chunks = 0;
   for (size_t t = 0; t < work.count; ++t) chunks += norm_chunks(work.tensors[t].numel);
   launch(finish_kernel, {1, 32 * kFinishWarps}, stream, work.norm, work.partials, chunks, work.first_chunk,
-         static_cast<int64_t>(work.count), work.of_tensor, work.total);
+         static_cast<int64_t>(work.count), work.of_tensor, work.total, work.rounded);
 }
 
 void clip(const NormTensor* tensors, size_t count, const double* total, double max_norm, Stream stream) {

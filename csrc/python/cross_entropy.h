@@ -16,7 +16,7 @@ class HostTarget : public CrossEntropyTarget {
              const std::optional<at::Tensor>& class_weight, const CrossEntropyOptions& options);
 
   // The task of all rows, and that of a chunk of them.
-  cpu::CrossEntropyTask task(const Logits& logits) { return complete(batch(logits)); }
+  cpu::CrossEntropyTask task(const Logits& logits) const { return complete(batch(logits)); }
   cpu::CrossEntropyTask chunk_task(const at::Tensor& logits, int64_t first) const {
     return complete(chunk(logits, first));
   }

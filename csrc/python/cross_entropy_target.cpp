@@ -82,7 +82,7 @@ CrossEntropyTarget::CrossEntropyTarget(c10::IntArrayRef input_sizes, int64_t cla
   labels_ = target.scalar_type() == at::kLong && target.is_contiguous() ? target : target.to(at::kLong).contiguous();
 }
 
-CrossEntropyBatch CrossEntropyTarget::batch(const Logits& logits) {
+CrossEntropyBatch CrossEntropyTarget::batch(const Logits& logits) const {
   CrossEntropyBatch batch = without_rows();
   batch.inner = logits.inner;
   batch.logits = logits.rows;
@@ -103,7 +103,9 @@ CrossEntropyBatch CrossEntropyTarget::chunk(const at::Tensor& logits, int64_t fi
   if (labels_.defined()) {
     batch.labels = labels_.const_data_ptr<int64_t>() + first;
   } else {
-    batch.probabilities = by_row(probabilities_.narrow(0, first, logits.size(0)), 1).rows;
+    const Logits alike = by_row(probabilities_.narrow(0, first, logits.size(0)), 1);
+    alike_ = alike.tensor;
+    batch.probabilities = alike.rows;
   }
   return batch;
 }

@@ -51,7 +51,7 @@ class CrossEntropyTarget {
   const void* weight_data() const { return weight_.defined() ? weight_.const_data_ptr() : nullptr; }
 
   // With logits of all rows.
-  CrossEntropyBatch batch(const Logits& logits);
+  CrossEntropyBatch batch(const Logits& logits) const;
   // Rows [first, first + logits.size(0)) of a target whose logits are given by rows, a chunk at a time.
   CrossEntropyBatch chunk(const at::Tensor& logits, int64_t first) const;
 
@@ -62,7 +62,7 @@ class CrossEntropyTarget {
   at::Tensor labels_, probabilities_, weight_;  // contiguous int64; any floating type; contiguous. Undefined: none
 
  private:
-  at::Tensor alike_;  // the probabilities in the order of the logits
+  mutable at::Tensor alike_;  // holds the probabilities in the order of the last logits
 
   CrossEntropyBatch without_rows() const;
 };

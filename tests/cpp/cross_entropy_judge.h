@@ -3,6 +3,7 @@
 
 #include "judge.h"
 #include "losses/cross_entropy_batch.h"
+#include "pointwise_judge.h"
 
 namespace trainopt {
 
@@ -49,22 +50,11 @@ class Stored {
   }
 };
 
-inline double into_unit(double v) { return 0.02 + 0.96 * std::fabs(v) / 4; }
-inline double as_it_is(double v) { return v; }
-
 inline std::vector<double> numbers(size_t count, uint64_t seed, const std::function<double(double)>& shape) {
   Numbers source{seed};
   std::vector<double> result(count);
   for (double& value : result) value = shape(source.value());
   return result;
-}
-
-// What rounding to the storage and some operations in the arithmetic's type may cost.
-inline bool is_near(double found, double exact, double size, DType dtype) {
-  if (std::isnan(exact)) return std::isnan(found);
-  if (std::isinf(exact)) return found == exact;
-  const double unit = dtype == DType::kFloat64 ? 1e-15 : 2e-7;
-  return std::fabs(found - exact) <= spacing(exact, dtype) + 8 * unit * size;
 }
 
 struct Case {
