@@ -29,7 +29,8 @@ __device__ __forceinline__ TargetTotals totals_of(const CountPartial& sums, bool
 
 // A block counts a run of `each` labels; the first adds up the classes' weights too. One block alone writes the totals.
 template <class S>
-__global__ void __launch_bounds__(kCountThreads) count_kernel(const CountWork __grid_constant__ work, int64_t each) {
+__global__ void __launch_bounds__(kCountThreads)
+    cross_entropy_count_kernel(const CountWork __grid_constant__ work, int64_t each) {
   const CrossEntropyTask& task = work.task;
   const S* weight = static_cast<const S*>(task.weight);
   CountPartial sums{0, 0, 0};
@@ -56,7 +57,8 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(const CountWork __
 }
 
 __global__ void __launch_bounds__(kCountThreads)
-    count_finish_kernel(const CountPartial* partials, int64_t count, bool mean, bool defer, TargetTotals* out) {
+    cross_entropy_count_finish_kernel(const CountPartial* partials, int64_t count, bool mean, bool defer,
+                                      TargetTotals* out) {
   CountPartial sums{0, 0, 0};
   if (threadIdx.x < count) sums = partials[threadIdx.x];
   sums = sum_block(sums);
@@ -77,7 +79,8 @@ __device__ void report(const FinishWork& work, int64_t row) {
 }
 
 // One block adds up what the row kernels' blocks have left.
-__global__ void __launch_bounds__(kCountThreads) loss_finish_kernel(const FinishWork __grid_constant__ work) {
+__global__ void __launch_bounds__(kCountThreads)
+    cross_entropy_loss_finish_kernel(const FinishWork __grid_constant__ work) {
   double loss = 0, z = 0;
   CountPartial counts{0, 0, 0};
   int64_t bad = kNoRow;
@@ -135,9 +138,11 @@ int64_t count_blocks(int64_t rows) {
 
 void count_targets(const CountWork& work, Stream stream) {
   const int64_t blocks = count_blocks(work.task.rows), each = ceiling(work.task.rows, blocks);
-  launch(work.task.wide ? count_kernel<double> : count_kernel<float>, {blocks, kCountThreads}, stream, work, each);
+  launch(work.task.wide ? cross_entropy_count_kernel<double> : cross_entropy_count_kernel<float>,
+         {blocks, kCountThreads}, stream, work, each);
   if (blocks > 1)
-    launch(count_finish_kernel, {1, kCountThreads}, stream, work.partials, blocks, work.mean, work.defer, work.out);
+    launch(cross_entropy_count_finish_kernel, {1, kCountThreads}, stream, work.partials, blocks, work.mean, work.defer,
+           work.out);
 }
 
 int64_t forward_blocks(const CrossEntropyTask& task) { return task.rows == 0 ? 0 : sharing_of(task).blocks; }
@@ -149,7 +154,7 @@ void cross_entropy_forward(const ForwardWork& work, Stream stream) {
 }
 
 void cross_entropy_finish(const FinishWork& work, Stream stream) {
-  launch(loss_finish_kernel, {1, kCountThreads}, stream, work);
+  launch(cross_entropy_loss_finish_kernel, {1, kCountThreads}, stream, work);
 }
 
 void cross_entropy_backward(const BackwardWork& work, Stream stream) {

@@ -26,8 +26,8 @@ __device__ __forceinline__ void for_each_row(int64_t rows, int64_t each, Use use
 
 template <class S>
 __global__ void __launch_bounds__(kColumnThreads, 1)
-    column_forward_kernel(const ForwardWork __grid_constant__ work, const Constants<S> __grid_constant__ constants,
-                          int64_t each) {
+    cross_entropy_column_forward_kernel(const ForwardWork __grid_constant__ work,
+                                        const Constants<S> __grid_constant__ constants, int64_t each) {
   const CrossEntropyTask& task = work.task;
   LossSums all;
   for_each_row(task.rows, each, [&](int64_t row) {
@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
 
 template <class S>
 __global__ void __launch_bounds__(kColumnThreads, 1)
-    column_backward_kernel(const BackwardWork __grid_constant__ work, const Constants<S> __grid_constant__ constants,
-                           int64_t each) {
+    cross_entropy_column_backward_kernel(const BackwardWork __grid_constant__ work,
+                                         const Constants<S> __grid_constant__ constants, int64_t each) {
   const CrossEntropyTask& task = work.task;
   const TargetTotals totals = work.on_device != nullptr ? *work.on_device : work.totals;
   for_each_row(task.rows, each, [&](int64_t row) {
@@ -67,14 +67,14 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
 
 template <class S>
 void forward_of(const ForwardWork& work, const Sharing& sharing, Stream stream) {
-  launch(column_forward_kernel<S>, {sharing.blocks, sharing.threads}, stream, work, Constants<S>(work.task),
-         sharing.each);
+  launch(cross_entropy_column_forward_kernel<S>, {sharing.blocks, sharing.threads}, stream, work,
+         Constants<S>(work.task), sharing.each);
 }
 
 template <class S>
 void backward_of(const BackwardWork& work, const Sharing& sharing, Stream stream) {
-  launch(column_backward_kernel<S>, {sharing.blocks, sharing.threads}, stream, work, Constants<S>(work.task),
-         sharing.each);
+  launch(cross_entropy_column_backward_kernel<S>, {sharing.blocks, sharing.threads}, stream, work,
+         Constants<S>(work.task), sharing.each);
 }
 
 }  // namespace

@@ -71,8 +71,8 @@ __device__ __forceinline__ RowSums<S, S> sum_row(const CrossEntropyTask& task, c
 
 template <class S>
 __global__ void __launch_bounds__(kBlockThreads<1>, kMinBlocks<S, 1>)
-    warp_forward_kernel(const ForwardWork __grid_constant__ work, const Constants<S> __grid_constant__ constants,
-                        int64_t each) {
+    cross_entropy_warp_forward_kernel(const ForwardWork __grid_constant__ work,
+                                      const Constants<S> __grid_constant__ constants, int64_t each) {
   constexpr int kWarps = kBlockThreads<1> / 32;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const Share share(static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, each, work.task.rows);
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kBlockThreads<1>, kMinBlocks<S, 1>)
 
 template <class S, int kRowWarps>
 __global__ void __launch_bounds__(kBlockThreads<kRowWarps>, kMinBlocks<S, kRowWarps>)
-    block_forward_kernel(const ForwardWork __grid_constant__ work, const Constants<S> __grid_constant__ constants,
-                         int64_t each) {
+    cross_entropy_block_forward_kernel(const ForwardWork __grid_constant__ work,
+                                       const Constants<S> __grid_constant__ constants, int64_t each) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   // Two sets, in turn: the next row's sums are written while the last one's may still be read.
   TRAINOPT_SHARED(S, largest, 2 * kRowWarps);
@@ -156,8 +156,8 @@ __device__ __forceinline__ double total_mass(const CrossEntropyTask& task, const
 
 template <class S, int kRowWarps>
 __global__ void __launch_bounds__(kBlockThreads<kRowWarps>, kMinBlocks<S, kRowWarps>)
-    backward_kernel(const BackwardWork __grid_constant__ work, const Constants<S> __grid_constant__ constants,
-                    int64_t each) {
+    cross_entropy_row_backward_kernel(const BackwardWork __grid_constant__ work,
+                                      const Constants<S> __grid_constant__ constants, int64_t each) {
   constexpr int kRowThreads = 32 * kRowWarps, kRowsAtOnce = kBlockThreads<kRowWarps> / kRowThreads;
   const CrossEntropyTask& task = work.task;
   const TargetTotals totals = work.on_device != nullptr ? *work.on_device : work.totals;
@@ -187,14 +187,14 @@ void start(Kernel kernel, const Work& work, const Sharing& sharing, Stream strea
 
 template <class S>
 void forward_of(const ForwardWork& work, const Sharing& sharing, Stream stream) {
-  if (sharing.way == Sharing::kWarp) return start<S>(warp_forward_kernel<S>, work, sharing, stream);
-  start<S>(block_forward_kernel<S, kBlockWarps>, work, sharing, stream);
+  if (sharing.way == Sharing::kWarp) return start<S>(cross_entropy_warp_forward_kernel<S>, work, sharing, stream);
+  start<S>(cross_entropy_block_forward_kernel<S, kBlockWarps>, work, sharing, stream);
 }
 
 template <class S>
 void backward_of(const BackwardWork& work, const Sharing& sharing, Stream stream) {
-  if (sharing.way == Sharing::kWarp) return start<S>(backward_kernel<S, 1>, work, sharing, stream);
-  start<S>(backward_kernel<S, kBlockWarps>, work, sharing, stream);
+  if (sharing.way == Sharing::kWarp) return start<S>(cross_entropy_row_backward_kernel<S, 1>, work, sharing, stream);
+  start<S>(cross_entropy_row_backward_kernel<S, kBlockWarps>, work, sharing, stream);
 }
 
 }  // namespace
@@ -202,14 +202,14 @@ void backward_of(const BackwardWork& work, const Sharing& sharing, Stream stream
 void forward_by_row(const ForwardWork& work, const Sharing& sharing, Stream stream) {
   if (work.task.wide) return forward_of<double>(work, sharing, stream);
   if (sharing.way == Sharing::kLargeBlock)
-    return start<float>(block_forward_kernel<float, kLargeBlockWarps>, work, sharing, stream);
+    return start<float>(cross_entropy_block_forward_kernel<float, kLargeBlockWarps>, work, sharing, stream);
   forward_of<float>(work, sharing, stream);
 }
 
 void backward_by_row(const BackwardWork& work, const Sharing& sharing, Stream stream) {
   if (work.task.wide) return backward_of<double>(work, sharing, stream);
   if (sharing.way == Sharing::kLargeBlock)
-    return start<float>(backward_kernel<float, kLargeBlockWarps>, work, sharing, stream);
+    return start<float>(cross_entropy_row_backward_kernel<float, kLargeBlockWarps>, work, sharing, stream);
   backward_of<float>(work, sharing, stream);
 }
 

@@ -4,8 +4,6 @@
 // the products; their results are float32, and so is the sum of the weight's gradient over chunks. A mean's division is
 // left to the end then, so that the logits' gradient is neither too small nor too large for 16 bits. Otherwise all is
 // float32 (torch's setting for TF32 holds) or float64. Nothing waits for the device.
-#include "python/cuda_device.h"
-
 #if defined(TRAINOPT_WITH_CUDA)
 
 #include <ATen/ATen.h>
