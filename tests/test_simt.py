@@ -18,9 +18,10 @@ FLAGS = shlex.split(
     "-std=c++17 -O1 -w -ffp-contract=off -fno-math-errno -DTRAINOPT_SIMT -DTRAINOPT_PARAMETER_BYTES=4096"
 )
 FLAGS.append(f"-I{ROOT / 'tests' / 'simt'}")
+ROWS, COLUMNS = "cross_entropy_rows.cu", "cross_entropy_columns.cu"
 KERNELS = (
     *("update.cu", "prepare.cu", "norm.cu", "pointwise.cu"),
-    *("cross_entropy.cu", "cross_entropy_rows.cu", "cross_entropy_columns.cu"),
+    *("cross_entropy.cu", ROWS, COLUMNS),
 )
 OTHERS = (
     *("csrc/cpu/engine.cpp", "csrc/cpu/kernels_baseline.cpp"),
@@ -52,39 +53,23 @@ FAULTS = [
     Fault("scalars of another group", "update.cu", "row.prepared = set", "row.prepared = 0"),
     Fault("a neighbour's chunk", "table.h", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
     Fault("a loss's tail, one element too long", "pointwise.cu", "i < item_end", "i <= item_end"),
-    Fault(
-        "a gradient's tail, one element short", "pointwise.cu", "i < end; i += kThreads", "i + 1 < end; i += kThreads"
-    ),
+    Fault("a gradient's tail, one element short", "pointwise.cu", "i < end; i +=", "i + 1 < end; i +="),
     Fault("a factor read past its row", "pointwise.cu", "place + 1 == from.period", "place == from.period"),
     Fault("a sum without its last part", "pointwise.cu", "i < count; i +=", "i + 1 < count; i +="),
-    Fault(
-        "a part that is not set", "pointwise.cu", "threadIdx.x != 0) return", "threadIdx.x + blockIdx.x != 0) return"
-    ),
+    Fault("a part that is not set", "pointwise.cu", "threadIdx.x != 0)", "threadIdx.x + blockIdx.x != 0)"),
     Fault("a mean that is a sum", "pointwise.cu", "0) / pass.divisor", "0)"),
-    Fault(
-        "a row's missing barrier",
-        "cross_entropy_rows.cu",
-        "    __syncthreads();\n    if (warp",
-        "    if (warp",
-        "that thread",
-    ),
-    Fault("slots of the row before", "cross_entropy_rows.cu", "(row % 2) * kRowWarps", "(row % 1)", "that thread"),
-    Fault(
-        "slots of the next set", "cross_entropy_rows.cu", "lane < kRowWarps", "lane <= kRowWarps", "before it is set"
-    ),
-    Fault("a row's tail, one class short", "cross_entropy_rows.cu", "single < classes &&", "single + 1 < classes &&"),
-    Fault(
-        "a column's part, one class short", "cross_entropy_columns.cu", "? static_cast<int>(classes - at) :", "? 1 :"
-    ),
+    Fault("a row's missing barrier", ROWS, "    __syncthreads();\n    if (warp", "    if (warp", "that thread"),
+    Fault("slots of the row before", ROWS, "(row % 2) * kRowWarps", "(row % 1)", "that thread"),
+    Fault("slots of the next set", ROWS, "lane < kRowWarps", "lane <= kRowWarps", "before it is set"),
+    Fault("a row's tail, one class short", ROWS, "single < classes &&", "single + 1 < classes &&"),
+    Fault("a column's part, one class short", COLUMNS, "? static_cast<int>(classes - at) :", "? 1 :"),
     Fault("a bad target let through", "cross_entropy_row.h", "index >= task.classes", "index > task.classes"),
     Fault("labels that are not counted", "cross_entropy.cu", "threadIdx.x < count", "threadIdx.x + 1 < count"),
-    Fault(
-        "a row block's part that is not set", "cross_entropy_row.h", "threadIdx.x == 0) work", "threadIdx.x == 1) work"
-    ),
+    Fault("a row's part that is not set", "cross_entropy_row.h", "threadIdx.x == 0) work", "threadIdx.x == 1) work"),
 ]
 
 #: The kernels that are compiled anew for a fault in a header.
-USERS = {"reduce.h": "norm.cu", "table.h": "update.cu", "cross_entropy_row.h": "cross_entropy_columns.cu"}
+USERS = {"reduce.h": "norm.cu", "table.h": "update.cu", "cross_entropy_row.h": COLUMNS}
 #: The part of the tests that runs a file's kernels.
 PARTS = {"update.cu": "steps", "norm.cu": "norms", "pointwise.cu": "pointwise"}
 PARTS |= {name: "cross-entropy" for name in KERNELS if name.startswith("cross_entropy")}
