@@ -347,6 +347,7 @@ class Sanitize(Command):
             flags = [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"]
             tested = [
                 *sorted(Path("csrc", "cuda").glob("*.cu")),
+                Path("tests/simt/cross_entropy_test.cpp"),
                 Path("tests/simt/engine_test.cpp"),
                 Path("tests/simt/norm_test.cpp"),
                 Path("tests/simt/pointwise_test.cpp"),

@@ -22,7 +22,10 @@ from tempfile import TemporaryDirectory
 from benchmarks.tables import markdown_table, significant
 
 ROOT = Path(__file__).parents[1]
-FILES = ("update", "prepare", "norm", "pointwise")
+FILES = (
+    *("update", "prepare", "norm", "pointwise"),
+    *("cross_entropy", "cross_entropy_rows", "cross_entropy_columns"),
+)
 #: As the CPU engine: no contraction to FMA, so that both give the same bits.
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}")
 
@@ -48,6 +51,8 @@ TRAFFIC = {
     "mse_loss and its gradient, float32": 20,
     "mse_loss and its gradient, bfloat16": 10,
     "binary_cross_entropy_with_logits with a weight and its gradient, float32": 28,
+    "cross_entropy and its gradient, float32": 12,
+    "cross_entropy and its gradient, bfloat16": 6,
 }
 
 
@@ -84,7 +89,7 @@ def version() -> str:
 
 def describe(mangled: str) -> str:
     """A kernel's name and template arguments in words."""
-    names = "update|prepare|partial|clip|finish|pointwise_(?:forward|backward|finish)"
+    names = "update|prepare|partial|clip|finish|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
     found = re.search(rf"\d({names})_kernel(.*)", mangled)
     if found is None:
         raise ValueError(f"{mangled} is no kernel that this knows")
@@ -97,9 +102,20 @@ def describe(mangled: str) -> str:
     arithmetic = rule[2] if rule else arguments[1:2] if arguments.startswith("I") else ""
     if arithmetic in ("f", "d"):
         parts.append({"f": "float32", "d": "float64"}[arithmetic])
+    if warps := re.search(r"^I[fd]Li(\d+)E", arguments):
+        parts.append({"1": "a warp a row"}.get(warps[1], f"{warps[1]} warps a row"))
     if "Lb1E" in arguments.partition("EEv")[0] + "E":
         parts.append("strided")
     return ", ".join(parts)
+
+
+def threads_of(kernel: str) -> int:
+    """The threads of a kernel's block, by its description."""
+    if kernel.startswith("prepare"):
+        return 64
+    if "column" in kernel:
+        return 128
+    return 512 if any(word in kernel for word in ("finish", "count", "16 warps")) else 256
 
 
 def compile_for(architecture: int) -> list[Usage]:
@@ -116,8 +132,7 @@ def compile_for(architecture: int) -> list[Usage]:
             )
             for mangled, stack, stores, loads, registers in re.findall(pattern, said):
                 kernel = describe(mangled)
-                threads = 512 if "finish" in kernel else 64 if kernel.startswith("prepare") else 256
-                usages.append(Usage(kernel, int(registers), int(stack), int(stores) + int(loads), threads))
+                usages.append(Usage(kernel, int(registers), int(stack), int(stores) + int(loads), threads_of(kernel)))
     return usages
 
 

@@ -24,6 +24,9 @@ COUNTS = {
     "prepare": len(RULES) * len(TYPES),
     "norm": 2 * len(TYPES) * 2 + 1,  # partial and clip, strided or not; finish
     "pointwise": 2 * len(LOSSES) * len(TYPES) + 1,  # forward and backward; finish
+    "cross_entropy": len(TYPES) + 2,  # count; finish of the counts and of the losses
+    "cross_entropy_rows": 2 * (2 * len(TYPES) + 1),  # both ways, a warp and 8 warps a row; and 16 in float32
+    "cross_entropy_columns": 2 * len(TYPES),  # both ways
 }
 
 #: Registers of a thread at most: two blocks of 256 threads on a multiprocessor, and one for float64.
@@ -59,7 +62,7 @@ def test_registers_are_within_their_ceilings(usages):
     for architecture, found in usages.items():
         for usage in found:
             ceiling = next((most for name, most in CEILINGS.items() if name in usage.kernel), 64)
-            if not usage.kernel.startswith(("update", "pointwise")):
+            if not usage.kernel.startswith(("update", "pointwise", "cross")):
                 ceiling = min(ceiling, 96)
             assert usage.registers <= ceiling, (architecture, usage)
             assert usage.occupancy(architecture) >= 0.125
@@ -97,6 +100,11 @@ def test_aligned_tensors_are_loaded_and_stored_16_bytes_at_a_time(architecture):
             stores,
         )
         assert not re.search(r"\.local\b", ptx), kernel
+    for kernel, ptx in cuda_kernels.ptx_of("cross_entropy_rows", architecture).items():
+        loads, stores = (len(re.findall(rf"\b{what}\.global\.v4\.\w32\b", ptx)) for what in ("ld", "st"))
+        # Logits and probabilities as float32 in two words, and in 16 bits in one.
+        assert loads >= 6 and (stores >= 4 or "forward" in kernel), (kernel, loads, stores)
+        assert not re.search(r"\.local\b", ptx), kernel
 
 
 def test_contraction_is_off_so_that_the_bits_are_the_cpus():
@@ -105,8 +113,9 @@ def test_contraction_is_off_so_that_the_bits_are_the_cpus():
         for kernel, ptx in cuda_kernels.ptx_of(name, 90).items():
             assert not re.search(r"\bfma\.rn\.f(32|64)\b", ptx), kernel
     # CUDA's own exp and log of float64 contract what they like.
-    for kernel, ptx in cuda_kernels.ptx_of("pointwise", 90).items():
-        assert "float64" in kernel or not re.search(r"\bfma\.rn\.f(32|64)\b", ptx), kernel
+    for name in ("pointwise", "cross_entropy_rows", "cross_entropy_columns"):
+        for kernel, ptx in cuda_kernels.ptx_of(name, 90).items():
+            assert "float64" in kernel or not re.search(r"\bfma\.rn\.f(32|64)\b", ptx), kernel
 
 
 def test_parameters_of_4_kb_compile_too():

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "python/layout.h"
 #include "python/tensors.h"
@@ -278,7 +279,7 @@ void Batch::prepare_again(double gradient_scale, bool all_next) {
 }
 
 void Batch::run() {
-  if (cuda_entries_ != 0) cuda.run(gradient_scale_, scaling_);
+  if (cuda_entries_ != 0) cuda.run(gradient_scale_, std::exchange(scaling_, {}));
   const int64_t tensors = static_cast<int64_t>(entries.size());
   const int64_t parts = threads_for(elements + kTensorElements * tensors);
   // Equal shares: a thread has the same tensors in every step, and so does its cache.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainopt.functional import check_targets
 from trainopt.training import gradients, state
 from trainopt.training.checkpoint import plain, write
 from trainopt.training.counting import Count, is_counted, samples_in
@@ -244,6 +245,7 @@ class Loop(Run):
 
     def skip(self, window: Window) -> None:
         """Leaves out an update whose gradient is not finite: nothing has changed but the scale of float16."""
+        check_targets()  # a class out of range, which no later update can be right about
         options = self.options
         for buffer, kept in zip(self.buffers, window.buffers or (), strict=True):
             buffer.copy_(kept)
