@@ -59,8 +59,7 @@ def are_finite(params: list[Tensor], norm: Tensor | None) -> bool:
     Args:
         norm: the global norm where it has been computed; it says so at once, unless it overflowed.
     """
-    value = _fused_norm(params) if norm is None else norm.item()
-    if value is not None and math.isfinite(value):
+    if math.isfinite(_largest(params) if norm is None else norm.item()):
         return True
     for gradients in alike(params):
         if type(gradients[0]) is not Tensor:
@@ -97,6 +96,13 @@ def _fused_norm(params: list[Tensor]) -> float | None:
     """The global norm, or None where the compiled module does not take the gradients."""
     found = _C.norm_of(params, 2.0, True)
     return None if found is None else found[0]
+
+
+def _largest(params: list[Tensor]) -> float:
+    """The size of the largest element of all gradients, NaN where one is; infinite where the compiled module does not
+    take them. The quickest of the norms, and one that does not overflow."""
+    found = _C.norm_of(params, math.inf, True)
+    return math.inf if found is None else found[0]
 
 
 @functools.cache
