@@ -55,11 +55,17 @@ TOUCH = """
 import ctypes, sys, torch
 sys.path.insert(0, {tests!r})
 import emulated
+from trainopt._extension import _C
 emulated.register()
 tensor = torch.ones(4, device="simt")
 assert tensor.sum().item() == 4
 {touch}
 """
+
+
+def run_touching(touch):
+    script = TOUCH.format(touch=touch, tests=str(Path(__file__).parent))
+    return subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +74,41 @@ assert tensor.sum().item() == 4
     ids=["reads", "writes"],
 )
 def test_the_host_is_caught_that_touches_it(touch):
-    script = TOUCH.format(touch=touch, tests=str(Path(__file__).parent))
-    result = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    result = run_touching(touch)
     assert result.returncode < 0 and "touched memory of emulated device 0" in result.stderr, result.stderr
+
+
+def test_a_kernel_may_write_on_its_device(device):
+    tensor = torch.zeros(4, device=device)
+    _C.simt.write_by_kernel(tensor.data_ptr() + 4, 2.0)
+    assert tensor.tolist() == [0, 2, 0, 0]
+
+
+def test_a_kernel_is_caught_that_writes_behind_a_tensor(device):
+    tensor = torch.zeros(4, device=device)
+    _C.simt.write_by_kernel(tensor.data_ptr() + 16, 2.0)
+    (fault,) = _C.simt.take_faults()
+    assert fault == "device 0: byte 16 was written to, of an allocation of 16 bytes"
+
+
+def test_a_kernel_is_caught_that_writes_to_what_was_given_back(device):
+    address = torch.zeros(4, device=device).data_ptr()
+    _C.simt.write_by_kernel(address, 2.0)
+    (fault,) = _C.simt.take_faults()
+    assert "given back" in fault
+
+
+def test_a_launch_on_cudas_default_stream_is_caught(device):
+    tensor = torch.zeros(4, device=device)
+    _C.simt.write_by_kernel(tensor.data_ptr(), 2.0, on_current_stream=False)
+    (fault,) = _C.simt.take_faults()
+    assert "not on the current stream" in fault
+
+
+def test_a_kernel_is_caught_that_reaches_for_another_device():
+    touch = "_C.simt.write_by_kernel(torch.ones(4, device='simt:1').data_ptr(), 2.0)"
+    result = run_touching(touch)
+    assert result.returncode < 0 and "touched memory of emulated device 1" in result.stderr, result.stderr
 
 
 def test_waiting_is_counted_and_can_be_forbidden(device, no_synchronisation):

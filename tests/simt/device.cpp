@@ -348,6 +348,12 @@ pybind11::dict statistics_of(int device) {
   return result;
 }
 
+// A kernel that writes one number at an address.
+void write_by_kernel(uintptr_t address, float value, bool on_current_stream) {
+  const void* stream = on_current_stream ? handle_of(current_device, current_streams[current_device]) : nullptr;
+  launch(1, 1, 0, stream, [&] { *reinterpret_cast<float*>(address) = value; });
+}
+
 }  // namespace
 
 void bind_device(pybind11::module_ parent) {
@@ -366,6 +372,8 @@ void bind_device(pybind11::module_ parent) {
       "Whether the streams say that a graph is being captured.");
   m.def("memory_statistics", statistics_of, pybind11::arg("device") = 0);
   m.def("reset_peak", reset_peak, pybind11::arg("device") = 0);
+  m.def("write_by_kernel", write_by_kernel, pybind11::arg("address"), pybind11::arg("value"),
+        pybind11::arg("on_current_stream") = true, "Runs a kernel that writes a float32 there, as a wrong one might.");
   m.def("current_device", [] { return static_cast<int>(current_device); });
   m.def(
       "set_device", [](int device) { current_device = checked(static_cast<c10::DeviceIndex>(device)); },
