@@ -18,7 +18,7 @@ FAIL := sh -c 'printf "\n%s\n\n" "$$1" >&2; exit 1' fail
 PIP_FAILED := $(FAIL) "pip could not install what is needed. Is there a network connection? Behind a proxy set HTTPS_PROXY; for a mirror set PIP_INDEX_URL."
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulated bench lint format wheel sanitize clean build
+.PHONY: help demo test emulated bench lint format wheel sanitize gpu-check gpu-sanitize clean build
 
 help:
 	@echo 'make demo       train a small network on real digits, with trainopt and with torch.optim'
@@ -29,6 +29,8 @@ help:
 	@echo 'make format     let ruff and clang-format rewrite the sources'
 	@echo 'make wheel      build a wheel for the torch in $(VENV), into dist/'
 	@echo 'make sanitize   run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make gpu-check  on a machine with a GPU: run all tests there, then time it against torch'
+	@echo 'make gpu-sanitize   run the GPU tests under compute-sanitizer'
 	@echo 'make clean      remove what was built'
 	@echo
 	@echo 'Each sets up what it needs in $(VENV), and rebuilds only what has changed. Variables:'
@@ -68,6 +70,17 @@ format: $(TOOLS_READY)
 wheel: $(TORCH_READY)
 	rm -rf build/lib* build/bdist*
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+gpu-check: build $(TOOLS_READY)
+	$(RUN) -m pytest tests/cuda --gpu $(ARGS)
+	$(RUN) -m pytest --ignore tests/cuda $(ARGS)
+	$(RUN) -m benchmarks.gpu
+
+# Without torch's cache each tensor is an allocation of its own, whose bounds are watched; graphs need the cache.
+gpu-sanitize: build $(TOOLS_READY)
+	@command -v compute-sanitizer >/dev/null || $(FAIL) "There is no compute-sanitizer: it is a part of the CUDA toolkit."
+	for tool in memcheck racecheck synccheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(RUN) -m pytest tests/cuda --gpu -m 'not slow' --ignore tests/cuda/test_graphs.py $(ARGS) || exit 1; done
 
 sanitize: $(TORCH_READY)
 	$(RUN) setup.py -q sanitize
