@@ -23,8 +23,8 @@ torch::autograd::variable_list differentiable_gradients(
     torch::autograd::variable_list inputs, const at::Tensor& upstream,
     const std::function<at::Tensor(const torch::autograd::variable_list&)>& loss);
 
-// Whether the fused losses take this tensor as it is now: a plain dense one on the CPU or on a CUDA device that trainopt
-// has kernels for, outside of function transforms and of forward-mode differentiation.
+// Whether the fused losses take this tensor as it is now: a plain dense one on the CPU or on a CUDA device that
+// trainopt has kernels for, outside of function transforms and of forward-mode differentiation.
 bool takes(const at::Tensor& tensor);
 
 // The view of a tensor that an engine reads or writes; RuntimeError for a type that it does not store.
