@@ -22,11 +22,12 @@ FAIL := sh -c 'printf "\n%s\n\n" "$$1" >&2; exit 1' fail
 PIP_FAILED := $(FAIL) "pip could not install what is needed. Is there a network connection? Behind a proxy set HTTPS_PROXY; for a mirror set PIP_INDEX_URL."
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format wheel cuda-check sanitize clean build ready
+.PHONY: help demo test emulated bench lint format wheel cuda-check sanitize clean build ready
 
 help:
 	@echo 'make demo       train a small network on real digits, with trainopt and with torch.optim'
 	@echo 'make test       run the whole test suite'
+	@echo 'make emulated   run the GPU tests, on a device that is emulated on the CPU'
 	@echo 'make bench      time optimizer steps and losses against torch'
 	@echo 'make lint       check with ruff, clang-format and mypy'
 	@echo 'make format     let ruff and clang-format rewrite the sources'
@@ -36,7 +37,7 @@ help:
 	@echo 'make clean      remove what was built'
 	@echo
 	@echo 'Each sets up what it needs in $(VENV), and rebuilds only what has changed. Variables:'
-	@echo '  ARGS="..."           handed on to demo, test, bench and cuda-check'
+	@echo '  ARGS="..."           handed on to demo, test, emulated, bench and cuda-check'
 	@echo '  BENCH=losses         which benchmarks to run; both without it'
 	@echo '  PYTHON=python3       makes the environment; 3.11 or newer'
 	@echo '  VENV=.venv           where the environment is'
@@ -51,6 +52,11 @@ demo: build $(TOOLS_READY)
 
 test: build $(TOOLS_READY)
 	$(RUN) -m pytest $(ARGS)
+
+# -P: else the package in this directory comes before the emulated one.
+emulated: $(TOOLS_READY)
+	@$(RUN) setup.py -q emulate
+	PYTHONPATH=build/emulated:. $(RUN) -P -m pytest tests/cuda --emulated $(ARGS)
 
 bench: build $(TOOLS_READY)
 	for name in $(BENCH); do $(RUN) -m benchmarks.$$name $(ARGS) || exit 1; done

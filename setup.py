@@ -3,6 +3,7 @@
     pip install --no-build-isolation .      into the environment whose torch it is built for
     python setup.py build_ext --inplace     into the source tree; only what has changed is compiled
     python setup.py sanitize                the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+    python setup.py emulate                 build/emulated/trainopt, with CUDA kernels that run on the CPU: for tests
 
 Environment: CXX (the compiler), MAX_JOBS (compilers at once), TRAINOPT_CUDA (0 or 1) and what else csrc/cuda/toolkit.py
 reads, which decides about the CUDA kernels.
@@ -54,6 +55,7 @@ SIMD_FLAGS = {
 SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
 
 SANITIZED = Path("build", "sanitize")
+EMULATED = Path("build", "emulated", "trainopt")
 
 # For the CUDA sources as the SIMT machine of the tests runs them.
 SIMT_FLAGS = shlex.split("-DTRAINOPT_SIMT -Itests/simt -Wno-unknown-pragmas")
@@ -348,6 +350,37 @@ class BuildExtension(build_ext):
             replace_if_different(Path(module), Path(self.build_lib, module))
 
 
+class Emulate(Command):
+    """A package beside the ordinary one, which is built first: its own module, and links to all else."""
+
+    description = f"build {EMULATED}, with the CUDA engine on the device that the tests emulate"
+    user_options: ClassVar[list] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        ordinary = self.reinitialize_command("build_ext", inplace=True)
+        ordinary.ensure_finalized()
+        ordinary.run()
+        torch = import_torch()
+        shared = Compiler(build_folder(torch))
+        own = Compiler(shared.folder / "emulated")
+        bindings = [*binding_flags(torch, own.threaded), *SIMT_FLAGS, "-DTRAINOPT_WITH_CUDA"]
+        device = Path("tests", "simt", "device.cpp")
+        objects = shared.compile({source: kernel_flags(source) for source in sources("csrc/core", "csrc/cpu")})
+        objects += own.compile({source: bindings for source in [*sources("csrc/python"), device]})
+        kernels = [*sorted(Path("csrc", "cuda").glob("*.cu")), *map(device.with_name, ("simt.cpp", "arena.cpp"))]
+        objects += own.compile({source: kernel_flags(source) + SIMT_FLAGS for source in kernels})
+        name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        replace_if_different(EMULATED / name, own.link(objects, own.folder / name, module_flags(torch)))
+        for file in Path("trainopt").iterdir():
+            link = EMULATED / file.name
+            if not file.match("_C.*") and file.name != "__pycache__" and not link.is_symlink():
+                link.symlink_to(os.path.relpath(file, EMULATED))
+
+
 class Sanitize(Command):
     description = "build the C++ tests with AddressSanitizer and UndefinedBehaviorSanitizer, and run them"
     user_options: ClassVar[list] = []
@@ -394,5 +427,5 @@ setup(
     license="BSD-3-Clause",
     install_requires=[torch_requirement()],
     ext_modules=[Extension("trainopt._C", [str(path) for path in sources("csrc/core", "csrc/cpu", "csrc/python")])],
-    cmdclass={"build_ext": BuildExtension, "sanitize": Sanitize},
+    cmdclass={"build_ext": BuildExtension, "emulate": Emulate, "sanitize": Sanitize},
 )

@@ -10,6 +10,7 @@
 #include "core/tensor_view.h"
 #include "rules/rule.h"
 #include "rules/stages.h"
+#include "rules/task.h"
 
 namespace trainopt::cpu {
 
@@ -17,14 +18,8 @@ constexpr int64_t kBlock = 256;
 
 using trainopt::Scalars;
 
-// One parameter in a step.
-struct Task {
-  Task() {}  // left unset: millions are made, and each is filled in place
-  int64_t numel;
-  TensorView param, gradient;
-  TensorView state[kMaxStates];  // without data where the rule needs none
+struct Task : trainopt::Task {
   const Scalars* scalars;
-  uint32_t tensor;  // its index in the optimizer, for the random numbers
 };
 
 // Runs a rule over elements [begin, end) of a task; begin is a multiple of kBlock.

@@ -13,6 +13,7 @@
 #include "cuda/stream.h"
 #include "rules/rule.h"
 #include "rules/stages.h"
+#include "rules/task.h"
 
 namespace trainopt::cuda {
 
@@ -22,13 +23,9 @@ struct Prepared {
   uint32_t step;  // for the random numbers
 };
 
-// One parameter in a step.
-struct Task {
-  int64_t numel;
-  TensorView param, gradient;    // data on the device, layouts on the host
-  TensorView state[kMaxStates];  // without data where the rule needs none
-  uint32_t prepared;             // which of the update's is its
-  uint32_t tensor;               // its index in the optimizer, for the random numbers
+// Data lie on the device, layouts on the host.
+struct Task : trainopt::Task {
+  uint32_t prepared;  // which of the update's is its
 };
 
 struct Update {
@@ -62,9 +59,10 @@ struct GroupSource {
 
 // A parameter whose scalars are to be prepared on the device.
 struct Count {
-  void* steps;        // its step count, a tensor of one element on the device; null: the rule counts none
+  void* steps;        // its step count, a tensor of one element on the device; null: the host has counted
+  double step;        // then this is the count with this step, 0 where the rule has none
   uint32_t group;     // which of the sources is its
-  uint8_t is_double;  // the count's type: float64 or float32
+  uint8_t is_double;  // the type of `steps`: float64 or float32
   uint8_t first;      // its states were made in this very step; so is it where the count becomes 1
 };
 

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareT
   if (i >= table.header.count) return;
   if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
   const Count& count = table.counts[i];
-  double step = 0;
+  double step = count.step;
   if (count.steps != nullptr) {
     // In the count's own type, as torch adds: a float32 count stops at 2^24.
     if (count.is_double) {

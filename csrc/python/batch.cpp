@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "python/layout.h"
 #include "python/tensors.h"
@@ -41,7 +42,7 @@ const char* describe(Path path) {
     case Path::kFused: return "";
     case Path::kSubclass: return "a tensor subclass, which may do its own thing with an in-place operation";
     case Path::kDifferentiable: return "differentiable=True";
-    case Path::kDevice: return "not a plain dense CPU tensor";
+    case Path::kDevice: return "not a plain dense tensor on a device that there are kernels for";
     case Path::kDtype: return "not float32, float64, bfloat16 or float16";
     case Path::kGradient: return "a gradient that is sparse, lazily computed, or of another device, dtype or shape";
     case Path::kStateForm: return "a state of another device, layout or shape than the parameter";
@@ -59,6 +60,8 @@ int64_t threads_for(int64_t elements) {
 
 void Batch::clear() {
   entries.clear();
+  cuda.clear();
+  cuda_entries_ = 0;
   layouts_.clear();
   elements = 0;
   spans_ = 0;
@@ -68,12 +71,15 @@ void Batch::clear() {
   }
 }
 
-Path Batch::look(const Operands& operands, const GroupValues& group, bool writes_gradient, cpu::Task* task,
-                 Entry* entry) {
+Path Batch::look(const Operands& operands, const GroupValues& group, bool writes_gradient, Task* task, Entry* entry) {
   const c10::TensorImpl* param = operands.param;
   const c10::TensorImpl* gradient = operands.gradient;
   if (group.differentiable != 0) return Path::kDifferentiable;
-  if (!is_plain_cpu(param)) return Path::kDevice;
+  const bool on_cuda = is_plain_cuda(param);
+  if (!on_cuda && !is_plain_cpu(param)) return Path::kDevice;
+  const auto is_there = [&](const c10::TensorImpl* tensor) {
+    return on_cuda ? is_plain_cuda(tensor) && tensor->device() == param->device() : is_plain_cpu(tensor);
+  };
   if (!read_view(param, true, &task->param)) return Path::kDtype;
   if (!param->is_contiguous() && !param->is_non_overlapping_and_dense()) return Path::kMemory;
   VersionCounter** written = entry->written;
@@ -85,7 +91,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   bool in_order = true;
 
   if (gradient != nullptr) {
-    if (!is_plain_cpu(gradient) || !read_view(gradient, writes_gradient, &task->gradient) ||
+    if (!is_there(gradient) || !read_view(gradient, writes_gradient, &task->gradient) ||
         !are_equal(gradient->sizes(), param->sizes()))
       return Path::kGradient;
     if (writes_gradient) {
@@ -108,7 +114,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
     view.data = nullptr;
     const c10::TensorImpl* state = operands.states[s];
     if (state == nullptr) continue;
-    if (!is_plain_cpu(state) || !read_view(state, true, &view) || state->requires_grad() ||
+    if (!is_there(state) || !read_view(state, true, &view) || state->requires_grad() ||
         !are_equal(state->sizes(), param->sizes()))
       return Path::kStateForm;
     const bool same_order = same_order_in_memory(param, state);
@@ -117,15 +123,17 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
     clear = clear && is_clear(view);
     writes(state);
   }
-  entry->steps = nullptr;
+  entry->steps = entry->device_steps = nullptr;
   entry->step = 0;
   if (const c10::TensorImpl* steps = operands.steps) {
     TensorView view;
-    if (!is_plain_cpu(steps) || !read_view(steps, true, &view) || steps->numel() != 1 || size_of(view.dtype) == 2)
+    const bool on_host = is_plain_cpu(steps);
+    if ((!on_host && !is_there(steps)) || !read_view(steps, true, &view) || steps->numel() != 1 ||
+        size_of(view.dtype) == 2)
       return Path::kStateForm;
-    entry->steps = view.data;
+    (on_host ? entry->steps : entry->device_steps) = view.data;
     entry->steps_are_double = view.dtype == DType::kFloat64;
-    entry->step = next_count(*entry);
+    if (on_host) entry->step = next_count(*entry);
     writes(steps);
   }
   *written = nullptr;
@@ -152,30 +160,40 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
     return path;
   }
   entry.group = group;
+  entry.task = -1;
   entry.first = first;
   entry.wide = wide;
-  if (entry.steps != nullptr)
-    note(entry.steps, static_cast<const char*>(entry.steps) + (entry.steps_are_double ? 8 : 4), tensor);
-  if (task.numel == 0) {
-    tasks[wide].pop_back();
-    entry.task = -1;
-    return path;
+  for (const void* steps : {entry.steps, entry.device_steps})
+    if (steps != nullptr) note(steps, static_cast<const char*>(steps) + (entry.steps_are_double ? 8 : 4), tensor);
+  if (task.numel != 0) {
+    task.tensor = tensor;
+    note(task.param.data, end_of(task.param, task.numel), tensor);
+    for (const TensorView& state : task.state)
+      if (state.data != nullptr) note(state.data, end_of(state, task.numel), tensor);
+    if (writes_gradient) note(task.gradient.data, end_of(task.gradient, task.numel), tensor);
   }
-  entry.task = static_cast<int64_t>(tasks[wide].size()) - 1;
-  task.tensor = tensor;
-  note(task.param.data, end_of(task.param, task.numel), tensor);
-  for (const TensorView& state : task.state)
-    if (state.data != nullptr) note(state.data, end_of(state, task.numel), tensor);
-  if (writes_gradient) note(task.gradient.data, end_of(task.gradient, task.numel), tensor);
-  elements += task.numel;
-  starts_[wide].push_back(starts_[wide].back() + cpu::blocks_of(task.numel));
+  if (is_plain_cuda(operands.param)) {
+    const c10::Device device = operands.param->device();
+    cuda.visit(device);
+    cuda.add(task, group, device, wide, first,
+             {entry.device_steps, entry.steps_are_double, entry.step, entry.steps != nullptr});
+    ++cuda_entries_;
+    tasks[wide].pop_back();
+  } else if (task.numel == 0) {
+    tasks[wide].pop_back();
+  } else {
+    entry.task = static_cast<int64_t>(tasks[wide].size()) - 1;
+    elements += task.numel;
+    starts_[wide].push_back(starts_[wide].back() + cpu::blocks_of(task.numel));
+  }
   return path;
 }
 
 Path Batch::announce(const Operands& operands, const GroupValues& group, uint32_t tensor, bool writes_gradient) {
-  cpu::Task task;
+  Task task;
   Entry entry;
   const Path path = look(operands, group, writes_gradient, &task, &entry);
+  if (path == Path::kFused && is_plain_cuda(operands.param)) cuda.visit(operands.param->device());
   if (path == Path::kFused) note(task.param.data, end_of(task.param, task.numel), tensor);
   return path;
 }
@@ -219,7 +237,12 @@ cpu::Scalars Batch::scalars_of(const Run& run, double gradient_scale) const {
   return run.group->scalars(rule_, run.step, run.first, run.wide, gradient_scale);
 }
 
-void Batch::prepare(double gradient_scale) {
+void Batch::prepare(double gradient_scale, const DeviceScaling& scaling) {
+  TORCH_CHECK(!cuda.counts_on_host() || !cuda.is_captured(),
+              "a step that is captured into a CUDA graph must count on the device, and a step count lies on the host:"
+              " give the optimizer capturable=True");
+  gradient_scale_ = gradient_scale;
+  scaling_ = scaling;
   runs_.clear();
   scalars_.clear();
   scalars_.reserve(entries.size());  // tasks point into it
@@ -256,6 +279,7 @@ void Batch::prepare_again(double gradient_scale, bool all_next) {
 }
 
 void Batch::run() {
+  if (cuda_entries_ != 0) cuda.run(gradient_scale_, std::exchange(scaling_, {}));
   const int64_t tensors = static_cast<int64_t>(entries.size());
   const int64_t parts = threads_for(elements + kTensorElements * tensors);
   // Equal shares: a thread has the same tensors in every step, and so does its cache.

@@ -4,11 +4,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <deque>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include "cpu/engine.h"
+#include "python/cuda_batch.h"
 #include "python/group.h"
 #include "python/version.h"
 
@@ -44,9 +44,10 @@ struct Operands {
 // One parameter in a step.
 struct Entry {
   const GroupValues* group;
-  int64_t task;  // its index, or -1 for a parameter without elements
-  void* steps;   // the count of its steps, null where none is kept
-  double step;   // the count with this step
+  int64_t task;        // its index, or -1 for a parameter without elements or on a CUDA device
+  void* steps;         // the count of its steps where the host keeps it, else null
+  double step;         // that count with this step
+  void* device_steps;  // the count of its steps where a CUDA device keeps it, else null
   bool steps_are_double, first, wide;
   VersionCounter* written[kMaxOperands];  // those of the tensors that the step writes; null after the last
 
@@ -56,7 +57,7 @@ struct Entry {
 
 class Batch {
  public:
-  explicit Batch(const cpu::Rule& rule) : rule_(rule) {}
+  explicit Batch(const cpu::Rule& rule) : cuda(rule), rule_(rule) {}
 
   void clear();
 
@@ -72,11 +73,15 @@ class Batch {
   const Indices& sharing();
 
   // What would become of a parameter, with or without a gradient. For kFused, fills the task and the entry.
-  Path look(const Operands&, const GroupValues&, bool writes_gradient, cpu::Task*, Entry*);
+  Path look(const Operands&, const GroupValues&, bool writes_gradient, Task*, Entry*);
 
   // The step. `prepare` reads the groups' values, `run` counts, tells autograd, and touches nothing but tensors.
-  void prepare(double gradient_scale);
+  // RuntimeError for a step that a CUDA graph could not repeat, where one is being captured.
+  void prepare(double gradient_scale, const DeviceScaling& scaling = {});
   void run();
+
+  // Whether the host need not know if the step is skipped.
+  bool is_for_devices_alone() const { return cuda_entries_ == entries.size() && !cuda.counts_on_host(); }
 
   // In place of `prepare` where the entries are those of the last step, recounted. `all_next`: each one's step is the
   // one after its last.
@@ -84,7 +89,8 @@ class Batch {
 
   std::vector<Entry> entries;
   std::vector<cpu::Task> tasks[2];  // float arithmetic, double arithmetic
-  int64_t elements = 0;
+  int64_t elements = 0;             // on the CPU
+  CudaBatch cuda;
 
  private:
   struct Span {
@@ -110,6 +116,10 @@ class Batch {
   size_t spans_ = 0;           // how many are this step's
   bool sharing_is_known_ = false;
   Indices sharing_;
+
+  size_t cuda_entries_ = 0;
+  double gradient_scale_ = 1;  // with which `prepare` was called
+  DeviceScaling scaling_;      // likewise
 
   void note(const void* begin, const char* end, uint32_t tensor);
   void find_sharing();

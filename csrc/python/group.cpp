@@ -6,6 +6,9 @@
 #include <map>
 #include <string>
 
+#include "python/cuda_device.h"
+#include "python/tensors.h"
+
 namespace trainopt::python {
 namespace {
 
@@ -19,6 +22,14 @@ double number(PyObject* value) {
   const double result = PyFloat_AsDouble(value);
   if (result == -1 && PyErr_Occurred()) raise_python_error();
   return result;
+}
+
+// Likewise, and 0 for one that stays on its device.
+double number_or_device(PyObject* value, int64_t option, GroupValues* group) {
+  if (!PyFloat_CheckExact(value) && THPVariable_CheckExact(value) &&
+      group->leave_on_device(THPVariable_Unpack(value), option))
+    return 0;
+  return number(value);
 }
 
 // A key of the group's dict; it lives as long as the interpreter.
@@ -72,14 +83,15 @@ class Reader {
     return value == nullptr ? otherwise : number(value);
   }
 
-  double option(const OptionKey& key) {
+  // The rule's option `index`, which may stay on its device.
+  double option(const OptionKey& key, int index, GroupValues* group) {
     static PyObject* const kBiasCorrection = trainopt::python::key("bias_correction");
     if (key.name == kBiasCorrection) return option(key.name, 1);
     PyObject* value = require(key.name);
-    if (key.element < 0) return number(value);
+    if (key.element < 0) return number_or_device(value, index, group);
     const auto item = pybind11::reinterpret_steal<pybind11::object>(PySequence_GetItem(value, key.element));
     if (!item) raise_python_error();
-    return number(item.ptr());
+    return number_or_device(item.ptr(), index, group);
   }
 
   bool has_read(PyObject* value) const { return std::find(values_.begin(), values_.end(), value) != values_.end(); }
@@ -126,10 +138,11 @@ void Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   } keys;
   Reader reader(dict);
   const std::vector<OptionKey>& rule_keys = keys_of(rule);
-  for (int i = 0; i < rule.option_count; ++i) options[i] = reader.option(rule_keys[i]);
+  std::fill(std::begin(on_device), std::end(on_device), DeviceOption());
+  for (int i = 0; i < rule.option_count; ++i) options[i] = reader.option(rule_keys[i], i, this);
   states_needed = rule.states_needed(options);
   PyObject* lr_value = reader.require(keys.lr);
-  lr = number(lr_value);
+  lr = number_or_device(lr_value, cuda::DeviceNumber::kLr, this);
   single_lr = !PyFloat_CheckExact(lr_value) && THPVariable_Check(lr_value) &&
               THPVariable_Unpack(lr_value).scalar_type() == at::kFloat;
   weight_decay = number(reader.require(keys.weight_decay));
@@ -155,6 +168,30 @@ void Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   if (!PyList_Check(params) && !PyTuple_Check(params))
     throw pybind11::type_error("a parameter group's 'params' must be a list or a tuple");
   immutable_ = immutable;
+}
+
+bool GroupValues::leave_on_device(const at::Tensor& number, int64_t option) {
+  const bool is_float = number.scalar_type() == at::kFloat || number.scalar_type() == at::kDouble;
+  if (!is_plain_cuda(number.unsafeGetTensorImpl()) || !is_float || number.numel() != 1) return false;
+  for (DeviceOption& place : on_device) {
+    if (place.tensor != nullptr) continue;
+    place = {number.unsafeGetTensorImpl(), option};
+    return true;
+  }
+  return false;
+}
+
+void GroupValues::read_device_numbers() {
+  for (const DeviceOption& place : on_device) {
+    if (place.tensor == nullptr) return;
+    const at::Tensor number = tensor_from(place.tensor);
+    const double value = number.item().toDouble();
+    if (place.option == cuda::DeviceNumber::kLr) {
+      lr = value;
+    } else {
+      options[place.option] = value;
+    }
+  }
 }
 
 cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first, bool wide,

@@ -21,6 +21,10 @@
 #include "python/losses.h"
 #include "python/plan.h"
 
+#if defined(TRAINOPT_SIMT)
+#include "device.h"
+#endif
+
 namespace trainopt::python {
 namespace {
 
@@ -149,8 +153,12 @@ PYBIND11_MODULE(_C, m) {
   pybind11::class_<Plan>(m, "Plan")
       .def(pybind11::init<const std::string&>(), pybind11::arg("rule"))
       .def("step", &Plan::step, pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),
-           pybind11::arg("fresh") = Indices(), pybind11::arg("torchs") = Indices())
+           pybind11::arg("fresh") = Indices(), pybind11::arg("torchs") = Indices(),
+           pybind11::arg("device_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none())
       .def("paths", &Plan::paths, pybind11::arg("groups"), pybind11::arg("state"));
+#if defined(TRAINOPT_SIMT)
+  simt::bind_device(m);
+#endif
 }
 
 }  // namespace trainopt::python

@@ -2,9 +2,11 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string>
 
 #include "python/batch.h"
+#include "python/cuda_device.h"
 
 namespace trainopt::python {
 namespace {
@@ -39,7 +41,9 @@ void optimizer_step_(std::string_view name, at::TensorList params, at::TensorLis
   GroupValues group;
   std::copy(options.begin(), options.end(), group.options);
   group.states_needed = rule.states_needed(group.options);
-  group.lr = lr.item().toDouble();
+  if (!group.leave_on_device(lr, cuda::DeviceNumber::kLr)) group.lr = lr.item().toDouble();
+  const auto is_elsewhere = [](const at::Tensor& param) { return !is_plain_cuda(param.unsafeGetTensorImpl()); };
+  if (std::any_of(params.begin(), params.end(), is_elsewhere)) group.read_device_numbers();
   group.single_lr = lr.scalar_type() == at::kFloat;
   group.weight_decay = weight_decay;
   group.maximize = maximize;
@@ -81,6 +85,9 @@ void optimizer_step_meta_(std::string_view name, at::TensorList params, at::Tens
 
 TORCH_LIBRARY_FRAGMENT(trainopt, m) { m.def(kSchema); }
 TORCH_LIBRARY_IMPL(trainopt, CPU, m) { m.impl("optimizer_step_", optimizer_step_); }
+#if defined(TRAINOPT_WITH_CUDA)
+TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_CUDA_KEY, m) { m.impl("optimizer_step_", optimizer_step_); }
+#endif
 TORCH_LIBRARY_IMPL(trainopt, Meta, m) { m.impl("optimizer_step_", optimizer_step_meta_); }
 
 }  // namespace trainopt::python

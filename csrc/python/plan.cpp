@@ -8,6 +8,7 @@
 #include <atomic>
 #include <memory>
 
+#include "python/cuda_device.h"
 #include "python/tensors.h"
 
 namespace trainopt::python {
@@ -64,6 +65,10 @@ const cpu::Rule& rule_named(const std::string& name) {
   return *rule;
 }
 
+at::Tensor tensor_or_none(const pybind11::object& object) {
+  return object.is_none() ? at::Tensor() : THPVariable_Unpack(object.ptr());
+}
+
 PyObject* dict_of(PyObject* groups, size_t index) {
   PyObject* dict = PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(index));
   if (!PyDict_Check(dict)) throw pybind11::type_error("a parameter group must be a dict");
@@ -101,6 +106,7 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
     group.refresh(dict_of(groups, g), rule_);
     forms_[g] = GroupForm(group);
     const Py_ssize_t count = forms_[g].count;
+    bool host_knows = group.on_device[0].tensor == nullptr;
     if (sightings_.size() < static_cast<size_t>(tensor + count)) sightings_.resize(tensor + count);
     places_.resize(tensor + count);
     for (Py_ssize_t i = 0; i < count; ++i, ++tensor) {
@@ -122,6 +128,10 @@ void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const I
       }
       Operands operands;
       sighting.see(object, param_state, state_names_, group.states_needed, &operands);
+      if (!host_knows && !is_plain_cuda(operands.param)) {
+        group.read_device_numbers();
+        host_knows = true;
+      }
       const bool lacks = lacks_states(operands, group);
       const Path path = lacks ? batch_.announce(operands, group, tensor, writes_gradient)
                               : batch_.add(operands, &group, tensor, contains(fresh, tensor), writes_gradient);
@@ -154,7 +164,7 @@ bool Plan::same_places(PyObject* groups, PyObject* state) {
   for (size_t g = 0; g < groups_.size(); ++g) {
     Group& group = groups_[g];
     group.refresh(dict_of(groups, g), rule_);
-    if (!(GroupForm(group) == forms_[g])) return false;
+    if (!(GroupForm(group) == forms_[g]) || group.on_device[0].tensor != nullptr) return false;
     for (Py_ssize_t i = 0; i < forms_[g].count; ++i, ++place) {
       PyObject* object = PySequence_Fast_GET_ITEM(group.params, i);
       if (object != place->object) return false;
@@ -190,21 +200,38 @@ bool Plan::recall(PyObject* groups, PyObject* state, bool* all_next) {
   return all_hold;
 }
 
+// A graph that is captured without a parameter's gradient would never step that parameter.
+void Plan::check_capture() const {
+  if (batch_.cuda.empty() || !batch_.cuda.is_captured()) return;
+  for (size_t i = 0; i < places_.size(); ++i)
+    TORCH_CHECK(places_[i].has_gradient || !THPVariable_Unpack(places_[i].object).requires_grad(), "parameter ", i,
+                " has no gradient while the step is captured into a CUDA graph, which would never step it: give it one,"
+                " or requires_grad=False");
+}
+
 pybind11::object Plan::step(pybind11::list groups, pybind11::dict state, double gradient_scale, const Indices& fresh,
-                            const Indices& torchs) {
+                            const Indices& torchs, const pybind11::object& device_scale,
+                            const pybind11::object& found_inf) {
   // Two threads in one optimizer's step race for its values, as with any in-place operation, but not for the plan.
-  if (is_running_) return Plan(rule_.name).step(groups, state, gradient_scale, fresh, torchs);
-  const bool writes_gradient = gradient_scale != 1;
+  if (is_running_) return Plan(rule_.name).step(groups, state, gradient_scale, fresh, torchs, device_scale, found_inf);
+  const DeviceScaling scaling{tensor_or_none(device_scale), tensor_or_none(found_inf)};
+  const bool writes_gradient = gradient_scale != 1 || scaling.gradient_scale.defined();
   bool all_next = false;
   if (!writes_gradient && fresh.empty() && torchs.empty() && recall(groups.ptr(), state.ptr(), &all_next)) {
+    if (scaling.exists()) return pybind11::bool_(false);
     batch_.prepare_again(gradient_scale, all_next);
   } else {
     Indices missing, rest;
     walk(groups.ptr(), state.ptr(), writes_gradient, fresh, torchs, &missing, &rest);
+    // A first step that is skipped leaves a count of 0, if the rule counts; if it does not, nothing would tell.
+    const bool is_plain_first = !missing.empty() && !rule_.counts_steps;
+    if (scaling.exists() && (!batch_.is_for_devices_alone() || !rest.empty() || is_plain_first))
+      return pybind11::bool_(false);
+    check_capture();
     if (!missing.empty() || !rest.empty()) return pybind11::make_tuple(missing, rest);
-    batch_.prepare(gradient_scale);
+    batch_.prepare(gradient_scale, scaling);
   }
-  if (batch_.elements < kReleaseElements) {
+  if (batch_.elements < kReleaseElements && batch_.cuda.empty()) {
     batch_.run();
   } else {
     run_unlocked();
@@ -243,7 +270,7 @@ std::vector<std::string> Plan::paths(pybind11::list groups, pybind11::dict state
         path = Path::kMode;
       } else if (THPVariable_CheckExact(object)) {
         Operands operands;
-        cpu::Task task;
+        Task task;
         Entry entry;
         Sighting().see(object, cursor.find(object), state_names_, group.states_needed, &operands);
         path = batch_.look(operands, group, false, &task, &entry);

@@ -27,8 +27,12 @@ class Plan {
   // Returns None when all is done. Else (missing, rest): the indices of the parameters that need states made, and of
   // those whose gradient is there but that the engine does not take; then nothing has been changed. `torchs` names the
   // parameters that torch has stepped already. Indices count over all groups; lists of them ascend.
+  //
+  // `device_scale` and `found_inf` (float32 tensors of one element on a CUDA device, or None) say the same as
+  // `gradient_scale` and a step that is not to be made, without the host's knowing. False where it must know: then
+  // nothing has been changed.
   pybind11::object step(pybind11::list groups, pybind11::dict state, double gradient_scale, const Indices& fresh,
-                        const Indices& torchs);
+                        const Indices& torchs, const pybind11::object& device_scale, const pybind11::object& found_inf);
 
   // The path of every parameter, were it to have an ordinary gradient now.
   std::vector<std::string> paths(pybind11::list groups, pybind11::dict state);
@@ -75,6 +79,7 @@ class Plan {
   void walk(PyObject* groups, PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs,
             Indices* missing, Indices* rest);
   bool lacks_states(const Operands& operands, const Group& group) const;
+  void check_capture() const;
   void run_unlocked();
 };
 

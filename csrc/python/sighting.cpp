@@ -113,6 +113,7 @@ bool Sighting::note(const Operands& operands, const Batch& batch) {
   contiguous_ = operands.param->is_contiguous();
   for (Item& item : items_)
     if (item.role != Role::kIgnored) item.tensor = seen(impl_of(item.value), true);
+  if (!is_plain_cpu(operands.param)) return false;
   const Entry& entry = batch.entries.back();
   if (entry.task < 0) return true;
   const cpu::Task& task = batch.tasks[entry.wide][entry.task];

@@ -21,6 +21,12 @@ TRAINOPT_INLINE bool is_plain_cpu(const c10::TensorImpl* tensor) {
   return (keys.raw_repr() & ~kOrdinaryKeys) == 0 && keys.has(c10::DispatchKey::CPU);
 }
 
+// A tensor that holds on to what a plain pointer names.
+inline at::Tensor tensor_from(const c10::TensorImpl* impl) {
+  return at::Tensor::wrap_tensor_impl(
+      c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(const_cast<c10::TensorImpl*>(impl)));
+}
+
 // False for a type that the engine does not store.
 inline bool read_dtype(const c10::TensorImpl* tensor, DType* out) {
   switch (c10::typeMetaToScalarType(tensor->dtype())) {

@@ -61,7 +61,7 @@ void run_prepared(const Setting& s, const Parameters& parameters, bool wide, boo
   std::vector<cuda::Count> counts;
   for (size_t i = 0; i < tasks.size(); ++i) {
     void* steps = double_steps ? static_cast<void*>(&wide_steps[i]) : &float_steps[i];
-    counts.push_back({steps, 0, double_steps, 0});
+    counts.push_back({steps, 0, 0, double_steps, 0});
     tasks[i].prepared = static_cast<uint32_t>(i);
   }
   std::vector<cuda::Prepared> prepared(tasks.size());
@@ -244,7 +244,7 @@ void test_first() {
   std::vector<cuda::Task> tasks = tasks_of(found);
   std::vector<cuda::Count> counts;
   for (uint32_t i = 0; i < tasks.size(); ++i) {
-    counts.push_back({nullptr, 0, 0, 1});
+    counts.push_back({nullptr, 0, 0, 0, 1});
     tasks[i].prepared = i;
   }
   cuda::GroupSource source{};
@@ -273,7 +273,9 @@ void test_groups() {
   }
   for (uint32_t i = 0; i < kCount; ++i) {
     steps[i] = static_cast<float>(i % 7);
-    counts.push_back({&steps[i], i * 13 / 50 % kGroups, 0, 0});
+    // Every third was counted by the host.
+    void* on_device = i % 3 == 0 ? nullptr : &steps[i];
+    counts.push_back({on_device, i % 7 + 1.0, i * 13 / 50 % kGroups, 0, 0});
   }
   std::vector<cuda::Prepared> prepared(kCount);
   const cpu::Rule* rule = cpu::find_rule("adam");

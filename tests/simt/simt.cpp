@@ -1,12 +1,11 @@
 #include "simt.h"
 
-#include <ucontext.h>
-
 #include <cstdio>
 #include <deque>
-#include <map>
 #include <memory>
-#include <tuple>
+#include <mutex>
+
+#include "fiber.h"
 
 namespace simt {
 namespace {
@@ -28,11 +27,8 @@ constexpr unsigned char kPoison = 0xff;  // a NaN in every floating-point type
 
 enum class State { kReady, kAtBarrier, kAtWarp, kDone };
 
-constexpr size_t kStackBytes = 128 * 1024;
-
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+struct Thread {
+  Fiber fiber;
   State state;
   Site site;
   unsigned mask;
@@ -45,16 +41,21 @@ struct Block {
   unsigned threads, epoch;
   size_t dynamic_bytes, static_bytes;
   unsigned warp_epochs[kMaxThreads / kWarpSize];
-  std::map<std::tuple<std::string, std::string, int>, std::unique_ptr<Memory>> memories;
+  std::vector<std::unique_ptr<Memory>> memories;
 };
 
+std::mutex mutex;  // held by a launch
+void (*before_launch)(const void*) = nullptr;
+void (*after_launch)() = nullptr;
 std::vector<Fault> faults;
 Order order = Order::kAscending;
 std::vector<unsigned> launches, only_blocks;
-std::deque<Fiber> fibers;
-ucontext_t scheduler;
+std::deque<Thread> threads;
+Fiber scheduler;
 Block block;
-unsigned running;  // the thread whose fiber runs
+unsigned running;  // the thread that runs
+
+bool are_same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
 std::string text_of(Site site) {
   const std::string file = site.file;
@@ -69,21 +70,21 @@ void report_thread(FaultKind kind, const std::string& what) {
   report(kind, "thread " + std::to_string(running) + ": " + what);
 }
 
-void run_body() {
-  (*block.body)();
-  fibers[running].state = State::kDone;
+void wait(State state, Site site) {
+  Thread& thread = threads[running];
+  thread.state = state;
+  thread.site = site;
+  thread.fiber.hand_over(scheduler);
 }
 
-void wait(State state, Site site) {
-  Fiber& fiber = fibers[running];
-  fiber.state = state;
-  fiber.site = site;
-  swapcontext(&fiber.context, &scheduler);
+void run_body() {
+  (*block.body)();
+  wait(State::kDone, {"", 0});
 }
 
 void resume(unsigned thread) {
   running = threadIdx.x = thread;
-  swapcontext(&scheduler, &fibers[thread].context);
+  scheduler.hand_over(threads[thread].fiber);
 }
 
 // Lets every warp operation go on whose lanes have all come; whether there was one.
@@ -91,24 +92,24 @@ bool release_warps() {
   bool any = false;
   for (unsigned first = 0; first < block.threads; first += kWarpSize) {
     for (unsigned l = 0; l < kWarpSize && first + l < block.threads; ++l) {
-      const Fiber& one = fibers[first + l];
+      const Thread& one = threads[first + l];
       if (one.state != State::kAtWarp) continue;
       bool complete = true;
       for (unsigned m = 0; m < kWarpSize; ++m) {
         if (!(one.mask >> m & 1)) continue;
-        const Fiber* other = first + m < block.threads ? &fibers[first + m] : nullptr;
+        const Thread* other = first + m < block.threads ? &threads[first + m] : nullptr;
         complete = complete && other != nullptr && other->state == State::kAtWarp && other->mask == one.mask &&
-                   other->site.line == one.site.line && std::strcmp(other->site.file, one.site.file) == 0;
+                   are_same(other->site, one.site);
       }
       if (!complete) continue;
       uint64_t values[kWarpSize];
       const unsigned mask = one.mask;
       const bool orders_memory = one.orders_memory;
-      for (unsigned m = 0; m < kWarpSize; ++m) values[m] = mask >> m & 1 ? fibers[first + m].value : 0;
+      for (unsigned m = 0; m < kWarpSize; ++m) values[m] = mask >> m & 1 ? threads[first + m].value : 0;
       for (unsigned m = 0; m < kWarpSize; ++m) {
         if (!(mask >> m & 1)) continue;
-        std::memcpy(fibers[first + m].received, values, sizeof values);
-        fibers[first + m].state = State::kReady;
+        std::memcpy(threads[first + m].received, values, sizeof values);
+        threads[first + m].state = State::kReady;
       }
       if (orders_memory) ++block.warp_epochs[first / kWarpSize];
       any = true;
@@ -120,15 +121,15 @@ bool release_warps() {
 // Lets the threads at the barrier go on, if that is where all are; false if some wait for what will not come.
 bool release_barrier() {
   unsigned waiting = 0, done = 0;
-  const Fiber* first = nullptr;
+  const Thread* first = nullptr;
   bool same = true;
   for (unsigned t = 0; t < block.threads; ++t) {
-    const Fiber& fiber = fibers[t];
-    done += fiber.state == State::kDone;
-    if (fiber.state != State::kAtBarrier) continue;
+    const Thread& thread = threads[t];
+    done += thread.state == State::kDone;
+    if (thread.state != State::kAtBarrier) continue;
     ++waiting;
-    if (first == nullptr) first = &fiber;
-    same = same && fiber.site.line == first->site.line && std::strcmp(fiber.site.file, first->site.file) == 0;
+    if (first == nullptr) first = &thread;
+    same = same && are_same(thread.site, first->site);
   }
   if (waiting + done != block.threads) return false;
   if (done != 0)
@@ -136,72 +137,66 @@ bool release_barrier() {
   if (!same) report(FaultKind::kBarrier, "threads wait at different barriers, one at " + text_of(first->site));
   ++block.epoch;
   for (unsigned t = 0; t < block.threads; ++t)
-    if (fibers[t].state == State::kAtBarrier) fibers[t].state = State::kReady;
+    if (threads[t].state == State::kAtBarrier) threads[t].state = State::kReady;
   return true;
 }
 
 void report_stuck() {
   for (unsigned t = 0; t < block.threads; ++t) {
-    if (fibers[t].state != State::kAtWarp) continue;
+    if (threads[t].state != State::kAtWarp) continue;
     char mask[16];
-    std::snprintf(mask, sizeof mask, "%08x", fibers[t].mask);
-    return report(FaultKind::kWarp, "thread " + std::to_string(t) + " waits at " + text_of(fibers[t].site) +
+    std::snprintf(mask, sizeof mask, "%08x", threads[t].mask);
+    return report(FaultKind::kWarp, "thread " + std::to_string(t) + " waits at " + text_of(threads[t].site) +
                                         " for lanes of the mask " + mask + " that do not come");
   }
 }
 
-void begin(Fiber& fiber) {
-  fiber.state = State::kReady;
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = &scheduler;
-  makecontext(&fiber.context, run_body, 0);
-}
-
 void run_block() {
-  while (fibers.size() < block.threads) fibers.emplace_back();
-  for (unsigned t = 0; t < block.threads; ++t) begin(fibers[t]);
+  while (threads.size() < block.threads) threads.emplace_back();
+  for (unsigned t = 0; t < block.threads; ++t) {
+    threads[t].state = State::kReady;
+    threads[t].fiber.begin(run_body);
+  }
   for (;;) {
     bool any = false;
     unsigned done = 0;
     for (unsigned i = 0; i < block.threads; ++i) {
       const unsigned t = order == Order::kAscending ? i : block.threads - 1 - i;
-      if (fibers[t].state == State::kReady) {
+      if (threads[t].state == State::kReady) {
         any = true;
         resume(t);
       }
-      done += fibers[t].state == State::kDone;
+      done += threads[t].state == State::kDone;
     }
     if (done == block.threads) return;
     if (any || release_warps() || release_barrier()) continue;
-    return report_stuck();  // the block is given up; its fibers are begun anew by the next
+    return report_stuck();  // the block is given up; its threads are begun anew by the next
   }
 }
 
 }  // namespace
 
 struct Memory {
-  std::string name;
+  const char* name;
+  Site site;
   size_t count, width;
   std::vector<Slot> slots;
   std::vector<unsigned char> bytes;  // one slot more, for what lies outside
 
-  Memory(const std::string& n, size_t c, size_t w)
-      : name(n), count(c), width(w), slots(c), bytes((c + 1) * w, kPoison) {}
+  Memory(const char* n, Site s, size_t c, size_t w)
+      : name(n), site(s), count(c), width(w), slots(c), bytes((c + 1) * w, kPoison) {}
 };
 
 namespace {
 
 Memory* find_memory(const char* name, size_t count, size_t width, Site site, bool is_static) {
-  std::unique_ptr<Memory>& memory = block.memories[{name, site.file, site.line}];
-  if (memory == nullptr) {
-    memory = std::make_unique<Memory>(name, count, width);
-    if (is_static) block.static_bytes += count * width;
-    if (block.static_bytes + block.dynamic_bytes > kMaxSharedBytes)
-      report(FaultKind::kLaunch, std::to_string(block.static_bytes + block.dynamic_bytes) + " bytes of shared memory");
-  }
-  return memory.get();
+  for (const std::unique_ptr<Memory>& memory : block.memories)
+    if (are_same(memory->site, site) && std::strcmp(memory->name, name) == 0) return memory.get();
+  block.memories.push_back(std::make_unique<Memory>(name, site, count, width));
+  if (is_static) block.static_bytes += count * width;
+  if (block.static_bytes + block.dynamic_bytes > kMaxSharedBytes)
+    report(FaultKind::kLaunch, std::to_string(block.static_bytes + block.dynamic_bytes) + " bytes of shared memory");
+  return block.memories.back().get();
 }
 
 bool conflicts(const Access& before, const Access& now) {
@@ -228,34 +223,46 @@ void remember(std::vector<Access>& accesses, const Access& now) {
 
 }  // namespace
 
-void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
-  if (blocks == 0 || blocks > 0x7fffffffu || threads == 0 || threads > kMaxThreads || shared_bytes > kMaxSharedBytes) {
-    report(FaultKind::kLaunch, std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads and " +
-                                   std::to_string(shared_bytes) + " bytes of dynamic shared memory");
+void launch(unsigned blocks, unsigned block_threads, size_t shared_bytes, const void* stream,
+            const std::function<void()>& body) {
+  const std::lock_guard lock(mutex);
+  if (blocks == 0 || blocks > 0x7fffffffu || block_threads == 0 || block_threads > kMaxThreads ||
+      shared_bytes > kMaxSharedBytes) {
+    report(FaultKind::kLaunch, std::to_string(blocks) + " blocks of " + std::to_string(block_threads) +
+                                   " threads and " + std::to_string(shared_bytes) + " bytes of dynamic shared memory");
     return;
   }
+  if (before_launch != nullptr) before_launch(stream);
   gridDim.x = blocks;
-  blockDim.x = threads;
+  blockDim.x = block_threads;
   launches.push_back(blocks);
   const unsigned count = only_blocks.empty() ? blocks : static_cast<unsigned>(only_blocks.size());
   for (unsigned i = 0; i < count; ++i) {
     const unsigned place = order == Order::kAscending ? i : count - 1 - i;
     blockIdx.x = only_blocks.empty() ? place : only_blocks[place];
-    block = Block{&body, threads, 0, shared_bytes, 0, {}, {}};
+    block = Block{&body, block_threads, 0, shared_bytes, 0, {}, {}};
     run_block();
   }
+  if (after_launch != nullptr) after_launch();
 }
+
+void set_surroundings(void (*before)(const void*), void (*after)()) {
+  before_launch = before;
+  after_launch = after;
+}
+
+void report_launch(const std::string& what) { report(FaultKind::kLaunch, what); }
 
 void barrier(Site site) { wait(State::kAtBarrier, site); }
 
 const uint64_t* exchange(unsigned mask, uint64_t value, Site site) {
-  Fiber& fiber = fibers[running];
+  Thread& thread = threads[running];
   if (!(mask >> lane() & 1)) report_thread(FaultKind::kWarp, "is not in its own mask at " + text_of(site));
-  fiber.mask = mask;
-  fiber.value = value;
-  fiber.orders_memory = false;
+  thread.mask = mask;
+  thread.value = value;
+  thread.orders_memory = false;
   wait(State::kAtWarp, site);
-  return fiber.received;
+  return thread.received;
 }
 
 uint64_t from_lane(const uint64_t* exchanged, unsigned mask, unsigned source, Site site) {
@@ -265,10 +272,10 @@ uint64_t from_lane(const uint64_t* exchanged, unsigned mask, unsigned source, Si
 }
 
 void warp_barrier(unsigned mask, Site site) {
-  Fiber& fiber = fibers[running];
-  fiber.mask = mask;
-  fiber.value = 0;
-  fiber.orders_memory = true;
+  Thread& thread = threads[running];
+  thread.mask = mask;
+  thread.value = 0;
+  thread.orders_memory = true;
   wait(State::kAtWarp, site);
 }
 
@@ -285,13 +292,14 @@ Memory* dynamic_memory(const char* name, size_t width, Site site) {
 void* touch(Memory* memory, size_t index, Use use) {
   if (index >= memory->count) {
     report_thread(FaultKind::kOutOfBounds,
-                  memory->name + "[" + std::to_string(index) + "] of " + std::to_string(memory->count));
+                  memory->name + std::string("[") + std::to_string(index) + "] of " + std::to_string(memory->count));
     return &memory->bytes[memory->count * memory->width];
   }
   Slot& slot = memory->slots[index];
   const Access now{running, block.epoch, block.warp_epochs[running / kWarpSize], use == Use::kAtomic};
   if (use != Use::kWrite && !slot.written)
-    report_thread(FaultKind::kUninitialised, memory->name + "[" + std::to_string(index) + "] is read before it is set");
+    report_thread(FaultKind::kUninitialised,
+                  memory->name + std::string("[") + std::to_string(index) + "] is read before it is set");
   check_conflicts(*memory, index, slot.writes, now, use == Use::kRead ? "reads " : "writes ");
   if (use != Use::kRead) {
     check_conflicts(*memory, index, slot.reads, now, "writes ");
@@ -302,19 +310,27 @@ void* touch(Memory* memory, size_t index, Use use) {
 }
 
 std::vector<Fault> take_faults() {
+  const std::lock_guard lock(mutex);
   std::vector<Fault> result;
   result.swap(faults);
   return result;
 }
 
-void set_order(Order wanted) { order = wanted; }
+void set_order(Order wanted) {
+  const std::lock_guard lock(mutex);
+  order = wanted;
+}
 
 std::vector<unsigned> take_launches() {
+  const std::lock_guard lock(mutex);
   std::vector<unsigned> result;
   result.swap(launches);
   return result;
 }
 
-void set_blocks(const std::vector<unsigned>& only) { only_blocks = only; }
+void set_blocks(const std::vector<unsigned>& only) {
+  const std::lock_guard lock(mutex);
+  only_blocks = only;
+}
 
 }  // namespace simt

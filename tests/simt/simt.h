@@ -52,8 +52,13 @@ struct Index {
   unsigned x = 0;
 };
 
-// Runs `body` once for each thread of each block.
-void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+// Runs `body` once for each thread of each block. Launches of several threads of the host follow one another.
+void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const void* stream,
+            const std::function<void()>& body);
+// Called before and after each launch, by the thread of the host that makes it: for memory that kernels alone may use.
+void set_surroundings(void (*before)(const void* stream), void (*after)());
+// A fault of the launch itself.
+void report_launch(const std::string& what);
 
 // Where in the sources something happens.
 struct Site {

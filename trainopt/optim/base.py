@@ -31,15 +31,31 @@ class Fused(torch.optim.Optimizer):
     _extras: dict[str, Any]  # the values that the constructor was given
     _plan: Any = None
 
-    #: Whether the last step was skipped because GradScaler found a gradient that is not finite (with ``fused=True``).
-    last_step_skipped: bool = False
+    _skipped: bool | torch.Tensor = False  # the last step; a tensor on its device until somebody asks
     _steps: int = 0
+    _skipped_steps: torch.Tensor | None = None  # of those, on the device
     _compiled_steps: torch.Tensor | None = None  # what a compiled program has counted: a number would be compiled in
 
     @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last step was skipped because GradScaler found a gradient that is not finite (``fused=True``).
+
+        On a CUDA device the step does not wait to know it; to read it here does.
+        """
+        if self._skipped is not False and self._skipped is not True:
+            self._skipped = bool(self._skipped)
+        return self._skipped
+
+    @property
     def completed_steps(self) -> int:
-        """How many steps this object has completed since it was made; skipped ones are not counted."""
-        return self._steps + (0 if self._compiled_steps is None else int(self._compiled_steps))
+        """How many steps this object has completed since it was made; skipped ones are not counted.
+
+        Waits for a CUDA device only where GradScaler has left the steps' fate to it (``fused=True``).
+        """
+        steps = self._steps
+        if self._skipped_steps is not None:
+            steps -= int(self._skipped_steps)
+        return steps if self._compiled_steps is None else steps + int(self._compiled_steps)
 
     # Stepping ---------------------------------------------------------------------------------------------------------
 
@@ -82,23 +98,49 @@ class Fused(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        self.last_step_skipped = found_inf is not None and bool(found_inf)
-        if self.last_step_skipped:
-            return loss
-        grad_scale = getattr(self, "grad_scale", None)
-        scale = 1.0 if grad_scale is None else float(grad_scale)
         plan = self._plan
-        if plan is None:
-            if reference.is_forced():
-                self._step_by_torch(None, scale)
-                self._steps += 1
-                return loss
+        if plan is None and not reference.is_forced():
             plan = self._plan = _C.Plan(self._rule)
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        scale = 1.0
+        if found_inf is not None or grad_scale is not None:
+            if plan is not None and lie_on_device(found_inf, grad_scale) and self._step_unread(grad_scale, found_inf):
+                return loss
+            self._skipped = found_inf is not None and bool(found_inf)
+            if self._skipped:
+                return loss
+            scale = 1.0 if grad_scale is None else float(grad_scale)
+        else:
+            self._skipped = False
+        if plan is None:
+            self._step_by_torch(None, scale)
+            self._steps += 1
+            return loss
         unfinished = plan.step(self.param_groups, self.state, scale)
         if unfinished is None or self._finish(unfinished, scale):
             self._steps += 1
         return loss
+
+    def _step_unread(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> bool:
+        """The step, with GradScaler's scale and flag left on their device; False if the host must read them first."""
+        done = self._plan.step(self.param_groups, self.state, 1.0, (), (), grad_scale, found_inf)
+        if done:
+            missing, _ = done
+            if self._is_dummy_step():
+                self.init_state()
+                return True
+            params = list(self._enumerate())
+            for index in missing:
+                self._start(params[index][2], params[index][1])
+            done = self._plan.step(self.param_groups, self.state, 1.0, missing, (), grad_scale, found_inf)
+        if done is not None:
+            return False
+        self._steps += 1
+        self._skipped = found_inf if found_inf is not None else False
+        if found_inf is not None:
+            skipped = found_inf.ne(0).to(torch.int64)
+            self._skipped_steps = skipped if self._skipped_steps is None else self._skipped_steps.add_(skipped)
+        return True
 
     def _finish(self, unfinished: tuple[list[int], list[int]] | None, scale: float) -> bool:
         """A step in which states are still to be made, or that torch has a part in; False if it only makes states."""
@@ -178,7 +220,7 @@ class Fused(torch.optim.Optimizer):
         """
         return (
             not self.state
-            and all(float(group["lr"]) == 0 and not group.get("noise") for group in self.param_groups)
+            and all(is_zero(group["lr"]) and not group.get("noise") for group in self.param_groups)
             and not any(param.grad is not None and bool(param.grad.any()) for _, _, param in self._enumerate())
         )
 
@@ -283,6 +325,23 @@ def _compiled_step(optimizer: Fused, closure: Callable[[], Any] | None) -> Any:
     ):
         return _uncompiled_step(optimizer, closure)
     return None
+
+
+_DEVICE_TYPES = frozenset(_C.device_types()) - {"cpu"}
+
+
+def lie_on_device(*numbers: torch.Tensor | None) -> bool:
+    """Whether all of these that there are can be read by kernels where they lie."""
+    return all(
+        number is None
+        or (type(number) is torch.Tensor and number.device.type in _DEVICE_TYPES and number.dtype is torch.float32)
+        for number in numbers
+    )
+
+
+def is_zero(lr: float | torch.Tensor) -> bool:
+    """Whether a learning rate is known to be 0, without waiting for a device."""
+    return not (isinstance(lr, torch.Tensor) and lr.device.type != "cpu") and float(lr) == 0
 
 
 def check_extras(options: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ class ParameterPath:
     """One parameter's way through a step."""
 
     name: str
-    path: str  # "fused (cpu, avx2)" or "torch"
+    path: str  # "fused (cpu, avx2)", "fused (cuda)" or "torch"
     reason: str  # why torch; empty for the fused path
     parameter: str  # dtype, shape and device
 
@@ -56,11 +56,14 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
         reasons = ["TRAINOPT_REFERENCE is set"] * len(params)
     else:
         reasons = _C.Plan(optimizer._rule).paths(optimizer.param_groups, optimizer.state)
-    fused = f"fused (cpu, {_C.cpu_variant()})"
     return Explanation(
-        ParameterPath(name, "torch" if reason else fused, reason, _outline(param))
+        ParameterPath(name, "torch" if reason else _kernel(param.device), reason, _outline(param))
         for name, reason, param in zip(optimizer._names(), reasons, params, strict=True)
     )
+
+
+def _kernel(device: torch.device) -> str:
+    return f"fused (cpu, {_C.cpu_variant()})" if device.type == "cpu" else f"fused ({device.type})"
 
 
 def _outline(param: torch.Tensor) -> str:

@@ -1,0 +1,145 @@
+"""The emulated device is an honest one: what a GPU would not let pass, it does not."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from trainopt._extension import _C
+
+pytestmark = pytest.mark.skipif("simt" not in _C.device_types(), reason="of the emulated device itself")
+
+
+def test_what_is_copied_there_comes_back(device):
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64):
+        value = torch.arange(24).reshape(2, 3, 4).to(dtype)
+        for there in (value.to(device), value.mT.to(device).mT, value.to(f"{device}:1").to(device)):
+            assert there.device == torch.device(device, 0) and torch.equal(there.cpu(), value)
+    assert torch.equal(value.to(device).conj().cpu(), value.conj())
+    assert torch.empty(0, 3, device=device).cpu().shape == (0, 3)
+
+
+def test_it_computes_what_the_cpu_does(device):
+    a, b = torch.randn(5, 7), torch.randn(7, 3)
+    there = torch.relu(a.to(device) @ b.to(device)).sum(0).mul_(2).to(device)
+    assert torch.equal(there.cpu(), torch.relu(a @ b).sum(0).mul_(2))
+    half = a.to(device, torch.bfloat16)
+    product = torch.ops.aten.mm.dtype(half, half.t(), torch.float32)
+    assert product.dtype == torch.float32 and torch.equal(product.cpu(), half.cpu().float() @ half.cpu().float().t())
+
+
+def test_memory_is_aligned_and_poisoned(device):
+    for size in (1, 511, 513):
+        block = torch.empty(size, dtype=torch.uint8, device=device)
+        assert block.data_ptr() % 512 == 0 and block.cpu().eq(0xFF).all()
+    address = torch.ones(100, device=device).data_ptr()
+    assert torch.empty(100, device=device).data_ptr() != address  # kept back
+    assert torch.empty(100, device=device).isnan().all()
+
+
+def test_memory_is_counted(device, allocations):
+    before, count = _C.simt.memory_statistics(), allocations()
+    block = torch.empty(1000, device=device)
+    assert allocations() == count + 1
+    assert _C.simt.memory_statistics()["allocated_bytes"] == before["allocated_bytes"] + 4000
+    del block
+    assert _C.simt.memory_statistics()["allocated_bytes"] == before["allocated_bytes"]
+    assert _C.simt.memory_statistics()["peak_bytes"] >= before["allocated_bytes"] + 4000
+
+
+TOUCH = """
+import ctypes, sys, torch
+sys.path.insert(0, {tests!r})
+import emulated
+emulated.register()
+tensor = torch.ones(4, device="simt")
+assert tensor.sum().item() == 4
+{touch}
+"""
+
+
+@pytest.mark.parametrize(
+    "touch",
+    ["print(ctypes.c_float.from_address(tensor.data_ptr()).value)", "ctypes.memset(tensor.data_ptr(), 0, 4)"],
+    ids=["reads", "writes"],
+)
+def test_the_host_is_caught_that_touches_it(touch):
+    script = TOUCH.format(touch=touch, tests=str(Path(__file__).parent))
+    result = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    assert result.returncode < 0 and "touched memory of emulated device 0" in result.stderr, result.stderr
+
+
+def test_waiting_is_counted_and_can_be_forbidden(device, no_synchronisation):
+    tensor = torch.ones(4, device=device)
+    before = _C.simt.synchronisations()
+    _ = tensor * 2 + torch.zeros(4, device=device)
+    tensor.copy_(torch.zeros(4, device=device))
+    tensor.fill_(3.0)
+    assert _C.simt.synchronisations() == before
+    waits = [
+        lambda: tensor[0].item(),
+        lambda: bool(tensor[0] > 0),
+        tensor.cpu,
+        lambda: torch.ones(4).to(device),
+        lambda: torch.tensor(1.0, device=device),
+        tensor.nonzero,
+        lambda: torch.equal(tensor, tensor),
+    ]
+    for wait in waits:
+        before = _C.simt.synchronisations()
+        wait()
+        assert _C.simt.synchronisations() > before
+        with no_synchronisation(), pytest.raises(RuntimeError, match="waits for the device"):
+            wait()
+
+
+def test_waiting_is_an_error_in_a_capture(device):
+    tensor = torch.ones(4, device=device)
+    _C.simt.set_capturing(True)
+    with pytest.raises(RuntimeError, match="while a graph is captured"):
+        tensor.cpu()
+
+
+def test_there_are_two_devices(device):
+    assert torch.get_device_module(device).device_count() == 2
+    tensor = torch.ones(4, device=f"{device}:1")
+    assert tensor.device.index == 1 and (tensor * 2).device.index == 1
+    with pytest.raises(RuntimeError, match="no device simt:2"):
+        torch.ones(4, device=f"{device}:2")
+
+
+def train(device: str) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    inputs, targets = torch.randn(32, 8).to(device), torch.randint(4, (32,)).to(device)
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    return [parameter.detach().cpu() for parameter in model.parameters()]
+
+
+def test_torch_trains_on_it(device):
+    for here, there in zip(train("cpu"), train(device), strict=True):
+        torch.testing.assert_close(there, here)
+
+
+def test_autocast_is_cudas(device):
+    a = torch.randn(4, 4, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        product = a @ a
+        assert product.dtype == torch.bfloat16
+        assert torch.nn.functional.softmax(product, -1).dtype == torch.float32
+
+
+def test_a_tensor_there_can_be_saved_and_copied(device, tmp_path):
+    tensor = torch.arange(6.0, device=device)[1:]
+    torch.save(tensor, tmp_path / "tensor")
+    for again in (copy.deepcopy(tensor), torch.load(tmp_path / "tensor"), tensor.clone()):
+        assert again.device.type == device and torch.equal(again.cpu(), tensor.cpu())
+    assert torch.load(tmp_path / "tensor", map_location="cpu").device.type == "cpu"

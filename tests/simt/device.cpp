@@ -1,0 +1,386 @@
+// A torch device of the tests' own, "simt", that stands for CUDA's where there is no GPU: torch's backend PrivateUse1,
+// of two devices. Their memory is the arena's, which the host cannot touch; kernels run on the SIMT machine, and what
+// trainopt has no kernel for runs on the CPU, on copies.
+//
+// Like CUDA's, it tells when the host waits for the device: in copies that are not asynchronous, and in operators that
+// need a value on the host. A launch must be made on the current stream of the current device, and reaches that
+// device's memory alone.
+#include "device.h"
+
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <ATen/native/CPUFallback.h>
+#include <ATen/native/Resize.h>
+#include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/set_native.h>
+#include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_as_complex_native.h>
+#include <ATen/ops/view_as_real_native.h>
+#include <ATen/ops/view_native.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "arena.h"
+#include "python/cuda_device.h"
+#include "simt.h"
+
+namespace simt {
+namespace {
+
+constexpr c10::DeviceType kType = c10::DeviceType::PrivateUse1;
+
+c10::Device device_of(int index) { return {kType, static_cast<c10::DeviceIndex>(index)}; }
+
+// Devices and streams -------------------------------------------------------------------------------------------------
+
+thread_local c10::DeviceIndex current_device = 0;
+thread_local c10::StreamId current_streams[kDevices] = {};
+std::atomic<c10::StreamId> last_stream{0};
+std::atomic<bool> capturing{false};
+
+// What kernels are launched on; never null, which would be CUDA's default stream.
+void* handle_of(c10::DeviceIndex device, c10::StreamId stream) {
+  return reinterpret_cast<void*>(static_cast<uintptr_t>(stream * kDevices + device + 1));
+}
+
+c10::DeviceIndex checked(c10::DeviceIndex device) {
+  TORCH_CHECK(0 <= device && device < kDevices, "there is no device simt:", static_cast<int>(device));
+  return device;
+}
+
+// Work is done at once, so that streams and events have nothing to wait for.
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return kType; }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    const c10::Device before = getDevice();
+    setDevice(device);
+    return before;
+  }
+  c10::Device getDevice() const override { return device_of(current_device); }
+  void setDevice(c10::Device device) const override { current_device = checked(device.index()); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override { current_device = device.index(); }
+  c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }
+
+  c10::Stream stream_of(c10::DeviceIndex device, c10::StreamId id) const {
+    return c10::Stream(c10::Stream::UNSAFE, device_of(device), id);
+  }
+  c10::Stream getStream(c10::Device device) const override {
+    const c10::DeviceIndex index = device.has_index() ? device.index() : current_device;
+    return stream_of(index, current_streams[checked(index)]);
+  }
+  c10::Stream getDefaultStream(c10::Device device) const override { return stream_of(device.index(), 0); }
+  c10::Stream getNewStream(c10::Device device, int) const override {
+    return stream_of(device.has_index() ? device.index() : current_device, ++last_stream);
+  }
+  c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override { return getNewStream(device, 0); }
+  c10::Stream exchangeStream(c10::Stream stream) const override {
+    c10::StreamId& current = current_streams[checked(stream.device_index())];
+    const c10::Stream before = stream_of(stream.device_index(), current);
+    current = stream.id();
+    return before;
+  }
+  void* getStreamNativeHandle(const c10::Stream stream) const override {
+    return handle_of(stream.device_index(), stream.id());
+  }
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeStream(const c10::Stream&) const override {}
+  void synchronizeDevice(c10::DeviceIndex) const override {}
+  bool isStreamCapturing(const c10::Stream&) const override { return capturing; }
+
+  void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override {}
+};
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
+
+// Memory --------------------------------------------------------------------------------------------------------------
+
+struct Allocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    const int device = current_device;
+    void* memory = simt::allocate(device, bytes);
+    return {memory, memory, device == 0 ? &release_on<0> : &release_on<1>, device_of(device)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    std::memcpy(host_address(to), host_address(from), bytes);
+  }
+  template <int kDevice>
+  static void release_on(void* memory) {
+    release(kDevice, memory);
+  }
+} allocator;
+static_assert(kDevices == 2);
+
+void resize_storage(c10::StorageImpl* storage, size_t bytes) {
+  const c10::DeviceGuard on(storage->device());
+  c10::DataPtr grown = allocator.allocate(bytes);
+  if (const size_t kept = std::min(bytes, storage->nbytes()); kept != 0)
+    allocator.copy_data(grown.get(), storage->data(), kept);
+  storage->set_data_ptr_noswap(std::move(grown));
+  storage->set_nbytes(bytes);
+}
+
+struct Hooks final : at::PrivateUse1HooksInterface {
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return kDevices; }
+  void setCurrentDevice(c10::DeviceIndex device) const override { current_device = checked(device); }
+  c10::DeviceIndex getCurrentDevice() const override { return current_device; }
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex device) const override {
+    return std::exchange(current_device, checked(device));
+  }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex device) const override {
+    return device < 0 ? current_device : exchangeDevice(device);
+  }
+  void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
+    resize_storage(storage.unsafeGetStorageImpl(), bytes);
+  }
+};
+
+// Waiting for the device ----------------------------------------------------------------------------------------------
+
+std::atomic<int64_t> synchronisations{0};
+std::atomic<bool> synchronisation_is_forbidden{false};
+thread_local int within_fallback = 0;  // whose copies CUDA would not make
+
+void synchronise(const std::string& what) {
+  if (within_fallback != 0) return;
+  ++synchronisations;
+  TORCH_CHECK(!capturing, what, " waits for the device, which is not permitted while a graph is captured");
+  TORCH_CHECK(!synchronisation_is_forbidden, what, " waits for the device");
+}
+
+// Operators ----------------------------------------------------------------------------------------------------------
+
+constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
+
+at::Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                 std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  const c10::OptionalDeviceGuard on(device);
+  return at::detail::empty_generic(size, &allocator, kKeys, c10::dtype_or_default(dtype), format);
+}
+
+at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> dtype,
+                         std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
+  const c10::OptionalDeviceGuard on(device);
+  return at::detail::empty_strided_generic(size, stride, &allocator, kKeys, c10::dtype_or_default(dtype));
+}
+
+const at::Tensor& resize_(const at::Tensor& self, at::IntArrayRef size, std::optional<at::MemoryFormat> format) {
+  c10::TensorImpl* impl = self.unsafeGetTensorImpl();
+  impl->set_sizes_contiguous(size);
+  if (format.has_value()) impl->empty_tensor_restride(*format);
+  const size_t needed =
+      at::detail::computeStorageNbytesContiguous(size, impl->itemsize(), static_cast<size_t>(impl->storage_offset()));
+  c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  if (impl->numel() != 0 && needed > storage->nbytes()) resize_storage(storage, needed);
+  return self;
+}
+
+at::Tensor& set_storage(at::Tensor& self, at::Storage source, int64_t offset, at::IntArrayRef size,
+                        at::IntArrayRef stride) {
+  at::native::checkSetStorage(self, source, offset, size, stride);
+  at::native::checkInBoundsForStorage(size, stride, offset, self.dtype(), source);
+  c10::TensorImpl* impl = self.unsafeGetTensorImpl();
+  impl->set_storage_offset(offset);
+  if (stride.data() != nullptr) {
+    impl->set_sizes_and_strides(size, stride);
+  } else {
+    impl->set_sizes_contiguous(size);
+  }
+  return self;
+}
+
+// The tensor as the host sees it: for copies.
+at::Tensor on_host(const at::Tensor& tensor) {
+  if (tensor.device().type() != kType) return tensor;
+  at::Tensor view = at::from_blob(tensor.numel() == 0 ? nullptr : host_address(tensor.const_data_ptr()), tensor.sizes(),
+                                  tensor.strides(), tensor.options().device(at::kCPU));
+  if (tensor.is_conj()) view = view.conj();
+  return tensor.is_neg() ? view._neg_view() : view;
+}
+
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  if (from.device().type() != to.device().type() && !non_blocking) synchronise("a copy");
+  on_host(to).copy_(on_host(from));
+  return to;
+}
+
+at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
+  if (to.sizes() != from.sizes()) to.resize_(from.sizes());
+  return copy_from(from, to, false);
+}
+
+at::Scalar local_scalar(const at::Tensor& self) {
+  synchronise("item()");
+  return on_host(self).item();
+}
+
+// What CPUs have no kernel for: products of 16-bit matrices into float32.
+at::Tensor mm_dtype(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype) {
+  return at::mm(a.to(dtype), b.to(dtype));
+}
+at::Tensor& mm_dtype_out(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype, at::Tensor& out) {
+  return at::mm_out(out, a.to(dtype), b.to(dtype));
+}
+at::Tensor addmm_dtype(const at::Tensor& self, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
+                       const at::Scalar& beta, const at::Scalar& alpha) {
+  return at::addmm(self.to(dtype), a.to(dtype), b.to(dtype), beta, alpha);
+}
+at::Tensor& addmm_dtype_out(const at::Tensor& self, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
+                            const at::Scalar& beta, const at::Scalar& alpha, at::Tensor& out) {
+  return at::addmm_out(out, self.to(dtype), a.to(dtype), b.to(dtype), beta, alpha);
+}
+
+// As CUDA has it, these hand values or sizes to the host.
+bool waits(const std::string& name) {
+  static const std::set<std::string> all = {"aten::equal",   "aten::is_nonzero", "aten::nonzero", "aten::masked_select",
+                                            "aten::_unique", "aten::_unique2",   "aten::bincount"};
+  return all.count(name) != 0;
+}
+
+void on_copies(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const std::string& name = op.schema().operator_name().name;
+  if (waits(name)) synchronise(name);
+  ++within_fallback;
+  try {
+    at::native::cpu_fallback(op, stack);
+  } catch (...) {
+    --within_fallback;
+    throw;
+  }
+  --within_fallback;
+}
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_copies>()); }
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+  m.impl("empty.memory_format", empty);
+  m.impl("empty_strided", empty_strided);
+  m.impl("resize_", resize_);
+  m.impl("set_.source_Storage_storage_offset", set_storage);
+  m.impl("set_.source_Storage", static_cast<at::Tensor& (*)(at::Tensor&, at::Storage)>(at::native::set_));
+  m.impl("set_.source_Tensor", at::native::set_tensor_);
+  m.impl("as_strided", at::native::as_strided_tensorimpl);
+  m.impl("view", static_cast<at::Tensor (*)(const at::Tensor&, at::IntArrayRef)>(at::native::view));
+  m.impl("_reshape_alias", at::native::_reshape_alias);
+  m.impl("unfold", at::native::unfold);
+  m.impl("view_as_real", at::native::view_as_real);
+  m.impl("view_as_complex", at::native::view_as_complex);
+  m.impl("_copy_from", copy_from);
+  m.impl("_copy_from_and_resize", copy_from_and_resize);
+  m.impl("_local_scalar_dense", local_scalar);
+  m.impl("mm.dtype", mm_dtype);
+  m.impl("mm.dtype_out", mm_dtype_out);
+  m.impl("addmm.dtype", addmm_dtype);
+  m.impl("addmm.dtype_out", addmm_dtype_out);
+}
+
+// Copies see to these themselves; torch's way with them is to copy.
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(aten, Negative, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+
+// Autocast's lists, which are torch's for CUDA.
+#define SIMT_LOWER(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
+#define SIMT_FLOAT(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)
+#define SIMT_FLOAT_OUT(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32_set_opt_dtype)
+#define SIMT_PROMOTE(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, promote)
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
+  using namespace at::autocast;  // for the macros
+  AT_FORALL_LOWER_PRECISION_FP(SIMT_LOWER)
+  AT_FORALL_FP32(SIMT_FLOAT)
+  AT_FORALL_FP32_SET_OPT_DTYPE(SIMT_FLOAT_OUT)
+  AT_FORALL_PROMOTE(SIMT_PROMOTE)
+}
+
+// Launches ------------------------------------------------------------------------------------------------------------
+
+// While a kernel runs: its device's memory is open to it.
+std::optional<Open>& opened() {
+  static std::optional<Open> now;
+  return now;
+}
+
+void enter(const void* stream) {
+  if (stream != handle_of(current_device, current_streams[current_device]))
+    report_launch("a launch that is not on the current stream of the current device");
+  opened().emplace(current_device);
+}
+
+void leave() { opened().reset(); }
+
+const bool is_registered = [] {
+  c10::register_privateuse1_backend("simt");
+  c10::SetAllocator(kType, &allocator);
+  at::RegisterPrivateUse1HooksInterface(new Hooks);
+  set_surroundings(enter, leave);
+  return true;
+}();
+
+// For tests -----------------------------------------------------------------------------------------------------------
+
+std::vector<std::string> take_texts() {
+  std::vector<std::string> texts = take_damage();
+  for (const Fault& fault : take_faults()) texts.push_back(fault.text);
+  return texts;
+}
+
+pybind11::dict statistics_of(int device) {
+  const MemoryStatistics now = memory_statistics(checked(static_cast<c10::DeviceIndex>(device)));
+  pybind11::dict result;
+  result["allocations"] = now.allocations;
+  result["allocated_bytes"] = now.allocated_bytes;
+  result["peak_bytes"] = now.peak_bytes;
+  return result;
+}
+
+}  // namespace
+
+void bind_device(pybind11::module_ parent) {
+  auto m = parent.def_submodule("simt", "The emulated device of the tests.");
+  m.def("take_faults", take_texts, "What kernels did that they must not, since the last call.");
+  m.def("take_launches", take_launches, "How many blocks each launch since the last call had.");
+  m.def(
+      "set_order", [](bool ascending) { set_order(ascending ? Order::kAscending : Order::kDescending); },
+      pybind11::arg("ascending"), "The order in which blocks and threads run.");
+  m.def("synchronisations", [] { return synchronisations.load(); }, "How often the host has waited for a device.");
+  m.def(
+      "forbid_synchronisation", [](bool forbid) { synchronisation_is_forbidden = forbid; }, pybind11::arg("forbid"),
+      "Whether waiting for a device raises, as under torch.cuda.set_sync_debug_mode('error').");
+  m.def(
+      "set_capturing", [](bool on) { capturing = on; }, pybind11::arg("capturing"),
+      "Whether the streams say that a graph is being captured.");
+  m.def("memory_statistics", statistics_of, pybind11::arg("device") = 0);
+  m.def("reset_peak", reset_peak, pybind11::arg("device") = 0);
+  m.def("current_device", [] { return static_cast<int>(current_device); });
+  m.def(
+      "set_device", [](int device) { current_device = checked(static_cast<c10::DeviceIndex>(device)); },
+      pybind11::arg("device"));
+}
+
+}  // namespace simt
+
+namespace trainopt::python {
+
+cuda::Stream current_stream(c10::Device device) {
+  using namespace simt;
+  return static_cast<cuda::Stream>(handle_of(checked(device.index()), current_streams[device.index()]));
+}
+
+bool is_capturing(c10::Device) { return simt::capturing; }
+
+}  // namespace trainopt::python
