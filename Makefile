@@ -22,7 +22,7 @@ FAIL := sh -c 'printf "\n%s\n\n" "$$1" >&2; exit 1' fail
 PIP_FAILED := $(FAIL) "pip could not install what is needed. Is there a network connection? Behind a proxy set HTTPS_PROXY; for a mirror set PIP_INDEX_URL."
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulated bench lint format wheel cuda-check sanitize clean build ready
+.PHONY: help demo test emulated bench lint format wheel cuda-check sanitize clean build
 
 help:
 	@echo 'make demo       train a small network on real digits, with trainopt and with torch.optim'
@@ -81,7 +81,7 @@ wheel: $(TORCH_READY)
 cuda-check: export TRAINOPT_CUDA = 1
 cuda-check: CUDA_MAKE = $(MAKE) --no-print-directory VENV='$(CUDA_VENV)' TORCH='$(CUDA_TORCH)'
 cuda-check:
-	@$(CUDA_MAKE) ready
+	@$(CUDA_MAKE) '$(CUDA_VENV)/.ready-$(CUDA_TORCH)'
 	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || $(CUDA_VENV)/bin/python -m pip install -q $(CUDA_NVCC) || $(PIP_FAILED)
 	@$(CUDA_MAKE) wheel DIST=dist/cuda
 	@$(CUDA_MAKE) test
@@ -92,8 +92,6 @@ sanitize: $(TORCH_READY)
 
 clean:
 	rm -rf build dist trainopt.egg-info trainopt/_build.py trainopt/_C.*.so
-
-ready: $(TORCH_READY)
 
 # setup.py knows what has changed.
 build: $(TORCH_READY)
