@@ -75,6 +75,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+echo done >> {log}
 """
 
 

@@ -418,6 +418,11 @@ def test_a_file_that_nvcc_does_not_compile_is_told_with_the_way_round(builder):
 def test_max_jobs(builder, jobs, threads):
     _, made = builder.build(MAX_JOBS=jobs)
     assert all(f"--threads {threads} " in call for call in made if call.startswith("nvcc"))
+    running = most = 0
+    for call in calls(builder.folder):
+        running += (" -o build/" in call) - (call == "done")
+        most = max(most, running)
+    assert 1 <= most <= int(jobs) and running == 0
 
 
 @needs_source_tree

@@ -169,13 +169,13 @@ def test_nothing_is_compiled_for_the_machine_that_builds(built_tree):
 @needs_source_tree
 def test_sdist_has_what_a_build_needs(source_tree):
     (source_tree / "trainopt/_build.py").write_text("TORCH = 'of this machine'\n")
+    wanted = [path for folder in ("csrc", "trainopt", "tests") for path in (source_tree / folder).rglob("*.*")]
+    wanted += [source_tree / name for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md")]
     result = python("setup.py", "-q", "sdist", cwd=source_tree)
     assert result.returncode == 0, result.stderr
     [archive] = source_tree.glob("dist/*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    wanted = [path for folder in ("csrc", "trainopt", "tests") for path in (source_tree / folder).rglob("*.*")]
-    wanted += [source_tree / name for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md")]
     assert {str(path.relative_to(source_tree)) for path in wanted} - names == {"trainopt/_build.py"}
 
 
