@@ -408,6 +408,7 @@ class Sanitize(Command):
                 *sorted(Path("csrc", "cuda").glob("*.cu")),
                 Path("tests/simt/engine_test.cpp"),
                 Path("tests/simt/norm_test.cpp"),
+                Path("tests/simt/pointwise_test.cpp"),
                 Path("tests/simt/simt.cpp"),
             ]
             programs.append(self.link(f"cuda-{size}", engine + self.compile(f"cuda-{size}", tested, flags)))

@@ -18,10 +18,12 @@ FLAGS = shlex.split(
     "-std=c++17 -O1 -w -ffp-contract=off -fno-math-errno -DTRAINOPT_SIMT -DTRAINOPT_PARAMETER_BYTES=4096"
 )
 FLAGS.append(f"-I{ROOT / 'tests' / 'simt'}")
-KERNELS = ("update.cu", "prepare.cu", "norm.cu")
+KERNELS = ("update.cu", "prepare.cu", "norm.cu", "pointwise.cu")
 OTHERS = (
     *("csrc/cpu/engine.cpp", "csrc/cpu/kernels_baseline.cpp"),
+    *("csrc/cpu/losses.cpp", "csrc/cpu/loss_kernels_baseline.cpp"),
     *("tests/simt/simt.cpp", "tests/simt/engine_test.cpp", "tests/simt/norm_test.cpp"),
+    "tests/simt/pointwise_test.cpp",
 )
 
 pytestmark = pytest.mark.slow
@@ -38,15 +40,26 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
-    Fault("a missing barrier", "norm.cu", "  __syncthreads();\n", "", "that thread"),
-    Fault("half a warp's mask", "norm.cu", "kAllLanes = 0xffffffffu", "kAllLanes = 0xffffu", "its own mask"),
-    Fault("unset shared slots", "norm.cu", "threadIdx.x % 32 == 0) of", "threadIdx.x == 0) of", "before it is set"),
+    Fault("a missing barrier", "reduce.h", "  __syncthreads();\n", "", "that thread"),
+    Fault("half a warp's mask", "reduce.h", "kAllLanes = 0xffffffffu", "kAllLanes = 0xffffu", "its own mask"),
+    Fault("unset shared slots", "reduce.h", "threadIdx.x % 32 == 0) of", "threadIdx.x == 0) of", "before it is set"),
     Fault("a norm's tail, one element too long", "norm.cu", "i + k < chunk.end", "i + k <= chunk.end"),
     Fault("a step's tail, one element too long", "update.cu", "at < end; at += kThreads", "at <= end; at += kThreads"),
     Fault("a step after an overflow", "update.cu", "*table.header.found_inf != 0) return", "false) return"),
     Fault("scalars of another group", "update.cu", "row.prepared = set", "row.prepared = 0"),
     Fault("a neighbour's chunk", "table.h", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
+    Fault("a loss's tail, one element too long", "pointwise.cu", "i < item_end", "i <= item_end"),
+    Fault("a gradient's tail, one element short", "pointwise.cu", "i < end; i += kThreads", "i + 1 < end; i += kThreads"),
+    Fault("a factor read past its row", "pointwise.cu", "place + 1 == from.period", "place == from.period"),
+    Fault("a sum without its last part", "pointwise.cu", "i < count; i +=", "i + 1 < count; i +="),
+    Fault("a part that is not set", "pointwise.cu", "threadIdx.x != 0) return", "threadIdx.x + blockIdx.x != 0) return"),
+    Fault("a mean that is a sum", "pointwise.cu", "0) / pass.divisor", "0)"),
 ]
+
+#: The kernels that are compiled anew for a fault in a header.
+USERS = {"reduce.h": "norm.cu", "table.h": "update.cu"}
+#: The part of the tests that runs a file's kernels.
+PARTS = {"update.cu": "steps", "norm.cu": "norms", "pointwise.cu": "pointwise"}
 
 
 def compile_object(source: Path, csrc: Path, folder: Path) -> Path:
@@ -83,7 +96,7 @@ def test_a_seeded_fault_is_caught(fault, objects, tmp_path):
     text = file.read_text()
     assert fault.right in text, f"{fault.file} has changed: seed this fault anew"
     file.write_text(text.replace(fault.right, fault.wrong, 1))
-    changed = fault.file if fault.file.endswith(".cu") else "update.cu"
+    changed = USERS.get(fault.file, fault.file)
     mine = objects | {changed: compile_object(csrc / "cuda" / changed, csrc, tmp_path)}
-    result = run(list(mine.values()), tmp_path / "test", "norms" if changed == "norm.cu" else "steps")
+    result = run(list(mine.values()), tmp_path / "test", PARTS[changed])
     assert result.returncode != 0 and fault.said in result.stdout, result.stdout

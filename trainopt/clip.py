@@ -1,7 +1,8 @@
 """Gradient clipping by norm: drop-ins for torch.nn.utils.clip_grad_norm_ and get_total_norm.
 
 Where torch reads each gradient and then multiplies each, these read all in one call, and multiply only if the norm is
-over the limit. Sums are in float64, in an order that does not depend on the number of threads.
+over the limit. Sums are in float64, in an order that does not depend on the number of threads. On CUDA the norm and
+the factor stay on the device, and nothing waits for it.
 """
 
 import math
@@ -16,15 +17,11 @@ from trainopt._extension import _C
 _ORDERS = (1.0, 2.0, math.inf)  # any other goes through torch
 
 
-def _norm(tensors: list[Tensor], order: float, of_gradients: bool) -> tuple[float, Tensor] | None:
-    """The norm in float64, and as the tensor that torch gives; None if torch must do it."""
+def _norm(tensors: list[Tensor], order: float, of_gradients: bool) -> tuple[float | Tensor, Tensor] | None:
+    """The norm in float64, on CUDA a tensor; and as the tensor that torch gives. None if torch must do it."""
     if order not in _ORDERS or torch.compiler.is_compiling():
         return None
-    found = _C.norm_of(tensors, order, of_gradients)
-    if found is None:
-        return None
-    value, dtype = found
-    return value, torch.tensor(value, dtype=dtype)
+    return _C.norm_of(tensors, order, of_gradients)
 
 
 def _check_finite(total: Tensor, order: float) -> None:
@@ -45,12 +42,12 @@ def get_total_norm(
         tensors: a tensor or an iterable of tensors, of any shapes and dtypes.
         norm_type: the order p: 1, 2 or infinity in one call of the compiled module, any other through torch.
             Unlike torch, an empty tensor has a norm of 0 for each of the three.
-        error_if_nonfinite: raise RuntimeError if the norm is infinite or NaN.
-        foreach: for tensors that torch takes care of: sparse ones, those of other devices, subclasses.
+        error_if_nonfinite: raise RuntimeError if the norm is infinite or NaN; on CUDA this waits for the device.
+        foreach: for tensors that torch takes care of: sparse ones, those of several devices, subclasses.
 
     Returns:
-        A 0-dimensional tensor of the tensors' dtype (if they differ, of the dtype that torch promotes them to), rounded
-        once from float64; 0 in the default dtype if there are no tensors.
+        A 0-dimensional tensor of the tensors' dtype (if they differ, of the dtype that torch promotes them to) on their
+        device, rounded once from float64; 0 in the default dtype if there are no tensors.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     order = float(norm_type)
@@ -73,20 +70,22 @@ def clip_grad_norm_(
     """Scales gradients so that their norm is at most `max_norm`, as torch.nn.utils.clip_grad_norm_.
 
     All gradients are multiplied in place by min(1, max_norm / (norm + 1e-6)), the norm taken over the elements of all,
-    in float64. Where that factor is 1, they are not written to. A norm that is NaN makes them NaN.
+    in float64. Where that factor is 1, they are not written to. A norm that is NaN makes them NaN. On CUDA the device
+    alone knows the factor: version counters move even where it is 1.
 
     Args:
         parameters: a tensor or an iterable of tensors; those without a gradient are passed over.
         max_norm: the largest norm to be left.
         norm_type: the order p: 1, 2 or infinity in one call of the compiled module, any other through torch.
             Unlike torch, an empty tensor has a norm of 0 for each of the three.
-        error_if_nonfinite: raise RuntimeError, before anything is changed, if the norm is infinite or NaN.
-        foreach: for gradients that torch takes care of: sparse ones, those of other devices, subclasses, and gradients
-            that share memory.
+        error_if_nonfinite: raise RuntimeError, before anything is changed, if the norm is infinite or NaN; on CUDA this
+            waits for the device.
+        foreach: for gradients that torch takes care of: sparse ones, those of several devices, subclasses, and
+            gradients that share memory.
 
     Returns:
         The norm before clipping: a 0-dimensional tensor of the gradients' dtype (if they differ, of the dtype that
-        torch promotes them to); 0 in the default dtype if there are no gradients.
+        torch promotes them to) on their device; 0 in the default dtype if there are no gradients.
     """
     if isinstance(parameters, Tensor):
         given = [parameters]
@@ -99,11 +98,9 @@ def clip_grad_norm_(
     found = _norm(given, order, of_gradients=True)
     if found is None:
         return torch.nn.utils.clip_grad_norm_(given, max_norm, norm_type, error_if_nonfinite, foreach)
-    value, total = found
+    norm, total = found
     if error_if_nonfinite:
         _check_finite(total, order)
-    factor = float(max_norm) / (value + 1e-6)
-    # Not `factor < 1`: NaN must reach the gradients.
-    if not factor >= 1 and not _C.scale_gradients(given, factor):
+    if not _C.clip_gradients(given, float(max_norm), norm):
         torch.nn.utils.clip_grads_with_norm_(given, max_norm, total, foreach)
     return total

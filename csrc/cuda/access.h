@@ -10,6 +10,8 @@
 namespace trainopt::cuda {
 
 // The hardware converts in one instruction from compute capability 8.0 on; bits differ only in which NaN a NaN becomes.
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
 __device__ inline float widen(BFloat16 x) { return to_float(x); }
 
 __device__ inline float widen(Float16 x) {

@@ -2,6 +2,7 @@
 #include "cuda/access.h"
 #include "cuda/launch.h"
 #include "cuda/norm.h"
+#include "cuda/reduce.h"
 #include "cuda/table.h"
 
 namespace trainopt::cuda {
@@ -9,7 +10,6 @@ namespace {
 
 static_assert(kNormChunk == kChunk);
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarps = kThreads / 32;
 
 struct Row {
@@ -70,20 +70,6 @@ __device__ __forceinline__ double sum_item(Norm norm, const double (&value)[kIte
   return combine_item(norm, value);
 }
 
-// The threads' values combined by a tree over each warp, then the warps' in order; thread 0 has the result.
-template <int kBlockWarps>
-__device__ __forceinline__ double combine_block(Norm norm, double value) {
-  TRAINOPT_SHARED(double, of_warp, kBlockWarps);
-  for (int distance = 16; distance > 0; distance /= 2)
-    value = combine(norm, value, __shfl_xor_sync(kAllLanes, value, distance));
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
-  __syncthreads();
-  if (threadIdx.x != 0) return 0;
-  double sum = of_warp[0];
-  for (int w = 1; w < kBlockWarps; ++w) sum = combine(norm, sum, of_warp[w]);
-  return sum;
-}
-
 struct Chunk {
   int64_t begin, end;
 };
@@ -120,7 +106,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     sum = combine(norm, sum, sum_item(norm, value));
   }
-  sum = combine_block<kWarps>(norm, sum);
+  TRAINOPT_SHARED(double, of_warp, kWarps);
+  sum = combine_block<kWarps>(sum, of_warp, [norm](double a, double b) { return combine(norm, a, b); });
   if (threadIdx.x == 0) {
     table.header.partials[row.first_chunk + chunk.begin / kChunk] = sum;
     if (chunk.begin == 0) table.header.first_chunk[row.tensor] = row.first_chunk;
@@ -132,21 +119,25 @@ constexpr int kFinishWarps = 16;
 // One block combines all: each warp takes tensors in turn, then the block takes the tensors' sums.
 __global__ void __launch_bounds__(32 * kFinishWarps)
     finish_kernel(Norm norm, const double* partials, int64_t chunks, const int64_t* first_chunk, int64_t tensors,
-                  double* of_tensor, double* total) {
+                  double* of_tensor, double* total, TensorView rounded) {
+  const auto both = [norm](double a, double b) { return combine(norm, a, b); };
   const unsigned lane = threadIdx.x % 32;
   double all = 0;
   for (int64_t t = threadIdx.x / 32; t < tensors; t += kFinishWarps) {
     const int64_t end = t + 1 < tensors ? first_chunk[t + 1] : chunks;
     double sum = 0;
     for (int64_t c = first_chunk[t] + lane; c < end; c += 32) sum = combine(norm, sum, partials[c]);
-    for (int distance = 16; distance > 0; distance /= 2)
-      sum = combine(norm, sum, __shfl_xor_sync(kAllLanes, sum, distance));
+    sum = combine_warp(sum, both);
     if (lane != 0) continue;
     of_tensor[t] = root(norm, sum);
     all = combine(norm, all, sum);
   }
-  all = combine_block<kFinishWarps>(norm, all);
-  if (threadIdx.x == 0) *total = root(norm, all);
+  TRAINOPT_SHARED(double, of_warp, kFinishWarps);
+  all = combine_block<kFinishWarps>(all, of_warp, both);
+  if (threadIdx.x != 0) return;
+  const double result = root(norm, all);
+  *total = result;
+  if (rounded.data != nullptr) store_one(rounded.data, rounded.dtype, 0, result);
 }
 
 // One block scales one chunk.
@@ -232,7 +223,7 @@ void norm(const NormWork& work, Stream stream) {
   int64_t chunks = 0;
   for (size_t t = 0; t < work.count; ++t) chunks += norm_chunks(work.tensors[t].numel);
   launch(finish_kernel, {1, 32 * kFinishWarps}, stream, work.norm, work.partials, chunks, work.first_chunk,
-         static_cast<int64_t>(work.count), work.of_tensor, work.total);
+         static_cast<int64_t>(work.count), work.of_tensor, work.total, work.rounded);
 }
 
 void clip(const NormTensor* tensors, size_t count, const double* total, double max_norm, Stream stream) {

@@ -25,6 +25,7 @@ struct NormWork {
   int64_t* first_chunk;  // one for each tensor
   double* of_tensor;     // one for each tensor: its norm
   double* total;         // the norm of all
+  TensorView rounded;    // the same, rounded to a dtype of its own; or without data
 };
 
 // One launch for each list that fits in a kernel's parameters, and one that combines.

@@ -1,17 +1,29 @@
-// Gradient clipping by a norm, over plain CPU tensors.
+// Gradient clipping by a norm, over plain tensors of one device.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include "core/norm.h"
+#include "python/tensor_list.h"
+
 namespace trainopt::python {
 
-// The norm of order 1, 2 or infinity over a list of tensors, or over the gradients of a list of parameters: (norm, its
-// dtype), the dtype None where there is nothing to sum. None if torch must do it: a tensor that is not a plain one on
-// the CPU of a type that the engine stores.
-pybind11::object norm_of(pybind11::list tensors, double order, bool of_gradients);
+// The norm of order 1, 2 or infinity over a list of tensors, or over the gradients of a list of parameters: exact, a
+// float on the CPU and a 0-dimensional float64 tensor on CUDA; and as the tensor that torch gives. None if torch must
+// do it.
+pybind11::object norm_of(const pybind11::list& tensors, double order, bool of_gradients);
 
-// Multiplies the gradients of a list of parameters by a factor. False, and nothing is changed, if torch must do it: as
-// above, or gradients that share memory.
-bool scale_gradients(pybind11::list parameters, double factor);
+// Multiplies the gradients of a list of parameters so that their norm, exact as above, becomes at most `max_norm`.
+// False, and nothing is changed, if torch must do it: as above, or gradients that share memory.
+bool clip_gradients(const pybind11::list& parameters, double max_norm, const pybind11::object& norm);
+
+#if defined(TRAINOPT_WITH_CUDA)
+// The same on CUDA. Nothing waits for the device.
+struct CudaNorm {
+  at::Tensor exact, rounded;
+};
+CudaNorm norm_on_cuda(Norm, const TensorList&);
+void clip_on_cuda(const TensorList&, double max_norm, const at::Tensor& norm);
+#endif
 
 }  // namespace trainopt::python

@@ -124,7 +124,7 @@ at::Tensor fresh(c10::IntArrayRef sizes, c10::ScalarType dtype) { return at::det
 #endif
 
 at::Tensor fresh_like(const at::Tensor& tensor, c10::ScalarType dtype) {
-  if (!tensor.is_non_overlapping_and_dense())
+  if (!tensor.is_cpu() || !tensor.is_non_overlapping_and_dense())
     return at::empty_like(tensor, tensor.options().dtype(dtype), c10::MemoryFormat::Preserve);
   const at::Tensor result = fresh(tensor.sizes(), dtype);
   return result.strides().equals(tensor.strides()) ? result : result.as_strided(tensor.sizes(), tensor.strides());

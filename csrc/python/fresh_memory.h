@@ -13,7 +13,8 @@
 
 namespace trainopt::python {
 
-// A contiguous CPU tensor, or one in the order in memory of another (as at::empty_like); its elements are not set.
+// A contiguous CPU tensor, or one in the order in memory of another (as at::empty_like), on its device; its elements
+// are not set. Elsewhere than on the CPU it is torch's allocator that keeps memory.
 at::Tensor fresh(c10::IntArrayRef sizes, c10::ScalarType dtype);
 at::Tensor fresh_like(const at::Tensor& tensor, c10::ScalarType dtype);
 

@@ -149,7 +149,8 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("tensor"));
   bind_loss_calls(m);
   m.def("norm_of", norm_of, pybind11::arg("tensors"), pybind11::arg("order"), pybind11::arg("of_gradients"));
-  m.def("scale_gradients", scale_gradients, pybind11::arg("parameters"), pybind11::arg("factor"));
+  m.def("clip_gradients", clip_gradients, pybind11::arg("parameters"), pybind11::arg("max_norm"),
+        pybind11::arg("norm"));
   pybind11::class_<Plan>(m, "Plan")
       .def(pybind11::init<const std::string&>(), pybind11::arg("rule"))
       .def("step", &Plan::step, pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),

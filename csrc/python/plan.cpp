@@ -223,10 +223,7 @@ pybind11::object Plan::step(pybind11::list groups, pybind11::dict state, double 
   } else {
     Indices missing, rest;
     walk(groups.ptr(), state.ptr(), writes_gradient, fresh, torchs, &missing, &rest);
-    // A first step that is skipped leaves a count of 0, if the rule counts; if it does not, nothing would tell.
-    const bool is_plain_first = !missing.empty() && !rule_.counts_steps;
-    if (scaling.exists() && (!batch_.is_for_devices_alone() || !rest.empty() || is_plain_first))
-      return pybind11::bool_(false);
+    if (scaling.exists() && (!batch_.is_for_devices_alone() || !rest.empty())) return pybind11::bool_(false);
     check_capture();
     if (!missing.empty() || !rest.empty()) return pybind11::make_tuple(missing, rest);
     batch_.prepare(gradient_scale, scaling);

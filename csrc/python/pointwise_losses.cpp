@@ -1,98 +1,30 @@
 // The operators of the pointwise losses. All of them are one, trainopt::pointwise_loss, under their names in torch.
+#include "python/pointwise_losses.h"
+
 #include <ATen/ATen.h>
-#include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <cmath>
-#include <deque>
 #include <tuple>
 
-#include "cpu/losses.h"
-#include "python/fresh_memory.h"
-#include "python/layout.h"
+#include "python/cuda_device.h"
 #include "python/losses.h"
 
 namespace trainopt::python {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
 constexpr int64_t kChunk = 16384;  // elements whose losses are one partial sum
-
-const cpu::PointwiseLoss& find(std::string_view name) {
-  const cpu::PointwiseLoss* loss = cpu::find_pointwise_loss(std::string(name).c_str());
-  TORCH_CHECK_VALUE(loss != nullptr, "there is no pointwise loss '", name, "'");
-  return *loss;
-}
-
-at::Tensor optional(const OptionalTensor& tensor) { return tensor.has_value() ? *tensor : at::Tensor(); }
-
-// The tensors of a task in the shape that they broadcast to, and in one order of elements.
-class Operands {
- public:
-  Operands(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-           const OptionalTensor& positive)
-      : dtype(at::result_type(input, target)) {
-    shape_ = at::infer_size_dimvector(input.sizes(), target.sizes());
-    for (const OptionalTensor& other : {weight, positive})
-      if (other.has_value() && other->defined()) shape_ = at::infer_size_dimvector(shape_, other->sizes());
-    add(input, &task.input);
-    add(target, &task.target);
-    if (weight.has_value()) add(*weight, &task.weight);
-    if (positive.has_value()) add(*positive, &task.positive);
-    task.numel = c10::multiply_integers(shape_);
-  }
-
-  cpu::PointwiseTask task{};
-  const c10::ScalarType dtype;
-  bool wide() const { return dtype == at::kDouble; }
-
-  // Memory for a result of the whole shape, in the order of `operand` if it has that shape itself.
-  at::Tensor memory_for(const at::Tensor& operand, c10::ScalarType type) const {
-    return operand.sizes().equals(shape_) ? fresh_like(operand, type) : fresh(shape_, type);
-  }
-
-  // A tensor to read, expanded, or to write, which has the shape already.
-  void add(const at::Tensor& tensor, TensorView* view) {
-    if (!tensor.defined()) return;
-    tensors_.push_back(tensor.sizes().equals(shape_) ? tensor : tensor.expand(shape_));
-    views_.push_back(view);
-  }
-
-  void arrange() {
-    bool contiguous = true;
-    for (const at::Tensor& tensor : tensors_) contiguous = contiguous && tensor.is_contiguous();
-    std::vector<Arranged> operands;
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      *views_[i] = view_of(tensors_[i]);
-      operands.push_back({tensors_[i].unsafeGetTensorImpl(), views_[i]});
-    }
-    if (contiguous) return;
-    TORCH_CHECK(python::arrange(operands, false, &layouts_), "tensors of more than ", kMaxDims,
-                " dimensions that do not lie in memory alike are not supported");
-  }
-
- private:
-  at::DimVector shape_;
-  std::deque<at::Tensor> tensors_;
-  std::vector<TensorView*> views_;
-  std::deque<Layout> layouts_;
-};
 
 [[noreturn]] void refuse_non_probability() { TORCH_CHECK(false, "all elements of input should be between 0 and 1"); }
 
 at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Tensor& target,
                    const OptionalTensor& weight, const OptionalTensor& positive, int64_t reduction, double parameter) {
-  const cpu::PointwiseLoss& loss = find(name);
-  Operands operands(input, target, weight, positive);
-  at::Tensor values;
-  if (reduction == kNone) {
-    values = operands.memory_for(input, operands.dtype);
-    operands.add(values, &operands.task.value);
-  }
+  const cpu::PointwiseLoss& loss = find_pointwise_loss(name);
+  PointwiseOperands operands(input, target, weight, positive, parameter);
+  const at::Tensor values = reduction == kNone ? operands.add_value() : at::Tensor();
   operands.arrange();
-  cpu::PointwiseTask& task = operands.task;
-  task.parameter = parameter;
+  const PointwiseTask& task = operands.task;
   const int64_t chunks = (task.numel + kChunk - 1) / kChunk;
   std::vector<double> partial(chunks);
   at::parallel_for(0, chunks, 2, [&](int64_t first, int64_t last) {
@@ -113,34 +45,17 @@ std::tuple<at::Tensor, at::Tensor> backward(c10::string_view name, const at::Ten
                                             const at::Tensor& target, const OptionalTensor& weight,
                                             const OptionalTensor& positive, int64_t reduction, double parameter,
                                             std::array<bool, 2> wanted) {
-  const cpu::PointwiseLoss& loss = find(name);
-  Operands operands(input, target, weight, positive);
-  cpu::PointwiseTask& task = operands.task;
-  const auto gradient_of = [&](const at::Tensor& operand, TensorView* view, bool is_wanted) {
-    if (!is_wanted) return at::Tensor();
-    at::Tensor gradient = operands.memory_for(operand, operand.scalar_type());
-    operands.add(gradient, view);
-    return gradient;
-  };
-  const at::Tensor of_input = gradient_of(input, &task.input_gradient, wanted[0]);
-  const at::Tensor of_target = gradient_of(target, &task.target_gradient, wanted[1]);
-  bool is_one_number = true;  // upstream, as after .sum()
-  for (const int64_t stride : upstream.strides()) is_one_number = is_one_number && stride == 0;
-  if (task.numel != 0 && is_one_number) {
-    task.scale = number_in(upstream);
-  } else if (task.numel != 0) {
-    operands.add(upstream, &task.upstream);
-  }
+  const cpu::PointwiseLoss& loss = find_pointwise_loss(name);
+  PointwiseOperands operands(input, target, weight, positive, parameter);
+  PointwiseTask& task = operands.task;
+  const PointwiseGradients gradients = operands.add_gradients(wanted);
+  if (!operands.add_upstream(upstream)) task.scale = number_in(upstream);
   if (reduction == kMean) task.scale /= static_cast<double>(task.numel);
   operands.arrange();
-  task.parameter = parameter;
   at::parallel_for(0, (task.numel + kChunk - 1) / kChunk, 2, [&](int64_t first, int64_t last) {
     cpu::pointwise_backward(loss, operands.wide(), task, first * kChunk, std::min(task.numel, last * kChunk));
   });
-  const auto summed = [](const at::Tensor& gradient, const at::Tensor& operand) {
-    return gradient.defined() ? at::sum_to(gradient, operand.sizes()) : at::empty({0}, operand.options());
-  };
-  return {summed(of_input, input), summed(of_target, target)};
+  return operands.summed(gradients);
 }
 
 // torch's own, for the second derivative.
@@ -174,6 +89,8 @@ const c10::TypedOperatorHandle<Backward>& backward_operator() {
       c10::Dispatcher::singleton().findSchemaOrThrow("trainopt::pointwise_loss_backward", "").typed<Backward>();
   return handle;
 }
+
+at::Tensor optional(const OptionalTensor& tensor) { return tensor.has_value() ? *tensor : at::Tensor(); }
 
 struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
   static at::Tensor forward(torch::autograd::AutogradContext* context, c10::string_view name, const at::Tensor& input,
@@ -279,5 +196,8 @@ TORCH_LIBRARY_IMPL(trainopt, CPU, m) {
 }
 TORCH_LIBRARY_IMPL(trainopt, Autograd, m) { m.impl("pointwise_loss", with_gradient); }
 TORCH_LIBRARY_IMPL(trainopt, AutocastCPU, m) { m.impl("pointwise_loss", in_single); }
+#if defined(TRAINOPT_WITH_CUDA)
+TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_AUTOCAST_CUDA_KEY, m) { m.impl("pointwise_loss", in_single); }
+#endif
 
 }  // namespace trainopt::python

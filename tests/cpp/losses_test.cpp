@@ -9,6 +9,7 @@
 
 #include "core/elementary.h"
 #include "judge.h"
+#include "pointwise_judge.h"
 
 namespace trainopt {
 namespace {
@@ -64,14 +65,6 @@ std::vector<double> numbers(size_t count, uint64_t seed, const std::function<dou
   return result;
 }
 
-// What rounding to the storage and some operations in the arithmetic's type may cost.
-bool is_near(double found, double exact, double size, DType dtype) {
-  if (std::isnan(exact)) return std::isnan(found);
-  if (std::isinf(exact)) return found == exact;
-  const double unit = dtype == DType::kFloat64 ? 1e-15 : 2e-7;
-  return std::fabs(found - exact) <= spacing(exact, dtype) + 8 * unit * size;
-}
-
 // Elementary functions
 // -------------------------------------------------------------------------------------------------
 
@@ -107,55 +100,6 @@ void test_elementary() {
 // Pointwise losses
 // -----------------------------------------------------------------------------------------------------
 
-struct Formula {
-  const char* name;
-  std::function<double(double)> input, target;  // from any number to one of the domain
-  // The loss of x, t, the weight of the positive class and the parameter; its slopes by x and t.
-  std::function<double(double, double, double, double)> value, slope, target_slope;
-};
-
-double into_unit(double v) { return 0.02 + 0.96 * std::fabs(v) / 4; }
-double as_it_is(double v) { return v; }
-double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::fabs(x))); }
-double logistic(double x) { return 1 / (1 + std::exp(-x)); }
-
-const std::vector<Formula> kFormulas = {
-    {"mse_loss", as_it_is, as_it_is, [](double x, double t, double, double) { return (x - t) * (x - t); },
-     [](double x, double t, double, double) { return 2 * (x - t); },
-     [](double x, double t, double, double) { return 2 * (t - x); }},
-    {"l1_loss", as_it_is, as_it_is, [](double x, double t, double, double) { return std::fabs(x - t); },
-     [](double x, double t, double, double) { return sign(x - t); },
-     [](double x, double t, double, double) { return sign(t - x); }},
-    {"smooth_l1_loss", as_it_is, as_it_is,
-     [](double x, double t, double, double k) {
-       const double d = std::fabs(x - t);
-       return d < k ? d * d / (2 * k) : d - k / 2;
-     },
-     [](double x, double t, double, double k) { return std::fabs(x - t) < k ? (x - t) / k : sign(x - t); },
-     [](double x, double t, double, double k) { return std::fabs(x - t) < k ? (t - x) / k : sign(t - x); }},
-    {"huber_loss", as_it_is, as_it_is,
-     [](double x, double t, double, double k) {
-       const double d = std::fabs(x - t);
-       return d < k ? d * d / 2 : k * (d - k / 2);
-     },
-     [](double x, double t, double, double k) { return std::fabs(x - t) < k ? x - t : k * sign(x - t); },
-     [](double x, double t, double, double k) { return std::fabs(x - t) < k ? t - x : k * sign(t - x); }},
-    {"binary_cross_entropy", into_unit, into_unit,
-     [](double x, double t, double, double) { return -t * std::log(x) - (1 - t) * std::log1p(-x); },
-     [](double x, double t, double, double) { return (x - t) / (x * (1 - x)); },
-     [](double x, double, double, double) { return std::log1p(-x) - std::log(x); }},
-    {"binary_cross_entropy_with_logits", as_it_is, into_unit,
-     [](double x, double t, double p, double) { return (1 - t) * softplus(x) + p * t * softplus(-x); },
-     [](double x, double t, double p, double) { return (1 - t) * logistic(x) - p * t * logistic(-x); },
-     [](double x, double, double p, double) { return p * softplus(-x) - softplus(x); }},
-    {"kl_div", as_it_is, into_unit, [](double x, double t, double, double) { return t * (std::log(t) - x); },
-     [](double, double t, double, double) { return -t; },
-     [](double x, double t, double, double) { return std::log(t) + 1 - x; }},
-    {"kl_div_log_target", as_it_is, as_it_is, [](double x, double t, double, double) { return std::exp(t) * (t - x); },
-     [](double, double t, double, double) { return -std::exp(t); },
-     [](double x, double t, double, double) { return std::exp(t) * (t - x + 1); }},
-};
-
 void test_pointwise(const Formula& formula, DType dtype, size_t count, bool weighted) {
   const std::string what = std::string(formula.name) + ", " + format_of(dtype).name + ", " + std::to_string(count);
   const bool wide = dtype == DType::kFloat64;
@@ -170,7 +114,7 @@ void test_pointwise(const Formula& formula, DType dtype, size_t count, bool weig
   for (const cpu::Variant variant : variants()) {
     cpu::set_variant(variant);
     Stored value(dtype, std::vector<double>(count)), by_input = value, by_target = value;
-    cpu::PointwiseTask task{};
+    PointwiseTask task{};
     task.numel = static_cast<int64_t>(count);
     task.input = view(x);
     task.target = view(t);
@@ -197,9 +141,7 @@ void test_pointwise(const Formula& formula, DType dtype, size_t count, bool weig
       for (size_t i = 0; i < count; ++i) {
         const double w = weighted ? weight[i] : 1, p = weighted ? positive[i] : 1, g = weighted ? upstream[i] : 1.5;
         const double exact = w * formula.value(x[i], t[i], p, k);
-        const double steep = formula.input(0) == 0 ? 1 : 1 / (x[i] * (1 - x[i]));
-        const double scale = std::fabs(w) * (steep + std::fabs(exact) + std::exp(std::fabs(t[i])) +
-                                             std::pow(std::fabs(x[i]) + std::fabs(t[i]), 2));
+        const double scale = size_of_terms(formula, x[i], t[i], w, exact);
         exact_sum += exact;
         size += scale;
         right = right && is_near(value[i], exact, scale, dtype);

@@ -101,3 +101,11 @@ def allocations(device) -> Callable[[], int]:
         return _C.simt.memory_statistics()["allocations"]
 
     return count
+
+
+@pytest.fixture
+def allocated(device) -> Callable[[], int]:
+    """How many bytes of the device's memory are in use."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated
+    return lambda: _C.simt.memory_statistics()["allocated_bytes"]

@@ -7,6 +7,7 @@
 #include "../cpp/judge.h"
 #include "cuda/launch.h"
 #include "norm_test.h"
+#include "pointwise_test.h"
 #include "rules/rules.h"
 
 namespace trainopt {
@@ -330,14 +331,15 @@ void test_huge() {
 }  // namespace
 }  // namespace trainopt
 
-// With an argument, only the norms or only the steps.
+// With an argument, only one part of the tests: norms, pointwise or steps.
 int main(int count, char** arguments) {
   using namespace trainopt;
   const std::string only = count > 1 ? arguments[1] : "";
   std::setvbuf(stdout, nullptr, _IONBF, 0);  // a fault may end the process
   std::printf("kernel parameters of %zu bytes\n", cuda::kParameterBytes);
-  if (only != "steps") test_norms();
-  if (only != "norms") {
+  if (only.empty() || only == "norms") test_norms();
+  if (only.empty() || only == "pointwise") test_pointwise_losses();
+  if (only.empty() || only == "steps") {
     test_rules();
     test_expanded_gradient();
     test_chunks();

@@ -29,9 +29,12 @@ Result run_norm(Norm norm, const Parameters& parameters) {
   std::vector<double> partials(static_cast<size_t>(chunks), std::nan(""));
   std::vector<int64_t> first_chunk(tensors.size(), -1);
   Result result{std::vector<double>(tensors.size(), std::nan("")), std::nan("")};
+  Array rounded(DType::kFloat16, 1, run_of(1), true);
   cuda::norm({norm, tensors.data(), tensors.size(), partials.data(), first_chunk.data(), result.of_tensor.data(),
-              &result.total},
+              &result.total, rounded.view()},
              nullptr);
+  const double once = round16(static_cast<double>(static_cast<float>(result.total)), DType::kFloat16);
+  check(same_value(rounded.get(0), once) && rounded.is_intact(), "the norm of all, rounded");
   return result;
 }
 

@@ -155,8 +155,10 @@ def fits(factor: Tensor | None, input: Tensor) -> bool:
 
 def _are_traceable(*tensors: Tensor | None) -> bool:
     """Whether a compiled program may call the operators with these, of what _C.takes says about tensors in memory."""
+    present = [tensor for tensor in tensors if tensor is not None]
     return not _in_function_transform() and all(
-        tensor is None or (tensor.device.type in _DEVICE_TYPES and tensor.dtype in _FLOATING) for tensor in tensors
+        tensor.device == present[0].device and tensor.device.type in _DEVICE_TYPES and tensor.dtype in _FLOATING
+        for tensor in present
     )
 
 

@@ -130,16 +130,16 @@ class Fused(torch.optim.Optimizer):
                 self.init_state()
                 return True
             params = list(self._enumerate())
-            for index in missing:
-                self._start(params[index][2], params[index][1])
+            for index in missing:  # should the device skip this step, the next one is the first
+                self._start_before_first_step(params[index][2], params[index][1])
             done = self._plan.step(self.param_groups, self.state, 1.0, missing, (), grad_scale, found_inf)
         if done is not None:
             return False
         self._steps += 1
         self._skipped = found_inf if found_inf is not None else False
         if found_inf is not None:
-            skipped = found_inf.ne(0).to(torch.int64)
-            self._skipped_steps = skipped if self._skipped_steps is None else self._skipped_steps.add_(skipped)
+            skipped = found_inf.ne(0)
+            self._skipped_steps = skipped.long() if self._skipped_steps is None else self._skipped_steps.add_(skipped)
         return True
 
     def _finish(self, unfinished: tuple[list[int], list[int]] | None, scale: float) -> bool:

@@ -37,11 +37,11 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
 def global_norm(params: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, a 0-dim float64 tensor on the first one's device; nothing is read back.
 
-    Every gradient is read once, in float64 on the CPU; elsewhere 16-bit gradients are summed in float32, and the norms
-    of the tensors in float64.
+    Every gradient is read once, and summed in float64 where the compiled module takes them; elsewhere 16-bit gradients
+    are summed in float32, and the norms of the tensors in float64.
     """
-    if (value := _fused_norm(params)) is not None:
-        return torch.tensor(value, dtype=torch.float64)
+    if (fused := _fused_norm(params)) is not None:
+        return fused if isinstance(fused, Tensor) else torch.tensor(fused, dtype=torch.float64)
     norms: list[Tensor] = []
     for gradients in alike(params):
         norms += torch._foreach_norm(gradients, 2, torch.float32 if gradients[0].itemsize == 2 else None)
@@ -59,7 +59,7 @@ def are_finite(params: list[Tensor], norm: Tensor | None) -> bool:
     Args:
         norm: the global norm where it has been computed; it says so at once, unless it overflowed.
     """
-    value = _fused_norm(params) if norm is None else norm.item()
+    value = _fused_norm(params) if norm is None else norm
     if value is not None and math.isfinite(value):
         return True
     for gradients in alike(params):
@@ -86,15 +86,12 @@ def has_finite_square(gradient: Tensor) -> bool:
 
 def clip(params: list[Tensor], limit: float, norm: Tensor) -> None:
     """Scales the gradients by min(1, limit / (norm + 1e-6)), torch's formula, without waiting for a device."""
-    if norm.device.type == "cpu":
-        factor = limit / (norm.item() + 1e-6)
-        if factor >= 1 or _C.scale_gradients(params, factor):
-            return
-    torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
+    if not _C.clip_gradients(params, limit, norm.item() if norm.is_cpu else norm):
+        torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
 
 
-def _fused_norm(params: list[Tensor]) -> float | None:
-    """The global norm, or None where the compiled module does not take the gradients."""
+def _fused_norm(params: list[Tensor]) -> float | Tensor | None:
+    """The global norm, on CUDA a float64 tensor, or None where the compiled module does not take the gradients."""
     found = _C.norm_of(params, 2.0, True)
     return None if found is None else found[0]
 

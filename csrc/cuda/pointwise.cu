@@ -1,0 +1,336 @@
+#include <algorithm>
+
+#include "cuda/access.h"
+#include "cuda/launch.h"
+#include "cuda/pointwise.h"
+#include "cuda/reduce.h"
+#include "cuda/table.h"
+#include "losses/pointwise.h"
+
+namespace trainopt::cuda {
+namespace {
+
+constexpr int kFinishThreads = 512;
+
+// A block takes a run of elements: as short as its threads have work for, and longer where that would make more blocks
+// than fill any GPU, so that there are few partial sums. It depends on the size alone, and so does the order of sums.
+constexpr int64_t kShortestRun = kThreads * kItem, kMostBlocks = 8192;
+
+int64_t run_of_block(int64_t numel) {
+  int64_t run = kShortestRun;
+  while ((numel - 1) / run >= kMostBlocks) run *= 2;
+  return run;
+}
+
+int64_t blocks_for(int64_t numel) { return numel == 0 ? 1 : (numel - 1) / run_of_block(numel) + 1; }
+
+// One tensor of the pass.
+struct Operand {
+  void* data;      // null: absent
+  int64_t period;  // one run that repeats after so many elements: all of them, or a row that is broadcast; 0: none
+  Layout layout;   // for where there is no period
+  DType dtype;
+  bool vectorisable;  // eight elements at every multiple of eight, as 16-byte words
+};
+
+struct Pass {
+  int64_t numel, run;
+  double parameter;
+  Operand input, target, weight, positive;
+  bool vectorisable;  // eight elements at a time
+};
+struct Forward : Pass {
+  Operand value;
+  TensorView result;
+  double divisor;
+  double* partials;  // null: the only block writes the result
+};
+struct Backward : Pass {
+  Operand upstream, input_gradient, target_gradient;
+  TensorView number;
+  double divisor;
+};
+static_assert(sizeof(Forward) <= 4096 && sizeof(Backward) <= 4096);
+
+// Eight elements ----------------------------------------------------------------------------------------------------
+
+template <class S>
+__device__ __forceinline__ Words<S> fetch_words_of(const Operand& from, int64_t at) {
+  return fetch(from.data, from.dtype, at, S());
+}
+
+template <class Stored, class S>
+__device__ __forceinline__ void gather(const Operand& from, int64_t at, S (&value)[kItem]) {
+  const Stored* data = static_cast<const Stored*>(from.data);
+  int64_t place = at % from.period;
+#pragma unroll
+  for (int k = 0; k < kItem; ++k) {
+    value[k] = static_cast<S>(widen(data[place]));
+    place = place + 1 == from.period ? 0 : place + 1;
+  }
+}
+
+// Of a factor, which may be absent, or a row that is broadcast.
+template <class S>
+__device__ __forceinline__ void load_factor(const Operand& from, int64_t numel, int64_t at, S (&value)[kItem]) {
+  if (from.data == nullptr) {
+#pragma unroll
+    for (int k = 0; k < kItem; ++k) value[k] = S(1);
+    return;
+  }
+  if (from.vectorisable)
+    return widen_words(fetch_words_of<S>(from, from.period == numel ? at : at % from.period), from.dtype, value);
+  switch (from.dtype) {
+    case DType::kFloat32: return gather<float>(from, at, value);
+    case DType::kFloat64: return gather<double>(from, at, value);
+    case DType::kBFloat16: return gather<BFloat16>(from, at, value);
+    case DType::kFloat16: return gather<Float16>(from, at, value);
+  }
+}
+
+// One element -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int64_t place_of(const Operand& operand, int64_t numel, int64_t i) {
+  if (operand.period == numel) return i;
+  return operand.period != 0 ? i % operand.period : offset_of(operand.layout, i);
+}
+
+template <class S>
+__device__ __forceinline__ S load(const Operand& from, int64_t numel, int64_t i) {
+  return load_one<S>(from.data, from.dtype, place_of(from, numel, i));
+}
+
+template <class S>
+__device__ __forceinline__ S load_factor(const Operand& from, int64_t numel, int64_t i) {
+  return from.data == nullptr ? S(1) : load<S>(from, numel, i);
+}
+
+// Kernels -----------------------------------------------------------------------------------------------------------
+
+// Blocks that a multiprocessor should hold at least, for the compiler to bound the registers by.
+template <class S>
+constexpr int kMinBlocks = sizeof(S) == sizeof(float) ? 2 : 1;
+
+__device__ __forceinline__ int64_t end_of_run(const Pass& pass) {
+  const int64_t end = (static_cast<int64_t>(blockIdx.x) + 1) * pass.run;
+  return end < pass.numel ? end : pass.numel;
+}
+
+__device__ __forceinline__ void write_result(const TensorView& result, double sum, double divisor) {
+  store_one(result.data, result.dtype, 0, sum / divisor);
+}
+
+template <int kBlockThreads>
+__device__ __forceinline__ double add_over_block(double value) {
+  TRAINOPT_SHARED(double, of_warp, kBlockThreads / 32);
+  return combine_block<kBlockThreads / 32>(value, of_warp, [](double a, double b) { return a + b; });
+}
+
+// Whether eight elements are loaded at once or one by one, a thread sums the same ones in the same order.
+template <class Loss, class S>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
+    pointwise_forward_kernel(const Forward __grid_constant__ pass) {
+  const int64_t end = end_of_run(pass);
+  const S k = static_cast<S>(pass.parameter);
+  double sum = 0;
+  for (int64_t at = static_cast<int64_t>(blockIdx.x) * pass.run + static_cast<int64_t>(threadIdx.x) * kItem; at < end;
+       at += kThreads * kItem) {
+    S item_sum = S(0);
+    if (pass.vectorisable && at + kItem <= end) {
+      const Words<S> input = fetch_words_of<S>(pass.input, at), target = fetch_words_of<S>(pass.target, at);
+      S x[kItem], t[kItem], weight[kItem], positive[kItem], value[kItem];
+      load_factor(pass.weight, pass.numel, at, weight);
+      load_factor(pass.positive, pass.numel, at, positive);
+      widen_words(input, pass.input.dtype, x);
+      widen_words(target, pass.target.dtype, t);
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) {
+        value[i] = Loss::value(x[i], t[i], positive[i], k) * weight[i];
+        item_sum += value[i];
+      }
+      if (pass.value.data != nullptr) store_item(pass.value.data, pass.value.dtype, at, value);
+    } else {
+      const int64_t item_end = at + kItem < end ? at + kItem : end;
+      for (int64_t i = at; i < item_end; ++i) {
+        const S value = Loss::value(load<S>(pass.input, pass.numel, i), load<S>(pass.target, pass.numel, i),
+                                    load_factor<S>(pass.positive, pass.numel, i), k) *
+                        load_factor<S>(pass.weight, pass.numel, i);
+        item_sum += value;
+        if (pass.value.data != nullptr)
+          store_one(pass.value.data, pass.value.dtype, place_of(pass.value, pass.numel, i), value);
+      }
+    }
+    sum += static_cast<double>(item_sum);
+  }
+  if (pass.result.data == nullptr) return;
+  sum = add_over_block<kThreads>(sum);
+  if (threadIdx.x != 0) return;
+  if (pass.partials != nullptr) {
+    pass.partials[blockIdx.x] = sum;
+  } else {
+    write_result(pass.result, sum, pass.divisor);
+  }
+}
+
+// One block adds the partial sums.
+__global__ void __launch_bounds__(kFinishThreads)
+    pointwise_finish_kernel(const double* partials, int64_t count, TensorView result, double divisor) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) sum += partials[i];
+  sum = add_over_block<kFinishThreads>(sum);
+  if (threadIdx.x == 0) write_result(result, sum, divisor);
+}
+
+template <class Loss, class S>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
+    pointwise_backward_kernel(const Backward __grid_constant__ pass) {
+  int64_t at = static_cast<int64_t>(blockIdx.x) * pass.run;
+  const int64_t end = end_of_run(pass);
+  const S k = static_cast<S>(pass.parameter);
+  const bool by_element = pass.upstream.data != nullptr;
+  const S scale =
+      by_element ? S(1) : static_cast<S>(load_one<double>(pass.number.data, pass.number.dtype, 0) / pass.divisor);
+  if (pass.vectorisable) {
+    const int64_t whole = at + (end - at) / kItem * kItem;
+    for (int64_t i = at + static_cast<int64_t>(threadIdx.x) * kItem; i < whole; i += kThreads * kItem) {
+      const Words<S> input = fetch_words_of<S>(pass.input, i), target = fetch_words_of<S>(pass.target, i);
+      Words<S> above{};
+      if (by_element) above = fetch_words_of<S>(pass.upstream, i);
+      S x[kItem], t[kItem], weight[kItem], positive[kItem], upstream[kItem], gradient[kItem];
+      load_factor(pass.weight, pass.numel, i, weight);
+      load_factor(pass.positive, pass.numel, i, positive);
+      widen_words(input, pass.input.dtype, x);
+      widen_words(target, pass.target.dtype, t);
+      if (by_element) {
+        widen_words(above, pass.upstream.dtype, upstream);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kItem; ++j) upstream[j] = scale;
+      }
+      if (pass.input_gradient.data != nullptr) {
+#pragma unroll
+        for (int j = 0; j < kItem; ++j) gradient[j] = Loss::slope(x[j], t[j], positive[j], k) * weight[j] * upstream[j];
+        store_item(pass.input_gradient.data, pass.input_gradient.dtype, i, gradient);
+      }
+      if (pass.target_gradient.data != nullptr) {
+#pragma unroll
+        for (int j = 0; j < kItem; ++j)
+          gradient[j] = Loss::target_slope(x[j], t[j], positive[j], k) * weight[j] * upstream[j];
+        store_item(pass.target_gradient.data, pass.target_gradient.dtype, i, gradient);
+      }
+    }
+    at = whole;
+  }
+  for (int64_t i = at + threadIdx.x; i < end; i += kThreads) {
+    const S x = load<S>(pass.input, pass.numel, i), t = load<S>(pass.target, pass.numel, i);
+    const S weight = load_factor<S>(pass.weight, pass.numel, i),
+            positive = load_factor<S>(pass.positive, pass.numel, i);
+    const S upstream = by_element ? load<S>(pass.upstream, pass.numel, i) : scale;
+    const auto write = [&](const Operand& gradient, S slope) {
+      store_one(gradient.data, gradient.dtype, place_of(gradient, pass.numel, i), slope * weight * upstream);
+    };
+    if (pass.input_gradient.data != nullptr) write(pass.input_gradient, Loss::slope(x, t, positive, k));
+    if (pass.target_gradient.data != nullptr) write(pass.target_gradient, Loss::target_slope(x, t, positive, k));
+  }
+}
+
+// On the host -------------------------------------------------------------------------------------------------------
+
+// The elements after which a view repeats itself: those of its last dimensions that are one run, if all others have
+// stride 0.
+int64_t period_of(const TensorView& view, int64_t numel) {
+  if (view.layout == nullptr) return numel;
+  const Layout& layout = *view.layout;
+  int64_t period = 1;
+  int d = layout.ndim - 1;
+  for (; d >= 0 && layout.strides[d] == period; --d) period *= layout.sizes[d];
+  for (; d >= 0; --d)
+    if (layout.strides[d] != 0) return 0;
+  return period;
+}
+
+Operand operand_of(const TensorView& view, int64_t numel) {
+  Operand operand{view.data, 0, {}, view.dtype, false};
+  if (view.data == nullptr) return operand;
+  operand.period = period_of(view, numel);
+  operand.vectorisable = reinterpret_cast<uintptr_t>(view.data) % sizeof(uint4) == 0 &&
+                         (operand.period == numel || (operand.period != 0 && operand.period % kItem == 0));
+  if (view.layout != nullptr) operand.layout = *view.layout;
+  return operand;
+}
+
+// Whether it can be loaded, or stored, as 16-byte words.
+bool is_aligned_run(const Operand& operand, int64_t numel) {
+  return operand.data == nullptr || (operand.vectorisable && operand.period == numel);
+}
+
+// What both directions read.
+void fill(Pass& pass, const PointwiseTask& task) {
+  pass.numel = task.numel;
+  pass.run = run_of_block(task.numel);
+  pass.parameter = task.parameter;
+  pass.input = operand_of(task.input, task.numel);
+  pass.target = operand_of(task.target, task.numel);
+  pass.weight = operand_of(task.weight, task.numel);
+  pass.positive = operand_of(task.positive, task.numel);
+  pass.vectorisable = is_aligned_run(pass.input, task.numel) && is_aligned_run(pass.target, task.numel);
+  for (const Operand* factor : {&pass.weight, &pass.positive})
+    pass.vectorisable = pass.vectorisable && (factor->data == nullptr || factor->period != 0);
+}
+
+template <class Loss, class S>
+void forward(const PointwiseTask& task, const Reduced& reduced, Stream stream) {
+  if (task.numel == 0 && reduced.result.data == nullptr) return;
+  Forward pass;
+  fill(pass, task);
+  pass.value = operand_of(task.value, task.numel);
+  pass.vectorisable = pass.vectorisable && is_aligned_run(pass.value, task.numel);
+  const int64_t blocks = blocks_for(task.numel);
+  pass.result = reduced.result;
+  pass.divisor = reduced.divisor;
+  pass.partials = blocks == 1 ? nullptr : reduced.partials;
+  launch(pointwise_forward_kernel<Loss, S>, {blocks, kThreads}, stream, pass);
+  if (reduced.result.data == nullptr || blocks == 1) return;
+  launch(pointwise_finish_kernel, {1, kFinishThreads}, stream, reduced.partials, blocks, reduced.result,
+         reduced.divisor);
+}
+
+template <class Loss, class S>
+void backward(const PointwiseTask& task, const Upstream& upstream, Stream stream) {
+  if (task.numel == 0) return;
+  Backward pass;
+  fill(pass, task);
+  pass.upstream = operand_of(task.upstream, task.numel);
+  pass.input_gradient = operand_of(task.input_gradient, task.numel);
+  pass.target_gradient = operand_of(task.target_gradient, task.numel);
+  for (const Operand* operand : {&pass.upstream, &pass.input_gradient, &pass.target_gradient})
+    pass.vectorisable = pass.vectorisable && is_aligned_run(*operand, task.numel);
+  pass.number = upstream.number;
+  pass.divisor = upstream.divisor;
+  launch(pointwise_backward_kernel<Loss, S>, {blocks_for(task.numel), kThreads}, stream, pass);
+}
+
+}  // namespace
+
+int64_t pointwise_partials(int64_t numel) {
+  const int64_t blocks = blocks_for(numel);
+  return blocks == 1 ? 0 : blocks;
+}
+
+void pointwise_forward(int loss, bool wide, const PointwiseTask& task, const Reduced& reduced, Stream stream) {
+  using Function = void (*)(const PointwiseTask&, const Reduced&, Stream);
+#define TRAINOPT_FORWARD(loss) {forward<loss, float>, forward<loss, double>},
+  static constexpr Function kForward[][2] = {TRAINOPT_FOR_EACH_POINTWISE_LOSS(TRAINOPT_FORWARD)};
+#undef TRAINOPT_FORWARD
+  kForward[loss][wide](task, reduced, stream);
+}
+
+void pointwise_backward(int loss, bool wide, const PointwiseTask& task, const Upstream& upstream, Stream stream) {
+  using Function = void (*)(const PointwiseTask&, const Upstream&, Stream);
+#define TRAINOPT_BACKWARD(loss) {backward<loss, float>, backward<loss, double>},
+  static constexpr Function kBackward[][2] = {TRAINOPT_FOR_EACH_POINTWISE_LOSS(TRAINOPT_BACKWARD)};
+#undef TRAINOPT_BACKWARD
+  kBackward[loss][wide](task, upstream, stream);
+}
+
+}  // namespace trainopt::cuda

@@ -1,0 +1,81 @@
+// The operators of the pointwise losses on CUDA; csrc/python/pointwise_losses.cpp has the rest.
+#if defined(TRAINOPT_WITH_CUDA)
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "cuda/pointwise.h"
+#include "python/cuda_device.h"
+#include "python/losses.h"
+#include "python/pointwise_losses.h"
+
+namespace trainopt::python {
+namespace {
+
+void check_device(const char* what, const OptionalTensor& tensor, const at::Tensor& input) {
+  if (!tensor.has_value() || !tensor->defined()) return;
+  TORCH_CHECK(tensor->device() == input.device(), "expected all tensors to be on one device, but ", what, " is on ",
+              tensor->device(), " and input on ", input.device());
+}
+
+void check_devices(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                   const OptionalTensor& positive) {
+  check_device("target", target, input);
+  check_device("weight", weight, input);
+  check_device("pos_weight", positive, input);
+}
+
+double divisor_of(int64_t reduction, const PointwiseTask& task) {
+  return reduction == kMean ? static_cast<double>(task.numel) : 1;
+}
+
+at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Tensor& target,
+                   const OptionalTensor& weight, const OptionalTensor& positive, int64_t reduction, double parameter) {
+  check_devices(input, target, weight, positive);
+  const int loss = find_pointwise_loss(name).index;
+  const OnDevice on(input.device());
+  PointwiseOperands operands(input, target, weight, positive, parameter);
+  const PointwiseTask& task = operands.task;
+  if (reduction == kNone) {
+    const at::Tensor values = operands.add_value();
+    operands.arrange();
+    cuda::pointwise_forward(loss, operands.wide(), task, {}, on.stream);
+    return values;
+  }
+  operands.arrange();
+  const at::Tensor result = at::empty({}, input.options().dtype(operands.dtype));
+  const at::Tensor partials = at::empty({cuda::pointwise_partials(task.numel)}, input.options().dtype(at::kDouble));
+  const cuda::Reduced reduced{view_of(result), divisor_of(reduction, task), partials.mutable_data_ptr<double>()};
+  cuda::pointwise_forward(loss, operands.wide(), task, reduced, on.stream);
+  return result;
+}
+
+std::tuple<at::Tensor, at::Tensor> backward(c10::string_view name, const at::Tensor& upstream, const at::Tensor& input,
+                                            const at::Tensor& target, const OptionalTensor& weight,
+                                            const OptionalTensor& positive, int64_t reduction, double parameter,
+                                            std::array<bool, 2> wanted) {
+  check_devices(input, target, weight, positive);
+  check_device("upstream", upstream, input);
+  const int loss = find_pointwise_loss(name).index;
+  const OnDevice on(input.device());
+  PointwiseOperands operands(input, target, weight, positive, parameter);
+  const PointwiseGradients gradients = operands.add_gradients(wanted);
+  cuda::Upstream from_above{};
+  if (!operands.add_upstream(upstream)) from_above = {view_of(upstream), divisor_of(reduction, operands.task)};
+  operands.arrange();
+  cuda::pointwise_backward(loss, operands.wide(), operands.task, from_above, on.stream);
+  return operands.summed(gradients);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_CUDA_KEY, m) {
+  m.impl("pointwise_loss", forward);
+  m.impl("pointwise_loss_backward", backward);
+}
+
+}  // namespace trainopt::python
+
+#endif

@@ -1,0 +1,90 @@
+#include <ATen/ExpandUtils.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/result_type.h>
+
+#include <string>
+
+#include "python/fresh_memory.h"
+#include "python/layout.h"
+#include "python/losses.h"
+#include "python/pointwise_losses.h"
+
+namespace trainopt::python {
+
+const cpu::PointwiseLoss& find_pointwise_loss(std::string_view name) {
+  const cpu::PointwiseLoss* loss = cpu::find_pointwise_loss(std::string(name).c_str());
+  TORCH_CHECK_VALUE(loss != nullptr, "there is no pointwise loss '", name, "'");
+  return *loss;
+}
+
+PointwiseOperands::PointwiseOperands(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                                     const OptionalTensor& positive, double parameter)
+    : dtype(at::result_type(input, target)), input_(input), target_(target) {
+  shape_ = at::infer_size_dimvector(input.sizes(), target.sizes());
+  for (const OptionalTensor& other : {weight, positive})
+    if (other.has_value() && other->defined()) shape_ = at::infer_size_dimvector(shape_, other->sizes());
+  add(input, &task.input);
+  add(target, &task.target);
+  if (weight.has_value()) add(*weight, &task.weight);
+  if (positive.has_value()) add(*positive, &task.positive);
+  task.numel = c10::multiply_integers(shape_);
+  task.parameter = parameter;
+}
+
+at::Tensor PointwiseOperands::add_value() {
+  const at::Tensor value = memory_for(input_, dtype);
+  add(value, &task.value);
+  return value;
+}
+
+PointwiseGradients PointwiseOperands::add_gradients(std::array<bool, 2> wanted) {
+  PointwiseGradients gradients;
+  if (wanted[0]) gradients[0] = memory_for(input_, input_.scalar_type());
+  if (wanted[1]) gradients[1] = memory_for(target_, target_.scalar_type());
+  add(gradients[0], &task.input_gradient);
+  add(gradients[1], &task.target_gradient);
+  return gradients;
+}
+
+bool PointwiseOperands::add_upstream(const at::Tensor& upstream) {
+  bool is_one_number = true;  // as after .sum()
+  for (const int64_t stride : upstream.strides()) is_one_number = is_one_number && stride == 0;
+  if (task.numel == 0) return true;
+  if (!is_one_number) add(upstream, &task.upstream);
+  return !is_one_number;
+}
+
+void PointwiseOperands::arrange() {
+  bool contiguous = true;
+  for (const at::Tensor& tensor : tensors_) contiguous = contiguous && tensor.is_contiguous();
+  std::vector<Arranged> operands;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    *views_[i] = view_of(tensors_[i]);
+    operands.push_back({tensors_[i].unsafeGetTensorImpl(), views_[i]});
+  }
+  if (contiguous) return;
+  TORCH_CHECK(python::arrange(operands, false, &layouts_), "tensors of more than ", kMaxDims,
+              " dimensions that do not lie in memory alike are not supported");
+}
+
+std::tuple<at::Tensor, at::Tensor> PointwiseOperands::summed(const PointwiseGradients& gradients) const {
+  const auto in_shape_of = [](const at::Tensor& gradient, const at::Tensor& operand) {
+    return gradient.defined() ? at::sum_to(gradient, operand.sizes()) : at::empty({0}, operand.options());
+  };
+  return {in_shape_of(gradients[0], input_), in_shape_of(gradients[1], target_)};
+}
+
+// Of the whole shape, in the order of `operand` if it has that shape itself.
+at::Tensor PointwiseOperands::memory_for(const at::Tensor& operand, c10::ScalarType type) const {
+  if (operand.sizes().equals(shape_)) return fresh_like(operand, type);
+  return operand.is_cpu() ? fresh(shape_, type) : at::empty(shape_, operand.options().dtype(type));
+}
+
+// A tensor to read is expanded; one to write has the shape already.
+void PointwiseOperands::add(const at::Tensor& tensor, TensorView* view) {
+  if (!tensor.defined()) return;
+  tensors_.push_back(tensor.sizes().equals(shape_) ? tensor : tensor.expand(shape_));
+  views_.push_back(view);
+}
+
+}  // namespace trainopt::python

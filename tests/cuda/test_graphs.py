@@ -1,0 +1,94 @@
+"""A step captured in a CUDA graph and replayed is the step itself."""
+
+import judge
+import pytest
+import torch
+from judge import TABLE
+from steps import counts_on_device, here
+
+pytestmark = pytest.mark.gpu
+
+each_row = pytest.mark.parametrize("name", TABLE)
+SHAPES = ((5,), (0, 3), (300,), (33, 20)) + ((40,),) * 600
+RATES = [0.05 / (step + 1) for step in range(10)]
+
+
+def prepared(name, device, **options):
+    """An optimizer whose states are made, gradients that stay where they are, and the values that they will take."""
+    row = TABLE[name]
+    start, gradients = judge.random_problem(SHAPES, torch.float32, 1 + len(RATES))
+    params = [torch.nn.Parameter(t.to(device)) for t in start]
+    lr = torch.tensor(0.1, device=device)
+    optimizer = row.make(params, **{**row.everything, "lr": lr, **counts_on_device(name), **options})
+    for p, g in zip(params, gradients[0], strict=True):
+        p.grad = g.to(device)
+    optimizer.step()  # on the current stream: makes the states
+    return optimizer, params, lr, [[g.to(device) for g in now] for now in gradients[1:]]
+
+
+def set_gradients(params, gradients):
+    for p, g in zip(params, gradients, strict=True):
+        p.grad.copy_(g)
+
+
+def captured(step):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    return graph
+
+
+@each_row
+def test_ten_replays_with_a_changing_learning_rate(device, name):
+    outcomes = []
+    for replays in (False, True):
+        optimizer, params, lr, gradients = prepared(name, device)
+        step = captured(optimizer.step).replay if replays else optimizer.step
+        for rate, now in zip(RATES, gradients, strict=True):
+            lr.fill_(rate)
+            set_gradients(params, now)
+            step()
+        outcomes.append(here(judge.outcome(optimizer, params)))
+        if name != "SGD":
+            assert {int(optimizer.state[p]["step"]) for p in params} == {1 + len(RATES)}
+    judge.assert_same_bits(*outcomes)
+
+
+@each_row
+def test_a_scaled_step_skips_in_the_graph(device, name):
+    optimizer, params, _, gradients = prepared(name, device, fused=True)
+    optimizer.grad_scale = torch.tensor(64.0, device=device)
+    optimizer.found_inf = torch.tensor(0.0, device=device)
+    graph = captured(optimizer.step)
+    set_gradients(params, gradients[0])
+    before = [p.detach().clone() for p in params]
+    optimizer.found_inf.fill_(1.0)
+    graph.replay()
+    assert all(torch.equal(p.detach(), was) for p, was in zip(params, before, strict=True))
+    optimizer.found_inf.fill_(0.0)
+    graph.replay()
+    assert not torch.equal(params[2].detach(), before[2])
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_a_count_on_the_host_cannot_be_captured(device, name):
+    row = TABLE[name]
+    param = torch.nn.Parameter(torch.ones(3, device=device))
+    param.grad = torch.ones(3, device=device)
+    optimizer = row.make([param])
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="capturable"):
+        captured(optimizer.step)
+    torch.cuda.synchronize()
+
+
+@each_row
+def test_a_parameter_without_a_gradient_cannot_be_captured(device, name):
+    optimizer, params, _, _ = prepared(name, device)
+    params[2].grad = None
+    with pytest.raises(RuntimeError, match="parameter 2 has no gradient"):
+        captured(optimizer.step)
+    torch.cuda.synchronize()

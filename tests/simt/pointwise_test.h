@@ -1,0 +1,7 @@
+#pragma once
+
+namespace trainopt {
+
+void test_pointwise_losses();
+
+}  // namespace trainopt
