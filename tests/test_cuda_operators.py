@@ -65,9 +65,7 @@ def test_fake_optimizer_steps():
     with FakeTensorMode():
         p, g, m = (torch.empty(3, device="cuda") for _ in range(3))
         lr = torch.tensor(0.1)
-        before = p._version
         assert OPS.optimizer_step_("sgd", [p], [g], [m], [], lr, [0.9, 0.0, 0.0]) is None
-        assert p._version == before + 1
         with pytest.raises(ValueError, match="there is no rule 'nadam'"):
             OPS.optimizer_step_("nadam", [p], [g], [m], [], lr, [0.9, 0.0, 0.0])
         with pytest.raises(ValueError, match="gradients: 0 for 1 params"):
