@@ -204,7 +204,7 @@ def find_headers(nvcc: Path, packages: Path, major: int) -> tuple[Path, ...]:
 def own_headers(nvcc: Path) -> Iterator[Path]:
     """The folders that nvcc itself gives its host compiler, which says more than its path: that may be a script's."""
     try:
-        command = [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"]
+        command = [str(nvcc), "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"]
         said = subprocess.run(command, stderr=subprocess.PIPE, text=True).stderr
     except OSError:
         return

@@ -22,10 +22,12 @@ int attribute(cudaDeviceAttr what, int device) {
   return value;
 }
 
-// Throws for a device that has no kernels. A device is asked once.
+// The devices that have been found to run the kernels.
+std::array<std::atomic<bool>, C10_COMPILE_TIME_MAX_GPUS> covered{};
+
+// Throws for a device that does not run them. One that does is asked once.
 void check_architecture(c10::Device device) {
-  static std::array<std::atomic<bool>, C10_COMPILE_TIME_MAX_GPUS> checked{};
-  std::atomic<bool>& known = checked[static_cast<size_t>(device.index())];
+  std::atomic<bool>& known = covered[static_cast<size_t>(device.index())];
   if (known.load(std::memory_order_relaxed)) return;
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device.index());
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device.index());
