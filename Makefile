@@ -83,6 +83,7 @@ cuda-check: CUDA_MAKE = $(MAKE) --no-print-directory VENV='$(CUDA_VENV)' TORCH='
 cuda-check:
 	@$(CUDA_MAKE) '$(CUDA_VENV)/.ready-$(CUDA_TORCH)'
 	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || $(CUDA_VENV)/bin/python -m pip install -q $(CUDA_NVCC) || $(PIP_FAILED)
+	@$(CUDA_MAKE) build
 	@$(CUDA_MAKE) wheel DIST=dist/cuda
 	@$(CUDA_MAKE) test
 	$(CUDA_VENV)/bin/python -m trainopt
