@@ -64,6 +64,8 @@ def test_registers_are_within_their_ceilings(usages):
             ceiling = next((most for name, most in CEILINGS.items() if name in usage.kernel), 64)
             if not usage.kernel.startswith(("update", "pointwise", "cross")):
                 ceiling = min(ceiling, 96)
+            if usage.kernel.startswith("cross entropy") and "float64" in usage.kernel:
+                ceiling = 255  # CUDA's own exp and log of float64 take what they can get
             assert usage.registers <= ceiling, (architecture, usage)
             assert usage.occupancy(architecture) >= 0.125
 

@@ -8,6 +8,10 @@ namespace {
 
 constexpr int kColumnThreads = 128;
 
+// Blocks that a multiprocessor should hold at least: it bounds the registers of a thread, at 128 and 255.
+template <class S>
+constexpr int kMinBlocks = sizeof(S) == sizeof(float) ? 4 : 2;
+
 template <class Use>
 __device__ __forceinline__ void for_each_item(int64_t classes, Use use) {
   for (int64_t at = 0; at < classes; at += kItem)
@@ -25,7 +29,7 @@ __device__ __forceinline__ void for_each_row(int64_t rows, int64_t each, Use use
 }
 
 template <class S>
-__global__ void __launch_bounds__(kColumnThreads, 1)
+__global__ void __launch_bounds__(kColumnThreads, kMinBlocks<S>)
     cross_entropy_column_forward_kernel(const ForwardWork __grid_constant__ work,
                                         const Constants<S> __grid_constant__ constants, int64_t each) {
   const CrossEntropyTask& task = work.task;
@@ -42,7 +46,7 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
 }
 
 template <class S>
-__global__ void __launch_bounds__(kColumnThreads, 1)
+__global__ void __launch_bounds__(kColumnThreads, kMinBlocks<S>)
     cross_entropy_column_backward_kernel(const BackwardWork __grid_constant__ work,
                                          const Constants<S> __grid_constant__ constants, int64_t each) {
   const CrossEntropyTask& task = work.task;
