@@ -20,11 +20,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.tables import markdown_table, significant
+from csrc.cuda import toolkit
 
 ROOT = Path(__file__).parents[1]
-FILES = ("update", "prepare", "norm")
-#: As the CPU engine: no contraction to FMA, so that both give the same bits.
-FLAGS = ("-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}")
+FILES = (
+    *("update", "prepare", "norm", "pointwise"),
+    *("cross_entropy", "cross_entropy_rows", "cross_entropy_columns"),
+)
+#: Those of the build.
+FLAGS = (*toolkit.FLAGS, f"-I{ROOT / 'csrc'}")
 
 #: Compute capability: threads and blocks that a multiprocessor holds at most; and the 32-bit registers that each has.
 ARCHITECTURES = {75: (1024, 16), 80: (2048, 32), 86: (1536, 16), 90: (2048, 32), 100: (2048, 32), 120: (1536, 24)}
@@ -33,7 +37,7 @@ REGISTERS = 65536
 #: Memory bandwidth in bytes a second, by the makers' data sheets.
 GPUS = {"H100 SXM": 3.35e12, "RTX 4090": 1.008e12}
 
-#: Bytes that an element costs, read and written, and the workload's elements: GPT-2 small.
+#: Bytes that an element costs, read and written, and the workload's elements: as many as GPT-2 small has parameters.
 ELEMENTS = 124_439_808
 TRAFFIC = {
     "AdamW, float32": 28,
@@ -45,6 +49,11 @@ TRAFFIC = {
     "SGD with momentum, bfloat16": 10,
     "norm, float32": 4,
     "clip above the limit, float32": 8,
+    "mse_loss and its gradient, float32": 20,
+    "mse_loss and its gradient, bfloat16": 10,
+    "binary_cross_entropy_with_logits with a weight and its gradient, float32": 28,
+    "cross_entropy and its gradient, float32": 12,
+    "cross_entropy and its gradient, bfloat16": 6,
 }
 
 
@@ -81,21 +90,33 @@ def version() -> str:
 
 def describe(mangled: str) -> str:
     """A kernel's name and template arguments in words."""
-    found = re.search(r"\d(update|prepare|partial|clip|finish)_kernel(.*)", mangled)
+    names = "update|prepare|partial|clip|finish|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
+    found = re.search(rf"\d({names})_kernel(.*)", mangled)
     if found is None:
         raise ValueError(f"{mangled} is no kernel that this knows")
-    name, arguments = found[1], found[2]
+    name, arguments = found[1].replace("_", " "), found[2]
     parts = [name]
-    rule = re.search(r"^INS_\d+([A-Z][a-z]+)E([fd])(?:Li(\d)E)?", arguments)
+    rule = re.search(r"^INS_\d+([A-Z][A-Za-z]+)E([fd])(?:Li(\d)E)?", arguments)
     if rule:
         states = {"0": "no state", "1": "1 state"}.get(rule[3], f"{rule[3]} states")
         parts.append(rule[1] + (f" with {states}" if rule[3] else ""))
     arithmetic = rule[2] if rule else arguments[1:2] if arguments.startswith("I") else ""
     if arithmetic in ("f", "d"):
         parts.append({"f": "float32", "d": "float64"}[arithmetic])
+    if warps := re.search(r"^I[fd]Li(\d+)E", arguments):
+        parts.append({"1": "a warp a row"}.get(warps[1], f"{warps[1]} warps a row"))
     if "Lb1E" in arguments.partition("EEv")[0] + "E":
         parts.append("strided")
     return ", ".join(parts)
+
+
+def threads_of(kernel: str) -> int:
+    """The threads of a kernel's block, by its description."""
+    if kernel.startswith("prepare"):
+        return 64
+    if "column" in kernel:
+        return 128
+    return 512 if any(word in kernel for word in ("finish", "count", "16 warps")) else 256
 
 
 def compile_for(architecture: int) -> list[Usage]:
@@ -112,8 +133,7 @@ def compile_for(architecture: int) -> list[Usage]:
             )
             for mangled, stack, stores, loads, registers in re.findall(pattern, said):
                 kernel = describe(mangled)
-                threads = 512 if kernel == "finish" else 64 if kernel.startswith("prepare") else 256
-                usages.append(Usage(kernel, int(registers), int(stack), int(stores) + int(loads), threads))
+                usages.append(Usage(kernel, int(registers), int(stack), int(stores) + int(loads), threads_of(kernel)))
     return usages
 
 

@@ -1,5 +1,6 @@
 """What nvcc makes of the CUDA kernels: for every architecture, without spills, in few registers, with wide accesses."""
 
+import itertools
 import re
 import subprocess
 
@@ -12,6 +13,21 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(cuda_kernels.nvcc() is None, reason="nvcc is neither on the PATH nor in CUDA_HOME"),
 ]
+
+RULES = ("Adam", "Sgd")
+LOSSES = re.findall(r"\bDO\((\w+)\)", (ROOT / "csrc" / "losses" / "pointwise.h").read_text())
+TYPES = ("float32", "float64")
+
+#: How many kernels each file has.
+COUNTS = {
+    "update": len(RULES) * len(TYPES) * 2 * 2,  # all states and all but one, strided or not
+    "prepare": len(RULES) * len(TYPES),
+    "norm": 2 * len(TYPES) * 2 + 1,  # partial and clip, strided or not; finish
+    "pointwise": 2 * len(LOSSES) * len(TYPES) + 1,  # forward and backward; finish
+    "cross_entropy": len(TYPES) + 2,  # count; finish of the counts and of the losses
+    "cross_entropy_rows": 2 * (2 * len(TYPES) + 1),  # both ways, a warp and 8 warps a row; and 16 in float32
+    "cross_entropy_columns": 2 * len(TYPES),  # both ways
+}
 
 #: Registers of a thread at most: two blocks of 256 threads on a multiprocessor, and one for float64.
 CEILINGS = {"float32": 128, "float64": 224}
@@ -30,8 +46,9 @@ def is_step_preparation(usage) -> bool:
 def test_every_kernel_is_compiled_for_every_architecture(usages):
     assert set(usages) == set(ARCHITECTURES)
     for found in usages.values():
-        # Two rules, two types, all states and all but one, strided or not; two types; two types, strided or not, twice.
-        assert len({usage.kernel for usage in found}) == len(found) == 16 + 4 + 8 + 1
+        assert len({usage.kernel for usage in found}) == len(found) == sum(COUNTS.values())
+        for direction, loss, arithmetic in itertools.product(("forward", "backward"), LOSSES, TYPES):
+            assert any(usage.kernel == f"pointwise {direction}, {loss}, {arithmetic}" for usage in found)
 
 
 def test_nothing_is_spilled_or_kept_in_local_memory(usages):
@@ -45,8 +62,10 @@ def test_registers_are_within_their_ceilings(usages):
     for architecture, found in usages.items():
         for usage in found:
             ceiling = next((most for name, most in CEILINGS.items() if name in usage.kernel), 64)
-            if not usage.kernel.startswith("update"):
+            if not usage.kernel.startswith(("update", "pointwise", "cross")):
                 ceiling = min(ceiling, 96)
+            if usage.kernel.startswith("cross entropy") and "float64" in usage.kernel:
+                ceiling = 255  # CUDA's own exp and log of float64 take what they can get
             assert usage.registers <= ceiling, (architecture, usage)
             assert usage.occupancy(architecture) >= 0.125
 
@@ -74,6 +93,20 @@ def test_aligned_tensors_are_loaded_and_stored_16_bytes_at_a_time(architecture):
             continue
         assert re.search(r"\bld\.global\.(v4\.\w32|v2\.\w64)\b", ptx), kernel
         assert ("clip" in kernel) == bool(re.search(r"\bst\.global\.v4\.\w32\b", ptx)), kernel
+    for kernel, ptx in cuda_kernels.ptx_of("pointwise", architecture).items():
+        loads, stores = (len(re.findall(rf"\b{what}\.global\.v4\.\w32\b", ptx)) for what in ("ld", "st"))
+        # Input, target and weight as float32 and in 16 bits; a result in each of the types, of two and four words.
+        assert "finish" in kernel or (loads >= 9 and stores >= 8 * (1 + ("backward" in kernel))), (
+            kernel,
+            loads,
+            stores,
+        )
+        assert not re.search(r"\.local\b", ptx), kernel
+    for kernel, ptx in cuda_kernels.ptx_of("cross_entropy_rows", architecture).items():
+        loads, stores = (len(re.findall(rf"\b{what}\.global\.v4\.\w32\b", ptx)) for what in ("ld", "st"))
+        # Logits and probabilities as float32 in two words, and in 16 bits in one.
+        assert loads >= 6 and (stores >= 4 or "forward" in kernel), (kernel, loads, stores)
+        assert not re.search(r"\.local\b", ptx), kernel
 
 
 def test_contraction_is_off_so_that_the_bits_are_the_cpus():
@@ -81,6 +114,10 @@ def test_contraction_is_off_so_that_the_bits_are_the_cpus():
     for name in ("update", "norm"):
         for kernel, ptx in cuda_kernels.ptx_of(name, 90).items():
             assert not re.search(r"\bfma\.rn\.f(32|64)\b", ptx), kernel
+    # CUDA's own exp and log of float64 contract what they like.
+    for name in ("pointwise", "cross_entropy_rows", "cross_entropy_columns"):
+        for kernel, ptx in cuda_kernels.ptx_of(name, 90).items():
+            assert "float64" in kernel or not re.search(r"\bfma\.rn\.f(32|64)\b", ptx), kernel
 
 
 def test_parameters_of_4_kb_compile_too():

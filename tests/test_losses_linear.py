@@ -95,6 +95,8 @@ def test_strides():
     for change in layouts:
         compare(change(hidden), change(weight), bias, target, torch.float32)
     compare(hidden, weight, bias[:1].expand(WORDS), target.t().contiguous().t(), torch.float32)
+    probabilities = random(4, 5, 2 * WORDS).softmax(-1)[..., ::2]
+    compare(hidden, weight, bias, probabilities, torch.float32, memory_budget=4 * WORDS * 4)
 
 
 def gradient_error(chunks, dtype, tokens=1024, words=40, width=24):

@@ -18,12 +18,16 @@ FLAGS = shlex.split(
     "-std=c++17 -O1 -w -ffp-contract=off -fno-math-errno -DTRAINOPT_SIMT -DTRAINOPT_PARAMETER_BYTES=4096"
 )
 FLAGS.append(f"-I{ROOT / 'tests' / 'simt'}")
-KERNELS = ("update.cu", "prepare.cu", "norm.cu", "pointwise.cu")
+ROWS, COLUMNS = "cross_entropy_rows.cu", "cross_entropy_columns.cu"
+KERNELS = (
+    *("update.cu", "prepare.cu", "norm.cu", "pointwise.cu"),
+    *("cross_entropy.cu", ROWS, COLUMNS),
+)
 OTHERS = (
     *("csrc/cpu/engine.cpp", "csrc/cpu/kernels_baseline.cpp"),
     *("csrc/cpu/losses.cpp", "csrc/cpu/loss_kernels_baseline.cpp"),
     *("tests/simt/simt.cpp", "tests/simt/engine_test.cpp", "tests/simt/norm_test.cpp"),
-    "tests/simt/pointwise_test.cpp",
+    *("tests/simt/pointwise_test.cpp", "tests/simt/cross_entropy_test.cpp"),
 )
 
 pytestmark = pytest.mark.slow
@@ -49,17 +53,26 @@ FAULTS = [
     Fault("scalars of another group", "update.cu", "row.prepared = set", "row.prepared = 0"),
     Fault("a neighbour's chunk", "table.h", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
     Fault("a loss's tail, one element too long", "pointwise.cu", "i < item_end", "i <= item_end"),
-    Fault("a gradient's tail, one element short", "pointwise.cu", "i < end; i += kThreads", "i + 1 < end; i += kThreads"),
+    Fault("a gradient's tail, one element short", "pointwise.cu", "i < end; i +=", "i + 1 < end; i +="),
     Fault("a factor read past its row", "pointwise.cu", "place + 1 == from.period", "place == from.period"),
     Fault("a sum without its last part", "pointwise.cu", "i < count; i +=", "i + 1 < count; i +="),
-    Fault("a part that is not set", "pointwise.cu", "threadIdx.x != 0) return", "threadIdx.x + blockIdx.x != 0) return"),
+    Fault("a part that is not set", "pointwise.cu", "threadIdx.x != 0)", "threadIdx.x + blockIdx.x != 0)"),
     Fault("a mean that is a sum", "pointwise.cu", "0) / pass.divisor", "0)"),
+    Fault("a row's missing barrier", ROWS, "    __syncthreads();\n    if (warp", "    if (warp", "that thread"),
+    Fault("slots of the row before", ROWS, "(row % 2) * kRowWarps", "(row % 1)", "that thread"),
+    Fault("slots of the next set", ROWS, "lane < kRowWarps", "lane <= kRowWarps", "before it is set"),
+    Fault("a row's tail, one class short", ROWS, "single < classes &&", "single + 1 < classes &&"),
+    Fault("a column's part, one class short", COLUMNS, "? static_cast<int>(classes - at) :", "? 1 :"),
+    Fault("a bad target let through", "cross_entropy_row.h", "index >= task.classes", "index > task.classes"),
+    Fault("labels that are not counted", "cross_entropy.cu", "threadIdx.x < count", "threadIdx.x + 1 < count"),
+    Fault("a row's part that is not set", "cross_entropy_row.h", "threadIdx.x == 0) work", "threadIdx.x == 1) work"),
 ]
 
 #: The kernels that are compiled anew for a fault in a header.
-USERS = {"reduce.h": "norm.cu", "table.h": "update.cu"}
+USERS = {"reduce.h": "norm.cu", "table.h": "update.cu", "cross_entropy_row.h": COLUMNS}
 #: The part of the tests that runs a file's kernels.
 PARTS = {"update.cu": "steps", "norm.cu": "norms", "pointwise.cu": "pointwise"}
+PARTS |= {name: "cross-entropy" for name in KERNELS if name.startswith("cross_entropy")}
 
 
 def compile_object(source: Path, csrc: Path, folder: Path) -> Path:

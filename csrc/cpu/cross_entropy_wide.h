@@ -21,18 +21,6 @@ TRAINOPT_FUNCTION S* load_row_tile(const Rows& rows, int64_t row, int64_t at, in
   return load_tile(TensorView{rows.data, nullptr, rows.dtype}, row * rows.stride + at, count, buffer);
 }
 
-TRAINOPT_FUNCTION bool is_ignored(const CrossEntropyTask& task, int64_t row) {
-  return task.labels != nullptr && task.labels[row] == task.ignore_index;
-}
-
-// Whether classes have a mass beside the spike.
-TRAINOPT_FUNCTION bool has_mass(const CrossEntropyTask& task) { return task.labels == nullptr || task.smoothing != 0; }
-
-// The mass that smoothing gives to each class, before weights.
-TRAINOPT_FUNCTION double spread_of(const CrossEntropyTask& task) {
-  return task.smoothing / static_cast<double>(task.classes);
-}
-
 // The mass at the label, or 0 where there is none: an ignored label need be no class.
 TRAINOPT_FUNCTION double spike_of(const CrossEntropyTask& task, int64_t row) {
   if (task.labels == nullptr || is_ignored(task, row)) return 0;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/tensor_view.h"
+#include "losses/cross_entropy_batch.h"
 #include "losses/pointwise_task.h"
 
 namespace trainopt::cpu {
@@ -25,24 +26,9 @@ void pointwise_backward(const PointwiseLoss&, bool wide, const PointwiseTask&, i
 // Cross-entropy
 // --------------------------------------------------------------------------------------------------------
 
-// Rows of one element a class; without data, absent. `inner` rows (of the task) lie side by side, class by class: class
-// c of row r is the element r / inner * stride + c * class_stride + r % inner. Where inner is 1, class_stride is 1 too.
-struct Rows {
-  void* data;
-  int64_t stride, class_stride;
-  DType dtype;
-};
-
-struct CrossEntropyTask {
-  int64_t classes, inner;
-  Rows logits;
-  const int64_t* labels;  // a class for each row, checked; or absent:
-  Rows probabilities;     // then these are the target
-  const double* weight;   // of each class; or absent
-  double total_weight;    // of all classes
-  int64_t ignore_index;   // for labels: rows of this label have no loss
-  double smoothing;
-  double softcap;  // 0: none
+struct CrossEntropyTask : CrossEntropyBatch {  // with labels that are classes, or ignored
+  const double* weight;                        // of each class; or absent
+  double total_weight;                         // of all classes
 
   double* lse;   // for each row: written by forward, read by backward
   double* loss;  // forward: the loss of each row, without z-loss

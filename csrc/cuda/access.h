@@ -202,6 +202,38 @@ __device__ __forceinline__ void store_one(void* data, DType dtype, int64_t at, S
   }
 }
 
+// Several elements, `step` apart, of which the first `count` exist; the others are `otherwise`, and are not stored. All
+// loads are under way before the first is converted.
+template <class T, class S, int kCount>
+__device__ __forceinline__ void load_apart_of(const void* data, int64_t at, int64_t step, int count, S otherwise,
+                                              S (&value)[kCount]) {
+  T stored[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) stored[k] = k < count ? static_cast<const T*>(data)[at + k * step] : T{};
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) value[k] = k < count ? static_cast<S>(widen(stored[k])) : otherwise;
+}
+
+template <class S, int kCount>
+__device__ __forceinline__ void load_apart(const void* data, DType dtype, int64_t at, int64_t step, int count,
+                                           S otherwise, S (&value)[kCount]) {
+  switch (dtype) {
+    case DType::kFloat32: return load_apart_of<float>(data, at, step, count, otherwise, value);
+    case DType::kFloat64: return load_apart_of<double>(data, at, step, count, otherwise, value);
+    case DType::kBFloat16: return load_apart_of<BFloat16>(data, at, step, count, otherwise, value);
+    case DType::kFloat16: break;
+  }
+  load_apart_of<Float16>(data, at, step, count, otherwise, value);
+}
+
+template <class S, int kCount>
+__device__ __forceinline__ void store_apart(void* data, DType dtype, int64_t at, int64_t step, int count,
+                                            const S (&value)[kCount]) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+    if (k < count) store_one(data, dtype, at + k * step, value[k]);
+}
+
 // Where element i of a view with a layout lies.
 __device__ __forceinline__ int64_t offset_of(const Layout& layout, int64_t i) {
   int64_t offset = 0;

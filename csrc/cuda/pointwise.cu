@@ -82,10 +82,11 @@ __device__ __forceinline__ void load_factor(const Operand& from, int64_t numel, 
     return widen_words(fetch_words_of<S>(from, from.period == numel ? at : at % from.period), from.dtype, value);
   switch (from.dtype) {
     case DType::kFloat32: return gather<float>(from, at, value);
-    case DType::kFloat64: return gather<double>(from, at, value);
     case DType::kBFloat16: return gather<BFloat16>(from, at, value);
     case DType::kFloat16: return gather<Float16>(from, at, value);
+    case DType::kFloat64: break;
   }
+  gather<double>(from, at, value);
 }
 
 // One element -------------------------------------------------------------------------------------------------------
@@ -107,9 +108,15 @@ __device__ __forceinline__ S load_factor(const Operand& from, int64_t numel, int
 
 // Kernels -----------------------------------------------------------------------------------------------------------
 
-// Blocks that a multiprocessor should hold at least, for the compiler to bound the registers by.
+// Blocks that a multiprocessor should hold at least, for the compiler to bound the registers by: as many as it can do
+// without spilling any.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kSingleBlocks = 2;
+#else
+constexpr int kSingleBlocks = 3;
+#endif
 template <class S>
-constexpr int kMinBlocks = sizeof(S) == sizeof(float) ? 2 : 1;
+constexpr int kMinBlocks = sizeof(S) == sizeof(float) ? kSingleBlocks : 1;
 
 __device__ __forceinline__ int64_t end_of_run(const Pass& pass) {
   const int64_t end = (static_cast<int64_t>(blockIdx.x) + 1) * pass.run;

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "python/cross_entropy.h"
+#include "python/cross_entropy_cuda.h"
 #include "python/fresh_memory.h"
 
 namespace trainopt::python {
@@ -22,8 +23,8 @@ int64_t class_dim_of(const at::Tensor& input) {
 Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
               int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool, bool empty_is_zero) {
   const int64_t class_dim = class_dim_of(input);
-  CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
-                             {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
+  HostTarget targets(input.sizes(), class_dim, target, weight,
+                     {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
   const Logits logits = Logits::of(input, class_dim);
   at::Tensor lse = at::empty({targets.rows()}, input.options().dtype(at::kDouble));
   std::vector<double> loss(targets.rows());
@@ -39,18 +40,59 @@ Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalT
   return {std::move(reduced), std::move(z), std::move(lse)};
 }
 
+#if defined(TRAINOPT_WITH_CUDA)
+Three forward_on_cuda(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                      int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+                      bool, bool empty_is_zero) {
+  const OnDevice on(input.device());
+  const int64_t class_dim = class_dim_of(input);
+  const c10::ScalarType dtype = input.scalar_type();
+  CrossEntropyTarget targets(input.sizes(), class_dim, target, weight, DeviceCrossEntropy::weight_dtype(dtype),
+                             {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
+  const Logits logits = Logits::of(input, class_dim);
+  DeviceCrossEntropy work(targets, input.device(), dtype, targets.rows(), on.stream);
+  work.start(dtype);
+  work.forward(targets.batch(logits), 0, targets.rows());
+  auto [loss, z] = work.finish();
+  return {std::move(loss), std::move(z), std::move(work.lse)};
+}
+#endif
+
+// What backward is given beside logits and gradient, which may be copies of the caller's.
+struct Given {
+  const at::Tensor& upstream;
+  c10::IntArrayRef input_sizes;
+  int64_t class_dim;
+  const at::Tensor& target;
+  const OptionalTensor& weight;
+  const at::Tensor& lse;
+  CrossEntropyOptions options;
+};
+
 // Writes the gradient into `gradient`, which lies in memory as the logits do.
-void write_gradient(const at::Tensor& upstream, const Logits& logits, CrossEntropyTarget& targets,
-                    const at::Tensor& lse, const Logits& gradient) {
+void write_gradient(const Given& given, const Logits& logits, const Logits& gradient) {
+  const c10::ScalarType dtype = logits.tensor.scalar_type();
+#if defined(TRAINOPT_WITH_CUDA)
+  if (!logits.tensor.is_cpu()) {
+    const OnDevice on(logits.tensor.device());
+    CrossEntropyTarget targets(given.input_sizes, given.class_dim, given.target, given.weight,
+                               DeviceCrossEntropy::weight_dtype(dtype), given.options);
+    DeviceCrossEntropy work(targets, logits.tensor.device(), dtype, targets.rows(), on.stream);
+    work.lse = given.lse;
+    work.count(false);
+    return work.backward(targets.batch(logits), 0, targets.rows(), given.upstream, gradient.rows);
+  }
+#endif
+  HostTarget targets(given.input_sizes, given.class_dim, given.target, given.weight, given.options);
   std::vector<double> scale, lse_scale;
-  targets.scales(upstream, lse.const_data_ptr<double>(), 0, targets.rows(), &scale, &lse_scale);
+  targets.scales(given.upstream, given.lse.const_data_ptr<double>(), 0, targets.rows(), &scale, &lse_scale);
   cpu::CrossEntropyTask task = targets.task(logits);
-  task.lse = const_cast<double*>(lse.const_data_ptr<double>());
+  task.lse = const_cast<double*>(given.lse.const_data_ptr<double>());
   task.scale = scale.data();
   task.lse_scale = lse_scale.data();
   task.gradient = gradient.rows;
   for_each_row(targets.rows(), task.classes, [&](int64_t first, int64_t last) {
-    cpu::cross_entropy_backward(logits.tensor.scalar_type() == at::kDouble, task, first, last);
+    cpu::cross_entropy_backward(dtype == at::kDouble, task, first, last);
   });
 }
 
@@ -58,12 +100,17 @@ at::Tensor backward(const at::Tensor& upstream, const at::Tensor& input, const a
                     const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
                     double label_smoothing, double z_loss, double softcap, bool empty_is_zero) {
   const int64_t class_dim = class_dim_of(input);
-  CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
-                             {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
-  at::Tensor result = fresh_like(input, input.scalar_type());
+  at::Tensor result = input.is_cpu() ? fresh_like(input, input.scalar_type()) : at::empty_like(input);
   const Logits gradient = Logits::of(result, class_dim);
   if (gradient.tensor.is_alias_of(result)) {
-    write_gradient(upstream, Logits::of(input, class_dim, gradient.inner), targets, lse, gradient);
+    write_gradient({upstream,
+                    input.sizes(),
+                    class_dim,
+                    target,
+                    weight,
+                    lse,
+                    {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}},
+                   Logits::of(input, class_dim, gradient.inner), gradient);
     return result;
   }
   // An order in memory that the engine does not know: by way of one that it does.
@@ -81,9 +128,14 @@ at::Tensor backward_in_place(const at::Tensor& upstream, const at::Tensor& input
   if (!input.is_non_overlapping_and_dense() || !logits.tensor.is_alias_of(input))
     return backward(upstream, input, target, weight, lse, reduction, ignore_index, label_smoothing, z_loss, softcap,
                     empty_is_zero);
-  CrossEntropyTarget targets(input.sizes(), class_dim, target, weight,
-                             {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
-  write_gradient(upstream, logits, targets, lse, logits);
+  write_gradient({upstream,
+                  input.sizes(),
+                  class_dim,
+                  target,
+                  weight,
+                  lse,
+                  {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}},
+                 logits, logits);
   return input.detach();
 }
 
@@ -211,5 +263,13 @@ TORCH_LIBRARY_IMPL(trainopt, CPU, m) {
 }
 TORCH_LIBRARY_IMPL(trainopt, Autograd, m) { m.impl("cross_entropy", with_gradient); }
 TORCH_LIBRARY_IMPL(trainopt, AutocastCPU, m) { m.impl("cross_entropy", in_single); }
+
+#if defined(TRAINOPT_WITH_CUDA)
+TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_CUDA_KEY, m) {
+  m.impl("cross_entropy", forward_on_cuda);
+  m.impl("cross_entropy_backward", backward);
+}
+TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_AUTOCAST_CUDA_KEY, m) { m.impl("cross_entropy", in_single); }
+#endif
 
 }  // namespace trainopt::python

@@ -3,8 +3,10 @@
 //
 // With a reduction to one number the gradients are made in the forward pass, chunk by chunk, while the logits are
 // there: three matrix products in all, as many as the plain way has. Backward multiplies them by the upstream gradient
-// and hands them over; a second backward through the same graph computes them again. Without a reduction each token's
-// upstream gradient is needed first, so backward recomputes the logits.
+// and hands them over; a second backward through the same graph computes them again. Without a reduction, and in
+// float16, the upstream gradient is needed first, so backward recomputes the logits.
+#include "python/linear_cross_entropy.h"
+
 #include <ATen/ATen.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
@@ -12,9 +14,27 @@
 #include <tuple>
 
 #include "python/cross_entropy.h"
+#include "python/cuda_device.h"
 #include "python/fresh_memory.h"
 
 namespace trainopt::python {
+
+void check_operands(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must have shape (classes, width), not ",
+                    weight.sizes(), ": where the layer is sharded, gather it whole first (weight.full_tensor())");
+  TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == weight.size(1), "input has shape ", input.sizes(),
+                    ", and its last dimension must be the width of weight, which has shape ", weight.sizes());
+  TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias has shape ",
+                    bias.has_value() ? bias->sizes() : c10::IntArrayRef(), ", and weight has ", weight.size(0),
+                    " rows");
+}
+
+c10::DimVector logit_sizes(const at::Tensor& input, const at::Tensor& weight) {
+  c10::DimVector sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = weight.size(0);
+  return sizes;
+}
+
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -22,7 +42,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 // The problem with all leading dimensions in one, and in the type of the arithmetic.
 struct Problem {
   at::Tensor input, weight, bias;  // (tokens, width), (classes, width), (classes): float32 or float64
-  CrossEntropyTarget target;
+  HostTarget target;
   int64_t chunk;  // tokens
   bool wide;
 
@@ -51,22 +71,14 @@ struct Gradients {
 Problem make_problem(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
                      const OptionalTensor& bias, const OptionalTensor& class_weight, const CrossEntropyOptions& options,
                      int64_t chunk_bytes) {
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must have shape (classes, width), not ",
-                    weight.sizes(), ": where the layer is sharded, gather it whole first (weight.full_tensor())");
-  TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == weight.size(1), "input has shape ", input.sizes(),
-                    ", and its last dimension must be the width of weight, which has shape ", weight.sizes());
-  TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias has shape ",
-                    bias.has_value() ? bias->sizes() : c10::IntArrayRef(), ", and weight has ", weight.size(0),
-                    " rows");
+  check_operands(input, weight, bias);
   const bool wide = input.scalar_type() == at::kDouble;
   const c10::ScalarType dtype = wide ? at::kDouble : at::kFloat;
-  c10::DimVector logit_sizes(input.sizes().begin(), input.sizes().end());
-  logit_sizes.back() = weight.size(0);
   const int64_t row_bytes = weight.size(0) * (wide ? 8 : 4);
   return {input.reshape({-1, weight.size(1)}).to(dtype),
           weight.to(dtype),
           bias.has_value() ? bias->to(dtype) : at::Tensor(),
-          CrossEntropyTarget(logit_sizes, input.dim() - 1, target, class_weight, options),
+          HostTarget(logit_sizes(input, weight), input.dim() - 1, target, class_weight, options),
           std::max<int64_t>(chunk_bytes / row_bytes, 1),
           wide};
 }
@@ -140,8 +152,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> finish(const Gradients& gradients
   return {as(gradients.input, input), as(gradients.weight, weight),
           bias.has_value() ? as(gradients.bias, *bias) : at::empty({0}, input.options())};
 }
-
-using Six = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Loss, z-loss, lse, and the gradients for an upstream gradient of 1, as far as they are wanted.
 Six forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target, const OptionalTensor& bias,
@@ -228,7 +238,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
                                                 bool with_graph) {
     std::array<bool, 3> wanted{with_graph && input.requires_grad(), with_graph && weight.requires_grad(),
                                with_graph && bias.has_value() && bias->requires_grad()};
-    const bool now = reduction != kNone;
+    // Gradients for an upstream gradient of 1 may be too small for float16: GradScaler's scale is in the upstream one.
+    const bool now = reduction != kNone && weight.scalar_type() != at::kHalf;
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [loss, z, lse, of_input, of_weight, of_bias] =
         forward_operator().call(input, weight, target, bias, class_weight, reduction, ignore_index, label_smoothing,
@@ -308,18 +319,37 @@ Two without_gradient(const at::Tensor& input, const at::Tensor& weight, const at
   return {std::move(std::get<0>(all)), std::move(std::get<1>(all))};
 }
 
-// The products are taken in float32 whatever the operands are, so there is nothing to lower; the loss is float32.
+const c10::TypedOperatorHandle<decltype(linear_cross_entropy)>& whole_operator() {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("trainopt::linear_cross_entropy", "")
+                                 .typed<decltype(linear_cross_entropy)>();
+  return handle;
+}
+
+// On the CPU the products are taken in float32 whatever the operands are, so there is nothing to lower; the loss is
+// float32.
 Two in_single(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target, const OptionalTensor& bias,
               const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
               double z_loss, double softcap, bool empty_is_zero, int64_t chunk_bytes) {
-  static const auto operation = c10::Dispatcher::singleton()
-                                    .findSchemaOrThrow("trainopt::linear_cross_entropy", "")
-                                    .typed<decltype(linear_cross_entropy)>();
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return operation.call(to_single(input), to_single(weight), to_single(target), to_single(bias),
-                        to_single(class_weight), reduction, ignore_index, label_smoothing, z_loss, softcap,
-                        empty_is_zero, chunk_bytes);
+  return whole_operator().call(to_single(input), to_single(weight), to_single(target), to_single(bias),
+                               to_single(class_weight), reduction, ignore_index, label_smoothing, z_loss, softcap,
+                               empty_is_zero, chunk_bytes);
 }
+
+#if defined(TRAINOPT_WITH_CUDA)
+// On CUDA the products are taken in the type of the weight: autocast's, as those of a linear layer. The loss has the
+// type of the input: float32.
+Two in_lower(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target, const OptionalTensor& bias,
+             const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
+             double z_loss, double softcap, bool empty_is_zero, int64_t chunk_bytes) {
+  const c10::DeviceType device = input.device().type();
+  const at::Tensor lower = at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), weight, device);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return whole_operator().call(to_single(input), lower, to_single(target), to_single(bias), to_single(class_weight),
+                               reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero, chunk_bytes);
+}
+#endif
 
 }  // namespace
 
@@ -345,5 +375,10 @@ TORCH_LIBRARY_IMPL(trainopt, CPU, m) {
 }
 TORCH_LIBRARY_IMPL(trainopt, Autograd, m) { m.impl("linear_cross_entropy", linear_cross_entropy); }
 TORCH_LIBRARY_IMPL(trainopt, AutocastCPU, m) { m.impl("linear_cross_entropy", in_single); }
+
+#if defined(TRAINOPT_WITH_CUDA)
+TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_CUDA_KEY, m) { m.impl("linear_cross_entropy", without_gradient); }
+TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_AUTOCAST_CUDA_KEY, m) { m.impl("linear_cross_entropy", in_lower); }
+#endif
 
 }  // namespace trainopt::python

@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "python/cross_entropy_cuda.h"
 #include "python/losses.h"
 
 namespace trainopt::python {
@@ -81,6 +82,9 @@ void bind_loss_calls(pybind11::module_& m) {
       py::arg("inplace_backward"), py::arg("empty_is_zero"),
       "torch.ops.trainopt.cross_entropy: the loss, with z_loss the pair of loss and its z-loss; or None where it does "
       "not take these tensors as they are now.");
+  m.def("check_targets", check_targets,
+        "IndexError if a cross-entropy on a device other than the CPU has met a target that is no class since it was "
+        "last told of. Looks at what the devices have done so far, and does not wait for them.");
 }
 
 }  // namespace trainopt::python

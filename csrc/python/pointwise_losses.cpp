@@ -146,6 +146,16 @@ at::Tensor in_single(c10::string_view name, const at::Tensor& input, const at::T
                                  reduction, parameter);
 }
 
+#if defined(TRAINOPT_WITH_CUDA)
+// torch's autocast on CUDA refuses binary_cross_entropy: the error is its own.
+at::Tensor in_single_on_cuda(c10::string_view name, const at::Tensor& input, const at::Tensor& target,
+                             const OptionalTensor& weight, const OptionalTensor& positive, int64_t reduction,
+                             double parameter) {
+  if (name == "binary_cross_entropy") return at::binary_cross_entropy(input, target, weight, reduction);
+  return in_single(name, input, target, weight, positive, reduction, parameter);
+}
+#endif
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(trainopt, m) {
@@ -197,7 +207,7 @@ TORCH_LIBRARY_IMPL(trainopt, CPU, m) {
 TORCH_LIBRARY_IMPL(trainopt, Autograd, m) { m.impl("pointwise_loss", with_gradient); }
 TORCH_LIBRARY_IMPL(trainopt, AutocastCPU, m) { m.impl("pointwise_loss", in_single); }
 #if defined(TRAINOPT_WITH_CUDA)
-TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_AUTOCAST_CUDA_KEY, m) { m.impl("pointwise_loss", in_single); }
+TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_AUTOCAST_CUDA_KEY, m) { m.impl("pointwise_loss", in_single_on_cuda); }
 #endif
 
 }  // namespace trainopt::python

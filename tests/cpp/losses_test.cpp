@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "core/elementary.h"
+#include "cross_entropy_judge.h"
 #include "judge.h"
 #include "pointwise_judge.h"
 
@@ -18,50 +19,6 @@ std::vector<cpu::Variant> variants() {
   std::vector<cpu::Variant> result;
   for (int v = 0; v < cpu::kVariants; ++v)
     if (cpu::supported(static_cast<cpu::Variant>(v))) result.push_back(static_cast<cpu::Variant>(v));
-  return result;
-}
-
-// Elements of one type, in memory of exactly their size.
-class Stored {
- public:
-  Stored(DType dtype, const std::vector<double>& values) : dtype_(dtype), bytes_(values.size() * size_of(dtype)) {
-    for (size_t i = 0; i < values.size(); ++i) set(i, values[i]);
-  }
-  void* data() { return bytes_.data(); }
-  DType dtype() const { return dtype_; }
-  double operator[](size_t i) const {
-    const unsigned char* at = bytes_.data() + i * size_of(dtype_);
-    if (dtype_ == DType::kFloat64) return read<double>(at);
-    if (dtype_ == DType::kFloat32) return static_cast<double>(read<float>(at));
-    return static_cast<double>(convert(read<uint16_t>(at), dtype_));
-  }
-  bool operator==(const Stored& other) const { return bytes_ == other.bytes_; }
-
- private:
-  DType dtype_;
-  std::vector<unsigned char> bytes_;
-
-  template <class T>
-  static T read(const unsigned char* at) {
-    T value;
-    std::memcpy(&value, at, sizeof value);
-    return value;
-  }
-  void set(size_t i, double value) {
-    unsigned char* at = bytes_.data() + i * size_of(dtype_);
-    const float single = static_cast<float>(value);
-    if (dtype_ == DType::kFloat64) std::memcpy(at, &value, 8);
-    if (dtype_ == DType::kFloat32) std::memcpy(at, &single, 4);
-    if (size_of(dtype_) != 2) return;
-    const uint16_t bits = convert(single, dtype_);
-    std::memcpy(at, &bits, 2);
-  }
-};
-
-std::vector<double> numbers(size_t count, uint64_t seed, const std::function<double(double)>& shape) {
-  Numbers source{seed};
-  std::vector<double> result(count);
-  for (double& value : result) value = shape(source.value());
   return result;
 }
 
@@ -162,62 +119,27 @@ void test_pointwise(const Formula& formula, DType dtype, size_t count, bool weig
 // Cross-entropy
 // --------------------------------------------------------------------------------------------------------
 
-struct Case {
-  int64_t classes, outer, inner;  // inner > 1: rows side by side
-  bool probabilities, weighted;
-  double smoothing, softcap, z;
-};
-
-std::string describe(const Case& c, DType dtype) {
-  return "cross-entropy, " + std::string(format_of(dtype).name) + ", " + std::to_string(c.classes) + " classes, " +
-         std::to_string(c.outer) + " x " + std::to_string(c.inner) + " rows" +
-         (c.probabilities ? ", probabilities" : "") + (c.weighted ? ", weighted" : "") + ", smoothing " +
-         std::to_string(c.smoothing) + ", softcap " + std::to_string(c.softcap) + ", z " + std::to_string(c.z);
-}
-
 void test_cross_entropy(const Case& c, DType dtype) {
-  const std::string what = describe(c, dtype);
+  CrossEntropyProblem problem(c, dtype);
+  const std::string what = problem.describe();
   const bool wide = dtype == DType::kFloat64;
-  const int64_t rows = c.outer * c.inner;
-  const size_t count = static_cast<size_t>(rows * c.classes);
-  const auto place = [&](int64_t row, int64_t k) {
-    return static_cast<size_t>(c.inner == 1 ? row * c.classes + k
-                                            : (row / c.inner * c.classes + k) * c.inner + row % c.inner);
-  };
-  Stored x(dtype, numbers(count, 7, as_it_is)), t(dtype, numbers(count, 8, into_unit));
-  std::vector<double> weight = numbers(static_cast<size_t>(c.classes), 9, into_unit);
+  const int64_t rows = problem.rows;
   const std::vector<double> scale = numbers(static_cast<size_t>(rows), 10, as_it_is);
   const std::vector<double> lse_scale = numbers(static_cast<size_t>(rows), 11, [&](double v) { return c.z * v; });
-  std::vector<int64_t> labels(static_cast<size_t>(rows));
-  for (int64_t row = 0; row < rows; ++row) labels[row] = row % 5 == 3 ? -7 : row * 31 % c.classes;
 
   std::vector<Stored> first;
   std::vector<double> first_loss;
   for (const cpu::Variant variant : variants()) {
     cpu::set_variant(variant);
     std::vector<double> lse(rows), loss(rows);
-    Stored gradient(dtype, std::vector<double>(count));
-    const auto rows_in = [&](Stored& s) {
-      const int64_t stride = c.classes * c.inner;
-      return cpu::Rows{s.data(), stride, c.inner, s.dtype()};
-    };
+    Stored gradient(dtype, std::vector<double>(problem.count()));
     cpu::CrossEntropyTask task{};
-    task.classes = c.classes;
-    task.inner = c.inner;
-    task.logits = rows_in(x);
-    if (c.probabilities) {
-      task.probabilities = rows_in(t);
-    } else {
-      task.labels = labels.data();
-    }
-    task.weight = c.weighted ? weight.data() : nullptr;
-    for (int64_t k = 0; k < c.classes; ++k) task.total_weight += c.weighted ? weight[k] : 1;
-    task.ignore_index = -7;
-    task.smoothing = c.smoothing;
-    task.softcap = c.softcap;
+    problem.describe_to(task);
+    task.weight = c.weighted ? problem.weight.data() : nullptr;
+    task.total_weight = problem.total_weight;
     task.lse = lse.data();
     task.loss = loss.data();
-    task.gradient = rows_in(gradient);
+    task.gradient = problem.rows_in(gradient);
     task.scale = scale.data();
     task.lse_scale = lse_scale.data();
     // In two parts, as two threads would.
@@ -233,26 +155,13 @@ void test_cross_entropy(const Case& c, DType dtype) {
     first_loss = loss;
     bool right = true;
     for (int64_t row = 0; row < rows; ++row) {
-      const bool ignored = !c.probabilities && labels[row] == -7;
-      std::vector<double> logit(c.classes), mass(c.classes);
-      double sum = 0, all_mass = 0, exact = 0;
+      const CrossEntropyProblem::Row exact = problem.exact(row);
+      const bool ignored = problem.is_ignored(row);
+      right = right && is_near(loss[row], exact.loss, 4 + 8 * exact.all_mass, wide ? dtype : DType::kFloat32);
       for (int64_t k = 0; k < c.classes; ++k) {
-        const double raw = x[place(row, k)], w = c.weighted ? weight[k] : 1;
-        const double target = c.probabilities ? t[place(row, k)] : labels[row] == k;
-        logit[k] = c.softcap == 0 ? raw : c.softcap * std::tanh(raw / c.softcap);
-        mass[k] = ignored ? 0 : w * ((1 - c.smoothing) * target + c.smoothing / static_cast<double>(c.classes));
-        all_mass += mass[k];
-        sum += std::exp(logit[k]);
-      }
-      const double exact_lse = std::log(sum);
-      for (int64_t k = 0; k < c.classes; ++k) exact += mass[k] * (exact_lse - logit[k]);
-      right = right && is_near(loss[row], exact, 4 + 8 * all_mass, wide ? dtype : DType::kFloat32);
-      for (int64_t k = 0; k < c.classes; ++k) {
-        const double u = logit[k] / c.softcap, cap = c.softcap == 0 ? 1 : 1 - u * u;
-        const double p = std::exp(logit[k] - exact_lse);
-        const double slope = ignored ? 0 : ((scale[row] * all_mass + lse_scale[row]) * p - scale[row] * mass[k]) * cap;
-        right = right && is_near(gradient[place(row, k)], slope,
-                                 (1 + std::fabs(scale[row])) * (all_mass + mass[k]) + std::fabs(lse_scale[row]), dtype);
+        const double size = (1 + std::fabs(scale[row])) * (exact.all_mass + exact.mass[k]) + std::fabs(lse_scale[row]);
+        right = right && is_near(gradient[problem.place(row, k)],
+                                 problem.slope(exact, ignored, k, scale[row], lse_scale[row]), size, dtype);
       }
     }
     check(right, what);

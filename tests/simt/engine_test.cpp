@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include "../cpp/judge.h"
+#include "cross_entropy_test.h"
 #include "cuda/launch.h"
 #include "norm_test.h"
 #include "pointwise_test.h"
@@ -331,13 +332,14 @@ void test_huge() {
 }  // namespace
 }  // namespace trainopt
 
-// With an argument, only one part of the tests: norms, pointwise or steps.
+// With an argument, only one part of the tests: norms, cross-entropy (a part of its grid), pointwise or steps.
 int main(int count, char** arguments) {
   using namespace trainopt;
   const std::string only = count > 1 ? arguments[1] : "";
   std::setvbuf(stdout, nullptr, _IONBF, 0);  // a fault may end the process
   std::printf("kernel parameters of %zu bytes\n", cuda::kParameterBytes);
   if (only.empty() || only == "norms") test_norms();
+  if (only.empty() || only == "cross-entropy") test_cross_entropy(only.empty());
   if (only.empty() || only == "pointwise") test_pointwise_losses();
   if (only.empty() || only == "steps") {
     test_rules();

@@ -227,6 +227,9 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, SIMT_SITE) {
 }
 #undef SIMT_SITE
 
+// The host, which is the machine, sees every store at once.
+inline void __threadfence_system() {}
+
 template <class Pointer, class T>
 T atomicAdd(Pointer where, T value) {
   auto* at = simt::address(where);

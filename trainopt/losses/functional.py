@@ -13,6 +13,7 @@ from torch.nn import _reduction
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from trainopt._extension import _C
 from trainopt.losses import dispatch, reference
 from trainopt.losses.arguments import check_extras, check_linear, number_of
 from trainopt.losses.dispatch import alike, fits, is_only_a_mode, needs_no_promotion, overridden, pointwise_loss
@@ -20,6 +21,7 @@ from trainopt.losses.dispatch import alike, fits, is_only_a_mode, needs_no_promo
 __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
+    "check_targets",
     "cross_entropy",
     "huber_loss",
     "kl_div",
@@ -74,7 +76,7 @@ def cross_entropy(
         empty: "nan" or "zero": the mean where no row counts. The gradient is 0 in either case.
 
     Raises:
-        IndexError: a class out of range, with its value and position.
+        IndexError: a class out of range, with its value and position; on a GPU at the next call, see check_targets.
         ValueError: shapes that do not match, or an option out of its range.
     """
     is_overridden = has_torch_function_variadic(input, target, weight)
@@ -156,7 +158,7 @@ def linear_cross_entropy(
         memory_budget: bytes for a chunk of logits; at least one token is taken at a time.
 
     Raises:
-        IndexError: a class out of range, with its value and position.
+        IndexError: a class out of range, with its value and position; on a GPU at the next call, see check_targets.
         ValueError: shapes that do not match; a weight that is empty, flat or a DTensor, with what to gather; or an
             option out of its range.
     """
@@ -201,6 +203,16 @@ def linear_cross_entropy(
     if not return_z_loss:
         return result[0] if z_loss else result
     return result if z_loss else (result, torch.zeros_like(result))
+
+
+def check_targets() -> None:
+    """IndexError if cross_entropy or linear_cross_entropy on a GPU has met a class out of range since the last check.
+
+    On a GPU nothing waits to see the targets: the loss and the gradient of such a row are NaN, nothing is read by the
+    class, and the next call on that device raises, as does this function. It looks at what the GPUs have done so far:
+    call it after something that waits for them, such as loss.item(). On the CPU the loss itself raises.
+    """
+    _C.check_targets()
 
 
 def mse_loss(

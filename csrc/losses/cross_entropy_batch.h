@@ -1,0 +1,44 @@
+// What cross-entropy is computed of, on every device: rows of logits, their target, and the options.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/macros.h"
+
+namespace trainopt {
+
+// Rows of one element a class; without data, absent. `inner` rows (of the batch) lie side by side, class by class:
+// class c of row r is the element r / inner * stride + c * class_stride + r % inner. Where inner is 1, class_stride is
+// 1 too.
+struct Rows {
+  void* data;
+  int64_t stride, class_stride;
+  DType dtype;
+};
+
+struct CrossEntropyBatch {
+  int64_t classes, inner;
+  Rows logits;
+  const int64_t* labels;  // a class for each row; or absent:
+  Rows probabilities;     // then these are the target
+  int64_t ignore_index;   // for labels: rows of this label have no loss
+  double smoothing;
+  double softcap;  // 0: none
+};
+
+TRAINOPT_FUNCTION bool is_ignored(const CrossEntropyBatch& batch, int64_t row) {
+  return batch.labels != nullptr && batch.labels[row] == batch.ignore_index;
+}
+
+// Whether classes have a mass beside the spike.
+TRAINOPT_FUNCTION bool has_mass(const CrossEntropyBatch& batch) {
+  return batch.labels == nullptr || batch.smoothing != 0;
+}
+
+// The mass that smoothing gives to each class, before weights.
+TRAINOPT_FUNCTION double spread_of(const CrossEntropyBatch& batch) {
+  return batch.smoothing / static_cast<double>(batch.classes);
+}
+
+}  // namespace trainopt

@@ -1,0 +1,60 @@
+// Cross-entropy on CUDA devices, below the operators. Nothing here waits for the device.
+#pragma once
+
+#include "python/cross_entropy_target.h"
+#include "python/cuda_device.h"
+
+#if defined(TRAINOPT_WITH_CUDA)
+#include "cuda/cross_entropy.h"
+#endif
+
+namespace trainopt::python {
+
+// IndexError if a cross-entropy on any device has met a target that is no class since it was last told of. Looks at
+// what the devices have done so far, and forgets.
+void check_targets();
+
+#if defined(TRAINOPT_WITH_CUDA)
+
+// One call's work. A device guard for the target's device must be held while it lives.
+class DeviceCrossEntropy {
+ public:
+  // IndexError for a target of an earlier call, beside CrossEntropyTarget's errors. `logits_dtype` is that of the
+  // logits that the kernels see, of which one launch has `chunk` rows at most.
+  DeviceCrossEntropy(const CrossEntropyTarget& target, c10::Device device, c10::ScalarType logits_dtype, int64_t chunk,
+                     cuda::Stream stream);
+
+  // The type that class weights are read in, for such logits.
+  static c10::ScalarType weight_dtype(c10::ScalarType logits_dtype);
+
+  // The lse of all rows: made by `start`, or that of an earlier forward.
+  at::Tensor lse;
+
+  // Forward: memory for a loss of this type, then the rows by chunks, then what is made of them.
+  void start(c10::ScalarType loss_dtype);
+  void forward(const CrossEntropyBatch& batch, int64_t first, int64_t rows);
+  std::pair<at::Tensor, at::Tensor> finish();
+
+  // Backward: what the rows' losses are divided by, then the rows by chunks. The upstream gradient is one number, or
+  // one for each row of the chunk; undefined: 1.
+  void count(bool defer);
+  void backward(const CrossEntropyBatch& batch, int64_t first, int64_t rows, const at::Tensor& upstream,
+                const Rows& gradient);
+  // After count(true): what the gradients are still to be multiplied by, one number.
+  at::Tensor rest() const;
+
+ private:
+  const CrossEntropyTarget& target_;
+  const at::TensorOptions on_device_;
+  const bool wide_;
+  const int64_t chunk_;
+  const cuda::Stream stream_;
+  at::Tensor loss_, z_, partials_, totals_;
+  int64_t partial_count_ = 0;
+
+  cuda::CrossEntropyTask task(const CrossEntropyBatch& batch, int64_t first, int64_t rows) const;
+};
+
+#endif
+
+}  // namespace trainopt::python

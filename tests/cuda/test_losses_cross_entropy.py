@@ -1,0 +1,362 @@
+"""cross_entropy on a device: judged against torch in float64 on the CPU, without waiting, with bad targets told of."""
+
+import itertools
+
+import pytest
+import torch
+from loss_judge import DTYPES, REDUCTIONS, assert_no_worse, classes, judge, random, run
+from losses import on
+from torch.nn import functional as F
+
+from trainopt import functional
+from trainopt._extension import _C
+from trainopt.losses import reference
+
+ROWS = {"1-D": (), "2-D": (5,), "3-D": (3, 4), "4-D": (2, 3, 2)}
+EXTRAS = {
+    "z_loss": {"z_loss": 0.1},
+    "softcap": {"softcap": 2.0},
+    "all": {"z_loss": 0.1, "softcap": 2.0, "label_smoothing": 0.2},
+}
+
+
+def problem(rows, kind="classes", count=7, ignored=None, seed=0):
+    """Float64 logits, and a target of the kind."""
+    shape = (count,) if rows == () else (rows[0], count, *rows[1:])
+    logits = random(*shape, seed=seed, scale=3)
+    if kind == "probabilities":
+        return logits, random(*shape, seed=seed + 1).softmax(0 if rows == () else 1)
+    target = classes(rows, count, seed)
+    if ignored is not None and target.dim() > 0:
+        target.view(-1)[::3] = ignored
+    return logits, target
+
+
+def compare(device, logits, target, dtype, weighted=False, **options):
+    class_dim = 0 if logits.dim() == 1 else 1
+    weight = random(logits.shape[class_dim], seed=5).abs() + 0.1 if weighted else None
+    judge(
+        on(device, functional.cross_entropy),
+        F.cross_entropy,
+        [logits],
+        dtype,
+        options,
+        constants=[target, weight],
+        gradient_unit=float(logits.shape[class_dim] == 1),
+    )
+
+
+def by_torch(logits, target, weight=None, **options):
+    """With trainopt's extras, in plain torch."""
+    defaults = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+    result = reference.cross_entropy(
+        logits, target, weight, **{**defaults, "z_loss": 0.0, "softcap": None, "empty": "nan", **options}
+    )
+    return result[0] if isinstance(result, tuple) else result
+
+
+def test_the_operator_takes_it(device):
+    logits, target = problem((5,))
+    options = (1, -100, 0.0, 0.0, 0.0, False, False)
+    assert _C.cross_entropy(logits.to(device), target.to(device), None, *options) is not None
+    assert _C.cross_entropy(logits.to(device), target, None, *options) is None  # torch says what is wrong with that
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_the_grid(device, dtype, reduction, rows):
+    for kind, ignore_index, weighted, smoothing in itertools.product(
+        ("classes", "probabilities"), (-100, 2, 1000), (False, True), (0.0, 0.1)
+    ):
+        if kind == "probabilities" and ignore_index != -100:
+            continue
+        logits, target = problem(rows, kind, ignored=ignore_index)
+        options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": smoothing}
+        compare(device, logits, target, dtype, weighted, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 255, 257, 1024, 1025, 4099])
+def test_numbers_of_classes(device, dtype, count):
+    for kind, options in itertools.product(("classes", "probabilities"), ({}, {"label_smoothing": 0.1})):
+        logits, target = problem((3,), kind, count)
+        compare(device, logits, target, dtype, **options)
+
+
+def test_a_vocabulary(device):
+    logits, target = problem((2,), count=50257)
+    compare(device, logits, target, torch.float32)
+    compare(device, logits, target, torch.bfloat16, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 127, 129, 1030])
+def test_numbers_of_rows(device, count):
+    for words in (3, 40):
+        logits, target = problem((count,), count=words)
+        compare(device, logits, target, torch.float32, reduction="sum")
+
+
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts(device, kind, dtype):
+    changes = {
+        "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+        "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        "every second class": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+        "expanded": lambda x: x[:1].expand(x.shape),
+        "one element on": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    }
+    for (name, change), count in itertools.product(changes.items(), (7, 40)):
+        for rows in ((3, 4, 2), (6,)) if name != "channels_last" else ((3, 4, 2),):
+            logits, target = problem(rows, kind, count)
+
+            def ours(x, t, change=change):
+                return functional.cross_entropy(change(x), t, label_smoothing=0.1)
+
+            def torchs(x, t, change=change):
+                return F.cross_entropy(change(x), t, label_smoothing=0.1)
+
+            judge(on(device, ours), torchs, [logits], dtype, constants=[target])
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extras(device, dtype, kind, extras):
+    for reduction, count in itertools.product(REDUCTIONS, (7, 40)):
+        logits, target = problem((5,), kind, count, ignored=-100)
+        judge(
+            on(device, functional.cross_entropy),
+            by_torch,
+            [logits],
+            dtype,
+            {"reduction": reduction, **extras},
+            constants=[target],
+            roundings=4,
+        )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_z_loss_comes_separately(device, reduction):
+    logits, target = problem((6,), ignored=-100)
+    options = {"reduction": reduction, "z_loss": 0.1, "return_z_loss": True}
+    found = on(device, functional.cross_entropy)(logits, target, **options)
+    for mine, theirs in zip(found, functional.cross_entropy(logits, target, **options), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rows", [(4,), (2, 3), (0,)], ids=str)
+def test_all_ignored(device, reduction, rows):
+    for empty, smoothing in itertools.product(("nan", "zero"), (0.0, 0.1)):
+        logits, target = problem(rows)
+        target.fill_(-100)
+        options = {"reduction": reduction, "empty": empty, "label_smoothing": smoothing}
+        loss, gradient = run(lambda x, t=target, o=options: on(device, functional.cross_entropy)(x, t, **o), [logits])
+        expected, zeros = run(lambda x, t=target, o=options: by_torch(x, t, **o), [logits])
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+        assert torch.equal(gradient, torch.zeros_like(zeros))
+
+
+def test_logits_that_are_extreme(device):
+    logits, target = problem((6,), count=40)
+    logits[0] += 1e4
+    logits[1, 3:] = -torch.inf
+    target[1] = 1
+    logits[2, 5] = torch.nan
+    logits[3, 5] = torch.inf
+    compare(device, logits, target, torch.float32, reduction="none")
+
+
+# Without waiting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nothing_waits_for_the_device(device, no_synchronisation, kind, reduction):
+    logits, target = (tensor.to(device) for tensor in problem((20, 3), kind, count=40, ignored=-100))
+    weight = random(40).abs().to(device)
+    upstream = random(20, 3).to(device) if reduction == "none" else torch.ones((), dtype=torch.float64, device=device)
+    logits.requires_grad_()
+    options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.1, "empty": "zero"}
+    functional.cross_entropy(logits, target, weight, **options)  # makes what lasts
+    with no_synchronisation():
+        for inplace in (False, True):
+            copy = logits * 1
+            loss = functional.cross_entropy(copy, target, weight, inplace_backward=inplace, **options)
+            torch.autograd.grad(loss, logits, upstream)
+
+
+@pytest.mark.skipif("simt" not in _C.device_types(), reason="of the emulated device")
+def test_the_same_bits_in_any_order(device):
+    for count in (7, 40, 1500):
+        logits, target = (
+            tensor.float() if tensor.is_floating_point() else tensor for tensor in problem((9,), count=count)
+        )
+        found = []
+        for ascending in (True, False):
+            _C.simt.set_order(ascending=ascending)
+            found.append(run(lambda x, t=target: on(device, functional.cross_entropy)(x, t), [logits]))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_tensors_of_a_device_that_is_not_the_current_one(device, other_device):
+    logits, target = problem((5,))
+    compare(other_device, logits, target, torch.float32)
+    assert on(other_device, functional.cross_entropy)(logits, target).device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_a_graph_is_replayed_with_other_logits():
+    logits, target = (tensor.cuda() for tensor in problem((64,), count=1500))
+    logits.requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(functional.cross_entropy(logits, target), logits)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = functional.cross_entropy(logits, target)
+        (gradient,) = torch.autograd.grad(loss, logits)
+    with torch.no_grad():
+        logits.mul_(0.5)
+    graph.replay()
+    expected = F.cross_entropy(logits, target)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
+    target[3] = 5000
+    graph.replay()
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match=r"target 5000 at position \(3\)"):
+        functional.check_targets()
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def test_upstream_gradients(device):
+    logits, target = problem((6,), count=40)
+    weights = random(6, seed=4)
+    ours, torchs = on(device, functional.cross_entropy), F.cross_entropy
+    for scaled in (
+        lambda f, x: 3 * f(x, target),
+        lambda f, x: (weights * f(x, target, reduction="none")).sum(),
+        lambda f, x: f(x, target, reduction="none").sum(),  # an upstream gradient that is expanded
+        lambda f, x: f(x, target, reduction="sum") * f(x, target),
+    ):
+        for mine, theirs in zip(
+            run(lambda x, s=scaled: s(ours, x), [logits]), run(lambda x, s=scaled: s(torchs, x), [logits]), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_backward_twice_and_again(device, reduction):
+    logits, target = problem((6,), count=40)
+    there = logits.to(device).requires_grad_()
+    loss = functional.cross_entropy(there, target.to(device), reduction=reduction).sum()
+    first, second = (torch.autograd.grad(loss, there, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first.cpu(), second.cpu())
+    (slope,) = torch.autograd.grad(loss, there, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.square().sum(), there)
+    here = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(F.cross_entropy(here, target, reduction=reduction).sum(), here, create_graph=True)
+    torch.testing.assert_close(slope.cpu(), expected)
+    torch.testing.assert_close(curvature.cpu(), torch.autograd.grad(expected.square().sum(), here)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6, 40), (2, 7, 5)], ids=str)
+def test_inplace_backward(device, dtype, shape):
+    logits, target = problem((shape[0], *shape[2:]), count=shape[1])
+    leaf = logits.to(device, dtype).requires_grad_()
+    (expected,) = torch.autograd.grad(functional.cross_entropy(leaf, target.to(device)), leaf)
+    copy = leaf * 1
+    loss = functional.cross_entropy(copy, target.to(device), inplace_backward=True)
+    (gradient,) = torch.autograd.grad(loss, copy, retain_graph=True)
+    assert gradient.data_ptr() == copy.data_ptr() and torch.equal(gradient.cpu(), expected.cpu())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, copy)
+    assert torch.equal(leaf.detach().cpu(), logits.to(dtype))
+
+
+def test_autocast(device):
+    logits, target = problem((6,), count=40)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = functional.cross_entropy(logits.to(device, torch.bfloat16), target.to(device))
+    assert loss.dtype == torch.float32
+    assert_no_worse(
+        loss.cpu(),
+        F.cross_entropy(logits.bfloat16().float(), target),
+        F.cross_entropy(logits.bfloat16().double(), target),
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(device, backend):
+    logits, target = problem((6,), count=40)
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def slope(x, t):
+        return functional.cross_entropy(2 * x, t, label_smoothing=0.1, z_loss=0.1)
+
+    found = run(on(device, slope), [logits, target])
+    expected = run(lambda x, t: functional.cross_entropy(2 * x, t, label_smoothing=0.1, z_loss=0.1), [logits, target])
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+# Targets out of range -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [7, -1, 2**40, -(2**63)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_bad_target_is_told_of_at_the_next_call(device, bad, reduction):
+    logits, target = (tensor.to(device) for tensor in problem((3, 4)))
+    target[1, 2] = bad
+    target[2, 0] = 99
+    logits.requires_grad_()
+    loss = functional.cross_entropy(logits, target, reduction=reduction)
+    message = (
+        rf"target {bad} at position \(1, 2\) is out of range for 7 classes \(found by an earlier call on {device}:0\)"
+    )
+    with pytest.raises(IndexError, match=message):
+        torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)  # told of once
+    is_bad = torch.zeros(3, 4, dtype=torch.bool)
+    is_bad[1, 2] = is_bad[2, 0] = True
+    assert torch.equal(gradient.cpu().isnan().all(1), is_bad)
+    assert torch.equal(gradient.cpu().isnan().any(1), is_bad)
+    if reduction == "none":
+        assert torch.equal(loss.detach().cpu().isnan(), is_bad)
+    else:
+        assert loss.isnan()
+    functional.cross_entropy(logits, target.clamp(0, 6), reduction=reduction)
+
+
+def test_bad_targets_can_be_asked_for(device, other_device):
+    logits, target = (tensor.to(device) for tensor in problem((5,)))
+    functional.check_targets()
+    target[3] = 7
+    functional.cross_entropy(logits, target)
+    on(other_device, functional.cross_entropy)(logits.cpu(), target.cpu().clamp(0, 6))  # no concern of that device
+    with pytest.raises(IndexError, match=r"target 7 at position \(3\)"):
+        functional.check_targets()
+    functional.check_targets()
+
+
+def test_an_ignored_target_is_not_bad(device):
+    logits, target = problem((5,), ignored=-100)
+    on(device, functional.cross_entropy)(logits, target)
+    on(device, functional.cross_entropy)(logits, target.where(target >= 0, 1000), ignore_index=1000)
+    functional.check_targets()
+
+
+def test_shapes_that_do_not_fit(device):
+    logits, target = (tensor.to(device) for tensor in problem((5,)))
+    with pytest.raises(ValueError, match="target of classes must have shape"):
+        functional.cross_entropy(logits, target[:4])
+    with pytest.raises(ValueError, match="weight has shape"):
+        functional.cross_entropy(logits, target, torch.ones(3, dtype=torch.float64, device=device))

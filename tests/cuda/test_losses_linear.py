@@ -1,0 +1,242 @@
+"""linear_cross_entropy on a device: judged against torch in float64 on the CPU, in chunks, without waiting."""
+
+import itertools
+
+import pytest
+import torch
+from loss_judge import REDUCTIONS, classes, judge, random, run
+from losses import on
+from torch.nn import functional as F
+
+from trainopt import functional
+from trainopt._extension import _C
+from trainopt.losses import reference
+
+WIDTH, WORDS = 12, 37
+
+
+def problem(tokens=(9,), words=WORDS, width=WIDTH, kind="classes", ignored=None, seed=0):
+    """Hidden states, weight, bias in float64, and a target."""
+    hidden, weight = random(*tokens, width, seed=seed), random(words, width, seed=seed + 1)
+    bias = random(words, seed=seed + 2)
+    if kind == "probabilities":
+        return hidden, weight, bias, random(*tokens, words, seed=seed + 3).softmax(-1)
+    target = classes(tokens, words, seed)
+    if ignored is not None:
+        target.view(-1)[::3] = ignored
+    return hidden, weight, bias, target
+
+
+def by_logits(hidden, weight, target, bias=None, **options):
+    """The same in plain torch, with the logits stored."""
+    defaults = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+    options = {**defaults, "z_loss": 0.0, "softcap": None, "empty": "nan", **options}
+    options.pop("memory_budget", None)
+    class_weight = options.pop("class_weight", None)
+    result = reference.linear_cross_entropy(hidden, weight, target, bias, class_weight, **options)
+    return result[0] if options["z_loss"] else result
+
+
+def compare(device, hidden, weight, bias, target, dtype, **options):
+    def order(function):
+        if bias is None:
+            return lambda h, w, t, **given: function(h, w, t, **given)
+        return lambda h, w, b, t, **given: function(h, w, t, b, **given)
+
+    judge(
+        order(on(device, functional.linear_cross_entropy)),
+        order(by_logits),
+        [hidden, weight] if bias is None else [hidden, weight, bias],
+        dtype,
+        options,
+        constants=[target],
+        roundings=8.0,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_grid(device, dtype, reduction):
+    for kind, with_bias, weighted, extras in itertools.product(
+        ("classes", "probabilities"),
+        (False, True),
+        (False, True),
+        ({}, {"label_smoothing": 0.1}, {"z_loss": 0.01, "softcap": 4.0, "empty": "zero"}),
+    ):
+        hidden, weight, bias, target = problem(kind=kind, ignored=3)
+        compare(
+            device,
+            hidden,
+            weight,
+            bias if with_bias else None,
+            target,
+            dtype,
+            reduction=reduction,
+            ignore_index=3 if kind == "classes" else -100,
+            class_weight=random(WORDS, seed=9).abs() if weighted else None,
+            memory_budget=4 * WORDS * 4,
+            **extras,
+        )
+
+
+@pytest.mark.parametrize("tokens", [(), (1,), (2, 3), (0,), (3, 0)], ids=str)
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_shapes(device, tokens, kind):
+    hidden, weight, bias, target = problem(tokens, kind=kind)
+    for reduction, dtype in itertools.product(REDUCTIONS, (torch.float32, torch.bfloat16)):
+        compare(device, hidden, weight, bias, target, dtype, reduction=reduction, memory_budget=300)
+
+
+def test_strides(device):
+    hidden, weight, bias, target = problem((4, 5))
+    for change in (
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    ):
+        compare(device, change(hidden), change(weight), bias, target, torch.float32)
+        probabilities = change(random(4, 5, WORDS).softmax(-1))
+        compare(device, hidden, weight, bias, probabilities, torch.float32, memory_budget=4 * WORDS * 4)
+
+
+def test_every_token_ignored(device):
+    hidden, weight, bias, target = problem()
+    target.fill_(-100)
+    for dtype in (torch.float32, torch.bfloat16):
+        operands = [tensor.to(dtype) for tensor in (hidden, weight, bias)]
+        loss, *found = run(lambda h, w, b: on(device, functional.linear_cross_entropy)(h, w, target, b), operands)
+        assert loss.isnan() and all(gradient.eq(0).all() for gradient in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_weights_gradient_is_as_good_in_many_chunks(device, dtype):
+    hidden, weight, _, target = problem((512,), 40, 24)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    truth = run(lambda h, w: by_logits(h, w, target), [hidden.double(), weight.double()])[2]
+    torchs = (run(lambda h, w: by_logits(h, w, target), [hidden, weight])[2].double() - truth).abs().max()
+    for chunks in (1, 8, 512):
+        budget = -(-512 // chunks) * 40 * (6 if dtype == torch.bfloat16 else 4)
+        ours = on(device, lambda h, w, t, b=budget: functional.linear_cross_entropy(h, w, t, memory_budget=b))
+        found = run(lambda h, w, f=ours: f(h, w, target), [hidden, weight])[2]
+        assert (found.double() - truth).abs().max() <= 1.5 * torchs
+
+
+def test_float16_gradients_keep_the_scale_of_the_loss(device):
+    hidden, weight, _, target = problem((300,), 40, 24)
+    hidden, weight = (1e-3 * hidden).half(), (1e-3 * weight).half()
+
+    def scaled(function):
+        return lambda h, w: 65536 * function(h, w, target).float()
+
+    ours = run(scaled(on(device, functional.linear_cross_entropy)), [hidden, weight])
+    truth = run(lambda h, w: 65536 * by_logits(h, w, target), [hidden.double(), weight.double()])
+    for found, exact in zip(ours[1:], truth[1:], strict=True):
+        assert (found.double() - exact).abs().max() <= 2e-3 * exact.abs().max()
+
+
+def test_upstream_gradients(device):
+    hidden, weight, bias, target = problem((2, 5))
+    weights = random(2, 5, seed=7)
+    for scaled in (
+        lambda f: lambda h, w, b: 3 * f(h, w, target, b),
+        lambda f: lambda h, w, b: (weights * f(h, w, target, b, reduction="none")).sum(),
+        lambda f: lambda h, w, b: f(h, w, target, b, reduction="none").sum(),
+        lambda f: lambda h, w, b: f(h, w, target, b, reduction="sum").square(),
+    ):
+        operands = [hidden, weight, bias]
+        ours = run(scaled(on(device, functional.linear_cross_entropy)), operands)
+        for mine, theirs in zip(ours, run(scaled(by_logits), operands), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_backward_twice(device, dtype, reduction):
+    hidden, weight, _, target = (tensor.to(device) for tensor in problem())
+    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    loss = functional.linear_cross_entropy(hidden, weight, target, reduction=reduction).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    first = [gradient.cpu() for gradient in first]
+    for once, again in zip(first, torch.autograd.grad(loss, (hidden, weight)), strict=True):
+        torch.testing.assert_close(once, again.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nothing_waits_for_the_device(device, no_synchronisation, dtype, reduction):
+    hidden, weight, bias, target = (
+        tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device) for tensor in problem((20,))
+    )
+    class_weight = random(WORDS).abs().to(device, dtype)
+    options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.1, "memory_budget": 8 * WORDS * 4}
+    functional.linear_cross_entropy(hidden, weight, target, bias, class_weight=class_weight, **options)
+    for tensor in (hidden, weight, bias):
+        tensor.requires_grad_()
+    with no_synchronisation():
+        loss = functional.linear_cross_entropy(hidden, weight, target, bias, class_weight=class_weight, **options)
+        torch.autograd.grad(loss, (hidden, weight, bias), torch.empty_like(loss))
+
+
+def test_no_graph_gives_the_same_loss(device):
+    hidden, weight, bias, target = (tensor.to(device) for tensor in problem())
+    hidden.requires_grad_()
+    with torch.no_grad():
+        without = functional.linear_cross_entropy(hidden, weight, target, bias)
+    assert not without.requires_grad
+    assert torch.equal(without.cpu(), functional.linear_cross_entropy(hidden, weight, target, bias).detach().cpu())
+
+
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(device, lower):
+    hidden, weight, bias, target = (t.float() if t.is_floating_point() else t for t in problem((40,)))
+
+    def ours(h, w, b):
+        with torch.autocast(device, dtype=lower):
+            return functional.linear_cross_entropy(h, w, target.to(device), b)
+
+    def torchs(h, w, b):
+        with torch.autocast(device, dtype=lower):
+            return F.cross_entropy(F.linear(h, w, b), target.to(device))
+
+    truth = run(lambda h, w, b: by_logits(h, w, target, b), [hidden.double(), weight.double(), bias.double()])
+    found, peers = (run(on(device, function), [hidden, weight, bias]) for function in (ours, torchs))
+    for mine, theirs, exact in zip(found, peers, truth, strict=True):
+        assert mine.dtype == theirs.dtype == torch.float32
+        error, peer = ((value.double() - exact).abs().max().item() for value in (mine, theirs))
+        assert error <= 1.5 * peer + 1e-6
+
+
+def test_a_bad_target_is_told_of_with_its_place_among_all(device):
+    hidden, weight, _, target = (tensor.to(device) for tensor in problem((4, 5)))
+    target[2, 3], target[3, 1] = WORDS, -5
+    weight.requires_grad_()
+    loss = functional.linear_cross_entropy(hidden, weight, target, memory_budget=3 * WORDS * 8)
+    assert loss.isnan()
+    with pytest.raises(IndexError, match=rf"target {WORDS} at position \(2, 3\) is out of range for {WORDS} classes"):
+        functional.check_targets()
+    each = functional.linear_cross_entropy(hidden, weight, target, reduction="none")
+    assert each.detach().cpu().isnan().sum() == 2
+    with pytest.raises(IndexError):
+        functional.check_targets()
+
+
+@pytest.mark.skipif("simt" not in _C.device_types(), reason="of the emulated device")
+def test_the_logits_of_all_tokens_never_exist(device):
+    hidden, weight, _, target = (tensor.to(device) for tensor in problem((2000,), 500, 4))
+    hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    _C.simt.reset_peak()
+    before = _C.simt.memory_statistics()["peak_bytes"]
+    functional.linear_cross_entropy(hidden, weight, target, memory_budget=100 * 500 * 4).backward()
+    assert _C.simt.memory_statistics()["peak_bytes"] - before < 2000 * 500 * 4 / 4
+
+
+def test_compiled(device):
+    hidden, weight, bias, target = problem()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def loss(h, w, t, b):
+        return functional.linear_cross_entropy(2 * h, w, t, b, label_smoothing=0.1)
+
+    found = run(on(device, lambda h, w, b, t: loss(h, w, t, b)), [hidden, weight, bias, target])
+    expected = run(lambda h, w, b, t: by_logits(2 * h, w, t, b, label_smoothing=0.1), [hidden, weight, bias, target])
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)

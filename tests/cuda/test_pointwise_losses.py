@@ -1,0 +1,350 @@
+"""The pointwise losses on the device: the CPU engine's bits, element by element, and torch in float64 for the rest."""
+
+import gc
+import itertools
+import math
+
+import pytest
+import torch
+from loss_judge import DTYPES, REDUCTIONS, judge, random
+from test_losses_pointwise import LAYOUTS, LOSSES
+from torch.nn import functional as F
+
+import trainopt
+from trainopt import functional
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Using a target size:UserWarning"),
+]
+each_loss = pytest.mark.parametrize(("function", "make", "options"), LOSSES.values(), ids=LOSSES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+#: Round a thread's eight elements, a block's 2,048, and of several blocks.
+SIZES = (0, 1, 7, 8, 9, 255, 2047, 2049, 10_000)
+
+
+def moved(value, device):
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def on(device, function):
+    """A function of trainopt's, of tensors that lie here, computed there."""
+
+    def compute(*operands, **options):
+        options = {name: moved(value, device) for name, value in options.items()}
+        loss = getattr(functional, function)(*(operand.to(device) for operand in operands), **options)
+        assert loss.device.type == torch.device(device).type and "Pointwise" in loss.grad_fn.name()
+        return loss.cpu()
+
+    return compute
+
+
+def compare(device, function, operands, dtype, gradient_unit=0.0, **options):
+    unit = 1.0 if function == "kl_div" else 0.0  # its terms have both signs
+    judge(
+        on(device, function),
+        getattr(F, function),
+        operands,
+        dtype,
+        options,
+        loss_unit=unit,
+        gradient_unit=gradient_unit,
+    )
+
+
+def leaves_of(operands, device=None):
+    """Copies with gradients and the same strides."""
+    copies = [operand.detach().to(device) if device else operand.detach() for operand in operands]
+    return [copy.requires_grad_() for copy in copies]
+
+
+def elements(function, operands, **options):
+    """The loss of each element and the gradients for an upstream of many values, brought here."""
+    values = getattr(functional, function)(*operands, reduction="none", **options)
+    assert "Pointwise" in values.grad_fn.name()
+    upstream = random(*values.shape, seed=5).to(values.dtype).to(values.device)
+    return [result.detach() for result in (values, *torch.autograd.grad(values, operands, upstream))]
+
+
+def assert_same_bits(found, expected, exact=True):
+    for mine, cpus in zip(found, expected, strict=True):
+        assert mine.dtype == cpus.dtype and mine.stride() == cpus.stride()
+        if exact:
+            torch.testing.assert_close(mine.cpu(), cpus, rtol=0, atol=0, equal_nan=True)
+        else:
+            torch.testing.assert_close(mine.cpu(), cpus)
+
+
+def is_exact(device, dtype):
+    """exp and log of float64 are the device's own."""
+    return dtype != torch.float64 or device == "simt"
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+@each_loss
+@each_dtype
+def test_every_element_has_the_cpus_bits(device, function, make, options, dtype):
+    for size in SIZES:
+        operands = [operand.to(dtype) for operand in make((size,))]
+        found = elements(function, leaves_of(operands, device), **options)
+        assert_same_bits(found, elements(function, leaves_of(operands), **options), is_exact(device, dtype))
+
+
+@each_loss
+@each_dtype
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_further_from_float64_than_torch(device, function, make, options, dtype, reduction):
+    for size in (0, 1, 9, 257, 5000):
+        compare(device, function, make((size,)), dtype, reduction=reduction, **options)
+
+
+@each_loss
+def test_scalars(device, function, make, options):
+    for reduction in REDUCTIONS:
+        compare(device, function, make(()), torch.float32, reduction=reduction, **options)
+
+
+@each_loss
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, ("contiguous", *LAYOUTS))), ids="-".join)
+def test_layouts(device, function, make, options, layouts):
+    made = [operand.float() for operand in make((3, 4, 5, 6))]
+
+    def laid_out(where):
+        changes = [LAYOUTS.get(layout, lambda x: x) for layout in layouts]
+        leaves = [change(operand.to(where)).detach() for change, operand in zip(changes, made, strict=True)]
+        return [leaf.requires_grad_() for leaf in leaves]
+
+    assert_same_bits(elements(function, laid_out(device), **options), elements(function, laid_out("cpu"), **options))
+
+
+FACTORS = ((4, 33, 16), (16,), (33, 1), (1,), (), (4, 1, 1), (33, 16))
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", FACTORS, ids=str)
+def test_weights_of_any_shape(device, shape, dtype):
+    factor, other = random(*shape, seed=8), random(16, seed=9).abs()
+    for name, reduction in itertools.product(("bce", "bce with logits"), ("none", "mean")):
+        function, make, _ = LOSSES[name]
+        operands = make((4, 33, 16))
+        compare(device, function, operands, dtype, weight=factor, reduction=reduction)
+        if name == "bce with logits":
+            compare(device, function, operands, dtype, pos_weight=factor.abs(), reduction=reduction)
+            compare(device, function, operands, dtype, weight=factor, pos_weight=other, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((4, 1), (4,)), ((3, 40), (40,)), ((4,), (3, 4)), ((2, 1, 3), (1, 4, 1)), ((), (3,))]
+)
+@pytest.mark.parametrize("name", ["mse", "l1", "smooth_l1", "huber", "kl", "kl of logs"])
+def test_broadcasting(device, shapes, name):
+    function, make, options = LOSSES[name]
+    operands = [make(shapes[0])[0], make(shapes[1])[1]]
+    for reduction, dtype in itertools.product(REDUCTIONS, (torch.float32, torch.bfloat16)):
+        compare(device, function, operands, dtype, gradient_unit=4.0, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.permutations(DTYPES, 2)), ids=str)
+@pytest.mark.parametrize("name", ["mse", "smooth_l1", "kl"])
+def test_mixed_dtypes(device, dtypes, name):
+    function, make, options = LOSSES[name]
+    operands = [operand.to(dtype) for operand, dtype in zip(make((2051,)), dtypes, strict=True)]
+    found = elements(function, leaves_of(operands, device), **options)
+    assert_same_bits(found, elements(function, leaves_of(operands), **options), is_exact(device, found[0].dtype))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_sum_has_the_same_bits_however_its_tensors_lie(device, reduction):
+    input, target = (operand.float().to(device) for operand in LOSSES["bce with logits"][1]((9001,)))
+    expected = functional.binary_cross_entropy_with_logits(input, target, reduction=reduction)
+    for change in (LAYOUTS["offset"], LAYOUTS["sliced"]):
+        found = functional.binary_cross_entropy_with_logits(change(input), change(target), reduction=reduction)
+        assert found.item() == expected.item()
+
+
+def test_what_is_no_probability_has_a_loss_of_nan(device):
+    input = torch.tensor([0.5, -0.1, 0.0, 1.1, 1.0, math.inf, math.nan], device=device)
+    target = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0], device=device)
+    values = functional.binary_cross_entropy(input, target, reduction="none").cpu()
+    assert values.isnan().tolist() == [False, True, False, True, False, True, True]
+    assert functional.binary_cross_entropy(input, target).isnan().item()
+
+
+# Autograd -------------------------------------------------------------------------------------------------------------
+
+
+@each_loss
+def test_whatever_comes_from_above(device, function, make, options):
+    operands = [operand.float() for operand in make((3, 700))]
+    factors = random(3, 700, seed=6).float()
+
+    def gradients(where, of):
+        leaves = leaves_of(operands, where)
+        losses = {
+            reduction: getattr(functional, function)(*leaves, reduction=reduction, **options)
+            for reduction in REDUCTIONS
+        }
+        return [gradient.cpu() for gradient in torch.autograd.grad(of(losses, factors.to(where)), leaves)]
+
+    for of in (
+        lambda losses, w: 3 * losses["mean"],
+        lambda losses, w: (w * losses["none"]).sum(),
+        lambda losses, w: losses["none"].sum(),
+        lambda losses, w: losses["none"].sum(1)[0] + losses["sum"] * 0.5,
+        lambda losses, w: losses["none"].mean(0).mul(w[0]).sum(),
+        lambda losses, w: losses["sum"].to(torch.float16),
+    ):
+        for mine, cpus in zip(gradients(device, of), gradients("cpu", of), strict=True):
+            torch.testing.assert_close(mine, cpus, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@each_loss
+def test_two_backward_passes_through_one_graph(device, function, make, options):
+    leaves = leaves_of([operand.float() for operand in make((2051,))], device)
+    loss = getattr(functional, function)(*leaves, **options)
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    twice = torch.autograd.grad(loss, leaves, grad_outputs=torch.full((), 2.0, device=device))
+    for one, two in zip(once, twice, strict=True):
+        torch.testing.assert_close(two.cpu(), 2 * one.cpu(), equal_nan=True)
+
+
+@each_loss
+def test_a_gradient_can_be_differentiated_again(device, function, make, options):
+    def second(function, where, dtype):
+        leaves = leaves_of([operand.to(dtype) for operand in make((40,))], where)
+        first = torch.autograd.grad(function(*leaves, **options), leaves, create_graph=True)
+        total = sum((gradient * gradient).sum() for gradient in first)
+        found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else (None, None)
+        return [None if gradient is None else gradient.cpu().double() for gradient in (*first, *found)]
+
+    found = second(getattr(functional, function), device, torch.float64)
+    for mine, true in zip(found, second(getattr(F, function), None, torch.float64), strict=True):
+        assert (mine is None) == (true is None)
+        if mine is not None:
+            torch.testing.assert_close(mine.detach(), true.detach(), equal_nan=True)
+
+
+def test_only_the_gradients_that_are_wanted(device):
+    input, target = (operand.float().to(device) for operand in LOSSES["mse"][1]((100,)))
+    for wanted in ((True, False), (False, True)):
+        leaves = [operand.clone().requires_grad_(w) for operand, w in zip((input, target), wanted, strict=True)]
+        functional.mse_loss(*leaves).backward()
+        assert [leaf.grad is not None for leaf in leaves] == list(wanted)
+    with torch.no_grad():
+        assert not functional.mse_loss(*leaves).requires_grad
+
+
+def test_autocast_computes_in_float32(device):
+    input, target = (operand.bfloat16().to(device) for operand in LOSSES["mse"][1]((100,)))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = functional.mse_loss(input.requires_grad_(), target)
+    assert found.dtype == torch.float32 and "Pointwise" not in F.mse_loss(input, target).grad_fn.name()
+    torch.testing.assert_close(found.cpu(), F.mse_loss(input.cpu().float(), target.cpu().float()))
+    assert torch.autograd.grad(found, input)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_autocast_refuses_what_torchs_refuses():
+    input, target = (operand.float().cuda() for operand in LOSSES["bce"][1]((100,)))
+    with torch.autocast("cuda"), pytest.raises(RuntimeError, match="unsafe to autocast"):
+        functional.binary_cross_entropy(input, target)
+
+
+# The device -----------------------------------------------------------------------------------------------------------
+
+
+def step(function, leaves, reduction, options):
+    values = getattr(functional, function)(*leaves, reduction=reduction, **options)
+    return torch.autograd.grad(values, leaves, torch.ones_like(values))
+
+
+@each_loss
+def test_nothing_waits_for_the_device(device, function, make, options, no_synchronisation):
+    for size, reduction in itertools.product((5, 5000), REDUCTIONS):
+        leaves = leaves_of([operand.float() for operand in make((size,))], device)
+        with no_synchronisation():
+            step(function, leaves, reduction, options)
+
+
+def test_memory_is_for_the_results_alone(device, allocations):
+    input, target = (operand.float().to(device) for operand in LOSSES["mse"][1]((5000,)))
+    upstream, leaf = torch.ones((), device=device), input.clone().requires_grad_()
+    for _ in range(3):
+        before = allocations()
+        loss = functional.mse_loss(leaf, target)
+        forward = allocations() - before
+        (gradient,) = torch.autograd.grad(loss, leaf, upstream)
+        assert (forward, allocations() - before) == (2, 3)  # the loss and its partial sums; the gradient
+        del loss, gradient
+
+
+@each_loss
+def test_memory_is_flat(device, function, make, options):
+    memory = torch.cuda.memory_allocated if device == "cuda" else allocated_bytes
+    leaves = leaves_of([operand.float() for operand in make((5000,))], device)
+    gc.collect()
+    after = []
+    for _ in range(20):
+        step(function, leaves, "mean", options)
+        after.append(memory())
+    # The least: autograd's own thread lets go of a gradient a moment after the step.
+    assert min(after[:10]) == min(after[10:])
+
+
+def allocated_bytes():
+    return trainopt._extension._C.simt.memory_statistics()["allocated_bytes"]
+
+
+def test_a_small_sum_is_one_launch_and_a_large_one_two(device):
+    if device != "simt":
+        pytest.skip("counts the emulated device's launches")
+    simt = trainopt._extension._C.simt
+    for size, blocks in ((2048, [1]), (2049, [2, 1]), (10_000, [5, 1])):
+        input, target = torch.ones(size, device=device), torch.zeros(size, device=device)
+        simt.take_launches()
+        functional.mse_loss(input, target)
+        assert simt.take_launches() == blocks
+        functional.mse_loss(input, target, reduction="none")
+        assert simt.take_launches() == blocks[:1]
+
+
+def test_on_a_device_that_is_not_the_current_one(other_device):
+    input, target = (operand.float().to(other_device) for operand in LOSSES["mse"][1]((5000,)))
+    (gradient,) = step("mse_loss", [input.requires_grad_()], "mean", {"target": target})
+    assert gradient.device == torch.device(other_device)
+    torch.testing.assert_close(gradient.cpu(), 2 * (input - target).detach().cpu() / 5000)
+
+
+def test_tensors_of_two_devices_go_to_torch(device):
+    input, target = (operand.float() for operand in LOSSES["mse"][1]((10,)))
+    with pytest.raises(RuntimeError):
+        F.mse_loss(input.to(device), target)
+    with pytest.raises(RuntimeError):
+        functional.mse_loss(input.to(device), target)
+    with pytest.raises(RuntimeError, match="target is on cpu and input on"):
+        torch.ops.trainopt.mse_loss(input.to(device), target, 1)
+
+
+def test_a_graph_can_capture_it(device):
+    leaves = leaves_of([operand.float() for operand in LOSSES["bce with logits"][1]((5000,))], device)
+    arguments = ("binary_cross_entropy_with_logits", leaves, "mean", {})
+    expected = [gradient.cpu() for gradient in step(*arguments)]
+    if device == "simt":
+        trainopt._extension._C.simt.set_capturing(True)
+        found = step(*arguments)
+        trainopt._extension._C.simt.set_capturing(False)
+    else:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(*arguments)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step(*arguments)
+        graph.replay()
+    for mine, true in zip(found, expected, strict=True):
+        assert torch.equal(mine.cpu(), true)
