@@ -367,18 +367,27 @@ class Emulate(Command):
         torch = import_torch()
         shared = Compiler(build_folder(torch))
         own = Compiler(shared.folder / "emulated")
+        device, simt, arena = (Path("tests", "simt", f"{name}.cpp") for name in ("device", "simt", "arena"))
         bindings = [*binding_flags(torch, own.threaded), *SIMT_FLAGS, "-DTRAINOPT_WITH_CUDA"]
-        device = Path("tests", "simt", "device.cpp")
-        objects = shared.compile({source: kernel_flags(source) for source in sources("csrc/core", "csrc/cpu")})
-        objects += own.compile({source: bindings for source in [*sources("csrc/python"), device]})
-        kernels = [*sorted(Path("csrc", "cuda").glob("*.cu")), *map(device.with_name, ("simt.cpp", "arena.cpp"))]
-        objects += own.compile({source: kernel_flags(source) + SIMT_FLAGS for source in kernels})
+        kernels = [*sorted(Path("csrc", "cuda").glob("*.cu")), simt, arena]
+        objects = compile_all(
+            [
+                *((own, source, bindings) for source in [device, *sources("csrc/python")]),
+                *((own, source, kernel_flags(source) + SIMT_FLAGS) for source in kernels),
+                *((shared, source, kernel_flags(source)) for source in sources("csrc/core", "csrc/cpu")),
+            ]
+        )
         name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         replace_if_different(EMULATED / name, own.link(objects, own.folder / name, module_flags(torch)))
-        for file in Path("trainopt").iterdir():
-            link = EMULATED / file.name
-            if not file.match("_C.*") and file.name != "__pycache__" and not link.is_symlink():
-                link.symlink_to(os.path.relpath(file, EMULATED))
+        self.link_files()
+
+    def link_files(self) -> None:
+        files = {file.name for file in Path("trainopt").iterdir() if not file.match("_C.*")} - {"__pycache__"}
+        links = {file.name for file in EMULATED.iterdir() if file.is_symlink()}
+        for name in links - files:
+            EMULATED.joinpath(name).unlink()
+        for name in files - links:
+            EMULATED.joinpath(name).symlink_to(os.path.relpath(Path("trainopt", name), EMULATED))
 
 
 class Sanitize(Command):

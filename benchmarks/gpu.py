@@ -213,7 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cuda = f", CUDA {torch.version.cuda}" if device.type == "cuda" else ""
     heading = f"{name}, torch {torch.__version__}{cuda}, trainopt {trainopt.__version__}"
     rounds = 2 if options.quick else options.rounds
-    print(f"{heading}\nMedians of {rounds} interleaved rounds; in brackets the quartiles\n", flush=True)
+    what = "Tiny sizes, which measure nothing" if options.quick else f"Medians of {rounds} interleaved rounds"
+    print(f"{heading}\n{what}; in brackets the quartiles\n", flush=True)
     results = []
     for task in tasks(options.quick):
         if task.kind not in options.only:

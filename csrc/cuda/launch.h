@@ -44,8 +44,7 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), Shape shape, Stream stream, const Arguments&... arguments) {
   static_assert((size_t{0} + ... + sizeof(Arguments)) <= kParameterBytes, "more than a kernel's parameters may take");
 #if defined(TRAINOPT_SIMT)
-  simt::launch(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads), shape.shared_bytes, stream,
-               [&] { kernel(arguments...); });
+  simt::launch(shape.blocks, shape.threads, shape.shared_bytes, stream, [&] { kernel(arguments...); });
 #else
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(shape.blocks);

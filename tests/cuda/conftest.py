@@ -24,9 +24,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a real GPU")
-    if config.getoption("--emulated") and not IS_EMULATED:
+    if config.getoption("--emulated", default=False) and not IS_EMULATED:
         raise pytest.UsageError(f"trainopt is built for {_C.device_types()}, not for the emulated device")
-    if config.getoption("--gpu") and not HAS_GPU:
+    if config.getoption("--gpu", default=False) and not HAS_GPU:
         found = "finds a GPU" if torch.cuda.is_available() else "finds no GPU"
         raise pytest.UsageError(f"trainopt is built for {_C.device_types()}, and torch {found}")
 

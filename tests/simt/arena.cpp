@@ -132,6 +132,7 @@ class Arena {
 struct Arenas {
   Arena of_device[kDevices] = {Arena(0), Arena(1)};
   std::recursive_mutex mutex;
+  const pid_t owner = getpid();  // a forked process shares the memory, and must leave it alone
 };
 
 struct sigaction after_ours;
@@ -178,7 +179,7 @@ void* allocate(int device, size_t bytes) {
 }
 
 void release(int device, void* memory) {
-  if (memory == nullptr) return;
+  if (memory == nullptr || getpid() != arenas().owner) return;
   const std::lock_guard lock(arenas().mutex);
   arenas().of_device[device].release(memory);
 }

@@ -1,5 +1,6 @@
 // The SIMT machine can fail: small kernels with one seeded fault each, which must be found, beside the same kernels
 // without it, which must pass and give the right result. The last line tells what passed and failed.
+#include <algorithm>
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -124,6 +125,18 @@ __global__ void greedy_kernel() {
   much[threadIdx.x] = 0.0;
 }
 
+__global__ void copy_kernel(const unsigned* from, unsigned* to) {
+  reinterpret_cast<uint4*>(to)[threadIdx.x] = reinterpret_cast<const uint4*>(from)[threadIdx.x];
+}
+
+// The words' copy, from and to so many numbers behind an aligned address.
+bool copies_words(int from, int to) {
+  alignas(16) unsigned source[20], target[20] = {};
+  for (unsigned i = 0; i < 20; ++i) source[i] = i;
+  launch(copy_kernel, {1, 4}, nullptr, source + from, target + to);
+  return std::equal(source + from, source + from + 16, target + to);
+}
+
 void test_all() {
   check(gives_right_sums<Seed::kNone>() && found_nothing(), "the kernel without a fault");
   gives_right_sums<Seed::kNoBarrier>();
@@ -156,12 +169,20 @@ void test_all() {
   launch(vote_kernel, {1, kThreads}, nullptr, &right);
   check(right == kThreads && found_nothing(), "votes, reductions and shuffles");
 
+  check(copies_words(0, 4) && found_nothing(), "words that are aligned");
+#if !defined(__SANITIZE_ADDRESS__)  // the sanitizer of undefined behaviour stops at these
+  check(copies_words(1, 0) && found(simt::FaultKind::kAlignment), "an unaligned word is loaded");
+  check(copies_words(0, 1) && found(simt::FaultKind::kAlignment), "an unaligned word is stored");
+#endif
+
   launch(greedy_kernel, {1, kThreads}, nullptr);
   check(found(simt::FaultKind::kLaunch), "more shared memory than there is");
   launch(vote_kernel, {1, 1025}, nullptr, &right);
   check(found(simt::FaultKind::kLaunch), "more threads than a block may have");
   launch(vote_kernel, {0, 32}, nullptr, &right);
   check(found(simt::FaultKind::kLaunch), "a grid of no blocks");
+  launch(vote_kernel, {(int64_t{1} << 32) + 1, 32}, nullptr, &right);
+  check(found(simt::FaultKind::kLaunch), "a grid of too many blocks");
 }
 
 }  // namespace

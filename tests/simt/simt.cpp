@@ -223,24 +223,24 @@ void remember(std::vector<Access>& accesses, const Access& now) {
 
 }  // namespace
 
-void launch(unsigned blocks, unsigned block_threads, size_t shared_bytes, const void* stream,
+void launch(int64_t blocks, int block_threads, size_t shared_bytes, const void* stream,
             const std::function<void()>& body) {
   const std::lock_guard lock(mutex);
-  if (blocks == 0 || blocks > 0x7fffffffu || block_threads == 0 || block_threads > kMaxThreads ||
+  if (blocks <= 0 || blocks > 0x7fffffff || block_threads <= 0 || block_threads > static_cast<int>(kMaxThreads) ||
       shared_bytes > kMaxSharedBytes) {
     report(FaultKind::kLaunch, std::to_string(blocks) + " blocks of " + std::to_string(block_threads) +
                                    " threads and " + std::to_string(shared_bytes) + " bytes of dynamic shared memory");
     return;
   }
   if (before_launch != nullptr) before_launch(stream);
-  gridDim.x = blocks;
-  blockDim.x = block_threads;
-  launches.push_back(blocks);
-  const unsigned count = only_blocks.empty() ? blocks : static_cast<unsigned>(only_blocks.size());
+  gridDim.x = static_cast<unsigned>(blocks);
+  blockDim.x = static_cast<unsigned>(block_threads);
+  launches.push_back(gridDim.x);
+  const unsigned count = only_blocks.empty() ? gridDim.x : static_cast<unsigned>(only_blocks.size());
   for (unsigned i = 0; i < count; ++i) {
     const unsigned place = order == Order::kAscending ? i : count - 1 - i;
     blockIdx.x = only_blocks.empty() ? place : only_blocks[place];
-    block = Block{&body, block_threads, 0, shared_bytes, 0, {}, {}};
+    block = Block{&body, blockDim.x, 0, shared_bytes, 0, {}, {}};
     run_block();
   }
   if (after_launch != nullptr) after_launch();
@@ -249,6 +249,12 @@ void launch(unsigned blocks, unsigned block_threads, size_t shared_bytes, const 
 void set_surroundings(void (*before)(const void*), void (*after)()) {
   before_launch = before;
   after_launch = after;
+}
+
+void report_alignment(const void* address) {
+  char text[64];
+  std::snprintf(text, sizeof text, "uses 16 bytes at %p, which are not aligned", address);
+  report_thread(FaultKind::kAlignment, text);
 }
 
 void report_launch(const std::string& what) { report(FaultKind::kLaunch, what); }

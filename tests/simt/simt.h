@@ -4,8 +4,8 @@
 //
 // Beside results it finds faults that a GPU would hide: two threads that touch one slot of shared memory without a
 // barrier between them, a slot read before it was written, an index out of bounds, a barrier that not all threads
-// reach, a warp operation whose mask names lanes that do not come. Each is kept as a Fault; take_faults() hands them
-// out. Global memory is the process's own: AddressSanitizer watches it.
+// reach, a warp operation whose mask names lanes that do not come, a 16-byte word that is not aligned. Each is kept as
+// a Fault; take_faults() hands them out. Global memory is the process's own: AddressSanitizer watches it.
 //
 // Included by csrc/cuda/launch.h in place of the CUDA headers when TRAINOPT_SIMT is defined. One-dimensional grids.
 #pragma once
@@ -27,7 +27,7 @@
 
 namespace simt {
 
-enum class FaultKind { kRace, kUninitialised, kOutOfBounds, kBarrier, kWarp, kLaunch };
+enum class FaultKind { kRace, kUninitialised, kOutOfBounds, kBarrier, kWarp, kAlignment, kLaunch };
 struct Fault {
   FaultKind kind;
   std::string text;
@@ -53,8 +53,7 @@ struct Index {
 };
 
 // Runs `body` once for each thread of each block. Launches of several threads of the host follow one another.
-void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const void* stream,
-            const std::function<void()>& body);
+void launch(int64_t blocks, int threads, size_t shared_bytes, const void* stream, const std::function<void()>& body);
 // Called before and after each launch, by the thread of the host that makes it: for memory that kernels alone may use.
 void set_surroundings(void (*before)(const void* stream), void (*after)());
 // A fault of the launch itself.
@@ -125,6 +124,16 @@ T* address(const Element<T>* shared) {
   return shared->atomic();
 }
 
+// The address of a 16-byte word: a fault if it is not aligned, of which the compiler is to assume nothing.
+void report_alignment(const void* address);
+inline void* aligned(const void* word) {
+  uintptr_t address = reinterpret_cast<uintptr_t>(word);
+  asm volatile("" : "+r"(address));
+  void* const found = reinterpret_cast<void*>(address);
+  if (address % 16 != 0) report_alignment(found);
+  return found;
+}
+
 template <class T>
 uint64_t pack(T value) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
@@ -151,8 +160,17 @@ T unpack(uint64_t word) {
 
 inline simt::Index threadIdx, blockIdx, blockDim, gridDim;
 
+// Copied in one access, whose address must be a multiple of 16.
 struct __attribute__((aligned(16), may_alias)) uint4 {
   unsigned x, y, z, w;
+
+  uint4() = default;
+  uint4(unsigned a, unsigned b, unsigned c, unsigned d) : x(a), y(b), z(c), w(d) {}
+  uint4(const uint4& other) { *this = other; }
+  uint4& operator=(const uint4& other) {
+    std::memcpy(simt::aligned(this), simt::aligned(&other), sizeof other);
+    return *this;
+  }
 };
 
 #define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
