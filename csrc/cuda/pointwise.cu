@@ -1,4 +1,4 @@
-#include <algorithm>
+#include <type_traits>
 
 #include "cuda/access.h"
 #include "cuda/launch.h"
@@ -44,6 +44,7 @@ struct Forward : Pass {
   TensorView result;
   double divisor;
   double* partials;  // null: the only block writes the result
+  int64_t* bad_probability;
 };
 struct Backward : Pass {
   Operand upstream, input_gradient, target_gradient;
@@ -133,6 +134,11 @@ __device__ __forceinline__ double add_over_block(double value) {
   return combine_block<kBlockThreads / 32>(value, of_warp, [](double a, double b) { return a + b; });
 }
 
+template <class Loss, class S>
+__device__ __forceinline__ bool is_refused(S x) {
+  return std::is_same_v<Loss, BinaryCrossEntropy> && !(x >= S(0) && x <= S(1));
+}
+
 // Whether eight elements are loaded at once or one by one, a thread sums the same ones in the same order.
 template <class Loss, class S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
@@ -140,6 +146,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
   const int64_t end = end_of_run(pass);
   const S k = static_cast<S>(pass.parameter);
   double sum = 0;
+  bool refused = false;
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * pass.run + static_cast<int64_t>(threadIdx.x) * kItem; at < end;
        at += kThreads * kItem) {
     S item_sum = S(0);
@@ -154,14 +161,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
       for (int i = 0; i < kItem; ++i) {
         value[i] = Loss::value(x[i], t[i], positive[i], k) * weight[i];
         item_sum += value[i];
+        refused = refused || is_refused<Loss>(x[i]);
       }
       if (pass.value.data != nullptr) store_item(pass.value.data, pass.value.dtype, at, value);
     } else {
       const int64_t item_end = at + kItem < end ? at + kItem : end;
       for (int64_t i = at; i < item_end; ++i) {
-        const S value = Loss::value(load<S>(pass.input, pass.numel, i), load<S>(pass.target, pass.numel, i),
-                                    load_factor<S>(pass.positive, pass.numel, i), k) *
+        const S x = load<S>(pass.input, pass.numel, i), t = load<S>(pass.target, pass.numel, i);
+        const S value = Loss::value(x, t, load_factor<S>(pass.positive, pass.numel, i), k) *
                         load_factor<S>(pass.weight, pass.numel, i);
+        refused = refused || is_refused<Loss>(x);
         item_sum += value;
         if (pass.value.data != nullptr)
           store_one(pass.value.data, pass.value.dtype, place_of(pass.value, pass.numel, i), value);
@@ -169,6 +178,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
     }
     sum += static_cast<double>(item_sum);
   }
+  if (refused && pass.bad_probability != nullptr) *pass.bad_probability = 1;
   if (pass.result.data == nullptr) return;
   sum = add_over_block<kThreads>(sum);
   if (threadIdx.x != 0) return;
@@ -286,7 +296,7 @@ void fill(Pass& pass, const PointwiseTask& task) {
 }
 
 template <class Loss, class S>
-void forward(const PointwiseTask& task, const Reduced& reduced, Stream stream) {
+void forward(const PointwiseTask& task, const Reduced& reduced, int64_t* bad_probability, Stream stream) {
   if (task.numel == 0 && reduced.result.data == nullptr) return;
   Forward pass;
   fill(pass, task);
@@ -296,6 +306,7 @@ void forward(const PointwiseTask& task, const Reduced& reduced, Stream stream) {
   pass.result = reduced.result;
   pass.divisor = reduced.divisor;
   pass.partials = blocks == 1 ? nullptr : reduced.partials;
+  pass.bad_probability = bad_probability;
   launch(pointwise_forward_kernel<Loss, S>, {blocks, kThreads}, stream, pass);
   if (reduced.result.data == nullptr || blocks == 1) return;
   launch(pointwise_finish_kernel, {1, kFinishThreads}, stream, reduced.partials, blocks, reduced.result,
@@ -324,12 +335,13 @@ int64_t pointwise_partials(int64_t numel) {
   return blocks == 1 ? 0 : blocks;
 }
 
-void pointwise_forward(int loss, bool wide, const PointwiseTask& task, const Reduced& reduced, Stream stream) {
-  using Function = void (*)(const PointwiseTask&, const Reduced&, Stream);
+void pointwise_forward(int loss, bool wide, const PointwiseTask& task, const Reduced& reduced, int64_t* bad_probability,
+                       Stream stream) {
+  using Function = void (*)(const PointwiseTask&, const Reduced&, int64_t*, Stream);
 #define TRAINOPT_FORWARD(loss) {forward<loss, float>, forward<loss, double>},
   static constexpr Function kForward[][2] = {TRAINOPT_FOR_EACH_POINTWISE_LOSS(TRAINOPT_FORWARD)};
 #undef TRAINOPT_FORWARD
-  kForward[loss][wide](task, reduced, stream);
+  kForward[loss][wide](task, reduced, bad_probability, stream);
 }
 
 void pointwise_backward(int loss, bool wide, const PointwiseTask& task, const Upstream& upstream, Stream stream) {

@@ -30,7 +30,10 @@ struct Upstream {
 };
 
 // `loss` is its place in TRAINOPT_FOR_EACH_POINTWISE_LOSS; `wide` selects float64. Of the task, `scale` is not read.
-void pointwise_forward(int loss, bool wide, const PointwiseTask&, const Reduced&, Stream);
+//
+// Where an input of binary_cross_entropy is no probability, the element's loss is NaN, and 1 is written to
+// `bad_probability`, which may be the host's memory, or null.
+void pointwise_forward(int loss, bool wide, const PointwiseTask&, const Reduced&, int64_t* bad_probability, Stream);
 void pointwise_backward(int loss, bool wide, const PointwiseTask&, const Upstream&, Stream);
 
 }  // namespace trainopt::cuda

@@ -3,9 +3,8 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <atomic>
-#include <map>
-#include <mutex>
+
+#include "python/findings.h"
 
 namespace trainopt::python {
 
@@ -15,65 +14,7 @@ namespace {
 
 constexpr int64_t kWord = sizeof(double);
 static_assert(sizeof(cuda::LossPartial) % kWord == 0 && sizeof(cuda::CountPartial) % kWord == 0 &&
-              sizeof(cuda::TargetTotals) % kWord == 0 && sizeof(cuda::BadTarget) % kWord == 0);
-
-// Where a device's kernels tell of a target that is no class: memory of the host's that the device writes to. It lives
-// as long as the process, so that a captured graph can be replayed at any time.
-class Watch {
- public:
-  explicit Watch(const c10::Device& device) : device_(device) {
-    at::TensorOptions options(at::kLong);
-#if !defined(TRAINOPT_SIMT)
-    options = options.pinned_memory(true);
-#endif
-    memory_ = at::zeros({static_cast<int64_t>(sizeof(cuda::BadTarget)) / kWord}, options);
-    bad_ = static_cast<cuda::BadTarget*>(memory_.mutable_data_ptr());
-  }
-
-  cuda::BadTarget* memory() { return bad_; }
-
-  void check() {
-    if (*static_cast<volatile int64_t*>(&bad_->found) == 0) return;
-    std::atomic_thread_fence(std::memory_order_acquire);
-    const cuda::BadTarget bad = *bad_;
-    *static_cast<volatile int64_t*>(&bad_->found) = 0;
-    TORCH_CHECK_INDEX(false, "target ", bad.value, " at position ",
-                      position({bad.position, static_cast<size_t>(bad.ndim)}), " is out of range for ", bad.classes,
-                      " classes (found by an earlier call on ", device_, ")");
-  }
-
- private:
-  c10::Device device_;
-  at::Tensor memory_;
-  cuda::BadTarget* bad_;
-};
-
-struct Watches {
-  std::mutex mutex;
-  std::map<c10::DeviceIndex, Watch> of_device;
-};
-
-Watches& watches() {
-  static Watches* const all = new Watches;  // never destroyed: kernels may still run at exit
-  return *all;
-}
-
-// Null while a first call is being captured into a graph, when no such memory can be made.
-cuda::BadTarget* bad_target_of(c10::Device device) {
-  const std::lock_guard lock(watches().mutex);
-  auto found = watches().of_device.find(device.index());
-  if (found == watches().of_device.end()) {
-    if (is_capturing(device)) return nullptr;
-    found = watches().of_device.emplace(device.index(), Watch(device)).first;
-  }
-  return found->second.memory();
-}
-
-void check_targets_on(c10::Device device) {
-  const std::lock_guard lock(watches().mutex);
-  const auto found = watches().of_device.find(device.index());
-  if (found != watches().of_device.end()) found->second.check();
-}
+              sizeof(cuda::TargetTotals) % kWord == 0);
 
 at::Tensor words(int64_t count, size_t bytes, const at::TensorOptions& options) {
   return at::empty({count * static_cast<int64_t>(bytes) / kWord}, options.dtype(at::kDouble));
@@ -94,11 +35,6 @@ TensorView view_from(const at::Tensor& tensor, int64_t at) {
 
 }  // namespace
 
-void check_targets() {
-  const std::lock_guard lock(watches().mutex);
-  for (auto& [index, watch] : watches().of_device) watch.check();
-}
-
 DeviceCrossEntropy::DeviceCrossEntropy(const CrossEntropyTarget& target, c10::Device device,
                                        c10::ScalarType logits_dtype, int64_t chunk, cuda::Stream stream)
     : target_(target),
@@ -106,7 +42,7 @@ DeviceCrossEntropy::DeviceCrossEntropy(const CrossEntropyTarget& target, c10::De
       wide_(logits_dtype == at::kDouble),
       chunk_(std::max<int64_t>(chunk, 1)),
       stream_(stream) {
-  check_targets_on(device);
+  check_findings_on(device);
 }
 
 c10::ScalarType DeviceCrossEntropy::weight_dtype(c10::ScalarType logits_dtype) {
@@ -172,7 +108,8 @@ std::pair<at::Tensor, at::Tensor> DeviceCrossEntropy::finish() {
     work.ndim = 1;
     work.sizes[0] = target_.rows();
   }
-  if (work.labels != nullptr) work.bad = bad_target_of(on_device_.device());
+  Findings* findings = work.labels != nullptr ? findings_of(on_device_.device()) : nullptr;
+  work.bad = findings != nullptr ? &findings->bad_target : nullptr;
   cuda::cross_entropy_finish(work, stream_);
   return {loss_, z_};
 }
@@ -216,10 +153,6 @@ void DeviceCrossEntropy::backward(const CrossEntropyBatch& batch, int64_t first,
   if (totals_.defined()) work.on_device = data_of<cuda::TargetTotals>(totals_);
   cuda::cross_entropy_backward(work, stream_);
 }
-
-#else
-
-void check_targets() {}
 
 #endif
 

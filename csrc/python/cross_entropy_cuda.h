@@ -10,10 +10,6 @@
 
 namespace trainopt::python {
 
-// IndexError if a cross-entropy on any device has met a target that is no class since it was last told of. Looks at
-// what the devices have done so far, and forgets.
-void check_targets();
-
 #if defined(TRAINOPT_WITH_CUDA)
 
 // One call's work. A device guard for the target's device must be held while it lives.

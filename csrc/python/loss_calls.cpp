@@ -7,7 +7,7 @@
 #include <string>
 #include <tuple>
 
-#include "python/cross_entropy_cuda.h"
+#include "python/findings.h"
 #include "python/losses.h"
 
 namespace trainopt::python {
@@ -82,9 +82,10 @@ void bind_loss_calls(pybind11::module_& m) {
       py::arg("inplace_backward"), py::arg("empty_is_zero"),
       "torch.ops.trainopt.cross_entropy: the loss, with z_loss the pair of loss and its z-loss; or None where it does "
       "not take these tensors as they are now.");
-  m.def("check_targets", check_targets,
+  m.def("check_targets", check_findings,
         "IndexError if a cross-entropy on a device other than the CPU has met a target that is no class since it was "
-        "last told of. Looks at what the devices have done so far, and does not wait for them.");
+        "last told of, RuntimeError if a binary_cross_entropy has met an input that is no probability. Looks at what "
+        "the devices have done so far, and does not wait for them.");
 }
 
 }  // namespace trainopt::python

@@ -8,6 +8,7 @@
 
 #include "cuda/pointwise.h"
 #include "python/cuda_device.h"
+#include "python/findings.h"
 #include "python/losses.h"
 #include "python/pointwise_losses.h"
 
@@ -36,19 +37,24 @@ at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Ten
   check_devices(input, target, weight, positive);
   const int loss = find_pointwise_loss(name).index;
   const OnDevice on(input.device());
+  int64_t* bad_probability = nullptr;
+  if (name == "binary_cross_entropy") {
+    check_findings_on(input.device());
+    if (Findings* findings = findings_of(input.device())) bad_probability = &findings->bad_probability;
+  }
   PointwiseOperands operands(input, target, weight, positive, parameter);
   const PointwiseTask& task = operands.task;
   if (reduction == kNone) {
     const at::Tensor values = operands.add_value();
     operands.arrange();
-    cuda::pointwise_forward(loss, operands.wide(), task, {}, on.stream);
+    cuda::pointwise_forward(loss, operands.wide(), task, {}, bad_probability, on.stream);
     return values;
   }
   operands.arrange();
   const at::Tensor result = at::empty({}, input.options().dtype(operands.dtype));
   const at::Tensor partials = at::empty({cuda::pointwise_partials(task.numel)}, input.options().dtype(at::kDouble));
   const cuda::Reduced reduced{view_of(result), divisor_of(reduction, task), partials.mutable_data_ptr<double>()};
-  cuda::pointwise_forward(loss, operands.wide(), task, reduced, on.stream);
+  cuda::pointwise_forward(loss, operands.wide(), task, reduced, bad_probability, on.stream);
   return result;
 }
 

@@ -165,12 +165,21 @@ def test_a_sum_has_the_same_bits_however_its_tensors_lie(device, reduction):
         assert found.item() == expected.item()
 
 
-def test_what_is_no_probability_has_a_loss_of_nan(device):
+def test_what_is_no_probability_has_a_loss_of_nan_and_is_told_of(device, no_synchronisation):
     input = torch.tensor([0.5, -0.1, 0.0, 1.1, 1.0, math.inf, math.nan], device=device)
     target = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0], device=device)
-    values = functional.binary_cross_entropy(input, target, reduction="none").cpu()
-    assert values.isnan().tolist() == [False, True, False, True, False, True, True]
-    assert functional.binary_cross_entropy(input, target).isnan().item()
+    functional.check_targets()
+    with no_synchronisation():
+        values = functional.binary_cross_entropy(input, target, reduction="none")
+    assert values.cpu().isnan().tolist() == [False, True, False, True, False, True, True]
+    message = "all elements of input should be between 0 and 1 .found by an earlier binary_cross_entropy on"
+    with pytest.raises(RuntimeError, match=message):
+        functional.binary_cross_entropy(target, target)
+    assert not functional.binary_cross_entropy(target, target).isnan()  # told of once
+    assert functional.binary_cross_entropy(input, target).isnan()
+    with pytest.raises(RuntimeError, match=message):
+        functional.check_targets()
+    functional.check_targets()
 
 
 # Autograd -------------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ double run_forward(int loss, bool wide, PointwiseTask task, bool keep, DType dty
   result.set(0, std::nan(""));
   std::vector<double> partials(static_cast<size_t>(cuda::pointwise_partials(task.numel)), std::nan(""));
   if (!keep) task.value = TensorView{};
-  cuda::pointwise_forward(loss, wide, task, {result.view(), divisor, partials.data()}, nullptr);
+  cuda::pointwise_forward(loss, wide, task, {result.view(), divisor, partials.data()}, nullptr, nullptr);
   check(result.is_intact(), "written beside the sum");
   return result.get(0);
 }
@@ -255,7 +255,7 @@ void test_empty() {
   check(run_forward(0, false, task, true, DType::kFloat32, 1) == 0, "the sum of nothing");
   check(std::isnan(run_forward(0, false, task, true, DType::kFloat32, 0)), "the mean of nothing");
   simt::take_launches();
-  cuda::pointwise_forward(0, false, task, {}, nullptr);
+  cuda::pointwise_forward(0, false, task, {}, nullptr, nullptr);
   cuda::pointwise_backward(0, false, task, {}, nullptr);
   check(simt::take_launches().empty(), "a launch for nothing");
   check(none.is_intact(), "written for nothing");
@@ -298,6 +298,37 @@ void test_specials() {
   check_no_faults("special numbers");
 }
 
+// An input that is no probability is told of, wherever it is, and nothing else is.
+void test_bad_probabilities() {
+  const int loss = cpu::find_pointwise_loss("binary_cross_entropy")->index;
+  constexpr int64_t kCount = 4100;
+  Array input(DType::kFloat32, kCount, run_of(0), true), target(DType::kFloat32, kCount, run_of(0), true);
+  for (int64_t i = 0; i < kCount; ++i) input.set(i, i % 2), target.set(i, 0.5);
+  PointwiseTask task{};
+  task.numel = kCount;
+  task.input = input.view();
+  task.target = target.view();
+  double result;
+  std::vector<double> partials(static_cast<size_t>(cuda::pointwise_partials(kCount)));
+  const auto is_told = [&](int which) {
+    int64_t told = 0;
+    cuda::pointwise_forward(which, false, task, {{&result, nullptr, DType::kFloat64}, 1, partials.data()}, &told,
+                            nullptr);
+    return told != 0;
+  };
+  check(!is_told(loss), "0 and 1 are probabilities");
+  for (const int64_t at : {int64_t{0}, int64_t{2047}, int64_t{2048}, kCount - 1})
+    for (const double bad : {-0.001, 1.001, HUGE_VAL, std::nan("")}) {
+      const double before = input.get(at);
+      input.set(at, bad);
+      check(is_told(loss), "element " + std::to_string(at) + " is no probability");
+      check(std::isnan(result), "the loss of what is no probability");
+      check(!is_told(cpu::find_pointwise_loss("mse_loss")->index), "any number has a squared error");
+      input.set(at, before);
+    }
+  check_no_faults("bad probabilities");
+}
+
 // More than 2^31 elements, which are only reserved: the first and the last block, forward and backward.
 void test_huge() {
   const int64_t n = (int64_t{1} << 31) + 8;
@@ -321,7 +352,7 @@ void test_huge() {
   const auto last = static_cast<unsigned>(partials.size() - 1);
   simt::take_launches();
   simt::set_blocks({0, last - 1, last});
-  cuda::pointwise_forward(0, false, task, {{&result, nullptr, DType::kFloat64}, 1, partials.data()}, nullptr);
+  cuda::pointwise_forward(0, false, task, {{&result, nullptr, DType::kFloat64}, 1, partials.data()}, nullptr, nullptr);
   cuda::pointwise_backward(0, false, task, {{&one, nullptr, DType::kFloat64}, 1}, nullptr);
   simt::set_blocks({});
   check(simt::take_launches() == std::vector<unsigned>{last + 1, 1, last + 1}, "the launches of a huge tensor");
@@ -339,6 +370,7 @@ void test_pointwise_losses() {
   test_tails();
   test_empty();
   test_specials();
+  test_bad_probabilities();
   test_huge();
 }
 

@@ -206,11 +206,15 @@ def linear_cross_entropy(
 
 
 def check_targets() -> None:
-    """IndexError if cross_entropy or linear_cross_entropy on a GPU has met a class out of range since the last check.
+    """Raises if a loss on a GPU has met what it does not take since the last check.
 
-    On a GPU nothing waits to see the targets: the loss and the gradient of such a row are NaN, nothing is read by the
-    class, and the next call on that device raises, as does this function. It looks at what the GPUs have done so far:
-    call it after something that waits for them, such as loss.item(). On the CPU the loss itself raises.
+    IndexError for a class out of range in cross_entropy or linear_cross_entropy; RuntimeError for an input of
+    binary_cross_entropy outside of [0, 1].
+
+    On a GPU nothing waits to see the values: the loss of such a row or element is NaN, so is the gradient of such a
+    row, nothing is read by the class, and the next call of one of these losses on that device raises, as does this
+    function. It looks at what the GPUs have done so far: call it after something that waits for them, such as
+    loss.item(). On the CPU the loss itself raises.
     """
     _C.check_targets()
 
@@ -315,8 +319,8 @@ def binary_cross_entropy(
 ) -> Tensor:
     """−weight·(target·log(input) + (1 − target)·log(1 − input)): torch.nn.functional.binary_cross_entropy.
 
-    As in torch the logarithms are at least −100, an input outside of [0, 1] is a RuntimeError, and target must have
-    input's shape. weight broadcasts to it.
+    As in torch the logarithms are at least −100, an input outside of [0, 1] is a RuntimeError, on a GPU at the next
+    call (see check_targets), and target must have input's shape. weight broadcasts to it.
     """
     if has_torch_function_variadic(input, target, weight):
         return overridden(
