@@ -6,6 +6,10 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
 BENCH ?= optimizers losses
+DIST ?= dist
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.14.1
+CUDA_NVCC ?= nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.* nvidia-cuda-crt==13.0.*
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
@@ -18,7 +22,7 @@ FAIL := sh -c 'printf "\n%s\n\n" "$$1" >&2; exit 1' fail
 PIP_FAILED := $(FAIL) "pip could not install what is needed. Is there a network connection? Behind a proxy set HTTPS_PROXY; for a mirror set PIP_INDEX_URL."
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulated bench lint format wheel sanitize clean build
+.PHONY: help demo test emulated bench lint format wheel cuda-check sanitize gpu-check gpu-sanitize clean build
 
 help:
 	@echo 'make demo       train a small network on real digits, with trainopt and with torch.optim'
@@ -27,18 +31,23 @@ help:
 	@echo 'make bench      time optimizer steps and losses against torch'
 	@echo 'make lint       check with ruff, clang-format and mypy'
 	@echo 'make format     let ruff and clang-format rewrite the sources'
-	@echo 'make wheel      build a wheel for the torch in $(VENV), into dist/'
+	@echo 'make wheel      build a wheel for the torch in $(VENV), into $(DIST)/'
+	@echo 'make cuda-check build with CUDA in $(CUDA_VENV), GPU or not, run the tests there, and build a wheel into dist/cuda/'
 	@echo 'make sanitize   run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make gpu-check  on a machine with a GPU: run all tests there, then time it against torch'
+	@echo 'make gpu-sanitize   run the GPU tests under compute-sanitizer'
 	@echo 'make clean      remove what was built'
 	@echo
 	@echo 'Each sets up what it needs in $(VENV), and rebuilds only what has changed. Variables:'
-	@echo '  ARGS="..."           handed on to demo, test, emulated and bench'
+	@echo '  ARGS="..."           handed on to demo, test, emulated, bench and cuda-check'
 	@echo '  BENCH=losses         which benchmarks to run; both without it'
 	@echo '  PYTHON=python3       makes the environment; 3.11 or newer'
 	@echo '  VENV=.venv           where the environment is'
 	@echo '  TORCH=torch==2.13.0  what pip installs as torch'
 	@echo '  TORCH_INDEX=URL      where from; https://download.pytorch.org/whl/cpu has torch without CUDA, a far smaller download'
 	@echo '  CXX=c++  MAX_JOBS=2  the compiler, and how many run at once'
+	@echo '  TRAINOPT_CUDA=0      never build with CUDA; 1: or fail; without it where torch has CUDA and nvcc is found'
+	@echo '  TORCH_CUDA_ARCH_LIST="8.6 9.0+PTX"   the GPUs to build for'
 
 demo: build $(TOOLS_READY)
 	$(RUN) -m trainopt train digits --compare $(ARGS)
@@ -67,7 +76,30 @@ format: $(TOOLS_READY)
 
 wheel: $(TORCH_READY)
 	rm -rf build/lib* build/bdist*
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(DIST) .
+	@du -h $(DIST)/*.whl
+
+# nvcc comes from PyPI where the machine has none.
+cuda-check: export TRAINOPT_CUDA = 1
+cuda-check: CUDA_MAKE = $(MAKE) --no-print-directory VENV='$(CUDA_VENV)' TORCH='$(CUDA_TORCH)'
+cuda-check:
+	@$(CUDA_MAKE) '$(CUDA_VENV)/.ready-$(CUDA_TORCH)'
+	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || $(CUDA_VENV)/bin/python -m pip install -q $(CUDA_NVCC) || $(PIP_FAILED)
+	@$(CUDA_MAKE) build
+	@$(CUDA_MAKE) wheel DIST=dist/cuda
+	@$(CUDA_MAKE) test
+	$(CUDA_VENV)/bin/python -m trainopt
+
+gpu-check: build $(TOOLS_READY)
+	$(RUN) -m pytest tests/cuda --gpu $(ARGS)
+	$(RUN) -m pytest --ignore tests/cuda $(ARGS)
+	$(RUN) -m benchmarks.gpu
+
+# Without torch's cache each tensor is an allocation of its own, whose bounds are watched; graphs need the cache.
+gpu-sanitize: build $(TOOLS_READY)
+	@command -v compute-sanitizer >/dev/null || $(FAIL) "There is no compute-sanitizer: it is a part of the CUDA toolkit."
+	for tool in memcheck racecheck synccheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(RUN) -m pytest tests/cuda --gpu -m 'not slow' --ignore tests/cuda/test_graphs.py $(ARGS) || exit 1; done
 
 sanitize: $(TORCH_READY)
 	$(RUN) setup.py -q sanitize

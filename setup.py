@@ -5,7 +5,8 @@
     python setup.py sanitize                the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
     python setup.py emulate                 build/emulated/trainopt, with CUDA kernels that run on the CPU: for tests
 
-Environment: CXX (the compiler), MAX_JOBS (compilers at once), TRAINOPT_CUDA (0 or 1).
+Environment: CXX (the compiler), MAX_JOBS (compilers at once), TRAINOPT_CUDA (0 or 1) and what else csrc/cuda/toolkit.py
+reads, which decides about the CUDA kernels.
 """
 
 import filecmp
@@ -22,10 +23,13 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent))  # which pip leaves out
+from csrc.cuda import toolkit
 
 OLDEST_TORCH = (2, 11)
 CXX20_TORCH = (2, 14)  # the first torch whose headers need C++20
@@ -59,6 +63,14 @@ SIMT_FLAGS = shlex.split("-DTRAINOPT_SIMT -Itests/simt -Wno-unknown-pragmas")
 
 def fail(message: str) -> NoReturn:
     raise SystemExit(f"error: {message}")
+
+
+def jobs_at_once() -> int:
+    """Compilers that run at a time."""
+    asked = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not asked.isdecimal() or int(asked) == 0:
+        fail(f"MAX_JOBS={asked} is no number of compilers")
+    return int(asked)
 
 
 # torch ----------------------------------------------------------------------------------------------------------------
@@ -122,14 +134,26 @@ def module_flags(torch) -> list[str]:
     return [*kind, f"-L{Path(torch.__path__[0], 'lib')}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
 
 
-def reason_for_no_cuda() -> str:
-    """Decides about the CUDA kernels; nvcc is never looked for unless they are asked for."""
-    asked = os.environ.get("TRAINOPT_CUDA") or "0"
-    if asked == "1":
-        fail("TRAINOPT_CUDA=1 asks for CUDA kernels, which are not part of this version")
-    if asked != "0":
-        fail(f"TRAINOPT_CUDA={asked} is not known: use 0 or 1")
-    return "not part of this version"
+# CUDA -----------------------------------------------------------------------------------------------------------------
+
+
+def choose_cuda(torch) -> tuple[Any, str]:
+    """The toolkit for the CUDA kernels; or None, and why they are not built."""
+    try:
+        chosen = toolkit.choose(torch.__version__, torch.version.cuda, Path(torch.__path__[0]).parent, os.environ)
+    except toolkit.Refused as refused:
+        fail(str(refused))
+    return (None, chosen) if isinstance(chosen, str) else (chosen, "")
+
+
+def cuda_binding_flags(cuda, source: Path) -> list[str]:
+    """For csrc/python, beside `binding_flags`."""
+    flags = ["-DTRAINOPT_WITH_CUDA"]
+    for include in cuda.includes:
+        flags += ["-isystem", str(include)]
+    if source.stem == "cuda_architectures":  # alone: for another list the others need not be compiled again
+        flags.append(f'-DTRAINOPT_CUDA_ARCHITECTURES="{" ".join(cuda.architectures)}"')
+    return flags
 
 
 # Sources and products -------------------------------------------------------------------------------------------------
@@ -171,6 +195,9 @@ def record_of(product: Path) -> Path:
 class Compiler:
     """Compiles and links what has changed, in `folder`."""
 
+    hurry: ClassVar[list[str]] = []  # arguments that change nothing in what is made
+    if_it_fails: ClassVar[str] = ""
+
     def __init__(self, folder: Path) -> None:
         if sys.platform == "win32":
             fail("trainopt builds on Linux and macOS")
@@ -191,15 +218,9 @@ class Compiler:
 
     def compile(self, flags_of: dict[Path, list[str]]) -> list[Path]:
         """The objects of these sources, in parallel."""
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            jobs = [pool.submit(self._compile, source, flags) for source, flags in flags_of.items()]
-            try:
-                return [job.result() for job in jobs]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        return compile_all([(self, source, flags) for source, flags in flags_of.items()])
 
-    def _compile(self, source: Path, flags: list[str]) -> Path:
+    def compile_one(self, source: Path, flags: list[str]) -> Path:
         stem = self.folder / "-".join(source.with_suffix("").parts)
         product, depfile = Path(f"{stem}.o"), Path(f"{stem}.d")
 
@@ -223,11 +244,37 @@ class Compiler:
             return
         record_of(product).unlink(missing_ok=True)
         start = time.monotonic()
+        command[len(self.command) : len(self.command)] = self.hurry
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if result.returncode != 0:
-            fail(f"the compiler failed\n{shlex.join(command)}\n{result.stdout}")
+            fail(f"the compiler failed{self.if_it_fails}\n{shlex.join(command)}\n{result.stdout}")
         print(f"{result.stdout}{done} in {time.monotonic() - start:.0f} s", flush=True)
         record_of(product).write_text(record)
+
+
+class CudaCompiler(Compiler):
+    """nvcc."""
+
+    if_it_fails = " (TRAINOPT_CUDA=0 builds without CUDA kernels)"
+
+    def __init__(self, folder: Path, cuda, files: int) -> None:
+        self.command = [str(cuda.nvcc)]
+        self.version = cuda.build
+        # The compilers that there is room for, shared out: each file is compiled for several architectures.
+        self.hurry = ["--threads", str(max(1, jobs_at_once() // files))]
+        self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+
+def compile_all(jobs: Iterable[tuple[Compiler, Path, list[str]]]) -> list[Path]:
+    """The objects of these sources with these flags, in parallel."""
+    with ThreadPoolExecutor(jobs_at_once()) as pool:
+        running = [pool.submit(compiler.compile_one, source, flags) for compiler, source, flags in jobs]
+        try:
+            return [job.result() for job in running]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
@@ -248,11 +295,11 @@ class BuildExtension(build_ext):
 
     def run(self) -> None:
         self.torch = import_torch()
-        no_cuda = reason_for_no_cuda()
+        self.cuda, no_cuda = choose_cuda(self.torch)
         folder = build_folder(self.torch)
         self.toolchain = Compiler(folder)
         print(f"trainopt._C for torch {self.torch.__version__}, with {self.toolchain.version}")
-        print(f"CUDA kernels: not built ({no_cuda})", flush=True)
+        print(f"CUDA kernels: {self.cuda or f'not built ({no_cuda})'}", flush=True)
         self.threaded = self.toolchain.threaded
         if not self.threaded:
             print("threads: one for a step (build with GCC on Linux for more)")
@@ -267,21 +314,33 @@ class BuildExtension(build_ext):
             f"COMPILER = {self.toolchain.version!r}\n"
             f"THREADED = {self.threaded}\n"
             f"PLATFORM = {sysconfig.get_platform()!r}\n"
-            "CUDA = None\n"
+            f"CUDA = {self.cuda.version if self.cuda else None!r}\n"
+            f"CUDA_ARCHITECTURES = {' '.join(self.cuda.architectures) if self.cuda else ''!r}\n"
             f"CUDA_REASON = {no_cuda!r}\n"
         )
         replace_if_different(Path("." if self.inplace else self.build_lib, "trainopt", build.name), build)
 
     def build_extension(self, extension: Extension) -> None:
-        bindings = binding_flags(self.torch, self.threaded)
-        objects = self.toolchain.compile(
-            {
-                source: bindings if source.parent.name == "python" else kernel_flags(source)
-                for source in map(Path, extension.sources)
-            }
-        )
+        start = time.monotonic()
+        compiler, link_flags = self.toolchain, module_flags(self.torch)
+        jobs: list[tuple[Compiler, Path, list[str]]] = []
+        if self.cuda:
+            compiler = Compiler(self.toolchain.folder / "cuda")
+            files = sorted(Path("csrc", "cuda").glob("*.cu"))
+            nvcc = CudaCompiler(compiler.folder, self.cuda, len(files))
+            flags = ["-Icsrc", *self.cuda.flags(compiler.command if os.environ.get("CXX") else ())]
+            jobs += [(nvcc, file, flags) for file in files]
+            # CUDA's own runtime is not linked: it is the one that torch has loaded, and libc10_cuda brings it.
+            link_flags.append("-lc10_cuda")
+        for source in map(Path, extension.sources):
+            if source.parent.name == "python":
+                flags = binding_flags(self.torch, self.threaded)
+                jobs.append((compiler, source, flags + (cuda_binding_flags(self.cuda, source) if self.cuda else [])))
+            else:
+                jobs.append((self.toolchain, source, kernel_flags(source)))
         target = Path(self.get_ext_fullpath(extension.name))
-        made = self.toolchain.link(objects, self.toolchain.folder / target.name, module_flags(self.torch))
+        made = compiler.link(compile_all(jobs), compiler.folder / target.name, link_flags)
+        print(f"{made.name}: {time.monotonic() - start:.0f} s, {made.stat().st_size / 1e6:.1f} MB", flush=True)
         replace_if_different(target, made)
 
     def copy_extensions_to_source(self) -> None:

@@ -20,14 +20,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.tables import markdown_table, significant
+from csrc.cuda import toolkit
 
 ROOT = Path(__file__).parents[1]
 FILES = (
     *("update", "prepare", "norm", "pointwise"),
     *("cross_entropy", "cross_entropy_rows", "cross_entropy_columns"),
 )
-#: As the CPU engine: no contraction to FMA, so that both give the same bits.
-FLAGS = ("-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}")
+#: Those of the build.
+FLAGS = (*toolkit.FLAGS, f"-I{ROOT / 'csrc'}")
 
 #: Compute capability: threads and blocks that a multiprocessor holds at most; and the 32-bit registers that each has.
 ARCHITECTURES = {75: (1024, 16), 80: (2048, 32), 86: (1536, 16), 90: (2048, 32), 100: (2048, 32), 120: (1536, 24)}

@@ -11,77 +11,57 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import setuptools
 import torch
+from builds import (
+    ROOT,
+    add_compiler,
+    add_metadata_of_torch,
+    bare_packages,
+    copy_of_sources,
+    last_line,
+    needs_source_tree,
+    python,
+)
 
 import trainopt
+from trainopt import _build
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = Path(trainopt.__file__).parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 RELEASE = ".".join(torch.__version__.split(".")[:2])
 INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps"
-
-needs_source_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="these tests are not in a source tree")
-
-
-def python(*arguments, cwd, **environment):
-    command = [sys.executable, *map(str, arguments)]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TRAINOPT_", "ATEN_CPU"))}
-    return subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True)
-
-
-def last_line(text):
-    return text.strip().splitlines()[-1]
-
 
 # Building ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def source_tree(tmp_path):
-    """A copy of the sources as a clone has them, with nothing built, and a README."""
-    copy = tmp_path / "source"
-    copy.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile"):
-        shutil.copy2(ROOT / name, copy)
-    (copy / "README.md").touch()
-    for name in ("csrc", "trainopt", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "_build.py", "__pycache__"))
-    return copy
+    return copy_of_sources(tmp_path / "source")
 
 
 @pytest.fixture
 def built_tree(source_tree):
-    """The same after a build beside an nvcc that must not be called; what ROOT/build has is not compiled again."""
+    """The same after a build; what ROOT/build has is not compiled again. torch without CUDA: no nvcc is called."""
     for objects in ROOT.glob("build/torch-*"):
         shutil.copytree(objects, source_tree / "build" / objects.name)
-    nvcc = source_tree.parent / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(f"#!/bin/sh\ntouch {nvcc}.called\n")
-    nvcc.chmod(0o755)
-    path = f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}"
+    path, log = os.environ["PATH"], source_tree.parent / "log"
+    if torch.version.cuda is None:
+        path = f"{add_compiler(source_tree.parent, 'nvcc', log).parent}{os.pathsep}{path}"
     built = python("setup.py", "-q", "bdist_wheel", cwd=source_tree, PATH=path)
     assert built.returncode == 0, built.stdout + built.stderr
-    assert "CUDA kernels: not built" in built.stdout
-    assert not Path(f"{nvcc}.called").exists()
+    assert ("CUDA kernels: not built" in built.stdout) == (not _build.CUDA)
+    assert not log.exists()
     return source_tree
 
 
 @pytest.fixture
 def without_torch(tmp_path):
     """Runs a Python that has setuptools and nothing else, or a torch of which there is only the metadata."""
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    site_packages = Path(setuptools.__file__).parents[1]
-    for part in ("setuptools", "_distutils_hack", f"setuptools-{setuptools.__version__}.dist-info"):
-        (packages / part).symlink_to(site_packages / part)
+    packages = bare_packages(tmp_path / "packages")
 
     def run(*arguments, cwd, torch_version=None):
         if torch_version:
-            metadata = packages / f"torch-{torch_version}.dist-info" / "METADATA"
-            metadata.parent.mkdir()
-            metadata.write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {torch_version}\n")
+            add_metadata_of_torch(packages, torch_version)
         return python("-S", *arguments, cwd=cwd, PYTHONPATH=str(packages))
 
     return run
@@ -111,7 +91,6 @@ def test_build_without_a_fitting_torch_is_told_in_one_line(source_tree, without_
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
-        ({"TRAINOPT_CUDA": "1"}, "not part of this version"),
         ({"TRAINOPT_CUDA": "yes"}, "use 0 or 1"),
         ({"CXX": "no-such-compiler"}, "no C++ compiler found (looked for no-such-compiler)"),
     ],
@@ -190,13 +169,13 @@ def test_nothing_is_compiled_for_the_machine_that_builds(built_tree):
 @needs_source_tree
 def test_sdist_has_what_a_build_needs(source_tree):
     (source_tree / "trainopt/_build.py").write_text("TORCH = 'of this machine'\n")
+    wanted = [path for folder in ("csrc", "trainopt", "tests") for path in (source_tree / folder).rglob("*.*")]
+    wanted += [source_tree / name for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md")]
     result = python("setup.py", "-q", "sdist", cwd=source_tree)
     assert result.returncode == 0, result.stderr
     [archive] = source_tree.glob("dist/*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    wanted = [path for folder in ("csrc", "trainopt", "tests") for path in (source_tree / folder).rglob("*.*")]
-    wanted += [source_tree / name for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md")]
     assert {str(path.relative_to(source_tree)) for path in wanted} - names == {"trainopt/_build.py"}
 
 
@@ -294,7 +273,7 @@ def test_report():
         "baseline",
         "this processor runs it",
         f"threads             {torch.get_num_threads()}",
-        "CUDA kernels        not built (not part of this version)",
+        f"CUDA kernels        {'built' if _build.CUDA else f'not built ({_build.CUDA_REASON})'}",
         "TRAINOPT_REFERENCE  not set",
     ):
         assert fact in report.stdout

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import trainopt
 from trainopt._extension import _C
+from trainopt.optim.explain import _reason
 
 
 def model_and(cls, **options):
@@ -56,7 +57,7 @@ def exotic():
     return {
         "subclass": ([torch.nn.Parameter(torch.zeros(3).as_subclass(Mine))], "subclass"),
         "complex": ([torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))], "float32"),
-        "meta": ([torch.nn.Parameter(torch.zeros(3, device="meta"))], "CPU"),
+        "meta": ([torch.nn.Parameter(torch.zeros(3, device="meta"))], "a device that there are kernels for"),
         "sparse gradient": ([sparse], "sparse"),
         "strided": ([strided], "memory"),
         "shared": ([torch.nn.Parameter(memory[:7]), torch.nn.Parameter(memory[3:])], "shares"),
@@ -76,6 +77,16 @@ def test_explain_tells_path_and_reason(name, kind):
     assert all(reason in row.reason for row in found[1:-1]) and found[0].reason == found[-1].reason == ""
     assert found[-1].parameter == "bfloat16 (2, 2) on cpu"
     assert reason in str(found) and "fused" in str(found)
+
+
+def test_explain_says_of_cuda_tensors_that_there_are_no_kernels_for_them(monkeypatch):
+    monkeypatch.setattr("trainopt._build.CUDA", None)
+    monkeypatch.setattr("trainopt._build.CUDA_REASON", "no nvcc was found")
+    said = "not a plain dense tensor"
+    assert _reason(said, torch.device("cuda")) == "trainopt was built without CUDA kernels: no nvcc was found"
+    assert _reason(said, torch.device("meta")) == said and _reason("", torch.device("cuda")) == ""
+    monkeypatch.setattr("trainopt._build.CUDA", "13.0")
+    assert _reason(said, torch.device("cuda")) == said
 
 
 @each_class

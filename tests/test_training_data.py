@@ -117,6 +117,22 @@ def test_endless_batch_samplers_are_iterated_lazily():
     assert all(torch.equal(a, b) for a, b in zip(first[4:], again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.bool, torch.uint8, torch.uint16, torch.uint64])
+def test_plain_tensors_of_any_type_and_layout_give_their_rows(dtype):
+    numbers = torch.arange(23 * 4).reshape(23, 4)
+    table, other = numbers.to(dtype), numbers.t().contiguous().t().to(dtype)
+    tensors = (table, other, table[:, 1], table[:, ::2], torch.arange(23))
+    for batch, _ in source_of(tensors, 5, True, ALONE).epoch(1, 0, 1):
+        for part, tensor in zip(batch, tensors, strict=True):
+            assert part.dtype == tensor.dtype and torch.equal(part, tensor[batch[-1]])
+
+
+def test_plain_tensors_may_lie_on_different_devices():
+    source = source_of((ROWS, torch.empty(23, 2, device="meta")), 4, True, ALONE)
+    (rows, elsewhere), _ = next(source.epoch(0, 0, 0))
+    assert len(rows) == 4 and elsewhere.is_meta and elsewhere.shape == (4, 2)
+
+
 def test_move_goes_into_what_holds_tensors():
     tree = {"a": torch.ones(2), "b": [torch.ones(1), ("text", 3)]}
     moved = move(tree, torch.device("meta"))

@@ -36,7 +36,7 @@ def _load() -> Any:
             f" run `{_install_command()}`"
         )
     try:
-        return importlib.import_module("trainopt._C")
+        module = importlib.import_module("trainopt._C")
     except ImportError as error:
         if error.name is None:  # it was loaded, and says itself what it cannot work with: TRAINOPT_CPU
             raise
@@ -44,6 +44,14 @@ def _load() -> Any:
             f"trainopt's compiled module, built for torch {build.TORCH} and Python {build.PYTHON}, does not load here:"
             f" run `{_install_command()}`"
         ) from error
+    module.set_install_command(_install_command())
+    return module
+
+
+def why_no_cuda() -> str:
+    """Why trainopt has no kernels for CUDA tensors, which take torch's own path then; empty if it has."""
+    build = importlib.import_module("trainopt._build")
+    return "" if build.CUDA else f"trainopt was built without CUDA kernels: {build.CUDA_REASON}"
 
 
 _C = _load()

@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,14 +42,24 @@ def main() -> int:
             show("threads", str(torch.get_num_threads()), "torch.get_num_threads()")
         else:
             show("threads", "1", "not built with GCC on Linux")
-        show("CUDA kernels", "built" if build.CUDA else "not built", build.CUDA or build.CUDA_REASON)
+        if build.CUDA:
+            show("CUDA kernels", "built", f"nvcc {build.CUDA}, for {build.CUDA_ARCHITECTURES}")
+        else:
+            show("CUDA kernels", "not built", build.CUDA_REASON)
+    if extension:
+        show_gpus(extension)
     reference = os.environ.get("TRAINOPT_REFERENCE")
     show("TRAINOPT_REFERENCE", reference or "not set", "1 sends every parameter through torch's own path")
     if extension and optim:
-        on_cpu = "torch's own path" if optim.reference.is_forced() else f"{extension.cpu_variant()} kernel"
+        kernels = {"CPU": f"{extension.cpu_variant()} kernel"}
+        if "cuda" in extension.device_types():
+            kernels["CUDA"] = "CUDA kernel"
+        if optim.reference.is_forced():
+            kernels = dict.fromkeys(kernels, "torch's own path")
+        used = "; ".join(f"{device}: {kernel}" for device, kernel in kernels.items()) + "; elsewhere: torch's own path"
         for optimizer in ("SGD", "Adam", "AdamW"):
-            show(optimizer, f"CPU: {on_cpu}; elsewhere: torch's own path", "trainopt.explain(optimizer) tells more")
-        show("losses", f"CPU: {on_cpu}; elsewhere: torch's own path")
+            show(optimizer, used, "trainopt.explain(optimizer) tells more")
+        show("losses", used)
         return 0
 
     print()
@@ -56,6 +67,21 @@ def main() -> int:
         print(f"{type(problem).__name__}: {problem}")
         problem = problem.__cause__
     return 1
+
+
+def show_gpus(extension: Any) -> None:
+    """The GPUs that this torch sees, and whether there are kernels for each."""
+    if not torch.cuda.is_available():
+        show("GPU", "none", "torch.cuda.is_available() is False")
+        return
+    for index in range(torch.cuda.device_count()):
+        device, name = f"cuda:{index}", torch.cuda.get_device_name(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        remark = ""
+        if "cuda" in extension.device_types():
+            covered = extension.cuda_covers((major, minor))
+            remark = "runs the kernels" if covered else extension.no_kernels_for(name, (major, minor), device)
+        show("GPU" if index == 0 else "", f"{device} {name}, compute capability {major}.{minor}", remark)
 
 
 def reason_for_variant() -> str:

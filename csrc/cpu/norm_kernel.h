@@ -30,9 +30,7 @@ TRAINOPT_FUNCTION Vec<double> magnitude(Vec<double> x) {
 
 template <Norm kNorm>
 TRAINOPT_FUNCTION void add(Vec<double>& sum, Vec<double> x) {
-  if constexpr (kNorm == Norm::kSquares) sum = sum + x * x;
-  if constexpr (kNorm == Norm::kSizes) sum = sum + magnitude(x);
-  if constexpr (kNorm == Norm::kLargest) sum = maximum(sum, magnitude(x));
+  sum = sum + (kNorm == Norm::kSquares ? x * x : magnitude(x));
 }
 
 // The kLanes sums in so many vectors, by name and not by index: the compiler keeps them in registers.
@@ -59,7 +57,7 @@ struct Sums<0> {
 };
 
 template <Norm kNorm, class S>
-double norm_of_chunk_as(const TensorView& view, int64_t begin, int64_t end) {
+double sum_of_chunk(const TensorView& view, int64_t begin, int64_t end) {
   S buffer[kBlock], padded[kLanes];
   Sums<kSums> sums;
   for (int64_t at = begin; at < end; at += kBlock) {
@@ -78,19 +76,39 @@ double norm_of_chunk_as(const TensorView& view, int64_t begin, int64_t end) {
   return lanes[0];
 }
 
-template <class S>
-double norm_of_chunk_any(Norm norm, const TensorView& view, int64_t begin, int64_t end) {
-  switch (norm) {
-    case Norm::kSizes: return norm_of_chunk_as<Norm::kSizes, S>(view, begin, end);
-    case Norm::kSquares: return norm_of_chunk_as<Norm::kSquares, S>(view, begin, end);
-    case Norm::kLargest: return norm_of_chunk_as<Norm::kLargest, S>(view, begin, end);
+// Without the sign, the bits of numbers are in the order of their sizes, infinity above the rest and NaN above
+// infinity: so the largest is found among whole numbers, as fast as they are read, and is NaN if any is.
+template <class S, class Bits>
+double largest_of_chunk(const TensorView& view, int64_t begin, int64_t end) {
+  constexpr Bits kSign = Bits(1) << (8 * sizeof(Bits) - 1);
+  S buffer[kBlock], result;
+  Bits largest = 0;
+  const int64_t step = is_run_of<S>(view) ? end - begin : kBlock;
+  for (int64_t at = begin; at < end; at += step) {
+    const int count = static_cast<int>(end - at < step ? end - at : step);
+    const S* tile = load_tile(view, at, count, buffer);
+    for (int i = 0; i < count; ++i) {
+      Bits bits;
+      __builtin_memcpy(&bits, tile + i, sizeof bits);
+      bits &= ~kSign;
+      largest = bits > largest ? bits : largest;
+    }
   }
-  return 0;
+  __builtin_memcpy(&result, &largest, sizeof result);
+  return result;
 }
 
 double norm_of_chunk_kernel(Norm norm, const TensorView& view, int64_t begin, int64_t end) {
-  if (view.dtype == DType::kFloat64) return norm_of_chunk_any<double>(norm, view, begin, end);
-  return norm_of_chunk_any<float>(norm, view, begin, end);
+  const bool wide = view.dtype == DType::kFloat64;
+  double (*of_chunk)(const TensorView&, int64_t, int64_t) = nullptr;
+  switch (norm) {
+    case Norm::kSizes: of_chunk = wide ? sum_of_chunk<Norm::kSizes, double> : sum_of_chunk<Norm::kSizes, float>; break;
+    case Norm::kSquares:
+      of_chunk = wide ? sum_of_chunk<Norm::kSquares, double> : sum_of_chunk<Norm::kSquares, float>;
+      break;
+    case Norm::kLargest: of_chunk = wide ? largest_of_chunk<double, int64_t> : largest_of_chunk<float, int32_t>; break;
+  }
+  return of_chunk(view, begin, end);
 }
 
 template <class S>

@@ -15,7 +15,7 @@ namespace trainopt::python {
 namespace {
 
 // Elements that a thread should at least have to do, and from which on the interpreter is let go.
-constexpr int64_t kGrainElements = 64 * 1024, kReleaseElements = 256 * 1024;
+constexpr int64_t kGrainElements = 48 * 1024, kReleaseElements = 256 * 1024;
 
 // The chunks of a list, one after the other, as the CPU's threads take them.
 class Chunks {

@@ -7,6 +7,7 @@
 #include <c10/core/Device.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/TensorImpl.h>
+#include <c10/core/TensorOptions.h>
 
 #include "core/macros.h"
 #include "cuda/stream.h"

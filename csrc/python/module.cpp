@@ -10,10 +10,12 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/engine.h"
 #include "python/clip.h"
+#include "python/cuda_architectures.h"
 #include "python/cuda_device.h"
 #include "python/loss_calls.h"
 #include "python/losses.h"
@@ -127,6 +129,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("is_observed", is_observed, "Whether a profiler or another observer of record_function is active.");
   m.def("takes", take, "Whether the fused losses take all of these tensors (or None) together as they are now.");
   m.def("device_types", device_types, "The device types that there are kernels for.");
+  m.def("cuda_architectures", cuda_architectures, "What the CUDA kernels were compiled for; empty without them.");
+  m.def(
+      "cuda_covers",
+      [](std::pair<int, int> capability, const std::string& architectures) {
+        return covers(architectures, capability.first, capability.second);
+      },
+      pybind11::arg("capability"), pybind11::arg("architectures") = cuda_architectures(),
+      "Whether a GPU of this compute capability runs the CUDA kernels, as compiled for these architectures.");
+  m.def(
+      "no_kernels_for",
+      [](const std::string& name, std::pair<int, int> capability, const std::string& device) {
+        return no_kernels_for(name, capability.first, capability.second, device);
+      },
+      pybind11::arg("name"), pybind11::arg("capability"), pybind11::arg("device"),
+      "What is said of a GPU that the CUDA kernels do not run on.");
+  m.def("set_install_command", set_install_command, "The command that installs trainopt here, for such words.");
   m.def("gaussian_", gaussian_, pybind11::arg("out"), pybind11::arg("seed"), pybind11::arg("step"),
         pybind11::arg("tensor"));
   bind_loss_calls(m);

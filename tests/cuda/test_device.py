@@ -3,7 +3,6 @@
 import copy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,25 +40,27 @@ def test_memory_is_aligned_and_poisoned(device):
     assert torch.empty(100, device=device).isnan().all()
 
 
-def test_memory_is_counted(device, allocations):
-    before, count = _C.simt.memory_statistics(), allocations()
+def test_memory_is_counted(device, allocations, allocated):
+    count, before = allocations(), allocated()
     block = torch.empty(1000, device=device)
-    assert allocations() == count + 1
-    assert _C.simt.memory_statistics()["allocated_bytes"] == before["allocated_bytes"] + 4000
+    assert allocations() == count + 1 and allocated() == before + 4000
     del block
-    assert _C.simt.memory_statistics()["allocated_bytes"] == before["allocated_bytes"]
-    assert _C.simt.memory_statistics()["peak_bytes"] >= before["allocated_bytes"] + 4000
+    assert allocated() == before
+    assert torch.simt.max_memory_allocated() >= before + 4000
+    torch.simt.reset_peak_memory_stats()
+    assert torch.simt.max_memory_allocated() == before
 
 
 TOUCH = """
-import ctypes, sys, torch
-sys.path.insert(0, {tests!r})
-import emulated
-emulated.register()
+import ctypes, torch
+from trainopt._extension import _C
 tensor = torch.ones(4, device="simt")
 assert tensor.sum().item() == 4
-{touch}
 """
+
+
+def run_touching(touch):
+    return subprocess.run([sys.executable, "-P", "-c", TOUCH + touch], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +69,41 @@ assert tensor.sum().item() == 4
     ids=["reads", "writes"],
 )
 def test_the_host_is_caught_that_touches_it(touch):
-    script = TOUCH.format(touch=touch, tests=str(Path(__file__).parent))
-    result = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    result = run_touching(touch)
     assert result.returncode < 0 and "touched memory of emulated device 0" in result.stderr, result.stderr
+
+
+def test_a_kernel_may_write_on_its_device(device):
+    tensor = torch.zeros(4, device=device)
+    _C.simt.write_by_kernel(tensor.data_ptr() + 4, 2.0)
+    assert tensor.tolist() == [0, 2, 0, 0]
+
+
+def test_a_kernel_is_caught_that_writes_behind_a_tensor(device):
+    tensor = torch.zeros(4, device=device)
+    _C.simt.write_by_kernel(tensor.data_ptr() + 16, 2.0)
+    (fault,) = _C.simt.take_faults()
+    assert fault == "device 0: byte 16 was written to, of an allocation of 16 bytes"
+
+
+def test_a_kernel_is_caught_that_writes_to_what_was_given_back(device):
+    address = torch.zeros(4, device=device).data_ptr()
+    _C.simt.write_by_kernel(address, 2.0)
+    (fault,) = _C.simt.take_faults()
+    assert "given back" in fault
+
+
+def test_a_launch_on_cudas_default_stream_is_caught(device):
+    tensor = torch.zeros(4, device=device)
+    _C.simt.write_by_kernel(tensor.data_ptr(), 2.0, on_current_stream=False)
+    (fault,) = _C.simt.take_faults()
+    assert "not on the current stream" in fault
+
+
+def test_a_kernel_is_caught_that_reaches_for_another_device():
+    touch = "_C.simt.write_by_kernel(torch.ones(4, device='simt:1').data_ptr(), 2.0)"
+    result = run_touching(touch)
+    assert result.returncode < 0 and "touched memory of emulated device 1" in result.stderr, result.stderr
 
 
 def test_waiting_is_counted_and_can_be_forbidden(device, no_synchronisation):

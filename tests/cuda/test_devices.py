@@ -1,4 +1,4 @@
-"""Each parameter is stepped where it lies, on that device's current stream; what the engine does not take, torch does."""
+"""A parameter is stepped where it lies, on that device's current stream; what the engine does not take, torch does."""
 
 import judge
 import pytest

@@ -1,7 +1,8 @@
-"""State dicts go both ways between trainopt and torch, wherever they are loaded to, and steps go on as if uninterrupted."""
+"""State dicts go both ways between trainopt and torch, wherever they are loaded to; steps go on as if uninterrupted."""
 
 import copy
 import pickle
+from functools import partial
 
 import judge
 import pytest
@@ -60,7 +61,7 @@ def test_state_dicts_go_both_ways(device, name):
     row, truth = TABLE[name], torchs_six_steps(name)
     for kind in kinds_of(name).values():
         for makes in ((row.torchs, row.ours), (row.ours, row.torchs)):
-            first, second = (lambda params, cls=cls: cls(params, **row.usual, **kind) for cls in makes)
+            first, second = (partial(cls, **row.usual, **kind) for cls in makes)
             assert_close(*moved_over(first, second, device), truth)
 
 
@@ -88,10 +89,7 @@ def test_a_file_loaded_to_either_side(device, name, where, tmp_path, no_synchron
         return torch.load(tmp_path / "state.pt", map_location=place, weights_only=True)
 
     for kind in kinds_of(name).values():
-
-        def make(params, kind=kind):
-            return row.make(params, **row.usual, **kind)
-
+        make = partial(row.make, **row.usual, **kind)
         optimizer, params = moved_over(make, make, device, through_a_file)
         assert_close(optimizer, params, truth)
         gradients = [p.grad for p in params]

@@ -172,6 +172,7 @@ def test_the_order_of_threads_does_not_matter(device, name):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @each_row
 def test_large_tensors(device, name):
     row = TABLE[name]
@@ -183,6 +184,7 @@ def test_large_tensors(device, name):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_more_than_two_to_the_31_elements(device):
     size = 2**31 + 8
     if torch.cuda.mem_get_info()[0] < 3 * 2 * size:

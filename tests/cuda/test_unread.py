@@ -1,4 +1,4 @@
-"""What lies on the device stays there: a step waits for nothing, skips itself after an overflow, allocates nothing more,
+"""What lies on the device stays there: a step waits for nothing, skips itself after an overflow, allocates nothing more
 and can be captured."""
 
 import judge

@@ -339,37 +339,88 @@ std::vector<std::string> take_texts() {
   return texts;
 }
 
-pybind11::dict statistics_of(int device) {
-  const MemoryStatistics now = memory_statistics(checked(static_cast<c10::DeviceIndex>(device)));
+// A device's index, of a torch.device, a string, a number, or None for the current one.
+int index_of(const pybind11::object& device) {
+  if (device.is_none()) return current_device;
+  if (pybind11::isinstance<pybind11::int_>(device)) return checked(device.cast<c10::DeviceIndex>());
+  const pybind11::object index = pybind11::module_::import("torch").attr("device")(device).attr("index");
+  return index.is_none() ? current_device : checked(index.cast<c10::DeviceIndex>());
+}
+
+pybind11::dict memory_stats(const pybind11::object& device) {
+  const MemoryStatistics now = memory_statistics(index_of(device));
   pybind11::dict result;
-  result["allocations"] = now.allocations;
-  result["allocated_bytes"] = now.allocated_bytes;
-  result["peak_bytes"] = now.peak_bytes;
+  result["allocation.all.allocated"] = now.allocations;
+  result["allocated_bytes.all.current"] = now.allocated_bytes;
+  result["allocated_bytes.all.peak"] = now.peak_bytes;
   return result;
+}
+
+// As torch.cuda.device.
+struct OnDevice {
+  int wanted, before = 0;
+};
+
+// A kernel that writes one number at an address.
+void write_by_kernel(uintptr_t address, float value, bool on_current_stream) {
+  const void* stream = on_current_stream ? handle_of(current_device, current_streams[current_device]) : nullptr;
+  launch(1, 1, 0, stream, [&] { *reinterpret_cast<float*>(address) = value; });
 }
 
 }  // namespace
 
 void bind_device(pybind11::module_ parent) {
-  auto m = parent.def_submodule("simt", "The emulated device of the tests.");
+  namespace py = pybind11;
+  auto m =
+      parent.def_submodule("simt", "The emulated device of the tests; as torch.simt, what torch.cuda is for CUDA.");
+  const auto device = py::arg("device") = py::none();
+
+  // By torch.cuda's names.
+  m.def("is_available", [] { return true; });
+  m.def("is_initialized", [] { return true; });
+  m.def("device_count", [] { return kDevices; });
+  m.def("current_device", [] { return static_cast<int>(current_device); });
+  m.def("set_device", [](const py::object& to) { current_device = static_cast<c10::DeviceIndex>(index_of(to)); });
+  m.def("synchronize", [](const py::object&) {}, device);
+  m.def("memory_stats", memory_stats, device);
+  m.def(
+      "memory_allocated", [](const py::object& on) { return memory_statistics(index_of(on)).allocated_bytes; }, device);
+  m.def(
+      "max_memory_allocated", [](const py::object& on) { return memory_statistics(index_of(on)).peak_bytes; }, device);
+  m.def("reset_peak_memory_stats", [](const py::object& on) { reset_peak(index_of(on)); }, device);
+  m.def("manual_seed", [](const py::object&) {});  // random numbers come from the CPU's generator
+  m.def("manual_seed_all", [](const py::object&) {});
+  m.def("_is_in_bad_fork", [] { return false; });
+  m.def("get_amp_supported_dtype", [] {
+    const py::module_ torch = py::module_::import("torch");
+    return py::make_tuple(torch.attr("float16"), torch.attr("bfloat16"));
+  });
+  py::class_<OnDevice>(m, "device")
+      .def(py::init([](const py::object& on) { return OnDevice{index_of(on)}; }))
+      .def("__enter__",
+           [](OnDevice& self) {
+             self.before = current_device;
+             current_device = static_cast<c10::DeviceIndex>(self.wanted);
+           })
+      .def("__exit__",
+           [](OnDevice& self, const py::args&) { current_device = static_cast<c10::DeviceIndex>(self.before); });
+
+  // For tests.
   m.def("take_faults", take_texts, "What kernels did that they must not, since the last call.");
   m.def("take_launches", take_launches, "How many blocks each launch since the last call had.");
   m.def(
       "set_order", [](bool ascending) { set_order(ascending ? Order::kAscending : Order::kDescending); },
-      pybind11::arg("ascending"), "The order in which blocks and threads run.");
+      py::arg("ascending"), "The order in which blocks and threads run.");
   m.def("synchronisations", [] { return synchronisations.load(); }, "How often the host has waited for a device.");
   m.def(
-      "forbid_synchronisation", [](bool forbid) { synchronisation_is_forbidden = forbid; }, pybind11::arg("forbid"),
+      "forbid_synchronisation", [](bool forbid) { synchronisation_is_forbidden = forbid; }, py::arg("forbid"),
       "Whether waiting for a device raises, as under torch.cuda.set_sync_debug_mode('error').");
   m.def(
-      "set_capturing", [](bool on) { capturing = on; }, pybind11::arg("capturing"),
+      "set_capturing", [](bool on) { capturing = on; }, py::arg("capturing"),
       "Whether the streams say that a graph is being captured.");
-  m.def("memory_statistics", statistics_of, pybind11::arg("device") = 0);
-  m.def("reset_peak", reset_peak, pybind11::arg("device") = 0);
-  m.def("current_device", [] { return static_cast<int>(current_device); });
-  m.def(
-      "set_device", [](int device) { current_device = checked(static_cast<c10::DeviceIndex>(device)); },
-      pybind11::arg("device"));
+  m.def("write_by_kernel", write_by_kernel, py::arg("address"), py::arg("value"), py::arg("on_current_stream") = true,
+        "Runs a kernel that writes a float32 there, as a wrong one might.");
+  py::module_::import("torch").attr("_register_device_module")("simt", m);
 }
 
 }  // namespace simt

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainopt._extension import _C
+from trainopt._extension import _C, why_no_cuda
 from trainopt.optim import reference
 from trainopt.optim.base import Fused
 
@@ -55,11 +55,17 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     if reference.is_forced():
         reasons = ["TRAINOPT_REFERENCE is set"] * len(params)
     else:
-        reasons = _C.Plan(optimizer._rule).paths(optimizer.param_groups, optimizer.state)
+        paths = _C.Plan(optimizer._rule).paths(optimizer.param_groups, optimizer.state)
+        reasons = [_reason(said, param.device) for said, param in zip(paths, params, strict=True)]
     return Explanation(
         ParameterPath(name, "torch" if reason else _kernel(param.device), reason, _outline(param))
         for name, reason, param in zip(optimizer._names(), reasons, params, strict=True)
     )
+
+
+def _reason(said: str, device: torch.device) -> str:
+    """Why torch, in the plan's words; a CUDA tensor's first reason is a build without kernels for it."""
+    return (said and device.type == "cuda" and why_no_cuda()) or said
 
 
 def _kernel(device: torch.device) -> str:

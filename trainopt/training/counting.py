@@ -70,7 +70,7 @@ def count_by_shape(count: Callable[[Any], Count], targets: Tensor) -> Callable[[
     for size in {len(targets), targets.numel()}:
         if not isinstance(whole, float) and int(whole) == size:
             each = size // len(targets)
-            return lambda target: len(target) * each
+            return lambda target: target.size(0) * each
     return count
 
 
@@ -81,13 +81,13 @@ def on_host(count: Tensor) -> Count:
 
 def samples_in(tree: Any) -> int:
     """The length of the first tensor in a target or a batch: samples, by torch's convention."""
-    if isinstance(tree, Tensor):
-        return len(tree) if tree.ndim else 1
-    if isinstance(tree, dict):
-        tree = tuple(tree.values())
-    if isinstance(tree, list | tuple) and tree:
-        return samples_in(tree[0])
-    return 1
+    while not isinstance(tree, Tensor):
+        if isinstance(tree, dict):
+            tree = tuple(tree.values())
+        if not isinstance(tree, (list, tuple)) or not tree:
+            return 1
+        tree = tree[0]
+    return tree.size(0) if tree.ndim else 1
 
 
 def widest(device: torch.device) -> torch.dtype:

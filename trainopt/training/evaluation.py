@@ -40,7 +40,7 @@ class Task:
 
     def output(self, model: nn.Module, inputs: Any) -> Any:
         """The model's output; a tuple or list of inputs are its arguments, a dict its keyword arguments."""
-        if isinstance(inputs, tuple | list):
+        if isinstance(inputs, (tuple, list)):
             return model(*inputs)
         if isinstance(inputs, dict):
             return model(**inputs)
@@ -49,7 +49,7 @@ class Task:
 
 def pair(batch: Any) -> tuple[Any, Any]:
     """A batch that is (inputs, target) already; ValueError for another."""
-    if isinstance(batch, tuple | list) and len(batch) == 2:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
     raise ValueError(f"a batch is a {type(batch).__name__}{size}, not (inputs, target): give split=")

@@ -40,7 +40,7 @@ def global_norm(params: list[Tensor]) -> Tensor:
     Every gradient is read once, and summed in float64 where the compiled module takes them; elsewhere 16-bit gradients
     are summed in float32, and the norms of the tensors in float64.
     """
-    if (fused := _fused_norm(params)) is not None:
+    if (fused := _fused_norm(params, 2.0)) is not None:
         return fused if isinstance(fused, Tensor) else torch.tensor(fused, dtype=torch.float64)
     norms: list[Tensor] = []
     for gradients in alike(params):
@@ -59,7 +59,7 @@ def are_finite(params: list[Tensor], norm: Tensor | None) -> bool:
     Args:
         norm: the global norm where it has been computed; it says so at once, unless it overflowed.
     """
-    value = _fused_norm(params) if norm is None else norm
+    value = _fused_norm(params, math.inf) if norm is None else norm  # the quickest of the norms: it cannot overflow
     if value is not None and math.isfinite(value):
         return True
     for gradients in alike(params):
@@ -90,9 +90,10 @@ def clip(params: list[Tensor], limit: float, norm: Tensor) -> None:
         torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
 
 
-def _fused_norm(params: list[Tensor]) -> float | Tensor | None:
-    """The global norm, on CUDA a float64 tensor, or None where the compiled module does not take the gradients."""
-    found = _C.norm_of(params, 2.0, True)
+def _fused_norm(params: list[Tensor], order: float) -> float | Tensor | None:
+    """A norm of all gradients, NaN where one is: on CUDA a float64 tensor; None where the compiled module does not take
+    them."""
+    found = _C.norm_of(params, order, True)
     return None if found is None else found[0]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainopt.training.counting import Count, is_counted
+from trainopt.training.counting import Count
 
 LONGEST = 1024  # losses held before they are brought from the device
 
@@ -26,17 +26,18 @@ class Interval:
         self._counts: list[Count] = []
 
     def add(self, losses: list[Tensor], counts: list[Count], samples: int) -> None:
-        """Takes in the micro-batches of an update that was made; those that count nothing are left out."""
+        """Takes in the micro-batches of an update that was made."""
         self.samples += samples
-        for loss, count in zip(losses, counts, strict=True):
-            if is_counted(count):
-                self._losses.append(loss)
-                self._counts.append(count)
+        self._losses += losses
+        self._counts += counts
         if len(self._losses) >= LONGEST:
             self.fold()
 
     def fold(self) -> None:
-        """Brings what is held from the device, at once, into `total` (the sum of count · loss) and `counted`."""
+        """Brings what is held from the device, at once, into `total` (the sum of count · loss) and `counted`.
+
+        Micro-batches that count nothing are left out, whatever their loss.
+        """
         if not self._losses:
             return
         losses = torch.stack(self._losses).tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainopt.functional import check_targets
 from trainopt.training import gradients, state
 from trainopt.training.checkpoint import plain, write
-from trainopt.training.counting import Count, is_counted, samples_in
+from trainopt.training.counting import Count, is_counted
 from trainopt.training.data import move
 from trainopt.training.evaluation import evaluate
 from trainopt.training.nonfinite import first_nonfinite, nonfinite_gradient, tensors_in
@@ -31,8 +31,6 @@ from trainopt.training.report import Finished, Lines, Progress, Report, Validate
 from trainopt.training.run import Run
 from trainopt.training.watch import measure
 from trainopt.training.window import Window
-
-NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,6 @@ class Loop(Run):
         if self.window is not None:
             yield self.window
         micro_batches = self.source.epoch(self.seed, self.epoch, self.batch)
-        world = self.processes.world
         while True:
             drawn = list(itertools.islice(micro_batches, self.options.accumulation))
             if self.options.sharded:  # the processes' parts may differ in length: the shortest ends the epoch
@@ -154,19 +151,9 @@ class Loop(Run):
             if not drawn:
                 return
             self.batch += len(drawn)
-            counts: list[Count] = []
-            samples = 0
-            for batch, counts_at_all in drawn:
-                counts.append(self.task.count(batch) if counts_at_all else 0)
-                samples += samples_in(batch) if counts_at_all else 0
-            total: Count = sum(counts)
-            is_asked = False
-            if world > 1:
-                counts = [float(count) for count in counts]
-                asked = float(self.signals.received is not None)
-                total, all_samples, asking = self.processes.sum([float(total), samples, asked])
-                samples, is_asked = int(all_samples), asking > 0
-            self.window = Window.of([batch for batch, _ in drawn], counts, total, samples, world, is_asked)
+            self.window = Window.of(drawn, self.task.count)
+            if self.processes.world > 1:
+                self.window.share(self.processes, asks_to_stop=self.signals.received is not None)
             yield self.window
 
     # One update -------------------------------------------------------------------------------------------------------
@@ -200,7 +187,7 @@ class Loop(Run):
         if self.must_check and not gradients.are_finite(params, norm):  # the one wait for the device in an update
             self.skip(window)
             return False
-        if limit is not None and norm is not None and not (self.must_check and norm <= limit):
+        if limit is not None and norm is not None:
             gradients.clip(params, limit, norm)
 
         before = [param.detach().clone() for param in params] if self.watch.cause is not None else None
@@ -226,22 +213,27 @@ class Loop(Run):
         batch, weight = window.batches[window.done], window.weights[window.done]
         counts = isinstance(weight, Tensor) or weight > 0
         if not counts and self.processes.world == 1:
-            return torch.zeros(())
+            return torch.zeros((), device=self.device)
         inputs, target = self.task.split(batch if self.device.type == "cpu" else move(batch, self.device))
-        with self.synchronised(window.done == len(window.batches) - 1):
-            with self.precision.autocast():
-                output = self.task.output(self.model, inputs)
-                if counts:
-                    loss = self.task.loss(output, target)
-                else:  # its gradient is zero, but the other processes wait for it
-                    loss = torch.stack([tensor.sum() for tensor in tensors_in(output)]).sum() * 0.0
-            is_all = not isinstance(weight, Tensor) and weight == 1.0
-            self.precision.scaled(loss if is_all else loss * weight).backward()
+        is_last = window.done == len(window.batches) - 1
+        if is_last or not isinstance(self.model, DistributedDataParallel):
+            return self.backward(inputs, target, weight, counts)
+        with self.model.no_sync():  # only the last backward pass of a window averages the gradients over the processes
+            return self.backward(inputs, target, weight, counts)
+
+    def backward(self, inputs: Any, target: Any, weight: float | Tensor, counts: bool) -> Tensor:
+        """Adds the gradient of weight · loss; returns the loss."""
+        loss = self.precision.run(self.forward, inputs, target, counts)
+        is_all = not isinstance(weight, Tensor) and weight == 1.0
+        self.precision.scaled(loss if is_all else loss * weight).backward()
         return loss.detach()
 
-    def synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Lets the last backward pass of a window average the gradients over the processes, and no other."""
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not is_last else NOTHING
+    def forward(self, inputs: Any, target: Any, counts: bool) -> Tensor:
+        """The loss, or a zero that depends on the model: its gradient is zero, but the other processes wait for it."""
+        output = self.task.output(self.model, inputs)
+        if counts:
+            return self.task.loss(output, target)
+        return torch.stack([tensor.sum() for tensor in tensors_in(output)]).sum() * 0.0
 
     def skip(self, window: Window) -> None:
         """Leaves out an update whose gradient is not finite: nothing has changed but the scale of float16."""

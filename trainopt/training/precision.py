@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,6 +28,13 @@ class Precision:
     def autocast(self) -> AbstractContextManager[Any]:
         """Round the forward pass and the loss."""
         return _AS_IT_IS if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+
+    def run(self, forward: Callable[..., Tensor], *operands: Any) -> Tensor:
+        """What `forward` gives, computed in this type."""
+        if self.dtype is None:
+            return forward(*operands)
+        with self.autocast():
+            return forward(*operands)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What backward starts from."""

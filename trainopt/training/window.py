@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainopt.training.counting import Count, weight_of, widest
+from trainopt.training.counting import Count, samples_in, weight_of, widest
+from trainopt.training.data import MicroBatch
+from trainopt.training.distributed import Processes
 
 
 @dataclass
@@ -30,15 +33,26 @@ class Window:
     buffers: list[Tensor] | None = None  # the model's, as they were before the first
 
     @classmethod
-    def of(
-        cls, batches: list[Any], counts: list[Count], total: Count, samples: int, world: int, stop: bool = False
-    ) -> Window:
-        """`total` is counted over all processes, whose gradients will be averaged: hence `world` in the weights."""
-        is_empty = not isinstance(total, Tensor) and total == 0
-        weights: list[float | Tensor] = [1.0]
-        if len(batches) > 1 or world > 1:
-            weights = [weight_of(count, total) * world for count in counts]
-        return cls(batches, counts, weights, samples, is_empty, stop)
+    def of(cls, drawn: list[MicroBatch], count: Callable[[Any], Count]) -> Window:
+        """Those of this process alone; `count` says what the loss counts in a batch."""
+        batches, counts, samples = [], [], 0
+        for batch, counts_at_all in drawn:
+            batches.append(batch)
+            counts.append(count(batch) if counts_at_all else 0)
+            samples += samples_in(batch) if counts_at_all else 0
+        total: Count = sum(counts)
+        weights: list[float | Tensor] = [1.0] if len(counts) == 1 else [weight_of(each, total) for each in counts]
+        return cls(batches, counts, weights, samples, not isinstance(total, Tensor) and total == 0)
+
+    def share(self, processes: Processes, asks_to_stop: bool) -> None:
+        """Weighs the micro-batches among those of all processes. Collective: every process must call it.
+
+        The gradients will be averaged over the processes: hence their number in the weights.
+        """
+        counts = [float(count) for count in self.counts]
+        total, samples, asking = processes.sum([sum(counts), self.samples, float(asks_to_stop)])
+        self.counts, self.weights = [*counts], [weight_of(count, total) * processes.world for count in counts]
+        self.samples, self.is_empty, self.asked_to_stop = int(samples), total == 0, asking > 0
 
     def state_dict(self) -> dict[str, Any]:
         return {**vars(self), "losses": [float(loss) for loss in self.losses]}

@@ -1,0 +1,193 @@
+"""What benchmarks.gpu measures, and who does it: optimizer steps, losses forward and backward, clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import trainopt
+from benchmarks import loss_cases
+from benchmarks.clip import CLIPS
+from benchmarks.loss_cases import EAGER, OURS, Case, Step
+from benchmarks.optimizers import RULES, Rule
+from benchmarks.workloads import WORKLOADS, Workload
+
+COMPILED = "torch.compile"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A contender with tensors of its own on the device: what is timed, and what its first call has made."""
+
+    call: Callable[[], object]
+    outcome: Callable[[], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work that contenders do alike.
+
+    Args:
+        kind: "optimizers", "losses" or "clip".
+        moved: bytes that must be read and written at the least, or 0 where memory is not what the work waits for.
+        contenders: by name, what makes one ready on a device; ratios are against the one named `reference`, and all
+            must come to its outcome.
+    """
+
+    kind: str
+    title: str
+    moved: int
+    reference: str
+    contenders: Mapping[str, Callable[[torch.device], Ready]]
+
+
+# ---------------------------------------------------------------------------------------------------------- optimizers
+
+MANY = Workload("2000x1024", "2,000 tensors of 1,024", ((1024,),) * 2000)
+SMALL = Workload("small", "three small tensors", ((5,), (3, 4), ()))
+
+
+def with_gradients(workload: Workload, device: torch.device) -> list[Parameter]:
+    """The same ones for everybody."""
+    torch.manual_seed(0)
+    parameters = []
+    for shape in workload.shapes:
+        parameter = Parameter(torch.zeros(shape, dtype=workload.dtype, device=device))
+        parameter.grad = torch.randn(shape, device=device).to(workload.dtype)
+        parameters.append(parameter)
+    return parameters
+
+
+def optimizer_task(rule: Rule, workload: Workload) -> Task:
+    stock, ours = getattr(torch.optim, rule.name), getattr(trainopt, rule.name)
+    on_device = {"capturable": True} if rule.name == "AdamW" else {"fused": True}
+
+    def ready(make: Callable[..., torch.optim.Optimizer], device: torch.device, compiled: bool = False) -> Ready:
+        parameters = with_gradients(workload, device)
+        step = make(parameters, **rule.settings).step
+        return Ready(torch.compile(step) if compiled else step, lambda: [p.detach() for p in parameters])
+
+    makes = {
+        "torch fused": partial(stock, fused=True),
+        "torch foreach": partial(stock, foreach=True),
+        OURS: ours,
+        "trainopt, counting on the device": partial(ours, **on_device),
+        **apex_optimizers(rule),
+    }
+    contenders: dict[str, Callable[[torch.device], Ready]] = {n: partial(ready, make) for n, make in makes.items()}
+    contenders[COMPILED] = partial(ready, partial(stock, foreach=True), compiled=True)
+    moved = rule.moved * workload.elements * workload.dtype.itemsize
+    return Task("optimizers", f"{rule.title}, {workload.title}", moved, "torch fused", contenders)
+
+
+def apex_optimizers(rule: Rule) -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    try:
+        from apex import optimizers
+    except ImportError:
+        return {}
+    if rule.name == "AdamW":
+        return {"apex FusedAdam": partial(optimizers.FusedAdam, adam_w_mode=True)}
+    return {"apex FusedSGD": optimizers.FusedSGD}
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+def loss_task(case: Case) -> Task:
+    def ready(loss: Callable[..., Tensor], device: torch.device, compiled: bool = False) -> Ready:
+        torch.manual_seed(0)
+        with device:
+            operands = case.make()
+        step = Step(torch.compile(loss) if compiled else loss, tuple(map(leaf_of, operands)))
+        values: list[Tensor] = []
+
+        def call() -> None:
+            values[:] = [step().detach()]
+
+        return Ready(call, lambda: [*values, *(leaf.grad for leaf in step.leaves if leaf.grad is not None)])
+
+    losses = {**case.losses, **liger_losses(case)}
+    contenders: dict[str, Callable[[torch.device], Ready]] = {n: partial(ready, loss) for n, loss in losses.items()}
+    contenders[COMPILED] = partial(ready, case.losses[EAGER], compiled=True)
+    return Task("losses", case.title, case.moved, EAGER, contenders)
+
+
+def leaf_of(operand: Tensor) -> Tensor:
+    """Operands made by an operation on a random tensor have no .grad."""
+    return operand.detach().requires_grad_(operand.requires_grad)
+
+
+def liger_losses(case: Case) -> dict[str, Callable[..., Tensor]]:
+    try:
+        from liger_kernel.transformers import functional as liger
+    except ImportError:
+        return {}
+    if case.name == "cross-entropy":
+        options = getattr(case.losses[EAGER], "keywords", {})
+        return {"Liger, in place": partial(liger.liger_cross_entropy, **options)}
+    return {"Liger": liger.liger_fused_linear_cross_entropy} if case.name == "linear" else {}
+
+
+def linear(dtype: torch.dtype, tokens: int, width: int, words: int) -> Case:
+    """On a GPU torch's own products are fast in every dtype."""
+    case = loss_cases._linear(dtype, tokens, width, words)
+    losses = {EAGER: loss_cases._stored, OURS: trainopt.functional.linear_cross_entropy}
+    return replace(case, name="linear", losses=losses, others={}, reference=EAGER)
+
+
+# ---------------------------------------------------------------------------------------------------------------- clip
+
+
+def clip_task(workload: Workload, clips: bool) -> Task:
+    def ready(clip: Callable[..., object], device: torch.device) -> Ready:
+        parameters = with_gradients(workload, device)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+        # A negative limit keeps the norm while it changes every sign: every call writes, and no gradient fades away.
+        limit = -norm if clips else 2 * norm
+        return Ready(partial(clip, parameters, limit), lambda: [p.grad for p in parameters if p.grad is not None])
+
+    passes = 3 if clips else 1  # the norm reads; clipping reads again and writes
+    moved = passes * workload.elements * workload.dtype.itemsize
+    title = f"clip_grad_norm_, {workload.title}, {'clips' if clips else 'below the limit'}"
+    return Task("clip", title, moved, "torch", {name: partial(ready, clip) for name, clip in CLIPS.items()})
+
+
+# ----------------------------------------------------------------------------------------------------------------- all
+
+
+def tasks(quick: bool) -> Iterator[Task]:
+    """All of them, or tiny ones of each kind."""
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    names = ("1000x64", "300x4096", "resnet50", "gpt2", "gpt2-bf16", "64m")
+    workloads = [SMALL] if quick else [*(WORKLOADS[name] for name in names), MANY]
+    for rule in RULES.values():
+        for workload in workloads:
+            yield optimizer_task(rule, workload)
+    cross_entropy, pointwise = loss_cases._cross_entropy, loss_cases._pointwise
+    if quick:
+        cases = [cross_entropy(7, 5, float32), pointwise("mse_loss", Tensor.clone, 100), linear(float32, 6, 3, 5)]
+    else:
+        cases = [
+            cross_entropy(8192, 32000, float32),
+            cross_entropy(8192, 32000, bfloat16),
+            cross_entropy(8192, 32000, bfloat16, "smoothing 0.1", label_smoothing=0.1),
+            cross_entropy(8192, 32000, bfloat16, "in place"),
+            cross_entropy(4096, 128256, bfloat16),
+            cross_entropy(65536, 1000, float32),
+            cross_entropy(4096, 10, float32),
+            *(pointwise(name, Tensor.clone, 2**26) for name in ("mse_loss", "l1_loss", "huber_loss")),
+            pointwise("binary_cross_entropy_with_logits", Tensor.clone, 2**26),
+            pointwise("binary_cross_entropy", Tensor.sigmoid, 2**26),
+            pointwise("kl_div", torch.nn.functional.logsigmoid, 2**26, reduction="sum"),
+            linear(bfloat16, 8192, 4096, 32000),
+            linear(bfloat16, 4096, 4096, 128256),
+        ]
+    yield from map(loss_task, cases)
+    for workload in [SMALL] if quick else [WORKLOADS["1000x64"], WORKLOADS["gpt2"], WORKLOADS["64m"]]:
+        for clips in (True, False):
+            yield clip_task(workload, clips)

@@ -1,0 +1,498 @@
+"""Whether the CUDA kernels are built, with which nvcc and for which GPUs: decided before anything is compiled."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from builds import add_compiler, add_torch, bare_packages, copy_of_sources, last_line, needs_source_tree, python
+
+import trainopt
+from trainopt import _build, _extension
+from trainopt._extension import _C
+
+toolkit = pytest.importorskip("csrc.cuda.toolkit", reason="these tests are not in a source tree")
+
+DEFAULT = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
+NVCC_13_0 = [f"compute_{number}" for number in (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)]
+
+needs_cuda_build = pytest.mark.skipif(not _build.CUDA, reason=f"not built with CUDA: {_build.CUDA_REASON}")
+
+
+# The decision ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine without nvcc in any usual place, and the log of those that a test puts somewhere."""
+    monkeypatch.setattr(toolkit, "USUAL_TOOLKIT", tmp_path / "usual")
+    monkeypatch.setattr(toolkit, "USUAL_HEADERS", tmp_path / "usr-include")
+    (tmp_path / "packages").mkdir()
+    return tmp_path
+
+
+def calls(folder):
+    log = folder / "log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def choose(machine, cuda="13.0", **environment):
+    return toolkit.choose("2.14.1", cuda, machine / "packages", environment)
+
+
+def nvcc_in(machine, place, **about):
+    return add_compiler(machine / place, "nvcc", machine / "log", **about)
+
+
+@pytest.mark.parametrize("cuda", ["13.0", None])
+def test_0_never_looks_for_nvcc(machine, cuda):
+    nvcc = nvcc_in(machine, "toolkit")
+    assert choose(machine, cuda, TRAINOPT_CUDA="0", PATH=str(nvcc.parent)) == "TRAINOPT_CUDA=0"
+    assert not calls(machine)
+
+
+def test_torch_without_cuda_never_looks_for_nvcc(machine):
+    nvcc = nvcc_in(machine, "toolkit")
+    assert choose(machine, None, PATH=str(nvcc.parent)) == "torch 2.14.1 has no CUDA"
+    with pytest.raises(toolkit.Refused) as refused:
+        choose(machine, None, TRAINOPT_CUDA="1", PATH=str(nvcc.parent))
+    assert str(refused.value) == "TRAINOPT_CUDA=1 asks for CUDA kernels, and torch 2.14.1 has no CUDA"
+    assert not calls(machine)
+
+
+@pytest.mark.parametrize("value", ["2", "yes", "on"])
+def test_other_values_are_refused(machine, value):
+    with pytest.raises(toolkit.Refused, match=f"TRAINOPT_CUDA={value} is not known: use 0 or 1"):
+        choose(machine, TRAINOPT_CUDA=value)
+
+
+def test_no_nvcc_says_where_it_was_looked_for(machine):
+    reason = choose(machine, PATH=str(machine))
+    for place in ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "PATH", str(toolkit.USUAL_TOOLKIT), str(machine / "packages")):
+        assert place in reason
+    assert reason.startswith("no nvcc was found") and "\n" not in reason
+    with pytest.raises(toolkit.Refused) as refused:
+        choose(machine, PATH=str(machine), TRAINOPT_CUDA="1")
+    assert str(refused.value) == f"TRAINOPT_CUDA=1 asks for CUDA kernels, and {reason}"
+
+
+@pytest.mark.parametrize(
+    ("place", "environment"),
+    [
+        ("a", {"CUDACXX": "a/bin/nvcc"}),
+        ("a", {"CUDA_HOME": "a"}),
+        ("a", {"CUDA_PATH": "a"}),
+        ("a", {"CUDA_HOME": "not-there", "PATH": "a/bin"}),
+        ("a", {"PATH": "a/bin"}),
+        ("usual", {}),
+        ("packages/nvidia/cu13", {}),
+        ("packages/nvidia/cuda_nvcc", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_nvcc_is_found(machine, place, environment, asked):
+    nvcc = nvcc_in(machine, place)
+    found = choose(machine, TRAINOPT_CUDA=asked, **{name: str(machine / path) for name, path in environment.items()})
+    assert found.nvcc == nvcc and found.version == "13.0" and found.architectures == DEFAULT and not found.warning
+    assert found.includes == (machine / place / "include",)
+
+
+@pytest.mark.parametrize("variable", ["CUDACXX", "CUDA_HOME", "CUDA_PATH"])
+def test_what_the_environment_names_comes_first(machine, variable):
+    named, other = nvcc_in(machine, "named", release="13.2"), nvcc_in(machine, "other")
+    value = str(named) if variable == "CUDACXX" else str(named.parents[1])
+    assert choose(machine, PATH=str(other.parent), **{variable: value}).nvcc == named
+    named = nvcc_in(machine, "named", release="12.9")  # even where it will not do
+    with pytest.raises(toolkit.Refused):
+        choose(machine, PATH=str(other.parent), **{variable: value})
+
+
+def test_of_those_in_the_usual_places_the_first_of_torchs_major_version_is_taken(machine):
+    old, new = nvcc_in(machine, "a", release="12.9"), nvcc_in(machine, "b", release="13.1")
+    usual = nvcc_in(machine, "usual", release="13.0")
+    assert choose(machine, PATH=f"{old.parent}:{new.parent}").nvcc == new
+    assert choose(machine, PATH=str(old.parent)).nvcc == usual
+    assert choose(machine, "12.6", PATH=f"{new.parent}:{old.parent}").nvcc == old
+
+
+def test_a_compiler_that_is_named_must_be_there(machine):
+    nvcc = nvcc_in(machine, "toolkit")
+    assert choose(machine, CUDACXX="/none/nvcc", PATH=str(nvcc.parent)) == "CUDACXX=/none/nvcc is no compiler"
+
+
+@pytest.mark.parametrize(("release", "cuda"), [("13.2", "13.0"), ("13.0", "13.2"), ("12.9", "12.6")])
+def test_another_minor_version_is_warned_of(machine, release, cuda):
+    nvcc = nvcc_in(machine, "toolkit", release=release)
+    found = choose(machine, cuda, PATH=str(nvcc.parent))
+    assert f"nvcc {release} ({nvcc}) is not torch's CUDA {cuda}" in found.warning
+    assert f"\nwarning: {found.warning}" in str(found)
+
+
+@pytest.mark.parametrize(("release", "cuda"), [("12.9", "13.0"), ("13.0", "12.6"), ("14.0", "13.4")])
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_another_major_version_stops_the_build(machine, release, cuda, asked):
+    nvcc = nvcc_in(machine, "toolkit", release=release)
+    with pytest.raises(toolkit.Refused) as refused:
+        choose(machine, cuda, PATH=str(nvcc.parent), TRAINOPT_CUDA=asked)
+    said = str(refused.value)
+    assert f"nvcc {release}" in said and f"CUDA {cuda}" in said and "TRAINOPT_CUDA=0" in said and "\n" not in said
+
+
+def test_an_nvcc_that_does_not_say_its_version(machine):
+    nvcc = machine / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    assert choose(machine, PATH=str(nvcc.parent)) == f"{nvcc} does not say its version"
+    nvcc.write_text("#!/bin/sh\nexit 3\n")
+    assert choose(machine, PATH=str(nvcc.parent)).startswith(f"{nvcc} does not run")
+
+
+def test_headers_of_the_environment_stand_in_for_nvccs_own(machine):
+    nvcc = nvcc_in(machine, "toolkit")
+    header = nvcc.parents[1] / "include" / "cuda_runtime.h"
+    header.unlink()
+    reason = choose(machine, PATH=str(nvcc.parent))
+    assert reason.startswith("CUDA's header cuda_runtime.h is in none of ") and str(header.parent) in reason
+    with pytest.raises(toolkit.Refused, match=r"cuda_runtime\.h"):
+        choose(machine, PATH=str(nvcc.parent), TRAINOPT_CUDA="1")
+    theirs = machine / "packages/nvidia/cu13/include"
+    theirs.mkdir(parents=True)
+    (theirs / header.name).touch()
+    assert choose(machine, PATH=str(nvcc.parent)).includes == (theirs, header.parent)
+    # Those in the compilers' own search path are not named to them: that would change the order of the system's.
+    usual = toolkit.USUAL_HEADERS
+    usual.mkdir()
+    (usual / header.name).touch()
+    assert choose(machine, PATH=str(nvcc.parent)).includes == (header.parent,)
+
+
+# Architectures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", DEFAULT),
+        ("  ", DEFAULT),
+        ("native", DEFAULT),
+        ("8.0;9.0+PTX", ("8.0", "9.0+PTX")),
+        ("8.6 9.0", ("8.6", "9.0")),
+        ("9.0;8.0;", ("8.0", "9.0")),
+        ("9.0 9.0", ("9.0",)),
+        ("9.0 9.0+PTX", ("9.0+PTX",)),
+        ("9.0a", ("9.0a",)),
+        ("9.0a 9.0 10.0f", ("9.0a", "9.0", "10.0f")),
+        ("12.0+PTX", ("12.0+PTX",)),
+        ("Hopper", ("9.0+PTX",)),
+        ("Ampere", ("8.0", "8.6+PTX")),
+        ("Ampere+Tegra;Ada", ("8.7", "8.9+PTX")),
+        ("Blackwell", ("10.0", "10.3", "12.0", "12.1+PTX")),
+    ],
+)
+def test_architecture_list(text, wanted):
+    assert toolkit.parse_architectures(text, NVCC_13_0, "nvcc 13.0") == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "known", "wanted"),
+    [
+        ("", (50, 60, 70, 75, 80, 86, 87, 89, 90), ("7.5", "8.0", "8.6", "9.0+PTX")),  # nvcc 12.6
+        ("", (75, 80), ("7.5", "8.0+PTX")),
+        ("Blackwell", (90, 100, 120), ("10.0", "12.0+PTX")),  # nvcc 12.8
+    ],
+)
+def test_the_default_and_named_architectures_are_cut_to_what_nvcc_knows(text, known, wanted):
+    known = [f"compute_{number}" for number in known] + ["compute_90a"]
+    assert toolkit.parse_architectures(text, known, "nvcc") == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("8.0;nine", "'nine' is no architecture"),
+        ("sm_90", "'sm_90' is no architecture"),
+        ("90", "'90' is no architecture"),
+        ("8.0,9.0", "'8.0,9.0' is no architecture"),
+        ("9.0+ptx", "'9.0+ptx' is no architecture"),
+        ("hopper", "'hopper' is no architecture"),
+        ("7.0", "nvcc 13.0 cannot compile for 7.0, but for 7.5 8.0 8.6"),
+        ("9.0 13.0+PTX", "nvcc 13.0 cannot compile for 13.0+PTX"),
+        ("Pascal", "nvcc 13.0 cannot compile for Pascal"),
+    ],
+)
+def test_a_bad_architecture_is_named(text, told):
+    with pytest.raises(toolkit.Refused) as refused:
+        toolkit.parse_architectures(text, NVCC_13_0, "nvcc 13.0")
+    assert str(refused.value).startswith("TORCH_CUDA_ARCH_LIST: ") and told in str(refused.value)
+
+
+def test_architecture_flags():
+    assert toolkit.architecture_flags(("7.5", "9.0a", "12.0+PTX")) == [
+        *("-gencode", "arch=compute_75,code=sm_75"),
+        *("-gencode", "arch=compute_90a,code=sm_90a"),
+        *("-gencode", "arch=compute_120,code=[sm_120,compute_120]"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "wanted"),
+    [
+        ("", (9, 0), False),
+        ("7.5", (7, 0), False),
+        ("7.5", (7, 5), True),
+        ("8.0", (8, 9), True),
+        ("8.6", (8, 0), False),
+        ("8.0 8.6", (8, 0), True),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("8.6+PTX", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a+PTX", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("10.0a", (10, 3), False),
+        ("10.0f", (10, 3), True),
+        ("10.0f+PTX", (12, 0), False),
+        ("12.0+PTX", (12, 1), True),
+        ("12.0+PTX", (11, 0), False),
+        ("12.0+PTX", (13, 0), True),
+        *((" ".join(DEFAULT), device, True) for device in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 3), (12, 0)]),
+        (" ".join(DEFAULT), (6, 1), False),
+    ],
+)
+def test_which_gpus_are_covered(architectures, capability, wanted):
+    assert _C.cuda_covers(capability, architectures) is wanted
+    for major in range(15):  # what is listed first or last makes no difference
+        entries = [f"{major}.9", *architectures.split(), f"{major}.9"]
+        if (major, 9) > capability or major != capability[0]:
+            assert _C.cuda_covers(capability, " ".join(entries)) is wanted
+
+
+def test_a_gpu_without_kernels_is_told_what_to_run():
+    said = _C.no_kernels_for("NVIDIA GeForce GTX 1080", (6, 1), "cuda:1")
+    assert "no CUDA kernels for NVIDIA GeForce GTX 1080 (compute capability 6.1, device cuda:1)" in said
+    assert f"built for {_build.CUDA_ARCHITECTURES}" in said
+    assert f"TORCH_CUDA_ARCH_LIST=6.1 {_extension._install_command()}" in said
+
+
+# Whole builds, with compilers that compile nothing --------------------------------------------------------------------
+
+
+class Builder:
+    """Builds a copy of the sources with compilers that only say what they were called with."""
+
+    def __init__(self, folder, cuda="13.0", nvcc="13.0"):
+        self.folder = folder
+        self.sources = copy_of_sources(folder / "source")
+        self.packages = bare_packages(folder / "packages")
+        add_torch(self.packages, "2.14.1", cuda)
+        self.compiler = add_compiler(folder / "host", "g++-99", folder / "log")
+        self.nvcc = add_compiler(folder / "toolkit", "nvcc", folder / "log", release=nvcc)
+
+    def build(self, **environment):
+        """What it printed, and the calls of its compilers that compile or link."""
+        (self.folder / "log").write_text("")
+        unset = dict.fromkeys(("CUDACXX", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"), "")
+        own = {"CXX": str(self.compiler), "CUDA_HOME": str(self.folder / "toolkit"), "PYTHONPATH": str(self.packages)}
+        command = ("-S", "setup.py", "-q", "build_ext", "--inplace")
+        self.result = python(*command, cwd=self.sources, **(unset | own | environment))
+        said = self.result.stdout + self.result.stderr
+        assert "Traceback" not in said, said
+        return said, [call for call in calls(self.folder) if " -o build/" in call]
+
+
+@pytest.fixture
+def builder(tmp_path):
+    return Builder(tmp_path)
+
+
+def compiled(made):
+    return {word for call in made for word in call.split() if word.startswith("csrc/")}
+
+
+def all_sources(*suffixes):
+    return {str(path) for path in Path("csrc").rglob("*") if path.suffix in suffixes}
+
+
+@needs_source_tree
+def test_cuda_is_built_without_being_told(builder, monkeypatch):
+    monkeypatch.chdir(builder.sources)
+    said, made = builder.build()
+    assert builder.result.returncode == 0, said
+    assert f"CUDA kernels: for {' '.join(DEFAULT)}, with nvcc 13.0 ({builder.nvcc})" in said and "warning" not in said
+    assert compiled(made) == all_sources(".cpp", ".cu")
+    for call in made:
+        name, words = call.split()[0], call.split()
+        assert (name == "nvcc") == any(word.endswith(".cu") for word in words)
+        if name == "nvcc":
+            assert words.count("-gencode") == len(DEFAULT) and {"-fmad=false", "-O3"} <= set(words)
+            assert words[words.index("-ccbin") + 1] == str(builder.compiler)
+        assert ("-DTRAINOPT_WITH_CUDA" in words) == any(word.startswith("csrc/python/") for word in words)
+    [link] = [call for call in made if "-shared" in call]
+    assert "-lc10_cuda" in link.split() and "cudart" not in link
+    for source in all_sources(".cpp", ".cu"):
+        assert source.rpartition(".")[0].replace("/", "-") + ".o" in link
+
+    built = {}
+    exec((builder.sources / "trainopt/_build.py").read_text(), built)
+    assert (built["CUDA"], built["CUDA_ARCHITECTURES"], built["CUDA_REASON"]) == ("13.0", " ".join(DEFAULT), "")
+
+
+@needs_source_tree
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"TRAINOPT_CUDA": "0"}, "TRAINOPT_CUDA=0"),
+        ({"CUDACXX": "/none/nvcc"}, "CUDACXX=/none/nvcc is no compiler"),
+    ],
+)
+def test_the_cpu_build_goes_on_without(builder, environment, reason):
+    said, made = builder.build(**environment)
+    assert builder.result.returncode == 0, said
+    assert f"CUDA kernels: not built ({reason})\n" in said
+    assert "nvcc" not in "".join(calls(builder.folder))
+    assert made and "CUDA" not in " ".join(made) and "cuda/" not in " ".join(made) and "c10_cuda" not in " ".join(made)
+    built = {}
+    exec((builder.sources / "trainopt/_build.py").read_text(), built)
+    assert (built["CUDA"], built["CUDA_ARCHITECTURES"], built["CUDA_REASON"]) == (None, "", reason)
+
+
+@needs_source_tree
+@pytest.mark.parametrize(
+    ("about", "environment", "told"),
+    [
+        ({"nvcc": "12.9"}, {}, "the major versions differ"),
+        ({"cuda": None}, {"TRAINOPT_CUDA": "1"}, "torch 2.14.1 has no CUDA"),
+        ({}, {"TRAINOPT_CUDA": "1", "CUDACXX": "/none/nvcc"}, "CUDACXX=/none/nvcc is no compiler"),
+        ({}, {"TRAINOPT_CUDA": "both"}, "use 0 or 1"),
+        ({}, {"TORCH_CUDA_ARCH_LIST": "9.0;x"}, "'x' is no architecture"),
+        ({}, {"MAX_JOBS": "many"}, "MAX_JOBS=many is no number of compilers"),
+        ({}, {"MAX_JOBS": "0"}, "MAX_JOBS=0 is no number of compilers"),
+    ],
+    ids=str,
+)
+def test_a_build_that_cannot_be_stops_before_anything_is_compiled(tmp_path, about, environment, told):
+    builder = Builder(tmp_path, **about)
+    _, made = builder.build(**environment)
+    assert builder.result.returncode != 0 and not made
+    assert last_line(builder.result.stderr).startswith("error: ") and told in last_line(builder.result.stderr)
+
+
+@needs_source_tree
+def test_another_minor_version_is_warned_of_and_built(tmp_path):
+    builder = Builder(tmp_path, nvcc="13.2")
+    said, made = builder.build()
+    assert builder.result.returncode == 0, said
+    assert "\nwarning: nvcc 13.2" in said and "torch's CUDA 13.0" in said and any(".cu" in call for call in made)
+
+
+@needs_source_tree
+def test_only_what_has_changed_is_compiled(builder):
+    said, first = builder.build()
+    assert builder.result.returncode == 0, said
+    assert not builder.build()[1]
+    assert not builder.build(MAX_JOBS="64")[1]  # with other --threads
+
+    _, made = builder.build(TORCH_CUDA_ARCH_LIST="9.0+PTX")
+    cuda = {source for source in compiled(first) if source.endswith(".cu")}
+    assert compiled(made) == cuda | {"csrc/python/cuda_architectures.cpp"}
+    assert all("arch=compute_90,code=[sm_90,compute_90]" in call for call in made if ".cu " in call)
+
+    _, made = builder.build(TRAINOPT_CUDA="0")  # shares with the other what neither compiles in a way of its own
+    assert compiled(made) == {source for source in compiled(first) if source.startswith("csrc/python/")}
+    assert not builder.build(TRAINOPT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")[1]
+
+
+@needs_source_tree
+def test_a_file_that_nvcc_does_not_compile_is_told_with_the_way_round(builder):
+    builder.nvcc.write_text(builder.nvcc.read_text().replace("while ", "exit 1; while "))
+    said, _ = builder.build()
+    assert builder.result.returncode != 0
+    assert "error: the compiler failed (TRAINOPT_CUDA=0 builds without CUDA kernels)" in said
+
+
+@needs_source_tree
+@pytest.mark.parametrize(
+    ("jobs", "threads"), [("1", 1), ("2", 1), ("64", 64 // len(list(Path(toolkit.__file__).parent.glob("*.cu"))))]
+)
+def test_max_jobs(builder, jobs, threads):
+    _, made = builder.build(MAX_JOBS=jobs)
+    assert all(f"--threads {threads} " in call for call in made if call.startswith("nvcc"))
+    running = most = 0
+    for call in calls(builder.folder):
+        running += (" -o build/" in call) - (call == "done")
+        most = max(most, running)
+    assert 1 <= most <= int(jobs) and running == 0
+
+
+@needs_source_tree
+@pytest.mark.parametrize("command", ["{}", "ccache {}", "{} -pipe"])
+def test_the_compiler_in_cxx_is_nvccs_too(command):
+    found = toolkit.Toolkit(Path("nvcc"), (13, 0), "build", (), ("9.0",), "")
+    flags = found.flags(command.format("/opt/g++-12").split())
+    assert flags[-2:] == ["-ccbin", "/opt/g++-12"]
+    assert "-ccbin" not in found.flags()
+
+
+# A build with CUDA, on a machine with or without a GPU ----------------------------------------------------------------
+
+
+def test_a_build_without_cuda_says_why():
+    if _build.CUDA:
+        assert _extension.why_no_cuda() == ""
+    else:
+        assert _extension.why_no_cuda() == f"trainopt was built without CUDA kernels: {_build.CUDA_REASON}"
+        assert _build.CUDA_REASON
+    assert _C.cuda_architectures() == _build.CUDA_ARCHITECTURES
+    assert ("cuda" in _C.device_types()) == bool(_build.CUDA)
+
+
+def tool(name):
+    """One of CUDA's tools, which Triton's package has too."""
+    found = shutil.which(name)
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    if not found and triton:
+        found = shutil.which(name, path=str(Path(triton.__file__).parent / "backends/nvidia/bin"))
+    return found or pytest.skip(f"there is no {name}")
+
+
+@needs_cuda_build
+def test_the_module_holds_what_its_list_says():
+    def listed(option, pattern):
+        said = subprocess.run([tool("cuobjdump"), option, _C.__file__], capture_output=True, text=True, check=True)
+        return {line.split(".")[-2] for line in said.stdout.splitlines() if pattern in line}
+
+    architectures = _C.cuda_architectures().split()
+    names = {entry.removesuffix("+PTX").replace(".", ""): entry.endswith("+PTX") for entry in architectures}
+    assert listed("--list-elf", ".cubin") == {f"sm_{name}" for name in names}
+    assert listed("--list-ptx", ".ptx") == {f"sm_{name}" for name, ptx in names.items() if ptx}
+
+
+@needs_cuda_build
+def test_the_module_brings_no_cuda_of_its_own():
+    said = subprocess.run([tool("readelf"), "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
+    needed = {line.partition("[")[2].rstrip("]") for line in said.splitlines() if "NEEDED" in line}
+    assert "libc10_cuda.so" in needed
+    assert not [name for name in needed if name.startswith(("libcudart", "libcuda.", "libtorch_cuda"))]
+    assert "RPATH" not in said and "RUNPATH" not in said
+
+
+@needs_cuda_build
+def test_it_works_on_a_machine_without_a_gpu():
+    step = (
+        "import torch, trainopt; p = torch.ones(9, requires_grad=True); o = trainopt.AdamW([p], lr=0.5);"
+        "p.sum().backward(); o.step(); print(p.max().item(), trainopt.explain(o)[0].path)"
+    )
+    result = python("-c", step, cwd=Path(trainopt.__file__).parents[1], CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    value, path = result.stdout.split(maxsplit=1)
+    assert float(value) < 0.6 and path.startswith("fused (cpu")
+    report = python("-m", "trainopt", cwd=Path(trainopt.__file__).parents[1], CUDA_VISIBLE_DEVICES="")
+    assert report.returncode == 0, report.stderr
+    assert f"CUDA kernels        built (nvcc {_build.CUDA}, for {_build.CUDA_ARCHITECTURES})" in report.stdout
+    assert "GPU                 none" in report.stdout
+    assert "CUDA: CUDA kernel; elsewhere: torch's own path" in report.stdout
