@@ -11,9 +11,10 @@ struct Head {
   bool exists = true;
 
   __device__ __forceinline__ void align(const Rows& rows, int64_t start) {
-    const int width = static_cast<int>(size_of(rows.dtype)), mine = static_cast<int>(sizeof(uint4)) / width;
-    const uint64_t address = reinterpret_cast<uint64_t>(rows.data) + static_cast<uint64_t>(start) * width;
-    const int wanted = -static_cast<int>(address / width) & (mine - 1);
+    const int shift = rows.dtype == DType::kFloat64 ? 3 : rows.dtype == DType::kFloat32 ? 2 : 1;  // of a size in bytes
+    const int mine = static_cast<int>(sizeof(uint4)) >> shift;
+    const uint64_t address = reinterpret_cast<uint64_t>(rows.data) + (static_cast<uint64_t>(start) << shift);
+    const int wanted = static_cast<int>((0 - address) % sizeof(uint4)) >> shift;
     const int shorter = mine < period ? mine : period;
     if (((wanted ^ elements) & (shorter - 1)) != 0) exists = false;
     if (mine <= period) return;

@@ -6,7 +6,6 @@ import pytest
 import torch
 from loss_judge import REDUCTIONS, classes, judge, random, run
 from losses import on
-from torch.nn import functional as F
 
 from trainopt import functional
 from trainopt._extension import _C
@@ -113,11 +112,12 @@ def test_the_weights_gradient_is_as_good_in_many_chunks(device, dtype):
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     truth = run(lambda h, w: by_logits(h, w, target), [hidden.double(), weight.double()])[2]
     torchs = (run(lambda h, w: by_logits(h, w, target), [hidden, weight])[2].double() - truth).abs().max()
+    slack = 4 * torch.finfo(torch.float32).eps * truth.abs().max()  # sums that are grouped otherwise
     for chunks in (1, 8, 512):
         budget = -(-512 // chunks) * 40 * (6 if dtype == torch.bfloat16 else 4)
         ours = on(device, lambda h, w, t, b=budget: functional.linear_cross_entropy(h, w, t, memory_budget=b))
         found = run(lambda h, w, f=ours: f(h, w, target), [hidden, weight])[2]
-        assert (found.double() - truth).abs().max() <= 1.5 * torchs
+        assert (found.double() - truth).abs().max() <= 1.5 * torchs + slack
 
 
 def test_float16_gradients_keep_the_scale_of_the_loss(device):
@@ -125,10 +125,10 @@ def test_float16_gradients_keep_the_scale_of_the_loss(device):
     hidden, weight = (1e-3 * hidden).half(), (1e-3 * weight).half()
 
     def scaled(function):
-        return lambda h, w: 65536 * function(h, w, target).float()
+        return lambda h, w: 16384 * function(h, w, target).float()
 
     ours = run(scaled(on(device, functional.linear_cross_entropy)), [hidden, weight])
-    truth = run(lambda h, w: 65536 * by_logits(h, w, target), [hidden.double(), weight.double()])
+    truth = run(lambda h, w: 16384 * by_logits(h, w, target), [hidden.double(), weight.double()])
     for found, exact in zip(ours[1:], truth[1:], strict=True):
         assert (found.double() - exact).abs().max() <= 2e-3 * exact.abs().max()
 
@@ -193,16 +193,13 @@ def test_autocast(device, lower):
         with torch.autocast(device, dtype=lower):
             return functional.linear_cross_entropy(h, w, target.to(device), b)
 
-    def torchs(h, w, b):
-        with torch.autocast(device, dtype=lower):
-            return F.cross_entropy(F.linear(h, w, b), target.to(device))
-
-    truth = run(lambda h, w, b: by_logits(h, w, target, b), [hidden.double(), weight.double(), bias.double()])
-    found, peers = (run(on(device, function), [hidden, weight, bias]) for function in (ours, torchs))
-    for mine, theirs, exact in zip(found, peers, truth, strict=True):
-        assert mine.dtype == theirs.dtype == torch.float32
-        error, peer = ((value.double() - exact).abs().max().item() for value in (mine, theirs))
-        assert error <= 1.5 * peer + 1e-6
+    found = run(on(device, ours), [hidden, weight, bias])
+    rounded = [hidden.to(lower).double(), weight.to(lower).double(), bias.double()]
+    truth = run(lambda h, w, b: by_logits(h, w, target, b), rounded)
+    # The products' operands are rounded once; the loss is not.
+    for mine, exact, unit in zip(found, truth, (1e-6, *3 * [2 * torch.finfo(lower).eps]), strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine.double() - exact).abs().max() <= unit * exact.abs().max()
 
 
 def test_a_bad_target_is_told_of_with_its_place_among_all(device):
