@@ -8,21 +8,26 @@
 #include <vector>
 
 #include "cpu/norm.h"
+#include "python/batch.h"
 #include "python/losses.h"
 #include "python/tensors.h"
 
 namespace trainopt::python {
 namespace {
 
-// Elements that a thread should at least have to do, and from which on the interpreter is let go.
-constexpr int64_t kGrainElements = 48 * 1024, kReleaseElements = 256 * 1024;
+// Elements from which on the interpreter is let go.
+constexpr int64_t kReleaseElements = 256 * 1024;
 
 // The chunks of a list, one after the other, as the CPU's threads take them.
 class Chunks {
  public:
   explicit Chunks(const TensorList& list) : list_(list) {
     starts.reserve(list.items.size() + 1);
-    for (const TensorList::Item& item : list.items) starts.push_back(starts.back() + norm_chunks(item.numel));
+    costs_.reserve(list.items.size() + 1);
+    for (const TensorList::Item& item : list.items) {
+      starts.push_back(starts.back() + norm_chunks(item.numel));
+      costs_.push_back(costs_.back() + kTensorElements + item.numel);
+    }
   }
 
   std::vector<int64_t> starts{0};  // the first of each tensor; then the number of all
@@ -31,8 +36,8 @@ class Chunks {
   // chunk first, which is the one that its cache may still hold from the last time.
   template <class Use>
   void for_each(bool backwards, Use use) {
-    const int64_t chunks = starts.back();
     const auto run = [&](int64_t first, int64_t last) {
+      if (first == last) return;
       size_t t = static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), backwards ? last - 1 : first) -
                                      starts.begin() - 1);
       for (int64_t i = first; i < last; ++i) {
@@ -43,17 +48,29 @@ class Chunks {
         use(list_.items[t], begin, std::min(begin + kNormChunk, list_.items[t].numel), chunk);
       }
     };
-    if (list_.elements < 2 * kGrainElements) return run(0, chunks);
-    const int64_t grain = std::max<int64_t>(chunks * kGrainElements / list_.elements, 1);
-    if (list_.elements < kReleaseElements) return at::parallel_for(0, chunks, grain, run);
+    const int64_t parts = threads_for(costs_.back());
+    if (parts == 1) return run(0, starts.back());
+    const auto run_parts = [&](int64_t first, int64_t last) {
+      run(first_chunk(first, parts), first_chunk(last, parts));
+    };
+    if (list_.elements < kReleaseElements) return at::parallel_for(0, parts, 1, run_parts);
     std::vector<c10::Storage> kept;  // alive while the interpreter is let go
     for (const TensorList::Item& item : list_.items) kept.push_back(item.tensor->storage());
     pybind11::gil_scoped_release release;
-    at::parallel_for(0, chunks, grain, run);
+    at::parallel_for(0, parts, 1, run_parts);
   }
 
  private:
   const TensorList& list_;
+  std::vector<int64_t> costs_{0};  // of all tensors before each, in elements; then of all
+
+  // Where a thread's part begins: nearest to an equal share of the elements.
+  int64_t first_chunk(int64_t part, int64_t parts) const {
+    if (part == parts) return starts.back();
+    const int64_t cost = costs_.back() * part / parts;
+    const auto t = static_cast<size_t>(std::upper_bound(costs_.begin(), costs_.end(), cost) - costs_.begin() - 1);
+    return std::min(starts[t] + (cost - costs_[t] + kNormChunk / 2) / kNormChunk, starts[t + 1]);
+  }
 };
 
 double norm_on_cpu(Norm norm, const TensorList& list) {
