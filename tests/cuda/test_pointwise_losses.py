@@ -291,20 +291,15 @@ def test_memory_is_for_the_results_alone(device, allocations):
 
 
 @each_loss
-def test_memory_is_flat(device, function, make, options):
-    memory = torch.cuda.memory_allocated if device == "cuda" else allocated_bytes
+def test_memory_is_flat(device, function, make, options, allocated):
     leaves = leaves_of([operand.float() for operand in make((5000,))], device)
     gc.collect()
     after = []
     for _ in range(20):
         step(function, leaves, "mean", options)
-        after.append(memory())
+        after.append(allocated())
     # The least: autograd's own thread lets go of a gradient a moment after the step.
     assert min(after[:10]) == min(after[10:])
-
-
-def allocated_bytes():
-    return trainopt._extension._C.simt.memory_statistics()["allocated_bytes"]
 
 
 def test_a_small_sum_is_one_launch_and_a_large_one_two(device):
