@@ -48,7 +48,7 @@ class Chunks {
         use(list_.items[t], begin, std::min(begin + kNormChunk, list_.items[t].numel), chunk);
       }
     };
-    const int64_t parts = threads_for(costs_.back());
+    const int64_t parts = threads_for(list_.elements);
     if (parts == 1) return run(0, starts.back());
     const auto run_parts = [&](int64_t first, int64_t last) {
       run(first_chunk(first, parts), first_chunk(last, parts));

@@ -46,7 +46,7 @@ class Run {
     const int64_t chunk = options_.chunk == 0 ? problem_.rows : options_.chunk;
     for (int64_t first = 0; first < problem_.rows; first += chunk)
       partials.resize(partials.size() + cuda::forward_blocks(task(first, std::min(chunk, problem_.rows - first))));
-    std::memset(static_cast<void*>(partials.data()), 0xff, partials.size() * sizeof(cuda::LossPartial));
+    for (cuda::LossPartial& partial : partials) std::memset(static_cast<void*>(&partial), 0xff, sizeof partial);
     cuda::LossPartial* next = partials.data();
     for (int64_t first = 0; first < problem_.rows; first += chunk) {
       cuda::ForwardWork work{};
