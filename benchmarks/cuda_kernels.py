@@ -8,6 +8,7 @@ memory bandwidth implies for the bytes that a kernel moves.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -147,6 +148,24 @@ def ptx_of(name: str, architecture: int) -> dict[str, str]:
         text = Path(command[-1]).read_text()
     entries = re.split(r"\.visible \.entry |\.entry ", text)[1:]
     return {describe(entry.partition("(")[0]): entry for entry in entries}
+
+
+def nvdisasm() -> str | None:
+    """The disassembler's path, if there is one: the toolkit's, or the one in Triton's package."""
+    triton = importlib.util.find_spec("triton")
+    places = [] if triton is None or triton.origin is None else [Path(triton.origin).parent / "backends/nvidia/bin"]
+    return shutil.which("nvdisasm") or next(filter(None, (shutil.which("nvdisasm", path=str(p)) for p in places)), None)
+
+
+def machine_code_of(name: str, architecture: int) -> dict[str, str]:
+    """The machine code of each kernel of a file, disassembled."""
+    with TemporaryDirectory() as folder:
+        cubin = f"{folder}/{name}.cubin"
+        command = [nvcc() or "nvcc", *FLAGS, f"-arch=sm_{architecture}", "-cubin", "-o", cubin]
+        subprocess.run([*command, str(ROOT / "csrc" / "cuda" / f"{name}.cu")], check=True, capture_output=True)
+        said = subprocess.run([nvdisasm() or "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True)
+    sections = re.split(r"^\s*\.section\s+\.text\.", said.stdout, flags=re.MULTILINE)[1:]
+    return {describe(section.partition(",")[0]): section for section in sections}
 
 
 def compile_all(architectures: Sequence[int] = tuple(ARCHITECTURES)) -> dict[int, list[Usage]]:
