@@ -40,28 +40,20 @@ def problem(rows, kind, classes_=CLASSES, ignored=None, seed=0):
     return logits, target
 
 
-def largest_mass(logits, target, weight, reduction="mean", label_smoothing=0.0, **_):
-    """The gradient is A·p - a: that of probabilities may be small where masses a are not, which are rounded first."""
-    class_dim = 0 if logits.dim() == 1 else 1
-    count = logits.shape[class_dim]
-    if not target.is_floating_point() or target.numel() == 0:
-        return float(count == 1)  # 0 is what is left of 1 - 1
-    mass = target * (1 - label_smoothing) + label_smoothing / count
-    if weight is not None:
-        mass = mass.movedim(class_dim, -1) * weight
-    return max(float(count == 1), mass.max().item() / (mass.numel() / count if reduction == "mean" else 1))
+def weight_of(logits, weighted):
+    return random(logits.shape[0 if logits.dim() == 1 else 1], seed=5).abs() + 0.1 if weighted else None
 
 
-def compare(logits, target, dtype, weighted=False, ours=functional.cross_entropy, **options):
-    weight = random(logits.shape[0 if logits.dim() == 1 else 1], seed=5).abs() + 0.1 if weighted else None
+def compare(logits, target, dtype, weighted=False, ours=functional.cross_entropy, gradient_unit=0.0, **options):
+    is_one_class = logits.shape[0 if logits.dim() == 1 else 1] == 1  # 0 is what is left of 1 - 1
     judge(
         lambda x, t, w, **given: ours(x, t, w, **given),
         lambda x, t, w, **given: F.cross_entropy(x, t, w, **given),
         [logits],
         dtype,
         options,
-        constants=[target, weight],
-        gradient_unit=largest_mass(logits, target, weight, **options),
+        constants=[target, weight_of(logits, weighted)],
+        gradient_unit=max(gradient_unit, float(is_one_class)),
     )
 
 
@@ -127,6 +119,18 @@ def test_every_variant_is_right(variant, variant_dtype):
         compare(logits, target, variant_dtype, True, ignore_index=3, label_smoothing=0.1)
 
 
+def largest_mass(logits, target, weighted, reduction, label_smoothing):
+    """The gradient is A·p - a: that of probabilities may be small where masses a are not, which are rounded first."""
+    if not target.is_floating_point() or target.numel() == 0:
+        return 0.0
+    class_dim = 0 if logits.dim() == 1 else 1
+    mass = target * (1 - label_smoothing) + label_smoothing / logits.shape[class_dim]
+    if weighted:
+        mass = mass.movedim(class_dim, -1) * weight_of(logits, weighted)
+    rows = mass.numel() / logits.shape[class_dim]
+    return mass.max().item() / (rows if reduction == "mean" else 1)
+
+
 @given(
     rows=st.lists(st.integers(0, 5), max_size=3),
     count=st.integers(1, 40),
@@ -151,6 +155,7 @@ def test_any_options(rows, count, kind, reduction, ignore_index, smoothing, weig
         reduction=reduction,
         ignore_index=ignore_index,
         label_smoothing=smoothing,
+        gradient_unit=largest_mass(logits, target, weighted, reduction, smoothing),
     )
 
 
