@@ -131,7 +131,12 @@ def binding_flags(torch, threaded: bool) -> list[str]:
 def module_flags(torch) -> list[str]:
     """For linking the module."""
     kind = ["-shared"] if LINUX else ["-bundle", "-undefined", "dynamic_lookup"]
-    return [*kind, f"-L{Path(torch.__path__[0], 'lib')}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    flags = [*kind, f"-L{Path(torch.__path__[0], 'lib')}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    if LINUX:
+        # The shared library, which torch uses too, even where the compiler is told to link its own copy
+        # (-static-libstdc++): with a second one in the process, printing a number into an error message crashed.
+        flags.append("-lstdc++")
+    return flags
 
 
 # CUDA -----------------------------------------------------------------------------------------------------------------

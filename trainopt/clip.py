@@ -80,8 +80,7 @@ def clip_grad_norm_(
             Unlike torch, an empty tensor has a norm of 0 for each of the three.
         error_if_nonfinite: raise RuntimeError, before anything is changed, if the norm is infinite or NaN; on CUDA this
             waits for the device.
-        foreach: for gradients that torch takes care of: sparse ones, those of several devices, subclasses, and
-            gradients that share memory.
+        foreach: for gradients that torch takes care of: sparse ones, those of several devices, subclasses.
 
     Returns:
         The norm before clipping: a 0-dimensional tensor of the gradients' dtype (if they differ, of the dtype that
@@ -102,5 +101,6 @@ def clip_grad_norm_(
     if error_if_nonfinite:
         _check_finite(total, order)
     if not _C.clip_gradients(given, float(max_norm), norm):
-        torch.nn.utils.clip_grads_with_norm_(given, max_norm, total, foreach)
+        # Gradients that share memory are scaled one after the other: torch's foreach kernels on CUDA race for it.
+        torch.nn.utils.clip_grads_with_norm_(given, max_norm, total, foreach=False)
     return total

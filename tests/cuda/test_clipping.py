@@ -72,8 +72,12 @@ def test_below_the_limit_nothing_changes(device, dtype):
 def test_it_does_what_torch_does(device, order):
     params = make_parameters([shape for shape in SHAPES if shape != (0,)])
     mine, theirs = moved(params, device), copy_of(params)
+    # torch's own norm of order 1/2 differs by 2e-6 between a GPU and the CPU.
     torch.testing.assert_close(
-        trainopt.clip_grad_norm_(mine, 2, norm_type=order).cpu(), torch_clip(theirs, 2, norm_type=order)
+        trainopt.clip_grad_norm_(mine, 2, norm_type=order).cpu(),
+        torch_clip(theirs, 2, norm_type=order),
+        rtol=1e-5,
+        atol=0,
     )
     for a, b in zip(here(mine), gradients(theirs), strict=True):
         torch.testing.assert_close(a, b)

@@ -4,7 +4,7 @@ import judge
 import pytest
 import torch
 from judge import TABLE
-from steps import counts_on_device, here
+from steps import assert_same_bits, counts_on_device, here
 
 pytestmark = pytest.mark.gpu
 
@@ -54,7 +54,7 @@ def test_ten_replays_with_a_changing_learning_rate(device, name):
         outcomes.append(here(judge.outcome(optimizer, params)))
         if name != "SGD":
             assert {int(optimizer.state[p]["step"]) for p in params} == {1 + len(RATES)}
-    judge.assert_same_bits(*outcomes)
+    assert_same_bits(*outcomes)
 
 
 @each_row

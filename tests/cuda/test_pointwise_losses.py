@@ -73,7 +73,7 @@ def assert_same_bits(found, expected, exact=True):
         if exact:
             torch.testing.assert_close(mine.cpu(), cpus, rtol=0, atol=0, equal_nan=True)
         else:
-            torch.testing.assert_close(mine.cpu(), cpus)
+            torch.testing.assert_close(mine.cpu(), cpus, equal_nan=True)
 
 
 def is_exact(device, dtype):

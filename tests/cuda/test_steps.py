@@ -5,7 +5,7 @@ import judge
 import pytest
 import torch
 from judge import DTYPES, TABLE
-from steps import SHAPES, assert_near, counts_on_device, here, on_device, outcome_on
+from steps import SHAPES, assert_near, assert_same_bits, counts_on_device, here, on_device, outcome_on
 
 import trainopt
 from trainopt._extension import _C
@@ -31,7 +31,7 @@ def problem(shapes=SHAPES, dtype=torch.float32, steps=3):
 @pytest.mark.parametrize(("row", "options"), CASES)
 def test_every_option_has_the_cpus_bits(device, row, options, dtype):
     work = problem(dtype=dtype)
-    judge.assert_same_bits(outcome_on(device, row.make, work, **options), judge.result_of(row.make, *work, **options))
+    assert_same_bits(outcome_on(device, row.make, work, **options), judge.result_of(row.make, *work, **options))
 
 
 @pytest.mark.parametrize(("row", "options"), CASES)
@@ -74,7 +74,7 @@ def test_gradients_and_states_of_other_dtypes(device, name):
                         optimizer.state[p][key] = optimizer.state[p][key].to(torch.bfloat16)
         assert all(path.path.startswith("fused") for path in trainopt.explain(optimizer))
         results.append(here(judge.outcome(optimizer, params)))
-    judge.assert_same_bits(results[1], results[0])
+    assert_same_bits(results[1], results[0])
 
 
 def place(tensor: torch.Tensor, device: str, offset: int) -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_an_unaligned_or_empty_tensor_at_every_place_in_the_list(device, name, r
                     state = optimizer.state[params[at]]
                     for key in row.states:
                         state[key] = place(state[key], device, 1)
-            judge.assert_same_bits(
+            assert_same_bits(
                 here(judge.outcome(optimizer, params)),
                 judge.result_of(row.make, work_start, work_gradients, **row.everything),
             )
@@ -134,7 +134,7 @@ def test_layouts(device, name):
         assert all(path.path.startswith("fused") for path in trainopt.explain(optimizer))
         return here(judge.outcome(optimizer, params))
 
-    judge.assert_same_bits(laid_out(device), laid_out("cpu"))
+    assert_same_bits(laid_out(device), laid_out("cpu"))
 
 
 @each_row
@@ -168,7 +168,7 @@ def test_the_order_of_threads_does_not_matter(device, name):
     row, work = TABLE[name], problem()
     ascending = outcome_on(device, row.make, work, **row.everything)
     _C.simt.set_order(ascending=False)
-    judge.assert_same_bits(outcome_on(device, row.make, work, **row.everything), ascending)
+    assert_same_bits(outcome_on(device, row.make, work, **row.everything), ascending)
 
 
 @pytest.mark.gpu
@@ -178,7 +178,7 @@ def test_large_tensors(device, name):
     row = TABLE[name]
     for shapes in (((2**24 + 3,), (5000, 3001)), ((1000,),) * 3000):
         work = problem(shapes, steps=2)
-        judge.assert_same_bits(
+        assert_same_bits(
             outcome_on(device, row.make, work, **row.everything), judge.result_of(row.make, *work, **row.everything)
         )
 

@@ -5,7 +5,7 @@ import judge
 import pytest
 import torch
 from judge import TABLE
-from steps import SHAPES, assert_near, counts_on_device, here, moved
+from steps import SHAPES, assert_near, assert_same_bits, counts_on_device, here, moved
 
 import trainopt
 
@@ -84,7 +84,7 @@ def test_a_learning_rate_on_the_device_for_a_parameter_on_the_cpu(device, name):
         set_gradients(peers, now)
         optimizer.step()
         truth.step()
-    judge.assert_same_bits(judge.outcome(optimizer, params), judge.outcome(truth, peers))
+    assert_same_bits(judge.outcome(optimizer, params), judge.outcome(truth, peers))
 
 
 # GradScaler -----------------------------------------------------------------------------------------------------------
