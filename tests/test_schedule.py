@@ -565,6 +565,82 @@ def test_a_factor_that_is_not_finite_is_refused():
         schedule.step()
 
 
+BETAS = {
+    "beta2 of 1": ({"beta2": lambda k: 1 + k / 999}, ["beta2", "1.0"]),
+    "beta1 above 1": ({"beta1": lambda k: 1 + k}, ["beta1", "1.8"]),
+    "momentum is beta1": ({"momentum": lambda k: 1 + k}, ["momentum", "1.8"]),
+    "below 0": ({"beta1": lambda k: 1 - 2 * k}, ["beta1", "-0.9"]),
+    "a negative rate": ({"lr": lambda k: 1 - 2 * k}, ["lr", "-0.1"]),
+    "a negative decay": ({"weight_decay": lambda k: 1 - 2 * k}, ["weight_decay", "-0.5"]),
+}
+
+
+@pytest.mark.parametrize("factors, words", BETAS.values(), ids=BETAS)
+@pytest.mark.parametrize("make", [trainopt.AdamW, torch.optim.AdamW], ids=["ours", "torch's"])
+@pytest.mark.parametrize("tensors", [False, True])
+def test_a_value_that_the_option_cannot_have_is_refused(factors, words, make, tensors):
+    betas = (0.9, 0.999)
+    if tensors and make is trainopt.AdamW:
+        betas = tuple(torch.tensor(beta, dtype=torch.float64) for beta in betas)
+    optimizer = make(parameters(), lr=0.1, betas=betas, weight_decay=0.5)
+    schedule = Schedule(optimizer, eps=constant(), **factors)
+    before = copy.deepcopy({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+    optimizer.step()
+    with pytest.raises(ValueError, match="after 1 steps would be") as refusal:
+        schedule.step()
+    assert all(word in str(refusal.value) for word in words), refusal.value
+    assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == before
+    assert schedule.last_epoch == 0
+
+    fresh = make(parameters(), lr=0.1, betas=betas, weight_decay=0.5)
+    groups = [dict(group) for group in fresh.param_groups]
+    with pytest.raises(ValueError, match="after 1 steps would be"):
+        Schedule(fresh, completed=1, **factors)
+    assert fresh.param_groups == groups and "_schedule_watch" not in fresh.__dict__
+    with pytest.raises(ValueError, match="after 1 steps would be"):
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": 1})
+    assert schedule.last_epoch == 0
+
+
+def test_a_beta_that_its_tensor_would_round_to_1_is_refused():
+    optimizer = trainopt.Adam(parameters(), betas=(torch.tensor(0.9), torch.tensor(0.5)))
+    with pytest.raises(ValueError, match="beta2"):
+        Schedule(optimizer, beta2=constant(2 * (1 - 1e-9)))
+    Schedule(trainopt.Adam(parameters(), betas=(0.9, 0.5)), beta2=constant(2 * (1 - 1e-9)))
+
+
+def test_sgds_momentum_may_be_1():
+    optimizer = trainopt.SGD(parameters(), momentum=0.5)
+    Schedule(optimizer, momentum=constant(2.0))
+    assert optimizer.param_groups[0]["momentum"] == 1.0
+
+
+def test_an_option_of_ours_that_no_group_has_yet():
+    optimizer = trainopt.AdamW(parameters())
+    assert "noise" not in optimizer.param_groups[0]
+    schedule = Schedule(optimizer, noise=linear(10), override={"noise": 0.5})
+    for k in range(3):
+        assert optimizer.param_groups[0]["noise"] == 0.5 * linear(10)(k)
+        optimizer.step()
+        schedule.step()
+    optimizer.load_state_dict(trainopt.AdamW(parameters()).state_dict())
+    assert optimizer.param_groups[0]["noise"] == 0.5 * linear(10)(3)
+
+
+@pytest.mark.parametrize("make", [trainopt.AdamW, torch.optim.AdamW], ids=["ours", "torch's"])
+def test_a_groups_lr_scale_is_applied_as_timms_schedulers_do(make):
+    first, second = parameters()
+    optimizer = make([{"params": [first], "lr_scale": 0.5}, {"params": [second]}], lr=0.1)
+    schedule = Schedule(optimizer, lr=linear(10), weight_decay=linear(10))
+    for k in range(3):
+        assert options_of(optimizer, "lr", "weight_decay") == [
+            (0.1 * linear(10)(k) * 0.5, 0.01 * linear(10)(k)),
+            (0.1 * linear(10)(k), 0.01 * linear(10)(k)),
+        ]
+        optimizer.step()
+        schedule.step()
+
+
 @pytest.mark.parametrize(
     "state, words",
     [

@@ -24,6 +24,7 @@ __all__ = [
     "functional",
     "fuse",
     "get_total_norm",
+    "nonfinite_report",
     "param_groups",
     "schedules",
 ]
@@ -42,7 +43,7 @@ try:
         MSELoss,
         SmoothL1Loss,
     )
-    from trainopt.optim import SGD, Adam, AdamW, Schedule, explain, fuse, param_groups
+    from trainopt.optim import SGD, Adam, AdamW, Schedule, explain, fuse, nonfinite_report, param_groups
 except ImportError:
     # Python imports this package before it runs `python -m trainopt` or `trainopt`, which report this very error.
     if not (sys.argv[:1] == ["-m"] and "trainopt" in sys.orig_argv) and Path(sys.argv[0]).stem != "trainopt":

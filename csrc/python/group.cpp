@@ -134,6 +134,7 @@ void Group::refresh(PyObject* dict, const cpu::Rule& rule) {
     PyObject* l1_proximal = key("l1_proximal");
     PyObject* noise = key("noise");
     PyObject* seed = key("seed");
+    PyObject* skip_nonfinite = key("skip_nonfinite");
     PyObject* params = key("params");
   } keys;
   Reader reader(dict);
@@ -151,6 +152,7 @@ void Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   l1 = reader.option(keys.l1, 0);
   l1_proximal = reader.option(keys.l1_proximal, 0) != 0;
   noise = reader.option(keys.noise, 0);
+  skip_nonfinite = reader.option(keys.skip_nonfinite, 0) != 0;
   PyObject* seed_value = reader.find(keys.seed);
   seed = seed_value == nullptr ? 0 : PyLong_AsUnsignedLongLongMask(seed_value);
   if (PyErr_Occurred()) raise_python_error();

@@ -21,7 +21,7 @@ struct DeviceOption {
 // What a group says. All fields are eight bytes wide, so that two groups can be compared as they lie in memory.
 struct GroupValues : Settings {
   double options[kMaxOptions] = {};
-  double differentiable = 0;  // a truth value
+  double differentiable = 0, skip_nonfinite = 0;  // truth values
   int64_t states_needed = 0;
   DeviceOption on_device[cuda::kMaxDeviceNumbers];  // what the host has not read, the first first
 

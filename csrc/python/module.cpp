@@ -155,7 +155,8 @@ PYBIND11_MODULE(_C, m) {
       .def(pybind11::init<const std::string&>(), pybind11::arg("rule"))
       .def("step", &Plan::step, pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),
            pybind11::arg("fresh") = Indices(), pybind11::arg("torchs") = Indices(),
-           pybind11::arg("device_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none())
+           pybind11::arg("device_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
+           pybind11::arg("were_seen") = false)
       .def("paths", &Plan::paths, pybind11::arg("groups"), pybind11::arg("state"));
 #if defined(TRAINOPT_SIMT)
   simt::bind_device(m);

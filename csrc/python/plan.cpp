@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <utility>
 
 #include "python/cuda_device.h"
 #include "python/tensors.h"
@@ -200,6 +201,14 @@ bool Plan::recall(PyObject* groups, PyObject* state, bool* all_next) {
   return all_hold;
 }
 
+// Whether it depends on the gradients' elements what this step is.
+bool Plan::depends_on_gradients(PyObject* state) const {
+  const auto skips = [](const Group& group) { return group.skip_nonfinite != 0; };
+  const auto stands_still = [](const Group& group) { return group.lr == 0 && group.on_device[0].tensor == nullptr; };
+  return std::any_of(groups_.begin(), groups_.end(), skips) ||
+         (PyDict_GET_SIZE(state) == 0 && std::all_of(groups_.begin(), groups_.end(), stands_still));
+}
+
 // A graph that is captured without a parameter's gradient would never step that parameter.
 void Plan::check_capture() const {
   if (batch_.cuda.empty() || !batch_.cuda.is_captured()) return;
@@ -211,22 +220,27 @@ void Plan::check_capture() const {
 
 pybind11::object Plan::step(pybind11::list groups, pybind11::dict state, double gradient_scale, const Indices& fresh,
                             const Indices& torchs, const pybind11::object& device_scale,
-                            const pybind11::object& found_inf) {
+                            const pybind11::object& found_inf, bool were_seen) {
   // Two threads in one optimizer's step race for its values, as with any in-place operation, but not for the plan.
-  if (is_running_) return Plan(rule_.name).step(groups, state, gradient_scale, fresh, torchs, device_scale, found_inf);
+  if (is_running_)
+    return Plan(rule_.name).step(groups, state, gradient_scale, fresh, torchs, device_scale, found_inf, were_seen);
   const DeviceScaling scaling{tensor_or_none(device_scale), tensor_or_none(found_inf)};
   const bool writes_gradient = gradient_scale != 1 || scaling.gradient_scale.defined();
   bool all_next = false;
   if (!writes_gradient && fresh.empty() && torchs.empty() && recall(groups.ptr(), state.ptr(), &all_next)) {
+    if (!were_seen && depends_on_gradients(state.ptr())) return pybind11::bool_(true);
     if (scaling.exists()) return pybind11::bool_(false);
     batch_.prepare_again(gradient_scale, all_next);
   } else {
     Indices missing, rest;
     walk(groups.ptr(), state.ptr(), writes_gradient, fresh, torchs, &missing, &rest);
+    const bool can_recall = std::exchange(can_recall_, false);  // only what has been prepared
+    if (!were_seen && depends_on_gradients(state.ptr())) return pybind11::bool_(true);
     if (scaling.exists() && (!batch_.is_for_devices_alone() || !rest.empty())) return pybind11::bool_(false);
     check_capture();
     if (!missing.empty() || !rest.empty()) return pybind11::make_tuple(missing, rest);
     batch_.prepare(gradient_scale, scaling);
+    can_recall_ = can_recall;
   }
   if (batch_.elements < kReleaseElements && batch_.cuda.empty()) {
     batch_.run();

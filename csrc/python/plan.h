@@ -31,8 +31,13 @@ class Plan {
   // `device_scale` and `found_inf` (float32 tensors of one element on a CUDA device, or None) say the same as
   // `gradient_scale` and a step that is not to be made, without the host's knowing. False where it must know: then
   // nothing has been changed.
+  //
+  // True, and nothing has been changed, if the gradients must be looked at first, unless they `were_seen`: a group
+  // skips steps that are not finite, or there is neither a state nor a learning rate, so that the step may only ask for
+  // states.
   pybind11::object step(pybind11::list groups, pybind11::dict state, double gradient_scale, const Indices& fresh,
-                        const Indices& torchs, const pybind11::object& device_scale, const pybind11::object& found_inf);
+                        const Indices& torchs, const pybind11::object& device_scale, const pybind11::object& found_inf,
+                        bool were_seen);
 
   // The path of every parameter, were it to have an ordinary gradient now.
   std::vector<std::string> paths(pybind11::list groups, pybind11::dict state);
@@ -79,6 +84,7 @@ class Plan {
   void walk(PyObject* groups, PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs,
             Indices* missing, Indices* rest);
   bool lacks_states(const Operands& operands, const Group& group) const;
+  bool depends_on_gradients(PyObject* state) const;
   void check_capture() const;
   void run_unlocked();
 };

@@ -3,6 +3,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/TensorImpl.h>
 
 #include "core/macros.h"
@@ -12,9 +13,12 @@ namespace trainopt::python {
 
 // A dense, real, materialised CPU tensor and nothing else: no subclass with a dispatch of its own, no lazy conjugate or
 // negation, no functorch wrapper. The check is one mask over the dispatch keys: an ordinary tensor has all of them but
-// those that a tensor made in inference mode lacks.
-inline const uint64_t kOrdinaryKeys =
-    at::detail::empty_cpu({0}, at::kFloat).unsafeGetTensorImpl()->key_set().raw_repr();
+// those that a tensor made in inference mode lacks. The mask must have autograd's keys wherever the module was loaded:
+// in inference mode the tensor that it is read from would have none.
+inline const uint64_t kOrdinaryKeys = [] {
+  const c10::InferenceMode off(false);
+  return at::detail::empty_cpu({0}, at::kFloat).unsafeGetTensorImpl()->key_set().raw_repr();
+}();
 
 TRAINOPT_INLINE bool is_plain_cpu(const c10::TensorImpl* tensor) {
   const c10::DispatchKeySet keys = tensor->key_set();

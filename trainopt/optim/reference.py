@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainopt._extension import _C
+from trainopt.optim.extras import extra
 
 if TYPE_CHECKING:
     from trainopt.optim.base import Fused
@@ -50,9 +51,9 @@ def step(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int] 
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(optimizer.defaults["differentiable"]))
         for _, group, param in chosen:
-            if group["l1"] and not group["l1_proximal"]:
+            if extra(group, "l1") and not extra(group, "l1_proximal"):
                 stack.enter_context(_l1_in_gradient(param, group))
-            if not group.get("bias_correction", True):
+            if not extra(group, "bias_correction"):
                 if not optimizer.state[param]:
                     optimizer._start(param, group)
                 stack.enter_context(_steps_long_past(optimizer.state[param]))
@@ -61,9 +62,9 @@ def step(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int] 
         _body_of_torchs_step(type(optimizer))(view)
     with torch.no_grad():
         for index, group, param in chosen:
-            if group["l1"] and group["l1_proximal"]:
+            if extra(group, "l1") and extra(group, "l1_proximal"):
                 _soft_threshold_(param, float(group["lr"]) * float(group["l1"]))
-            if group["noise"]:
+            if extra(group, "noise"):
                 _add_noise_(param, index, group, optimizer.state[param])
 
 
@@ -116,19 +117,21 @@ def _soft_threshold_(param: torch.Tensor, threshold: float) -> None:
 
 def _count_step(optimizer: Any, param: torch.Tensor, group: dict[str, Any]) -> None:
     """For a torch class that counts no steps: counts where trainopt does."""
-    if group["noise"]:
+    if extra(group, "noise"):
         optimizer._start_count(param, group)
     state = optimizer.state.get(param, {})
+    if param in optimizer._unstarted:
+        state.pop("momentum_buffer", None)  # a placeholder: torch's first step makes it
     if "step" in state:
         if state["step"] == 0:
-            state.pop("momentum_buffer", None)  # a placeholder: torch's first step makes it
+            state.pop("momentum_buffer", None)
         state["step"] += 1
 
 
 def _add_noise_(param: torch.Tensor, index: int, group: dict[str, Any], state: dict[str, Any]) -> None:
     target = torch.view_as_real(param) if param.is_complex() else param
     noise = torch.empty(target.shape, dtype=torch.float32)
-    _C.gaussian_(noise, group["seed"], int(state["step"]), index)
+    _C.gaussian_(noise, extra(group, "seed"), int(state["step"]), index)
     noise = noise.to(target.device, target.dtype)
     if placements := getattr(target, "placements", None):  # a DTensor: a rank makes all the noise and keeps its shard
         from torch.distributed.tensor import distribute_tensor
