@@ -14,9 +14,10 @@ from torch.optim import optimizer as torch_optimizer
 from trainopt._extension import _C
 from trainopt.optim import compiled, reference
 from trainopt.optim.nonfinite import NonfiniteReport
+from trainopt.stand_in import StandIn
 
 
-class Fused(torch.optim.Optimizer):
+class Fused(torch.optim.Optimizer, metaclass=StandIn):
     """The mixin that gives torch's optimizer class, next in the order of bases, a fused step.
 
     A class states `_rule`, the engine's rule; `_states`, the names of the param-shaped states in its state dict; and

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
+from trainopt import originals
 from trainopt.optim.adam import Adam
 from trainopt.optim.adamw import AdamW
 from trainopt.optim.base import Fused
 from trainopt.optim.sgd import SGD
 
-_FUSED: dict[type, type[Fused]] = {torch.optim.SGD: SGD, torch.optim.Adam: Adam, torch.optim.AdamW: AdamW}
+_FUSED: dict[type, type[Fused]] = {originals.SGD: SGD, originals.Adam: Adam, originals.AdamW: AdamW}
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> Fused:

@@ -4,7 +4,6 @@ The arithmetic is torch's: the body of `step` of the torch class that an optimiz
 optimizer that holds only the parameters in question. What trainopt adds to torch is done round it, in plain torch.
 """
 
-import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainopt._extension import _C
+from trainopt.originals import STEPS
 
 if TYPE_CHECKING:
     from trainopt.optim.base import Fused
@@ -81,8 +81,7 @@ def _narrowed(chosen: Sequence[Numbered]) -> Iterator[dict[str, Any]]:
 
 def _body_of_torchs_step(cls: type) -> Any:
     """`step` of the first torch class among the bases, without the decorators that hook, profile and set grad mode."""
-    torchs = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim.") and "step" in vars(base))
-    return inspect.unwrap(vars(torchs)["step"])
+    return next(STEPS[base] for base in cls.__mro__ if base in STEPS)
 
 
 @contextmanager
