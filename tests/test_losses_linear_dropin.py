@@ -237,13 +237,13 @@ def test_a_dtensor(tmp_path):
         distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("value", [0, -5])
+@pytest.mark.parametrize("value", [0, -5, 1e6, float("nan"), "1 GB"])
 def test_no_memory(value):
     for call in (
         lambda: functional.linear_cross_entropy(X, W, LABELS, memory_budget=value),
         lambda: trainopt.LinearCrossEntropyLoss(WIDTH, WORDS, memory_budget=value),
     ):
-        with pytest.raises(ValueError, match=rf"memory_budget must be .* greater than 0, not {value}"):
+        with pytest.raises(ValueError, match=rf"memory_budget must be .* greater than 0, not {value!r}"):
             call()
 
 

@@ -16,16 +16,16 @@ def tokens_in_chunk(input: Tensor, linear_weight: Tensor, options: Any, memory_b
 
     torch's options decide where they name a size; "auto" leaves it to the budget.
     """
-    tokens = input.shape[0] if input.dim() == 2 else 1
     method, size = ("auto", None) if options is None else (options.chunking_method, options.batch_chunk_size)
     if method == "auto" and size is None:
-        held = linear_weight.shape[0] * _bytes_of_logit(input, linear_weight)
-        return max((MEMORY_BUDGET if memory_budget is None else memory_budget) // max(held, 1), 1)
+        budget = MEMORY_BUDGET if memory_budget is None else memory_budget
+        return max(budget // (linear_weight.shape[0] * _bytes_of_logit(input, linear_weight)), 1)
     if memory_budget is not None:
         raise ValueError(
             f"memory_budget (={memory_budget!r}) and options (batch_chunk_size={size!r}, chunking_method={method!r})"
             " both say how large a chunk is: pass only one"
         )
+    tokens = input.shape[0] if input.dim() == 2 else 1
     if method in (None, "auto"):
         return max(tokens if size is None else size, 1)
     found = _by_aspect_ratio(method, int(tokens), *linear_weight.shape)
@@ -47,10 +47,11 @@ def _by_aspect_ratio(method: str, tokens: int, classes: int, features: int) -> i
 
 def _bytes_of_logit(input: Tensor, linear_weight: Tensor) -> int:
     """Logits are float32, or float64. On a GPU their gradient is also held in the type of a 16-bit product."""
-    if linear_weight.dtype == torch.float64:
+    if linear_weight.dtype is torch.float64:
         return 8
-    is_lower = linear_weight.dtype in _HALVES or torch.is_autocast_enabled(input.device.type)
-    return 6 if is_lower and input.device.type != "cpu" else 4
+    if input.is_cpu:
+        return 4
+    return 6 if linear_weight.dtype in _HALVES or torch.is_autocast_enabled(input.device.type) else 4
 
 
 def only_torch_honours(options: Any, input: Tensor) -> str:

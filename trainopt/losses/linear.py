@@ -87,8 +87,7 @@ def linear_cross_entropy(
     check_options(z_loss, softcap, empty, memory_budget, out_dtype)
     result = None
     if not is_overridden:
-        check_tensors(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
-        check_gathered(input, linear_weight)
+        check_tensors(*operands)
         if _fit(*operands, ignore_index) and 0 <= label_smoothing <= 1:
             result = dispatch.linear_cross_entropy(
                 *operands,
@@ -101,6 +100,8 @@ def linear_cross_entropy(
                 options,
                 memory_budget,
             )
+        if result is None:
+            check_gathered(input, linear_weight)
     if result is not None:
         result = _rounded(result, input, out_dtype)
     elif z_loss == 0 and softcap is None and empty == "nan" and out_dtype is None and _torchs is not None:
@@ -137,18 +138,19 @@ def check_options(
 ) -> None:
     """ValueError for an option of trainopt's own that is out of its range."""
     check_extras(z_loss, softcap, empty)
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"memory_budget must be a number of bytes greater than 0, not {memory_budget!r}")
+    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
+        raise ValueError(f"memory_budget must be a whole number of bytes greater than 0, not {memory_budget!r}")
     if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
         raise ValueError(f"out_dtype must be a floating dtype, such as torch.float32, or None, not {out_dtype!r}")
 
 
-def check_tensors(**operands: Any) -> None:
+def check_tensors(*operands: Any) -> None:
     """TypeError for an operand that is no Tensor; linear_bias and weight may be None."""
-    for position, (name, operand) in enumerate(operands.items(), 1):
-        if isinstance(operand, Tensor) or (operand is None and name in ("linear_bias", "weight")):
+    for i, operand in enumerate(operands):
+        if isinstance(operand, Tensor) or (operand is None and i > 2):
             continue
-        message = f"linear_cross_entropy(): argument '{name}' (position {position}) must be Tensor, not "
+        name = ("input", "linear_weight", "target", "linear_bias", "weight")[i]
+        message = f"linear_cross_entropy(): argument '{name}' (position {i + 1}) must be Tensor, not "
         message += type(operand).__name__
         if isinstance(operand, nn.Module):
             message += ": of a layer give the tensors, linear_weight=layer.weight and linear_bias=layer.bias"
@@ -188,14 +190,15 @@ def _fit(
     ignore_index: int | None,
 ) -> bool:
     """Whether these are a plain matrix product and its targets; anything else torch takes or refuses."""
-    if input.dim() not in (1, 2) or linear_weight.dim() != 2 or input.shape[-1] != linear_weight.shape[1]:
+    sizes, layer = input.shape, linear_weight.shape
+    if len(layer) != 2 or len(sizes) not in (1, 2) or sizes[-1] != layer[1] or 0 in layer:
         return False
-    rows, classes = input.shape[:-1], linear_weight.shape[:1]
-    if linear_weight.numel() == 0 or any(each is not None and each.shape != classes for each in (linear_bias, weight)):
+    classes = layer[:1]
+    if (linear_bias is not None and linear_bias.shape != classes) or (weight is not None and weight.shape != classes):
         return False
     if target.is_floating_point():
-        return ignore_index is None and target.shape == (*rows, *classes)
-    return target.shape == rows
+        return ignore_index is None and target.shape == sizes[:-1] + classes
+    return target.shape == sizes[:-1]
 
 
 def _rounded(result: Any, input: Tensor, out_dtype: torch.dtype | None) -> Any:
