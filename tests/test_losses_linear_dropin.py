@@ -366,11 +366,11 @@ def test_an_accumulation_that_torch_refuses():
     assert error_of(lambda: call(functional)) == error_of(lambda: call(F)) is not None
 
 
-@has_torchs
-def test_options_that_torch_ignores_with_a_warning():
-    """Where torch stores the logits in spite of them it says so; where we do not, there is nothing to say."""
-    with pytest.warns(UserWarning, match="``options`` ignored"):
-        functional.linear_cross_entropy(X, DEEP, DEEP_LABELS, options=OPTIONS())
+def test_options_that_are_ignored_with_a_warning(fallback):
+    """Where the logits are stored in spite of them, as in torch; where they are not, there is nothing to say."""
+    for extras in ({}, {"z_loss": 0.1}):
+        with pytest.warns(UserWarning, match="``options`` ignored"):
+            functional.linear_cross_entropy(X, DEEP, DEEP_LABELS, options=OPTIONS(), **extras)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         functional.linear_cross_entropy(X, W, LABELS, label_smoothing=0.1, options=OPTIONS())

@@ -12,21 +12,27 @@ import torch.nn.utils.clip_grad  # noqa: F401  (the modules below are imported)
 
 from trainopt import clip, losses, optim, originals
 from trainopt.losses import functional
-from trainopt.originals import LOSSES
+from trainopt.optim.base import Fused
 
-_OPTIMIZERS = {name: getattr(optim, name) for name in ("SGD", "Adam", "AdamW")}
-_LOSS_MODULES = {name: getattr(losses, name) for name in losses.__all__ if name.endswith("Loss")}
-# By module: the names of torch's, each with what takes its place; a name that this torch has not is passed over.
-_PLACES: dict[str, dict[str, Any]] = {
-    "torch.optim": _OPTIMIZERS,
-    **{f"torch.optim.{name.lower()}": {name: ours} for name, ours in _OPTIMIZERS.items()},
-    "torch.nn.functional": {name: getattr(functional, name) for name in LOSSES},
-    # Not in torch.nn.modules.loss, where pickle looks for torch's classes: they call the functions above.
-    "torch.nn": _LOSS_MODULES,
-    "torch.nn.modules": _LOSS_MODULES,
-    "torch.nn.utils": {"clip_grad_norm_": clip.clip_grad_norm_, "get_total_norm": clip.get_total_norm},
-    "torch.nn.utils.clip_grad": {"clip_grad_norm_": clip.clip_grad_norm_, "_get_total_norm": clip.get_total_norm},
-}
+
+def _places() -> dict[str, dict[str, Any]]:
+    """By torch's modules: the names in them, each with what takes its place."""
+    classes = {name: getattr(optim, name) for name in optim.__all__}
+    optimizers = {name: cls for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, Fused)}
+    modules = {name: getattr(losses, name) for name in losses.__all__ if name.endswith("Loss")}
+    return {
+        **{getattr(originals, name).__module__: {name: ours} for name, ours in optimizers.items()},
+        "torch.optim": optimizers,
+        "torch.nn.functional": {name: getattr(functional, name) for name in functional.__all__},
+        # Not in torch.nn.modules.loss, where pickle looks for torch's classes: they call the functions above.
+        "torch.nn": modules,
+        "torch.nn.modules": modules,
+        "torch.nn.utils": {"clip_grad_norm_": clip.clip_grad_norm_, "get_total_norm": clip.get_total_norm},
+        "torch.nn.utils.clip_grad": {"clip_grad_norm_": clip.clip_grad_norm_, "_get_total_norm": clip.get_total_norm},
+    }
+
+
+_PLACES = _places()
 
 
 def _pickled_as(ours: type) -> Callable[[Any], tuple[Any, ...]]:
@@ -39,7 +45,7 @@ def _blank(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _patches: set["Patch"] = set()  # those that have not been undone
 _replaced: list[tuple[ModuleType, str, Any, Any]] = []  # module, name, what stood there, what stands there now
 
@@ -61,7 +67,7 @@ class Patch:
                     module, name, before, ours = _replaced.pop()
                     if vars(module).get(name) is ours:
                         setattr(module, name, before)
-                for name in _OPTIMIZERS:
+                for name in _PLACES["torch.optim"]:
                     copyreg.dispatch_table.pop(getattr(originals, name), None)
 
     def __enter__(self) -> "Patch":
@@ -93,10 +99,10 @@ def patch() -> Patch:
             for place, names in _PLACES.items():
                 module = sys.modules[place]
                 for name, ours in names.items():
-                    if name in vars(module):
+                    if vars(module).get(name, ours) is not ours:
                         _replaced.append((module, name, vars(module)[name], ours))
                         setattr(module, name, ours)
-            for name, ours in _OPTIMIZERS.items():
+            for name, ours in _PLACES["torch.optim"].items():
                 copyreg.pickle(getattr(originals, name), _pickled_as(ours))
         _patches.add(made)
     return made

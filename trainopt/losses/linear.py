@@ -1,5 +1,6 @@
 """The output layer and cross-entropy in one: torch.nn.functional.linear_cross_entropy, without storing the logits."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -121,6 +122,12 @@ def linear_cross_entropy(
             raise ValueError(
                 f"linear_cross_entropy: options with {option} need torch's own chunks, of torch 2.13 or newer, which"
                 " know no z_loss, softcap, empty or out_dtype"
+            )
+        if options is not None:
+            warnings.warn(
+                "linear_cross_entropy: ``options`` ignored; all logits are stored for operands that trainopt's operator"
+                " does not take",
+                stacklevel=2,
             )
         result = reference.linear_cross_entropy(
             *operands, reduction, ignore_index, label_smoothing, z_loss, softcap, empty, out_dtype

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyLoss as TorchsLinearCrossEntropyLoss
     from torch.nn import LinearCrossEntropyOptions as LinearCrossEntropyOptions
 else:
-    TorchsLinearCrossEntropyLoss = originals.LinearCrossEntropyLoss or older_torch.LinearCrossEntropyLoss
-    LinearCrossEntropyOptions = originals.LinearCrossEntropyOptions or older_torch.LinearCrossEntropyOptions
+    TorchsLinearCrossEntropyLoss = getattr(originals, "LinearCrossEntropyLoss", older_torch.LinearCrossEntropyLoss)
+    LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", older_torch.LinearCrossEntropyOptions)
 
 
 class _Ours(metaclass=StandIn):

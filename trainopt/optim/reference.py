@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainopt._extension import _C
-from trainopt.originals import STEPS
+from trainopt.originals import step_of
 
 if TYPE_CHECKING:
     from trainopt.optim.base import Fused
@@ -58,7 +58,7 @@ def step(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int] 
                 stack.enter_context(_steps_long_past(optimizer.state[param]))
             if not optimizer._counts_steps:
                 _count_step(optimizer, param, group)
-        _body_of_torchs_step(type(optimizer))(view)
+        step_of(type(optimizer))(view)
     with torch.no_grad():
         for index, group, param in chosen:
             if group["l1"] and group["l1_proximal"]:
@@ -77,11 +77,6 @@ def _narrowed(chosen: Sequence[Numbered]) -> Iterator[dict[str, Any]]:
             param
         )
     return iter(groups.values())
-
-
-def _body_of_torchs_step(cls: type) -> Any:
-    """`step` of the first torch class among the bases, without the decorators that hook, profile and set grad mode."""
-    return next(STEPS[base] for base in cls.__mro__ if base in STEPS)
 
 
 @contextmanager
