@@ -15,6 +15,7 @@ __all__ = [
     "KLDivLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
+    "LinearCrossEntropyOptions",
     "MSELoss",
     "Schedule",
     "SmoothL1Loss",
@@ -26,6 +27,8 @@ __all__ = [
     "get_total_norm",
     "nonfinite_report",
     "param_groups",
+    "patch",
+    "patched",
     "schedules",
 ]
 
@@ -40,10 +43,12 @@ try:
         KLDivLoss,
         L1Loss,
         LinearCrossEntropyLoss,
+        LinearCrossEntropyOptions,
         MSELoss,
         SmoothL1Loss,
     )
     from trainopt.optim import SGD, Adam, AdamW, Schedule, explain, fuse, nonfinite_report, param_groups
+    from trainopt.patching import patch, patched
 except ImportError:
     # Python imports this package before it runs `python -m trainopt` or `trainopt`, which report this very error.
     if not (sys.argv[:1] == ["-m"] and "trainopt" in sys.orig_argv) and Path(sys.argv[0]).stem != "trainopt":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trainopt._extension import _C
+from trainopt.originals import clip as torchs
 
 _ORDERS = (1.0, 2.0, math.inf)  # any other goes through torch
 
@@ -27,7 +28,7 @@ def _norm(tensors: list[Tensor], order: float, of_gradients: bool) -> tuple[floa
 def _check_finite(total: Tensor, order: float) -> None:
     """Torch's own error for a norm that is infinite or NaN."""
     if not math.isfinite(total.item()):
-        torch.nn.utils.get_total_norm([total], order, error_if_nonfinite=True)
+        torchs._get_total_norm([total], order, error_if_nonfinite=True)
 
 
 def get_total_norm(
@@ -53,7 +54,7 @@ def get_total_norm(
     order = float(norm_type)
     found = _norm(tensors, order, of_gradients=False)
     if found is None:
-        return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+        return torchs._get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     _, total = found
     if error_if_nonfinite:
         _check_finite(total, order)
@@ -92,15 +93,15 @@ def clip_grad_norm_(
         given = list(parameters)
         if not given and isinstance(parameters, GeneratorType):
             # Torch warns of an empty generator, which is nearly always one that has been used up.
-            return torch.nn.utils.clip_grad_norm_((p for p in given), max_norm, norm_type, error_if_nonfinite, foreach)
+            return torchs.clip_grad_norm_((p for p in given), max_norm, norm_type, error_if_nonfinite, foreach)
     order = float(norm_type)
     found = _norm(given, order, of_gradients=True)
     if found is None:
-        return torch.nn.utils.clip_grad_norm_(given, max_norm, norm_type, error_if_nonfinite, foreach)
+        return torchs.clip_grad_norm_(given, max_norm, norm_type, error_if_nonfinite, foreach)
     norm, total = found
     if error_if_nonfinite:
         _check_finite(total, order)
     if not _C.clip_gradients(given, float(max_norm), norm):
         # Gradients that share memory are scaled one after the other: torch's foreach kernels on CUDA race for it.
-        torch.nn.utils.clip_grads_with_norm_(given, max_norm, total, foreach=False)
+        torchs._clip_grads_with_norm_(given, max_norm, total, foreach=False)
     return total

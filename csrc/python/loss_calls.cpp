@@ -24,6 +24,12 @@ bool read(const pybind11::handle& object, OptionalTensor* tensor, const Optional
   return takes(**tensor) && (first == nullptr || !first->has_value() || (*first)->device() == (*tensor)->device());
 }
 
+// Whether it is of a type that the engines store: not of 8 bits, say, for which torch has errors of its own.
+bool is_stored(const OptionalTensor& tensor) {
+  DType dtype;
+  return tensor.has_value() && read_dtype(tensor->unsafeGetTensorImpl(), &dtype);
+}
+
 pybind11::object wrap(const at::Tensor& tensor) {
   return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(tensor));
 }
@@ -33,7 +39,7 @@ pybind11::object pointwise_loss(const std::string& loss, const pybind11::handle&
                                 double parameter) {
   OptionalTensor tensors[4];
   if (!read(input, &tensors[0]) || !read(target, &tensors[1], tensors) || !read(weight, &tensors[2], tensors) ||
-      !read(pos_weight, &tensors[3], tensors) || !tensors[0]->is_floating_point() || !tensors[1]->is_floating_point())
+      !read(pos_weight, &tensors[3], tensors) || !is_stored(tensors[0]) || !is_stored(tensors[1]))
     return pybind11::none();
   static const auto operation = c10::Dispatcher::singleton()
                                     .findSchemaOrThrow("trainopt::pointwise_loss", "")
@@ -53,7 +59,7 @@ pybind11::object cross_entropy(const pybind11::handle& input, const pybind11::ha
                                bool empty_is_zero) {
   OptionalTensor tensors[3];
   if (!read(input, &tensors[0]) || !read(target, &tensors[1], tensors) || !read(weight, &tensors[2], tensors) ||
-      !tensors[0]->is_floating_point())
+      !is_stored(tensors[0]))
     return pybind11::none();
   static const auto operation = c10::Dispatcher::singleton()
                                     .findSchemaOrThrow("trainopt::cross_entropy", "")

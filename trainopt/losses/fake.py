@@ -97,6 +97,11 @@ def _(
     return torch.empty_like(input)
 
 
+def _logits_like(input: Tensor) -> Tensor:
+    """A tensor of the dtype of linear cross-entropy's logits, which its loss has too."""
+    return input.new_empty(0, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+
+
 @torch.library.register_fake("trainopt::linear_cross_entropy")
 def _(
     input: Tensor,
@@ -110,9 +115,9 @@ def _(
     z_loss: float,
     softcap: float,
     empty_is_zero: bool,
-    chunk_bytes: int,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    return _reduced(input, list(input.shape[:-1]), reduction, z_loss)[:2]
+    return _reduced(_logits_like(input), list(input.shape[:-1]), reduction, z_loss)[:2]
 
 
 def _gradients(operands: tuple[Tensor, Tensor, Tensor | None], wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,10 +141,12 @@ def _(
     z_loss: float,
     softcap: float,
     empty_is_zero: bool,
-    chunk_bytes: int,
+    chunk: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *_reduced(input, list(input.shape[:-1]), reduction, z_loss), *_gradients((input, weight, bias), wanted)
+    return *_reduced(_logits_like(input), list(input.shape[:-1]), reduction, z_loss), *_gradients(
+        (input, weight, bias), wanted
+    )
 
 
 @torch.library.register_fake("trainopt::linear_cross_entropy_backward")
@@ -157,7 +164,7 @@ def _(
     z_loss: float,
     softcap: float,
     empty_is_zero: bool,
-    chunk_bytes: int,
+    chunk: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients((input, weight, bias), wanted)

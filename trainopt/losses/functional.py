@@ -5,18 +5,20 @@ subclass, a function transform, an integer) goes through torch's own function in
 """
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import _reduction
-from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from trainopt._extension import _C
 from trainopt.losses import dispatch, reference
-from trainopt.losses.arguments import check_extras, check_linear, number_of
+from trainopt.losses.arguments import check_extras, number_of
 from trainopt.losses.dispatch import alike, fits, is_only_a_mode, needs_no_promotion, overridden, pointwise_loss
+from trainopt.losses.linear import linear_cross_entropy
+from trainopt.originals import functional as F
 
 __all__ = [
     "binary_cross_entropy",
@@ -30,9 +32,6 @@ __all__ = [
     "mse_loss",
     "smooth_l1_loss",
 ]
-
-#: Bytes of logits that linear_cross_entropy holds at a time.
-MEMORY_BUDGET = 32 * 2**20
 
 
 def cross_entropy(
@@ -119,86 +118,6 @@ def cross_entropy(
     if result is None:
         result = reference.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, empty
-        )
-    if not return_z_loss:
-        return result[0] if z_loss else result
-    return result if z_loss else (result, torch.zeros_like(result))
-
-
-def linear_cross_entropy(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    *,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    return_z_loss: bool = False,
-    softcap: float | None = None,
-    empty: str = "nan",
-    memory_budget: int = MEMORY_BUDGET,
-) -> Any:  # a pair with return_z_loss: a union would ask every caller which
-    """cross_entropy(linear(input, weight, bias), target) without the logits of more than a few tokens at a time.
-
-    The logits are made, used and forgotten chunk by chunk, in float32 (float64 for float64 operands); so are the sums
-    over chunks that make the gradients of weight and bias, whatever the dtype. With a reduction to one number forward
-    makes the gradients as well, if any is wanted; otherwise backward makes the logits again. It can be differentiated
-    once: a double backward raises. Tensors that the operator does not take go through torch, with all logits stored.
-
-    Args:
-        input: hidden states, (…, features).
-        weight: of the output layer, (classes, features).
-        target: classes (int64 or uint8), (…), or probabilities, (…, classes).
-        bias: of the output layer, (classes).
-        class_weight: a factor for each class, (classes): cross_entropy's weight.
-        ignore_index, reduction, label_smoothing, z_loss, return_z_loss, softcap, empty: as for cross_entropy.
-        memory_budget: bytes for a chunk of logits; at least one token is taken at a time.
-
-    Raises:
-        IndexError: a class out of range, with its value and position; on a GPU at the next call, see check_targets.
-        ValueError: shapes that do not match; a weight that is empty, flat or a DTensor, with what to gather; or an
-            option out of its range.
-    """
-    operands = (input, weight, target, bias, class_weight)
-    is_overridden = has_torch_function_variadic(*operands)
-    if is_overridden and is_only_a_mode(*operands):
-        return handle_torch_function(
-            linear_cross_entropy,
-            operands,
-            input,
-            weight,
-            target,
-            bias,
-            class_weight=class_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            return_z_loss=return_z_loss,
-            softcap=softcap,
-            empty=empty,
-            memory_budget=memory_budget,
-        )
-    check_extras(z_loss, softcap, empty)
-    check_linear(*operands, memory_budget)
-    result = None
-    if not is_overridden and 0 <= label_smoothing <= 1:
-        result = dispatch.linear_cross_entropy(
-            *operands,
-            number_of(reduction),
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            softcap or 0.0,
-            empty == "zero",
-            memory_budget,
-        )
-    if result is None:
-        result = reference.linear_cross_entropy(
-            *operands, ignore_index, reduction, label_smoothing, z_loss, softcap, empty
         )
     if not return_z_loss:
         return result[0] if z_loss else result
@@ -418,3 +337,9 @@ def _warn_of_mean() -> None:
         "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
         stacklevel=3,
     )
+
+
+# torch.jit.script compiles a function's Python, which ours is not made for: a scripted program calls torch's.
+for _name in __all__:
+    if hasattr(F, _name):
+        vars()[_name].__prepare_scriptable__ = partial(getattr, F, _name)

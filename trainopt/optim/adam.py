@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from trainopt import originals
 from trainopt.optim.base import Fused
 from trainopt.optim.extras import ADAM
 
@@ -19,7 +20,7 @@ class AdamRule(Fused):
         return self._states if group["amsgrad"] else self._states[:2]
 
 
-class Adam(AdamRule, torch.optim.Adam):
+class Adam(AdamRule, originals.Adam):
     """torch.optim.Adam with a fused step.
 
     Every argument, default, error and state key is that of `torch.optim.Adam`. Keyword-only, beyond torch, and in each

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 
+from trainopt import originals
 from trainopt.optim.adam import AdamRule
 
 
-class AdamW(AdamRule, torch.optim.AdamW):
+class AdamW(AdamRule, originals.AdamW):
     """torch.optim.AdamW with a fused step: Adam with decoupled weight decay.
 
     Every argument, default, error and state key is that of `torch.optim.AdamW`. Keyword-only beyond torch:

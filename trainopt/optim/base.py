@@ -22,9 +22,10 @@ from trainopt.optim.finite import found_nonfinite
 from trainopt.optim.names import name_of, names_of
 from trainopt.optim.nonfinite import NonfiniteReport
 from trainopt.optim.record import Record
+from trainopt.stand_in import StandIn
 
 
-class Fused(torch.optim.Optimizer):
+class Fused(torch.optim.Optimizer, metaclass=StandIn):
     """The mixin that gives torch's optimizer class, next in the order of bases, a fused step.
 
     A class states `_rule`, the engine's rule; `_states`, the names of the param-shaped states in its state dict; and

@@ -4,15 +4,14 @@ import inspect
 import warnings
 from typing import Any, TypeVar
 
-import torch
-
+from trainopt import originals
 from trainopt.optim.adam import Adam
 from trainopt.optim.adamw import AdamW
 from trainopt.optim.base import Fused, widen_counts
 from trainopt.optim.sgd import SGD
 from trainopt.optim.wrappers import unwrapped
 
-_FUSED: dict[type, type[Fused]] = {torch.optim.SGD: SGD, torch.optim.Adam: Adam, torch.optim.AdamW: AdamW}
+_FUSED: dict[type, type[Fused]] = {originals.SGD: SGD, originals.Adam: Adam, originals.AdamW: AdamW}
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Any)
 

@@ -4,7 +4,6 @@ The arithmetic is torch's: the body of `step` of the torch class that an optimiz
 optimizer that holds only the parameters in question. What trainopt adds to torch is done round it, in plain torch.
 """
 
-import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ import torch
 
 from trainopt._extension import _C
 from trainopt.optim.extras import extra
+from trainopt.originals import step_of
 
 if TYPE_CHECKING:
     from trainopt.optim.base import Fused
@@ -59,7 +59,7 @@ def step(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int] 
                 stack.enter_context(_steps_long_past(optimizer.state[param]))
             if not optimizer._counts_steps:
                 _count_step(optimizer, param, group)
-        _body_of_torchs_step(type(optimizer))(view)
+        step_of(type(optimizer))(view)
     with torch.no_grad():
         for index, group, param in chosen:
             if extra(group, "l1") and extra(group, "l1_proximal"):
@@ -78,12 +78,6 @@ def _narrowed(chosen: Sequence[Numbered]) -> Iterator[dict[str, Any]]:
             param
         )
     return iter(groups.values())
-
-
-def _body_of_torchs_step(cls: type) -> Any:
-    """`step` of the first torch class among the bases, without the decorators that hook, profile and set grad mode."""
-    torchs = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim.") and "step" in vars(base))
-    return inspect.unwrap(vars(torchs)["step"])
 
 
 @contextmanager

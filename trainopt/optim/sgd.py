@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 
+from trainopt import originals
 from trainopt.optim.base import Fused, new_step_count
 from trainopt.optim.extras import extra
 
 
-class SGD(Fused, torch.optim.SGD):
+class SGD(Fused, originals.SGD):
     """torch.optim.SGD with a fused step: gradient descent with momentum, dampening and Nesterov's form.
 
     Every argument, default, error and state key is that of `torch.optim.SGD`; without momentum and over the full batch

@@ -40,10 +40,14 @@ def default_count(loss: Callable[..., Any]) -> Callable[[Any], Count]:
     if reduction != "mean":
         raise ValueError(f"the loss has reduction {reduction!r}; it must be 'mean', over what it counts")
     function = loss.func if isinstance(loss, functools.partial) else loss
-    ignored = keywords.get("ignore_index", -100 if getattr(function, "__name__", "") in IGNORING else None)
-    if ignored is None:
+    if "ignore_index" not in keywords and getattr(function, "__name__", "") not in IGNORING:
         return samples_in
-    weight = class_weight_of(loss, keywords)
+    ignored = keywords.get("ignore_index")
+    if ignored is None:  # torch's own default where the loss is linear_cross_entropy
+        ignored = -100
+    weight = keywords.get("weight")
+    if weight is None and isinstance(loss, torch.nn.Module):
+        weight = getattr(loss, "weight", None)
 
     def count(target: Any) -> Count:
         if not isinstance(target, Tensor) or target.is_floating_point():
@@ -54,14 +58,6 @@ def default_count(loss: Callable[..., Any]) -> Callable[[Any], Count]:
         return on_host(counted.sum())
 
     return count
-
-
-def class_weight_of(loss: Callable[..., Any], keywords: dict[str, Any]) -> Tensor | None:
-    """A loss's factors for the classes. Where the loss is linear_cross_entropy, `weight` is the output layer's."""
-    if isinstance(loss, torch.nn.Module):
-        return getattr(loss, "class_weight" if hasattr(loss, "class_weight") else "weight", None)
-    weight = keywords.get("class_weight", keywords.get("weight"))
-    return weight if weight is not None and weight.dim() == 1 else None
 
 
 def count_by_shape(count: Callable[[Any], Count], targets: Tensor) -> Callable[[Any], Count]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainopt import originals
 from trainopt._extension import _C
 
 LARGE = 4096  # elements from which on a dot product is quicker than a look at each
@@ -87,7 +88,7 @@ def has_finite_square(gradient: Tensor) -> bool:
 def clip(params: list[Tensor], limit: float, norm: Tensor) -> None:
     """Scales the gradients by min(1, limit / (norm + 1e-6)), torch's formula, without waiting for a device."""
     if not _C.clip_gradients(params, limit, norm.item() if norm.is_cpu else norm):
-        torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
+        originals.clip._clip_grads_with_norm_(params, limit, norm)
 
 
 def _fused_norm(params: list[Tensor], order: float) -> float | Tensor | None:
