@@ -68,9 +68,9 @@ class Fused(torch.optim.Optimizer):
         Returns:
             What `closure` returned, else None.
         """
-        self._opt_called = True
         if torch.compiler.is_compiling():
             return _compiled_step(self, closure)
+        self._opt_called = True  # while tracing, torch 2.11 lets nobody set what is an optimizer's: see `gather`
         if (self._has_hooks() or _C.is_observed()) and type(
             self
         ).step is Fused.step:  # an overriding step has been wrapped by torch already
