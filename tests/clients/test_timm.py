@@ -23,10 +23,8 @@ for side in (TORCH, TRAINOPT):
 def images_model():
     """Without a bias of keys, in float64: its gradient is 0 but for roundings, of which Adam makes whole steps."""
     torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5, qkv_bias=False
-    )
-    return model.double()
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=5, qkv_bias=False, **sizes).double()
 
 
 def train(side, name, model, steps=4, **options):
