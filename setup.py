@@ -54,6 +54,7 @@ SIMD_FLAGS = {
 
 SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
 
+KERNELS = Path("build", "kernels")  # which know no torch: one set of objects for all torches that a tree is built for
 SANITIZED = Path("build", "sanitize")
 EMULATED = Path("build", "emulated", "trainopt")
 
@@ -67,7 +68,8 @@ def fail(message: str) -> NoReturn:
 
 def jobs_at_once() -> int:
     """Compilers that run at a time."""
-    asked = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("MAX_JOBS") or str(usable)
     if not asked.isdecimal() or int(asked) == 0:
         fail(f"MAX_JOBS={asked} is no number of compilers")
     return int(asked)
@@ -144,8 +146,16 @@ def module_flags(torch) -> list[str]:
 
 def choose_cuda(torch) -> tuple[Any, str]:
     """The toolkit for the CUDA kernels; or None, and why they are not built."""
+
+    def seen_by_torch() -> list[str]:
+        if not torch.cuda.is_available():
+            return []
+        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ["{}.{}".format(*capability) for capability in sorted(capabilities)]
+
+    packages = Path(torch.__path__[0]).parent
     try:
-        chosen = toolkit.choose(torch.__version__, torch.version.cuda, Path(torch.__path__[0]).parent, os.environ)
+        chosen = toolkit.choose(torch.__version__, torch.version.cuda, packages, os.environ, seen_by_torch)
     except toolkit.Refused as refused:
         fail(str(refused))
     return (None, chosen) if isinstance(chosen, str) else (chosen, "")
@@ -303,6 +313,7 @@ class BuildExtension(build_ext):
         self.cuda, no_cuda = choose_cuda(self.torch)
         folder = build_folder(self.torch)
         self.toolchain = Compiler(folder)
+        self.kernels = Compiler(KERNELS)
         print(f"trainopt._C for torch {self.torch.__version__}, with {self.toolchain.version}")
         print(f"CUDA kernels: {self.cuda or f'not built ({no_cuda})'}", flush=True)
         self.threaded = self.toolchain.threaded
@@ -342,7 +353,7 @@ class BuildExtension(build_ext):
                 flags = binding_flags(self.torch, self.threaded)
                 jobs.append((compiler, source, flags + (cuda_binding_flags(self.cuda, source) if self.cuda else [])))
             else:
-                jobs.append((self.toolchain, source, kernel_flags(source)))
+                jobs.append((self.kernels, source, kernel_flags(source)))
         target = Path(self.get_ext_fullpath(extension.name))
         made = compiler.link(compile_all(jobs), compiler.folder / target.name, link_flags)
         print(f"{made.name}: {time.monotonic() - start:.0f} s, {made.stat().st_size / 1e6:.1f} MB", flush=True)
@@ -370,8 +381,8 @@ class Emulate(Command):
         ordinary.ensure_finalized()
         ordinary.run()
         torch = import_torch()
-        shared = Compiler(build_folder(torch))
-        own = Compiler(shared.folder / "emulated")
+        kernels_of_cpu = Compiler(KERNELS)
+        own = Compiler(build_folder(torch) / "emulated")
         device, simt, arena = (Path("tests", "simt", f"{name}.cpp") for name in ("device", "simt", "arena"))
         bindings = [*binding_flags(torch, own.threaded), *SIMT_FLAGS, "-DTRAINOPT_WITH_CUDA"]
         kernels = [*sorted(Path("csrc", "cuda").glob("*.cu")), simt, arena]
@@ -379,7 +390,7 @@ class Emulate(Command):
             [
                 *((own, source, bindings) for source in [device, *sources("csrc/python")]),
                 *((own, source, kernel_flags(source) + SIMT_FLAGS) for source in kernels),
-                *((shared, source, kernel_flags(source)) for source in sources("csrc/core", "csrc/cpu")),
+                *((kernels_of_cpu, source, kernel_flags(source)) for source in sources("csrc/core", "csrc/cpu")),
             ]
         )
         name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"

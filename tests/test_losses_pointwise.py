@@ -159,7 +159,11 @@ def test_two_dtypes_are_promoted(name, dtypes):
             ours = partial(getattr(functional, function), reduction=reduction, **options)
             torchs = partial(getattr(F, function), reduction=reduction, **options)
             rounded = [a.to(first), b.to(second)]
-            found, expected = run(ours, rounded), run(torchs, rounded)
+            try:
+                expected = run(torchs, rounded)
+            except RuntimeError as error:  # torch 2.11's mse_loss, going backward
+                pytest.skip(f"torch {torch.__version__} does not promote here: {error}")
+            found = run(ours, rounded)
             truth = run(torchs, [operand.double() for operand in rounded])
             for mine, theirs, true in zip(found, expected, truth, strict=True):
                 assert_no_worse(mine, theirs, true)

@@ -110,8 +110,8 @@ double norm_of_chunk(Norm norm, const TensorView& view, int64_t begin, int64_t e
   return table_in_use->norm_of_chunk(norm, view, begin, end);
 }
 
-void scale(const TensorView& view, int64_t begin, int64_t end, double factor) {
-  table_in_use->scale(view, begin, end, factor);
+void scale(const TensorView& view, int64_t begin, int64_t end, const ClipFactors& factors) {
+  table_in_use->scale(view, begin, end, factors);
 }
 
 const char* name_of(Variant variant) {

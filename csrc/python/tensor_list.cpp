@@ -73,8 +73,8 @@ bool TensorList::share_memory() const {
   return false;
 }
 
-at::ScalarType TensorList::common_dtype() const {
-  at::ScalarType result = c10::typeMetaToScalarType(items[0].tensor->dtype());
+at::ScalarType TensorList::norm_dtype() const {
+  at::ScalarType result = at::kFloat;
   for (const Item& item : items) {
     const at::ScalarType other = c10::typeMetaToScalarType(item.tensor->dtype());
     if (other != result) result = c10::promoteTypes(result, other);

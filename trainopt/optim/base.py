@@ -79,9 +79,9 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
             What `closure` returned, else None.
         """
         # Hooks are given the arguments as they came: ``step()``, ``step(None)`` and ``step(closure=None)`` differ.
-        self._opt_called = True
         if torch.compiler.is_compiling():
             return _compiled_step(self, *args, **kwargs)
+        self._opt_called = True  # while tracing, torch 2.11 lets nobody set what is an optimizer's: see `gather`
         if (self._has_hooks() or _C.is_observed()) and type(
             self
         ).step is Fused.step:  # an overriding step has been wrapped by torch already
