@@ -138,10 +138,11 @@ void columns_forward(const CrossEntropyTask& task, const Columns& logits, const 
   });
   for (int i = 0; i < count; ++i) {
     const int64_t row = first_row + i;
-    const double peak = static_cast<double>(largest[i]), above = __builtin_log(exponentials.total[i]);
-    task.lse[row] = peak + above;
-    double loss = mass.total[i] * above - products.total[i];
-    if (task.labels != nullptr) loss += spike_of(task, row) * (peak - static_cast<double>(label_logit[i]) + above);
+    const double peak = static_cast<double>(largest[i]), log_sum = __builtin_log(exponentials.total[i]);
+    task.lse.peak[row] = peak;
+    task.lse.log_sum[row] = log_sum;
+    double loss = mass.total[i] * log_sum - products.total[i];
+    if (task.labels != nullptr) loss += spike_of(task, row) * ((peak - static_cast<double>(label_logit[i])) + log_sum);
     task.loss[row] = is_ignored(task, row) ? 0 : loss;
   }
 }
@@ -153,7 +154,7 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
   const int width = padded(count);
   ColumnGroup<S> group(task, logits, probabilities, count);
   ColumnTiles<S> gradients(gradient, count);
-  S high[kBlock] = {}, low[kBlock] = {}, upstream[kBlock] = {}, share[kBlock] = {}, spike[kBlock] = {};
+  S peak[kBlock] = {}, log_sums[kBlock] = {}, upstream[kBlock] = {}, share[kBlock] = {}, spike[kBlock] = {};
   ColumnSums<S> mass;
   if (has_mass(task))
     for (int64_t c = 0; c < task.classes; ++c) {
@@ -163,13 +164,14 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
     }
   for (int i = 0; i < count; ++i) {
     const int64_t row = first_row + i;
-    const double lse = task.lse[row], scale = task.scale[row];
+    const double log_sum = task.lse.log_sum[row], scale = task.scale[row];
     const double at_label = spike_of(task, row);
-    high[i] = static_cast<S>(lse);
-    low[i] = static_cast<S>(lse - static_cast<double>(high[i]));
+    peak[i] = static_cast<S>(task.lse.peak[row]);
+    log_sums[i] = static_cast<S>(log_sum);
     upstream[i] = static_cast<S>(scale);
     spike[i] = static_cast<S>(scale * at_label);
-    share[i] = static_cast<S>(scale * (mass.total[i] + at_label) + task.lse_scale[row]);
+    share[i] = static_cast<S>((scale * (mass.total[i] + at_label) + task.lse_scale[row]) *
+                              SoftmaxCrossEntropy::rounding_of<S>(log_sum));
   }
   const Vec<S> cap(static_cast<S>(task.softcap));
   group.for_each_class([&](int64_t c, const S* x, const S* m) {
@@ -182,7 +184,7 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
     S* out = gradients.start_writing(c);
     for (int i = 0; i < width; i += kSize) {
       const Vec<S> tile = load(x + i), masses = m == nullptr ? Vec<S>(S(0)) : load(m + i) * load(upstream + i);
-      Vec<S> slope = SoftmaxCrossEntropy::slope(tile, load(high + i), load(low + i), load(share + i), masses);
+      Vec<S> slope = SoftmaxCrossEntropy::slope(tile, load(peak + i), load(log_sums + i), load(share + i), masses);
       if (task.softcap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(tile, cap);
       if (task.labels != nullptr) slope = slope - load(at_label + i);
       store(out + i, slope);

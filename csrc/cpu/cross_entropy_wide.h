@@ -160,14 +160,15 @@ void wide_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_
       if (count != padded(count)) rows.pad_logits(count, S(0));
       sums.add_masses(x, rows.masses(row, at, count), padded(count));
     });
-    const double lse = static_cast<double>(sums.largest) + __builtin_log(sums.exponentials.total());
-    task.lse[row] = lse;
+    const double peak = static_cast<double>(sums.largest), log_sum = __builtin_log(sums.exponentials.total());
+    task.lse.peak[row] = peak;
+    task.lse.log_sum[row] = log_sum;
     if (is_ignored(task, row)) {
       task.loss[row] = 0;
       continue;
     }
-    double loss = has_mass(task) ? sums.mass * (lse - sums.shift) - sums.mass_times_logit : 0;
-    if (task.labels != nullptr) loss += spike_of(task, row) * (lse - rows.logit(row, task.labels[row]));
+    double loss = has_mass(task) ? sums.mass * log_sum - sums.mass_times_logit : 0;
+    if (task.labels != nullptr) loss += spike_of(task, row) * ((peak - rows.logit(row, task.labels[row])) + log_sum);
     task.loss[row] = loss;
   }
 }
@@ -189,10 +190,12 @@ void wide_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last
   const Vec<S> cap(static_cast<S>(task.softcap));
   for (int64_t row = first_row; row < last_row; ++row) {
     const bool ignored = is_ignored(task, row);
-    const double upstream = task.scale[row], lse = task.lse[row];
+    const double upstream = task.scale[row], log_sum = task.lse.log_sum[row];
     const double spike = upstream * spike_of(task, row);
-    const Vec<S> high(static_cast<S>(lse)), low(static_cast<S>(lse - static_cast<double>(static_cast<S>(lse))));
-    const Vec<S> share(ignored ? S(0) : static_cast<S>(upstream * rows.total_mass(row) + task.lse_scale[row]));
+    const Vec<S> peak(static_cast<S>(task.lse.peak[row])), log_sums(static_cast<S>(log_sum));
+    const Vec<S> share(ignored ? S(0)
+                               : static_cast<S>((upstream * rows.total_mass(row) + task.lse_scale[row]) *
+                                                SoftmaxCrossEntropy::rounding_of<S>(log_sum)));
     const Vec<S> mass_scale(static_cast<S>(upstream));
     rows.for_each_tile([&](int64_t at, int count) {
       const int64_t place = row * task.gradient.stride + at;
@@ -213,7 +216,7 @@ void wide_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last
         for (int i = 0; i < padded(count); i += kSize) {
           const Vec<S> tile = load(x + i);
           const Vec<S> masses = mass == nullptr ? Vec<S>(S(0)) : load(mass + i) * mass_scale;
-          Vec<S> slope = SoftmaxCrossEntropy::slope(tile, high, low, share, masses);
+          Vec<S> slope = SoftmaxCrossEntropy::slope(tile, peak, log_sums, share, masses);
           if (task.softcap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(tile, cap);
           store(out + i, slope);
           ask_ahead(source + i * source_size, target + i * target_size);

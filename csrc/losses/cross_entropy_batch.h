@@ -27,6 +27,17 @@ struct CrossEntropyBatch {
   double softcap;  // 0: none
 };
 
+// The log-sum-exp of each row, peak + log_sum: what is kept from forward to backward. It stays in two parts, for their
+// sum has no digits left for log_sum where logits are large: of 1,000 logits that are all 1e17 it is 1e17, and
+// log(1000), which is their loss, is lost.
+struct LogSumExp {
+  double* peak;     // the largest logit, after the soft cap; -infinity where all are
+  double* log_sum;  // log sum_c e^(x_c - peak)
+
+  TRAINOPT_INLINE double of(int64_t row) const { return peak[row] + log_sum[row]; }
+  LogSumExp from(int64_t row) const { return {peak + row, log_sum + row}; }
+};
+
 TRAINOPT_FUNCTION bool is_ignored(const CrossEntropyBatch& batch, int64_t row) {
   return batch.labels != nullptr && batch.labels[row] == batch.ignore_index;
 }

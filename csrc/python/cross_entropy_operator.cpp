@@ -26,10 +26,10 @@ Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalT
   HostTarget targets(input.sizes(), class_dim, target, weight,
                      {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
   const Logits logits = Logits::of(input, class_dim);
-  at::Tensor lse = at::empty({targets.rows()}, input.options().dtype(at::kDouble));
+  at::Tensor lse = empty_lse(targets.rows(), input.options());
   std::vector<double> loss(targets.rows());
   cpu::CrossEntropyTask task = targets.task(logits);
-  task.lse = lse.mutable_data_ptr<double>();
+  task.lse = lse_in(lse, targets.rows());
   task.loss = loss.data();
   for_each_row(targets.rows(), task.classes, [&](int64_t first, int64_t last) {
     cpu::cross_entropy_forward(input.scalar_type() == at::kDouble, task, first, last);
@@ -85,9 +85,9 @@ void write_gradient(const Given& given, const Logits& logits, const Logits& grad
 #endif
   HostTarget targets(given.input_sizes, given.class_dim, given.target, given.weight, given.options);
   std::vector<double> scale, lse_scale;
-  targets.scales(given.upstream, given.lse.const_data_ptr<double>(), 0, targets.rows(), &scale, &lse_scale);
   cpu::CrossEntropyTask task = targets.task(logits);
-  task.lse = const_cast<double*>(given.lse.const_data_ptr<double>());
+  task.lse = lse_in(given.lse, targets.rows());
+  targets.scales(given.upstream, task.lse, 0, targets.rows(), &scale, &lse_scale);
   task.scale = scale.data();
   task.lse_scale = lse_scale.data();
   task.gradient = gradient.rows;
@@ -139,13 +139,22 @@ at::Tensor backward_in_place(const at::Tensor& upstream, const at::Tensor& input
   return input.detach();
 }
 
+// at::logsumexp over the classes, with a gradient that has all its digits: torch's is e^(x - lse), and where logits are
+// large lse has none left for what is beyond the largest one.
+at::Tensor log_sum_exp(const at::Tensor& x, int64_t class_dim) {
+  if (x.size(class_dim) == 0) return at::logsumexp(x, class_dim);
+  at::Tensor peak = x.detach().amax(class_dim, true);
+  peak = peak.masked_fill(~peak.isfinite(), 0);
+  return peak.squeeze(class_dim) + at::logsumexp(x - peak, class_dim);
+}
+
 // torch's own, with what trainopt adds, for the second derivative.
 at::Tensor torchs(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
                   int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
   const at::Tensor x = softcap == 0 ? input : softcap * at::tanh(input / softcap);
   at::Tensor loss = at::cross_entropy_loss(x, target, weight, reduction, ignore_index, label_smoothing);
   if (z_loss == 0) return loss;
-  at::Tensor z = z_loss * at::logsumexp(x, class_dim_of(x)).square();
+  at::Tensor z = z_loss * log_sum_exp(x, class_dim_of(x)).square();
   if (!target.is_floating_point()) {
     const at::Tensor counted = target.ne(ignore_index);
     z = z.masked_fill(~counted, 0);

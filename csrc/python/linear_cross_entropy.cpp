@@ -131,11 +131,11 @@ void accumulate(const Problem& problem, int64_t first, int64_t count, const at::
 }
 
 // Puts the gradient of a chunk's logits in their place.
-void write_logit_gradient(const Problem& problem, cpu::CrossEntropyTask task, const at::Tensor& upstream, double* lse,
-                          int64_t first, int64_t count) {
+void write_logit_gradient(const Problem& problem, cpu::CrossEntropyTask task, const at::Tensor& upstream,
+                          const LogSumExp& lse, int64_t first, int64_t count) {
   std::vector<double> scale, lse_scale;
   problem.target.scales(upstream, lse, first, count, &scale, &lse_scale);
-  task.lse = lse + first;
+  task.lse = lse.from(first);
   task.scale = scale.data();
   task.lse_scale = lse_scale.data();
   task.gradient = task.logits;
@@ -162,19 +162,19 @@ Six forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor&
   TORCH_CHECK(reduction != kNone || !(wanted[0] || wanted[1] || wanted[2]),
               "gradients come with the forward pass only for a loss that is reduced");
   const Gradients gradients = memory_for(problem, wanted);
-  at::Tensor lse = at::empty({problem.tokens()}, input.options().dtype(at::kDouble));
-  double* lse_data = lse.mutable_data_ptr<double>();
+  at::Tensor lse = empty_lse(problem.tokens(), input.options());
+  const LogSumExp of_rows = lse_in(lse, problem.tokens());
   std::vector<double> loss(problem.tokens());
   const at::Tensor one = at::ones({}, at::kDouble);
   for_each_chunk(problem, [&](cpu::CrossEntropyTask task, int64_t first, int64_t count, const at::Tensor& logits) {
-    task.lse = lse_data + first;
+    task.lse = of_rows.from(first);
     task.loss = loss.data() + first;
     run_rows(problem, task, count, false);
     if (!gradients.any()) return;
-    write_logit_gradient(problem, task, one, lse_data, first, count);
+    write_logit_gradient(problem, task, one, of_rows, first, count);
     accumulate(problem, first, count, logits, gradients);
   });
-  auto [reduced, z] = problem.target.reduce(loss, lse_data, input.sizes().slice(0, input.dim() - 1), input.options());
+  auto [reduced, z] = problem.target.reduce(loss, of_rows, input.sizes().slice(0, input.dim() - 1), input.options());
   auto [of_input, of_weight, of_bias] = finish(gradients, input, weight, bias);
   return {std::move(reduced),  std::move(z),         std::move(lse),
           std::move(of_input), std::move(of_weight), std::move(of_bias)};
@@ -191,10 +191,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& upstre
   const CrossEntropyOptions options{reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero};
   const Problem problem = make_problem(input, weight, target, bias, class_weight, options, chunk_bytes);
   const Gradients gradients = memory_for(problem, wanted);
-  double* lse_data = const_cast<double*>(lse.const_data_ptr<double>());
+  const LogSumExp of_rows = lse_in(lse, problem.tokens());
   for_each_chunk(problem,
                  [&](const cpu::CrossEntropyTask& task, int64_t first, int64_t count, const at::Tensor& logits) {
-                   write_logit_gradient(problem, task, upstream, lse_data, first, count);
+                   write_logit_gradient(problem, task, upstream, of_rows, first, count);
                    accumulate(problem, first, count, logits, gradients);
                  });
   return finish(gradients, input, weight, bias);

@@ -54,12 +54,12 @@ def _(
 
 
 def _reduced(logits_like: Tensor, shape: list[int], reduction: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, z-loss and lse of logits whose shape without classes is `shape`."""
+    """Loss, z-loss and the two parts of the lse of logits whose shape without classes is `shape`."""
     reduced = shape if reduction == NONE else []
     return (
         logits_like.new_empty(reduced),
         logits_like.new_empty(reduced if z_loss != 0 else [0]),
-        logits_like.new_empty([prod(shape)], dtype=torch.float64),
+        logits_like.new_empty([2, prod(shape)], dtype=torch.float64),
     )
 
 

@@ -54,8 +54,8 @@ def cross_entropy(
     """Cross-entropy of logits against classes or probabilities: torch.nn.functional.cross_entropy, and more.
 
     With x the logits of a row, lse = log Σ exp(x) and y its class, the loss is weight[y]·(lse − x[y]); the rest of the
-    formula, with smoothing and probabilities, is torch.nn.CrossEntropyLoss's. Forward keeps one lse a row; backward
-    makes the gradient from the logits in one pass.
+    formula, with smoothing and probabilities, is torch.nn.CrossEntropyLoss's. Forward keeps each row's lse, as its
+    largest logit and what is beyond it; backward makes the gradient from the logits in one pass.
 
     Args:
         input: logits, (C), (N, C) or (N, C, d1, …), with any strides.

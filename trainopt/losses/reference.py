@@ -37,7 +37,7 @@ def cross_entropy(
     counted = _counted_rows(logits, target, ignore_index)
     losses = [loss]
     if z_loss != 0:
-        z = z_loss * logits.logsumexp(_class_dim(logits)).square().where(counted, 0)
+        z = z_loss * _log_sum_exp(logits).square().where(counted, 0)
         if reduction != "none":
             z = z.sum() if reduction == "sum" else z.sum() / counted.sum()
         losses = [loss + z, z.detach()]
@@ -83,6 +83,19 @@ def linear_cross_entropy(
 
 def _class_dim(logits: Tensor) -> int:
     return 0 if logits.dim() == 1 else 1
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """torch.logsumexp over the classes, with a gradient that has all its digits.
+
+    torch's is exp(x − lse), and where logits are large lse has no digits left for what is beyond the largest one.
+    """
+    dim = _class_dim(logits)
+    if logits.shape[dim] == 0:
+        return logits.logsumexp(dim)
+    peak = logits.detach().amax(dim, keepdim=True)
+    peak = peak.where(peak.isfinite(), 0)
+    return peak.squeeze(dim) + (logits - peak).logsumexp(dim)
 
 
 def _counted_rows(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
