@@ -213,6 +213,57 @@ def test_extras(dtype, extras, kind):
         )
 
 
+BY_SOFTCAP = {
+    "rows": lambda x, t, **options: functional.cross_entropy(x, t, **options),
+    "columns": lambda x, t, **options: functional.cross_entropy(x.t().contiguous().t(), t, **options),
+    "a linear layer": lambda x, t, **options: functional.linear_cross_entropy(
+        torch.eye(len(x), dtype=x.dtype), x.t(), t, **options
+    ),
+    "the reference": lambda x, t, **options: by_formula(x, t, None, **options),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("by", "create_graph"),
+    [*((by, False) for by in BY_SOFTCAP), ("rows", True)],
+    ids=[*BY_SOFTCAP, "differentiable twice"],
+)
+def test_soft_caps_beyond_all_numbers(dtype, by, create_graph):
+    """A huge cap caps nothing; a tiny one makes every logit 0, and lets through the gradient of what is 0 already."""
+
+    def gradient(loss, **options):
+        x = logits.clone().requires_grad_()
+        value = loss(x, target, reduction="none", **options)
+        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=create_graph)
+        return value.detach(), slope.detach()
+
+    for count in (5, 100):
+        logits, target = random(3, count, scale=3).to(dtype), classes((3,), count)
+        logits[:, 2] = 0
+        for huge in (1e30, 3e38, 1e39, 1e300, 1.7e308):
+            plain = run(lambda x, t=target: F.cross_entropy(x, t, reduction="sum"), [logits.double()])[1]
+            loss, slope = gradient(BY_SOFTCAP[by], softcap=huge)
+            torch.testing.assert_close(loss, F.cross_entropy(logits.double(), target, reduction="none").to(dtype))
+            torch.testing.assert_close(slope, plain.to(dtype))
+        flat = torch.zeros_like(logits)
+        for tiny in (1e-30, 1e-39, 1e-45, 1e-46, 1e-300, 1e-310, 5e-324):
+            loss, slope = gradient(BY_SOFTCAP[by], softcap=tiny)
+            torch.testing.assert_close(loss, F.cross_entropy(flat.double(), target, reduction="none").to(dtype))
+            (expected,) = run(lambda x, t=target: F.cross_entropy(x, t, reduction="sum"), [flat.double()])[1:]
+            torch.testing.assert_close(slope[:, 2], expected[:, 2].to(dtype))
+            assert slope[:, [0, 1, 3, 4]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_large_soft_cap_keeps_the_digits_of_small_logits(dtype):
+    """x / cap is subnormal there."""
+    logits, cap = random(4, 6) * 1e-4, torch.finfo(dtype).max / 4
+    found = run(lambda x: functional.cross_entropy(x, classes((4,), 6), softcap=cap), [logits.to(dtype)])
+    plain = run(lambda x: functional.cross_entropy(x, classes((4,), 6)), [logits.to(dtype)])
+    assert all(map(torch.equal, found, plain))
+
+
 def test_the_formula_is_what_the_page_says():
     logits, target = problem((6,), "classes", ignored=-100)
     capped = 5 * (logits / 5).tanh()

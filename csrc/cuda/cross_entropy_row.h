@@ -96,7 +96,7 @@ struct Constants {
   double exact_spread;
 
   explicit Constants(const CrossEntropyBatch& batch)
-      : cap(static_cast<S>(batch.softcap)),
+      : cap(softcap_in<S>(batch.softcap)),
         spread(static_cast<S>(spread_of(batch))),
         keep(static_cast<S>(1 - batch.smoothing)),
         has_mass(trainopt::has_mass(batch)),

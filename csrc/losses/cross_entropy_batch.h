@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "core/dtype.h"
 #include "core/macros.h"
@@ -37,6 +38,15 @@ struct LogSumExp {
   TRAINOPT_INLINE double of(int64_t row) const { return peak[row] + log_sum[row]; }
   LogSumExp from(int64_t row) const { return {peak + row, log_sum + row}; }
 };
+
+// A soft cap in the type of the arithmetic; 0: none. One that is larger than all numbers of S leaves every logit as it
+// is. One that is smaller takes all but 0 to what is 0 in S, as the smallest number of S does.
+template <class S>
+TRAINOPT_FUNCTION S softcap_in(double softcap) {
+  constexpr S kLargest = std::numeric_limits<S>::max(), kSmallest = std::numeric_limits<S>::min();
+  if (softcap == 0 || softcap > static_cast<double>(kLargest)) return S(0);
+  return softcap < static_cast<double>(kSmallest) ? kSmallest : static_cast<S>(softcap);
+}
 
 TRAINOPT_FUNCTION bool is_ignored(const CrossEntropyBatch& batch, int64_t row) {
   return batch.labels != nullptr && batch.labels[row] == batch.ignore_index;

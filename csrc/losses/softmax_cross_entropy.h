@@ -21,7 +21,8 @@ struct SoftmaxCrossEntropy {
   // A logit squeezed into (-cap, cap), and the derivative of that.
   template <class T>
   static TRAINOPT_INLINE T capped(T x, T cap) {
-    return cap * hyperbolic_tangent(x / cap);
+    // Far below the cap x stays as it is; x / cap may have lost its digits there.
+    return select_less(magnitude(x), cap * T(0x1p-28f), x, cap * hyperbolic_tangent(x / cap));
   }
   template <class T>
   static TRAINOPT_INLINE T cap_slope(T capped_x, T cap) {

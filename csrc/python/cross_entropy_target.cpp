@@ -74,6 +74,7 @@ CrossEntropyTarget::CrossEntropyTarget(c10::IntArrayRef input_sizes, int64_t cla
       row_sizes_(input_sizes.begin(), input_sizes.end()),
       classes_(input_sizes[class_dim]),
       class_dim_(class_dim) {
+  TORCH_CHECK_VALUE(options.softcap >= 0, "softcap must be at least 0, which is none, not ", options.softcap);
   row_sizes_.erase(row_sizes_.begin() + class_dim);
   rows_ = c10::multiply_integers(row_sizes_);
   if (class_weight.has_value() && class_weight->defined()) {

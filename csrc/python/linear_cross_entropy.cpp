@@ -16,10 +16,19 @@
 #include "python/cross_entropy.h"
 #include "python/cuda_device.h"
 #include "python/fresh_memory.h"
+#include "python/loss_arguments.h"
 
 namespace trainopt::python {
 
-void check_operands(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+void check_operands(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
+                    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& class_weight,
+                    int64_t reduction) {
+  check_arguments({{"input", input},
+                   {"weight", weight},
+                   LossArgument::classes_or_probabilities(target),
+                   {"bias", bias},
+                   {"class_weight", class_weight}});
+  check_reduction(reduction);
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must have shape (classes, width), not ",
                     weight.sizes(), ": where the layer is sharded, gather it whole first (weight.full_tensor())");
   TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == weight.size(1), "input has shape ", input.sizes(),
@@ -27,6 +36,11 @@ void check_operands(const at::Tensor& input, const at::Tensor& weight, const std
   TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias has shape ",
                     bias.has_value() ? bias->sizes() : c10::IntArrayRef(), ", and weight has ", weight.size(0),
                     " rows");
+}
+
+void check_backward(const at::Tensor& upstream, const at::Tensor& input, const at::Tensor& lse, int64_t reduction) {
+  check_arguments({{"input", input}, {"upstream", upstream}, {"lse", lse}});
+  check_upstream(upstream, input.sizes().slice(0, input.dim() - 1), reduction);
 }
 
 c10::DimVector logit_sizes(const at::Tensor& input, const at::Tensor& weight) {
@@ -71,7 +85,7 @@ struct Gradients {
 Problem make_problem(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
                      const OptionalTensor& bias, const OptionalTensor& class_weight, const CrossEntropyOptions& options,
                      int64_t chunk_bytes) {
-  check_operands(input, weight, bias);
+  check_operands(input, weight, target, bias, class_weight, options.reduction);
   const bool wide = input.scalar_type() == at::kDouble;
   const c10::ScalarType dtype = wide ? at::kDouble : at::kFloat;
   const int64_t row_bytes = weight.size(0) * (wide ? 8 : 4);
@@ -190,6 +204,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& upstre
                                                         std::array<bool, 3> wanted) {
   const CrossEntropyOptions options{reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero};
   const Problem problem = make_problem(input, weight, target, bias, class_weight, options, chunk_bytes);
+  check_backward(upstream, input, lse, reduction);
   const Gradients gradients = memory_for(problem, wanted);
   const LogSumExp of_rows = lse_in(lse, problem.tokens());
   for_each_chunk(problem,
@@ -279,7 +294,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     call.gradients.clear();
     if (!found.empty()) {
       for (size_t i = 0; i < found.size(); ++i)
-        if (wanted[i]) found[i].mul_(upstream[0]);
+        if (wanted[i])
+          found[i] = may_write_over(found[i], {&upstream[0]}) ? found[i].mul_(upstream[0]) : found[i] * upstream[0];
     } else {
       const auto present = [](const at::Tensor& tensor) {
         return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;

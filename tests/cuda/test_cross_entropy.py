@@ -147,6 +147,19 @@ def test_extras(device, dtype, kind, extras):
         )
 
 
+@pytest.mark.parametrize("count", [5, 100, 1500])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_soft_caps_beyond_all_numbers(device, dtype, count):
+    logits, target = problem((3,), count=count)
+    logits[:, 2] = 0
+    ours, logits = on(device, functional.cross_entropy), logits.to(dtype)
+    for softcap in (1e39, 1e300, 1e-39, 1e-300):
+        found = run(lambda x, s=softcap: ours(x, target, softcap=s), [logits])
+        expected = run(lambda x, s=softcap: functional.cross_entropy(x, target, softcap=s), [logits])
+        for mine, cpus in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, cpus)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_z_loss_comes_separately(device, reduction):
     logits, target = problem((6,), ignored=-100)

@@ -32,7 +32,7 @@ def cross_entropy(
     if halves and weight is not None:
         weight = weight.float()
     if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+        logits = _capped(logits, softcap)
     loss = F.cross_entropy(logits, target, weight, None, ignore_index, None, reduction, label_smoothing)
     counted = _counted_rows(logits, target, ignore_index)
     losses = [loss]
@@ -83,6 +83,16 @@ def linear_cross_entropy(
 
 def _class_dim(logits: Tensor) -> int:
     return 0 if logits.dim() == 1 else 1
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap·tanh(logits / softcap), or what comes of it where the logits' dtype has no such number as the cap."""
+    if logits.is_floating_point():
+        numbers = torch.finfo(logits.dtype)
+        if softcap > numbers.max:
+            return logits
+        softcap = max(softcap, numbers.tiny)
+    return softcap * torch.tanh(logits / softcap)
 
 
 def _log_sum_exp(logits: Tensor) -> Tensor:
