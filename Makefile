@@ -57,7 +57,7 @@ help:
 	@echo 'make wheel      build a wheel for the torch in $(VENV), into $(DIST)/'
 	@echo 'make cuda-check build with CUDA in $(CUDA_VENV), GPU or not, run the tests there, and build a wheel into dist/cuda/'
 	@echo 'make oldest     run the tests with the oldest torch that trainopt takes, in $(OLDEST_VENV)'
-	@echo 'make sanitize   run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make sanitize   run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, and fuzz the losses'
 	@echo 'make gpu-check  on a machine with a GPU: the four parts below, or those in PARTS'
 	@echo 'make gpu-test       the tests, with a process for each file'
 	@echo 'make gpu-bench      times against torch'
@@ -148,7 +148,7 @@ gpu-sanitize: build $(TOOLS_READY)
 gpu-profile: build $(TOOLS_READY)
 	$(RUN) -m tools.gpu_profile $(GPU) $(ARGS)
 
-sanitize: $(TORCH_READY)
+sanitize: build $(TOOLS_READY)
 	$(RUN) setup.py -q sanitize
 
 clean:

@@ -2,7 +2,8 @@
 
     pip install --no-build-isolation .      into the environment whose torch it is built for
     python setup.py build_ext --inplace     into the source tree; only what has changed is compiled
-    python setup.py sanitize                the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+    python setup.py sanitize                the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the
+                                            losses' operators, called with anything, under the first
     python setup.py emulate                 build/emulated/trainopt, with CUDA kernels that run on the CPU: for tests
 
 Environment: CXX (the compiler), MAX_JOBS (compilers at once), TRAINOPT_CUDA (0 or 1) and what else csrc/cuda/toolkit.py
@@ -56,6 +57,13 @@ SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=address
 
 KERNELS = Path("build", "kernels")  # which know no torch: one set of objects for all torches that a tree is built for
 SANITIZED = Path("build", "sanitize")
+
+# The files of csrc/python that are instrumented in the module whose losses are called with anything.
+FUZZED = {
+    *("clip", "cross_entropy", "cross_entropy_operator", "cross_entropy_target", "fresh_memory", "layout"),
+    *("linear_cross_entropy", "loss_arguments", "loss_calls", "losses", "pointwise_losses", "pointwise_operands"),
+    "tensor_list",
+}
 EMULATED = Path("build", "emulated", "trainopt")
 
 # For the CUDA sources as the SIMT machine of the tests runs them.
@@ -305,6 +313,16 @@ def replace_if_different(target: Path, made: Path) -> None:
     os.replace(fresh, target)
 
 
+def link_package(folder: Path) -> None:
+    """Links to all files of the package but its module, which `folder` has its own of."""
+    files = {file.name for file in Path("trainopt").iterdir() if not file.match("_C.*")} - {"__pycache__"}
+    links = {file.name for file in folder.iterdir() if file.is_symlink()}
+    for name in links - files:
+        folder.joinpath(name).unlink()
+    for name in files - links:
+        folder.joinpath(name).symlink_to(os.path.relpath(Path("trainopt", name), folder))
+
+
 class BuildExtension(build_ext):
     """Builds trainopt._C in build/, where the next build finds what it need not compile again."""
 
@@ -395,15 +413,7 @@ class Emulate(Command):
         )
         name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         replace_if_different(EMULATED / name, own.link(objects, own.folder / name, module_flags(torch)))
-        self.link_files()
-
-    def link_files(self) -> None:
-        files = {file.name for file in Path("trainopt").iterdir() if not file.match("_C.*")} - {"__pycache__"}
-        links = {file.name for file in EMULATED.iterdir() if file.is_symlink()}
-        for name in links - files:
-            EMULATED.joinpath(name).unlink()
-        for name in files - links:
-            EMULATED.joinpath(name).symlink_to(os.path.relpath(Path("trainopt", name), EMULATED))
+        link_package(EMULATED)
 
 
 class Sanitize(Command):
@@ -441,6 +451,41 @@ class Sanitize(Command):
         failed = [program.parent.name for program in programs if subprocess.run([program]).returncode != 0]
         if failed:
             fail(f"failed: {', '.join(failed)}")
+        self.fuzz(engine)
+
+    def fuzz(self, engine: list[Path]) -> None:
+        """Calls the losses with anything, in a module of which they are instrumented.
+
+        Python and torch are not instrumented, so the sanitizer's library has to be loaded before them.
+        """
+        shared, own = Compiler(build_folder(import_torch())), Compiler(SANITIZED / "module")
+        if not own.threaded:
+            print("the module is not fuzzed: its sanitizer is GCC's on Linux")
+            return
+        torch = import_torch()
+        flags, instrumented = binding_flags(torch, own.threaded), [*SANITIZER_FLAGS, "-fno-sanitize=undefined"]
+        objects = compile_all(
+            (own, source, flags + instrumented) if source.stem in FUZZED else (shared, source, flags)
+            for source in sources("csrc/python")
+        )
+        package = SANITIZED / "package" / "trainopt"
+        name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        link_flags = [*module_flags(torch), "-fsanitize=address,undefined"]
+        replace_if_different(package / name, own.link(engine + objects, own.folder / name, link_flags))
+        link_package(package)
+        library = subprocess.run([*own.command, "-print-file-name=libasan.so"], stdout=subprocess.PIPE, text=True)
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": library.stdout.strip(),
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+            "PYTHONPATH": f"{package.parent}:.",
+            "TRAINOPT_FUZZ_EXAMPLES": os.environ.get("TRAINOPT_FUZZ_EXAMPLES", "200"),
+        }
+        # -P: else the package in this directory comes before the instrumented one.
+        tests = "tests/test_losses_fuzz.py"
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+        if subprocess.run(command, env=environment).returncode != 0:
+            fail(f"failed: {tests}, with the losses instrumented")
 
     def compile(self, name: str, files: list[Path], flags: list[str]) -> list[Path]:
         compiler = Compiler(SANITIZED / name)

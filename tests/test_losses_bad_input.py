@@ -1,5 +1,7 @@
 """What the losses say to input that is wrong: torch's own words, or the argument, its value and where."""
 
+import inspect
+import itertools
 import warnings
 
 import pytest
@@ -165,6 +167,12 @@ TORCHS = {
     "no probability": lambda side: side.binary_cross_entropy(X + 1, P),
     "no probability, below": lambda side: side.binary_cross_entropy(X - 1, P),
     "no number": lambda side: side.binary_cross_entropy(X * torch.nan, P),
+    "no probability as target": lambda side: side.binary_cross_entropy(X, P + 7),
+    "no probability as target, below": lambda side: side.binary_cross_entropy(X, P - 1, reduction="none"),
+    "no number as target": lambda side: side.binary_cross_entropy(X, P * torch.nan, reduction="sum"),
+    "no probability among targets": lambda side: side.binary_cross_entropy(X, P.index_fill(1, torch.tensor([2]), 1.5)),
+    "no probability of either": lambda side: side.binary_cross_entropy(X + 1, P + 7),
+    "a weight of 0 on no probability": lambda side: side.binary_cross_entropy(X, P + 7, torch.zeros(5)),
     "weight of a larger shape": lambda side: side.binary_cross_entropy(X, P, torch.ones(3, 4, 5)),
     "weight of a larger shape, logits": lambda side: side.binary_cross_entropy_with_logits(X, P, torch.ones(3, 4, 5)),
     "weight of another shape": lambda side: side.binary_cross_entropy_with_logits(X, P, torch.ones(4)),
@@ -199,6 +207,103 @@ def test_elementwise_mean_is_deprecated_as_in_torch():
     with pytest.warns(UserWarning, match="elementwise_mean"):
         loss = functional.mse_loss(X, P, reduction="elementwise_mean")
     torch.testing.assert_close(loss, F.mse_loss(X, P))
+
+
+# What is no tensor, and no number -------------------------------------------------------------------------------------
+
+TENSORS = {
+    "cross_entropy": {"input": X, "target": LABELS, "weight": torch.ones(5)},
+    "mse_loss": {"input": X, "target": P, "weight": torch.ones(4, 5)},
+    "l1_loss": {"input": X, "target": P, "weight": torch.ones(4, 5)},
+    "smooth_l1_loss": {"input": X, "target": P},
+    "huber_loss": {"input": X, "target": P, "weight": torch.ones(4, 5)},
+    "binary_cross_entropy": {"input": X, "target": P, "weight": torch.ones(5)},
+    "binary_cross_entropy_with_logits": {
+        "input": X,
+        "target": P,
+        "weight": torch.ones(5),
+        "pos_weight": torch.ones(5),
+    },
+    "kl_div": {"input": X.log(), "target": P},
+}
+OPTIONS = {
+    "reduction": ("mean", None, 1, ["mean"], "x"),
+    "ignore_index": (-100, None, 1.5, "x", [1], True),
+    "label_smoothing": (0.1, None, "x", [0.1], torch.tensor(0.1), 1),
+    "beta": (0.5, None, "x", [0.1], torch.tensor(0.5), 1, True, float("nan")),
+    "delta": (0.5, None, "x", [0.1], torch.tensor(0.5), 1, True, float("nan")),
+    "log_target": (True, None, "x", 1),
+    "size_average": (True, "x", 0, []),
+    "reduce": (True, "x", 0, []),
+}
+NO_TENSORS = (None, 1.0, 2, [0.5], (0.5,), "x", {}, object())
+
+
+def outcome(side, name, arguments):
+    """What a loss says, or gives, forward and back."""
+
+    def call():
+        leaves = {key: value.clone().requires_grad_() if value is X else value for key, value in arguments.items()}
+        loss = getattr(side, name)(**leaves)
+        loss.sum().backward()
+        return loss.detach()
+
+    error = error_of(call)
+    return error if error is not None else call()
+
+
+def assert_same_outcome(name, arguments):
+    ours, torchs = (outcome(side, name, arguments) for side in (functional, F))
+    if isinstance(ours, torch.Tensor) and isinstance(torchs, torch.Tensor):
+        torch.testing.assert_close(ours, torchs, equal_nan=True)
+    else:
+        assert ours == torchs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TENSORS)
+def test_what_is_no_tensor(name):
+    tensors = TENSORS[name]
+    for keys in ([key] for key in tensors):
+        for value in NO_TENSORS:
+            assert_same_outcome(name, {**tensors, **dict.fromkeys(keys, value)})
+    for value in NO_TENSORS:
+        assert_same_outcome(name, {**tensors, "input": value, "target": value})
+        assert_same_outcome(name, {**tensors, "input": value, "target": [1]})
+    assert_same_outcome(name, tensors)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TENSORS)
+def test_what_is_no_option(name):
+    accepted = inspect.signature(getattr(F, name)).parameters
+    for key, values in OPTIONS.items():
+        if key in accepted:
+            for value in values:
+                assert_same_outcome(name, {**TENSORS[name], key: value})
+
+
+def test_uint8_classes_where_torch_takes_them():
+    for shape, target in (((4, 5), (4,)), ((5,), ()), ((2, 5, 3), (2, 3)), ((2, 5, 3, 2), (2, 3, 2))):
+        for weight, smoothing in itertools.product((None, torch.ones(5)), (0.0, 0.1)):
+            arguments = {"input": logits(*shape), "target": torch.ones(target, dtype=torch.uint8)}
+            arguments |= {"weight": weight, "label_smoothing": smoothing}
+            assert_same_outcome("cross_entropy", arguments)
+
+
+@pytest.mark.parametrize("left", [0, 8])
+@pytest.mark.parametrize("name", TENSORS)
+def test_memory_that_is_not_there(name, left):
+    """torch's own losses end the process, or read what is not theirs."""
+    for key in TENSORS[name]:
+        if key == "weight" and name in ("mse_loss", "l1_loss", "huber_loss"):
+            continue  # torch's own code
+        tensors = {name: tensor.clone() for name, tensor in TENSORS[name].items() if name == key or name != "weight"}
+        if name not in ("cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits"):
+            tensors.pop("weight", None)
+        tensors[key].untyped_storage().resize_(left)
+        with pytest.raises(RuntimeError, match=f"{key} needs .* bytes of memory, and its storage has {left}"):
+            getattr(functional, name)(**tensors)
 
 
 # trainopt's own options -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "cpu/norm.h"
@@ -101,6 +102,8 @@ pybind11::object wrap(const at::Tensor& tensor) {
 }  // namespace
 
 pybind11::object norm_of(const pybind11::list& tensors, double order, bool of_gradients) {
+  if (order != 1 && order != 2 && !(std::isinf(order) && order > 0))
+    throw pybind11::value_error("norm_of: the order must be 1, 2 or infinity, not " + std::to_string(order));
   const Norm norm = order == 1 ? Norm::kSizes : order == 2 ? Norm::kSquares : Norm::kLargest;
   TensorList list;
   if (!list.collect(tensors, of_gradients, false)) return pybind11::none();

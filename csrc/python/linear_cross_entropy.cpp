@@ -16,10 +16,19 @@
 #include "python/cross_entropy.h"
 #include "python/cuda_device.h"
 #include "python/fresh_memory.h"
+#include "python/loss_arguments.h"
 
 namespace trainopt::python {
 
-void check_operands(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+void check_operands(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
+                    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& class_weight,
+                    int64_t reduction) {
+  check_arguments({{"input", input},
+                   {"weight", weight},
+                   LossArgument::classes_or_probabilities(target),
+                   {"bias", bias},
+                   {"class_weight", class_weight}});
+  check_reduction(reduction);
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must have shape (classes, width), not ",
                     weight.sizes(), ": where the layer is sharded, gather it whole first (weight.full_tensor())");
   TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == weight.size(1), "input has shape ", input.sizes(),
@@ -27,6 +36,11 @@ void check_operands(const at::Tensor& input, const at::Tensor& weight, const std
   TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias has shape ",
                     bias.has_value() ? bias->sizes() : c10::IntArrayRef(), ", and weight has ", weight.size(0),
                     " rows");
+}
+
+void check_backward(const at::Tensor& upstream, const at::Tensor& input, const at::Tensor& lse, int64_t reduction) {
+  check_arguments({{"input", input}, {"upstream", upstream}, {"lse", lse}});
+  check_upstream(upstream, input.sizes().slice(0, input.dim() - 1), reduction);
 }
 
 c10::DimVector logit_sizes(const at::Tensor& input, const at::Tensor& weight) {
@@ -71,7 +85,7 @@ struct Gradients {
 Problem make_problem(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
                      const OptionalTensor& bias, const OptionalTensor& class_weight, const CrossEntropyOptions& options,
                      int64_t chunk) {
-  check_operands(input, weight, bias);
+  check_operands(input, weight, target, bias, class_weight, options.reduction);
   const bool wide = input.scalar_type() == at::kDouble;
   const c10::ScalarType dtype = wide ? at::kDouble : at::kFloat;
   return {input.reshape({-1, weight.size(1)}).to(dtype),
@@ -130,11 +144,11 @@ void accumulate(const Problem& problem, int64_t first, int64_t count, const at::
 }
 
 // Puts the gradient of a chunk's logits in their place.
-void write_logit_gradient(const Problem& problem, cpu::CrossEntropyTask task, const at::Tensor& upstream, double* lse,
-                          int64_t first, int64_t count) {
+void write_logit_gradient(const Problem& problem, cpu::CrossEntropyTask task, const at::Tensor& upstream,
+                          const LogSumExp& lse, int64_t first, int64_t count) {
   std::vector<double> scale, lse_scale;
   problem.target.scales(upstream, lse, first, count, &scale, &lse_scale);
-  task.lse = lse + first;
+  task.lse = lse.from(first);
   task.scale = scale.data();
   task.lse_scale = lse_scale.data();
   task.gradient = task.logits;
@@ -161,20 +175,20 @@ Six forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor&
   TORCH_CHECK(reduction != kNone || !(wanted[0] || wanted[1] || wanted[2]),
               "gradients come with the forward pass only for a loss that is reduced");
   const Gradients gradients = memory_for(problem, wanted);
-  at::Tensor lse = at::empty({problem.tokens()}, input.options().dtype(at::kDouble));
-  double* lse_data = lse.mutable_data_ptr<double>();
+  at::Tensor lse = empty_lse(problem.tokens(), input.options());
+  const LogSumExp of_rows = lse_in(lse, problem.tokens());
   std::vector<double> loss(problem.tokens());
   const at::Tensor one = at::ones({}, at::kDouble);
   for_each_chunk(problem, [&](cpu::CrossEntropyTask task, int64_t first, int64_t count, const at::Tensor& logits) {
-    task.lse = lse_data + first;
+    task.lse = of_rows.from(first);
     task.loss = loss.data() + first;
     run_rows(problem, task, count, false);
     if (!gradients.any()) return;
-    write_logit_gradient(problem, task, one, lse_data, first, count);
+    write_logit_gradient(problem, task, one, of_rows, first, count);
     accumulate(problem, first, count, logits, gradients);
   });
   auto [reduced, z] =
-      problem.target.reduce(loss, lse_data, input.sizes().slice(0, input.dim() - 1), problem.input.options());
+      problem.target.reduce(loss, of_rows, input.sizes().slice(0, input.dim() - 1), problem.input.options());
   auto [of_input, of_weight, of_bias] = finish(gradients, input, weight, bias);
   return {std::move(reduced),  std::move(z),         std::move(lse),
           std::move(of_input), std::move(of_weight), std::move(of_bias)};
@@ -189,11 +203,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& upstre
                                                         bool empty_is_zero, int64_t chunk, std::array<bool, 3> wanted) {
   const CrossEntropyOptions options{reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero};
   const Problem problem = make_problem(input, weight, target, bias, class_weight, options, chunk);
+  check_backward(upstream, input, lse, reduction);
   const Gradients gradients = memory_for(problem, wanted);
-  double* lse_data = const_cast<double*>(lse.const_data_ptr<double>());
+  const LogSumExp of_rows = lse_in(lse, problem.tokens());
   for_each_chunk(problem,
                  [&](const cpu::CrossEntropyTask& task, int64_t first, int64_t count, const at::Tensor& logits) {
-                   write_logit_gradient(problem, task, upstream, lse_data, first, count);
+                   write_logit_gradient(problem, task, upstream, of_rows, first, count);
                    accumulate(problem, first, count, logits, gradients);
                  });
   return finish(gradients, input, weight, bias);
@@ -304,7 +319,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     call.gradients.clear();
     if (!found.empty()) {
       for (size_t i = 0; i < found.size(); ++i)
-        if (wanted[i]) found[i].mul_(upstream[0]);
+        if (wanted[i])
+          found[i] = may_write_over(found[i], {&upstream[0]}) ? found[i].mul_(upstream[0]) : found[i] * upstream[0];
     } else {
       auto [of_input, of_weight, of_bias] = backward_operator().call(
           upstream[0], saved[0], saved[1], saved[2], present(saved[3]), present(saved[4]), saved[5], call.reduction,

@@ -136,8 +136,8 @@ class Gradients {
 Six forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target, const OptionalTensor& bias,
             const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
             double z_loss, double softcap, bool empty_is_zero, int64_t chunk, std::array<bool, 3> wanted) {
+  check_operands(input, weight, target, bias, class_weight, reduction);
   const OnDevice on(input.device());
-  check_operands(input, weight, bias);
   const bool with_gradient = wanted[0] || wanted[1] || wanted[2];
   TORCH_CHECK(reduction != kNone || !with_gradient,
               "gradients come with the forward pass only for a loss that is reduced");
@@ -169,8 +169,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& upstre
                                                         const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
                                                         double label_smoothing, double z_loss, double softcap,
                                                         bool empty_is_zero, int64_t chunk, std::array<bool, 3> wanted) {
+  check_operands(input, weight, target, bias, class_weight, reduction);
+  check_backward(upstream, input, lse, reduction);
   const OnDevice on(input.device());
-  check_operands(input, weight, bias);
   const Problem problem(input, weight, target, bias, class_weight,
                         {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}, chunk);
   DeviceCrossEntropy work(problem.target, input.device(), problem.result, problem.chunk, on.stream);

@@ -17,6 +17,7 @@
 #include "python/clip.h"
 #include "python/cuda_architectures.h"
 #include "python/cuda_device.h"
+#include "python/loss_arguments.h"
 #include "python/loss_calls.h"
 #include "python/losses.h"
 #include "python/plan.h"
@@ -91,6 +92,7 @@ void gaussian_(const pybind11::handle& object, uint64_t seed, uint32_t step, uin
   const at::Tensor& out = THPVariable_Unpack(object.ptr());
   if (!out.device().is_cpu() || out.scalar_type() != at::kFloat || !out.is_contiguous())
     throw pybind11::value_error("gaussian_: the tensor must be a contiguous float32 one on the CPU");
+  check_memory("out", out);
   cpu::gaussian(static_cast<float*>(out.mutable_data_ptr()), 0, out.numel(), seed, step, tensor);
 }
 

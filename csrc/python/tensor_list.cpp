@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "python/cuda_device.h"
+#include "python/loss_arguments.h"
 #include "python/tensors.h"
 
 namespace trainopt::python {
@@ -16,6 +17,7 @@ bool TensorList::add(const at::Tensor& tensor, bool writes) {
   Item item{{}, impl->numel(), impl};
   if (!is_plain_cpu(impl) && !is_plain_cuda(impl)) return false;
   if (!items.empty() && impl->device() != device()) return false;
+  check_memory("a tensor", tensor);
   if (!read_view(impl, writes, &item.view)) return false;
   // The order of elements does not matter, so a dense tensor is one run whatever its strides.
   if (!tensor.is_contiguous() && !tensor.is_non_overlapping_and_dense()) {

@@ -4,19 +4,24 @@ Signatures, results, warnings and errors are torch's. A tensor that the operator
 subclass, a function transform, an integer) goes through torch's own function in the same call.
 """
 
-import warnings
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from trainopt._extension import _C
 from trainopt.losses import dispatch, reference
-from trainopt.losses.arguments import check_extras, number_of
-from trainopt.losses.dispatch import alike, fits, is_only_a_mode, needs_no_promotion, overridden, pointwise_loss
+from trainopt.losses.arguments import (
+    check_extras,
+    is_number,
+    legacy_reduction,
+    number_of,
+    warn_of_broadcasting,
+    warn_of_mean,
+)
+from trainopt.losses.dispatch import alike, fits, is_only_a_mode, is_pair, overridden, pointwise_loss
 from trainopt.losses.linear import linear_cross_entropy
 from trainopt.originals import functional as F
 
@@ -53,8 +58,8 @@ def cross_entropy(
     """Cross-entropy of logits against classes or probabilities: torch.nn.functional.cross_entropy, and more.
 
     With x the logits of a row, lse = log Σ exp(x) and y its class, the loss is weight[y]·(lse − x[y]); the rest of the
-    formula, with smoothing and probabilities, is torch.nn.CrossEntropyLoss's. Forward keeps one lse a row; backward
-    makes the gradient from the logits in one pass.
+    formula, with smoothing and probabilities, is torch.nn.CrossEntropyLoss's. Forward keeps each row's lse, as its
+    largest logit and what is beyond it; backward makes the gradient from the logits in one pass.
 
     Args:
         input: logits, (C), (N, C) or (N, C, d1, …), with any strides.
@@ -98,11 +103,11 @@ def cross_entropy(
             empty=empty,
         )
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     if z_loss != 0 or softcap is not None or empty != "nan":
         check_extras(z_loss, softcap, empty)
     result = None
-    if not is_overridden and 0 <= label_smoothing <= 1:
+    if not is_overridden and is_number(label_smoothing) and 0 <= label_smoothing <= 1:
         result = dispatch.cross_entropy(
             input,
             target,
@@ -112,7 +117,7 @@ def cross_entropy(
             label_smoothing,
             z_loss,
             softcap or 0.0,
-            inplace_backward,
+            bool(inplace_backward),
             empty == "zero",
         )
     if result is None:
@@ -127,8 +132,8 @@ def cross_entropy(
 def check_targets() -> None:
     """Raises if a loss on a GPU has met what it does not take since the last check.
 
-    IndexError for a class out of range in cross_entropy or linear_cross_entropy; RuntimeError for an input of
-    binary_cross_entropy outside of [0, 1].
+    IndexError for a class out of range in cross_entropy or linear_cross_entropy; RuntimeError for an input or a target
+    of binary_cross_entropy outside of [0, 1].
 
     On a GPU nothing waits to see the values: the loss of such a row or element is NaN, so is the gradient of such a
     row, nothing is read by the class, and the next call of one of these losses on that device raises, as does this
@@ -155,7 +160,7 @@ def mse_loss(
     if weight is not None:
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     input, target = _broadcast(input, target)
     loss = pointwise_loss("mse_loss", input, target, None, None, number_of(reduction))
     return F.mse_loss(input, target, reduction=reduction) if loss is None else loss
@@ -178,7 +183,7 @@ def l1_loss(
     if weight is not None:
         return F.l1_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     input, target = _broadcast(input, target)
     loss = pointwise_loss("l1_loss", input, target, None, None, number_of(reduction))
     return F.l1_loss(input, target, reduction=reduction) if loss is None else loss
@@ -200,10 +205,10 @@ def smooth_l1_loss(
     if has_torch_function_variadic(input, target):
         return overridden(smooth_l1_loss, F.smooth_l1_loss, input, target, size_average, reduce, reduction, beta)
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     input, target = _broadcast(input, target)
     loss = None
-    if beta >= 0:
+    if is_number(beta) and beta >= 0:
         name = "smooth_l1_loss" if beta else "l1_loss"
         loss = pointwise_loss(name, input, target, None, None, number_of(reduction), beta)
     return F.smooth_l1_loss(input, target, reduction=reduction, beta=beta) if loss is None else loss
@@ -223,7 +228,7 @@ def huber_loss(
         return F.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
     input, target = _broadcast(input, target)
     loss = None
-    if delta > 0 and needs_no_promotion(target, input):
+    if is_number(delta) and delta > 0 and alike(input, target):
         loss = pointwise_loss("huber_loss", input, target, None, None, number_of(reduction), delta)
     return F.huber_loss(input, target, reduction, delta) if loss is None else loss
 
@@ -238,15 +243,15 @@ def binary_cross_entropy(
 ) -> Tensor:
     """−weight·(target·log(input) + (1 − target)·log(1 − input)): torch.nn.functional.binary_cross_entropy.
 
-    As in torch the logarithms are at least −100, an input outside of [0, 1] is a RuntimeError, on a GPU at the next
-    call (see check_targets), and target must have input's shape. weight broadcasts to it.
+    As in torch the logarithms are at least −100, an input or a target outside of [0, 1] is a RuntimeError, on a GPU at
+    the next call (see check_targets), and target must have input's shape. weight broadcasts to it.
     """
     if has_torch_function_variadic(input, target, weight):
         return overridden(
             binary_cross_entropy, F.binary_cross_entropy, input, target, weight, size_average, reduce, reduction
         )
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     loss = None
     if alike(input, target) and fits(weight, input):
         loss = pointwise_loss("binary_cross_entropy", input, target, weight, None, number_of(reduction))
@@ -280,7 +285,7 @@ def binary_cross_entropy_with_logits(
             pos_weight,
         )
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     if alike(input, target) and fits(weight, input) and fits(pos_weight, input):
         name = "binary_cross_entropy_with_logits"
         loss = pointwise_loss(name, input, target, weight, pos_weight, number_of(reduction))
@@ -305,38 +310,23 @@ def kl_div(
     """
     if has_torch_function_variadic(input, target):
         return overridden(kl_div, F.kl_div, input, target, size_average, reduce, reduction, log_target)
-    if size_average is None and reduce is None:
+    if size_average is None and reduce is None and is_pair(input, target) and isinstance(log_target, bool):
         number = number_of("sum" if reduction == "batchmean" else reduction)
         loss = pointwise_loss("kl_div_log_target" if log_target else "kl_div", input, target, None, None, number)
         if loss is not None:
             if reduction == "mean":
-                _warn_of_mean()
+                warn_of_mean()
             return loss / input.size(0) if reduction == "batchmean" and input.dim() != 0 else loss
     return F.kl_div(input, target, size_average, reduce, reduction, log_target)
 
 
 def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one shape, with torch's warning if they have two, in the name of the caller's caller."""
-    if input.size() == target.size():
+    if target.size() == input.size():
         return input, target
-    warnings.warn(
-        f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
-        "This will likely lead to incorrect results due to broadcasting. "
-        "Please ensure they have the same size.",
-        stacklevel=3,
-    )
+    warn_of_broadcasting(input, target)
     expanded_input, expanded_target = torch.broadcast_tensors(input, target)
     return expanded_input, expanded_target
-
-
-def _warn_of_mean() -> None:
-    """torch's warning, in the name of the caller's caller."""
-    warnings.warn(
-        "reduction: 'mean' divides the total loss by both the batch size and the support size."
-        "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
-        "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
-        stacklevel=3,
-    )
 
 
 # torch.jit.script compiles a function's Python, which ours is not made for: a scripted program calls torch's.

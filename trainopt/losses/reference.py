@@ -34,12 +34,12 @@ def cross_entropy(
     if halves and weight is not None:
         weight = weight.float()
     if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+        logits = _capped(logits, softcap)
     loss = F.cross_entropy(logits, target, weight, None, ignore_index, None, reduction, label_smoothing)
     counted = _counted_rows(logits, target, ignore_index)
     losses = [loss]
     if z_loss != 0:
-        z = z_loss * logits.logsumexp(_class_dim(logits)).square().where(counted, 0)
+        z = z_loss * _log_sum_exp(logits).square().where(counted, 0)
         if reduction != "none":
             z = z.sum() if reduction == "sum" else z.sum() / counted.sum()
         losses = [loss + z, z.detach()]
@@ -114,6 +114,29 @@ def _logits(
 
 def _class_dim(logits: Tensor) -> int:
     return 0 if logits.dim() == 1 else 1
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap·tanh(logits / softcap), or what comes of it where the logits' dtype has no such number as the cap."""
+    if logits.is_floating_point():
+        numbers = torch.finfo(logits.dtype)
+        if softcap > numbers.max:
+            return logits
+        softcap = max(softcap, numbers.tiny)
+    return softcap * torch.tanh(logits / softcap)
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """torch.logsumexp over the classes, with a gradient that has all its digits.
+
+    torch's is exp(x − lse), and where logits are large lse has no digits left for what is beyond the largest one.
+    """
+    dim = _class_dim(logits)
+    if logits.shape[dim] == 0:
+        return logits.logsumexp(dim)
+    peak = logits.detach().amax(dim, keepdim=True)
+    peak = peak.where(peak.isfinite(), 0)
+    return peak.squeeze(dim) + (logits - peak).logsumexp(dim)
 
 
 def _counted_rows(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
