@@ -33,7 +33,7 @@ help:
 	@echo 'make format     let ruff and clang-format rewrite the sources'
 	@echo 'make wheel      build a wheel for the torch in $(VENV), into $(DIST)/'
 	@echo 'make cuda-check build with CUDA in $(CUDA_VENV), GPU or not, run the tests there, and build a wheel into dist/cuda/'
-	@echo 'make sanitize   run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make sanitize   run the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer'
 	@echo 'make gpu-check  on a machine with a GPU: run all tests there, then time it against torch'
 	@echo 'make gpu-sanitize   run the GPU tests under compute-sanitizer'
 	@echo 'make clean      remove what was built'
