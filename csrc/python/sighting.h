@@ -17,12 +17,14 @@ struct SeenTensor {
   const c10::StorageImpl* storage = nullptr;
   const VersionCounter* version = nullptr;
   const void* storage_data = nullptr;
+  size_t storage_bytes = 0;
   int64_t storage_offset = 0;  // in elements
   caffe2::TypeMeta dtype;
 };
 
-// Whether a tensor, of no subclass, has a gradient.
-bool has_gradient(PyObject* param);
+// Of a tensor of Python's, whatever its class.
+const c10::TensorImpl* impl_of(PyObject* tensor);
+const c10::TensorImpl* gradient_of(const c10::TensorImpl* param);  // null if there is none
 
 class Sighting {
  public:
@@ -64,7 +66,7 @@ class Sighting {
 
   // Of the parameter's state dict.
   struct Item {
-    pybind11::object key;  // owned, so that its address stays its own
+    pybind11::object key;  // a string; owned, so that its address stays its own
     PyObject* value;
     Role role;
     SeenTensor tensor;
@@ -79,7 +81,8 @@ class Sighting {
   bool contiguous_ = false;
   c10::SmallVector<Item, 3> items_;
 
-  bool gradient_holds(const c10::TensorImpl* param, const c10::TensorImpl* gradient, cpu::Task* task);
+  bool gradient_holds(const c10::TensorImpl* param, const c10::TensorImpl* gradient, const Batch& batch,
+                      cpu::Task* task);
   bool items_hold(const c10::TensorImpl* param, Entry& entry, bool* all_next) const;
 };
 

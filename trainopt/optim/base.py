@@ -5,7 +5,7 @@ and errors are torch's own. The step is one call into the compiled plan, which r
 parameters that the engine does not take go through torch's own step (`trainopt.optim.reference`) in the same call.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -104,7 +104,8 @@ class Fused(torch.optim.Optimizer):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         scale = 1.0
         if found_inf is not None or grad_scale is not None:
-            if plan is not None and lie_on_device(found_inf, grad_scale) and self._step_unread(grad_scale, found_inf):
+            unread = plan is not None and lie_on_device(found_inf, grad_scale)
+            if unread and self._step_unread(plan, grad_scale, found_inf):
                 return loss
             self._skipped = found_inf is not None and bool(found_inf)
             if self._skipped:
@@ -113,26 +114,27 @@ class Fused(torch.optim.Optimizer):
         else:
             self._skipped = False
         if plan is None:
-            self._step_by_torch(None, scale)
+            reference.step(self, list(self._enumerate()), None, scale)
             self._steps += 1
             return loss
         unfinished = plan.step(self.param_groups, self.state, scale)
-        if unfinished is None or self._finish(unfinished, scale):
+        if unfinished is None or self._finish(plan, unfinished, scale):
             self._steps += 1
         return loss
 
-    def _step_unread(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> bool:
+    def _step_unread(self, plan: Any, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> bool:
         """The step, with GradScaler's scale and flag left on their device; False if the host must read them first."""
-        done = self._plan.step(self.param_groups, self.state, 1.0, (), (), grad_scale, found_inf)
-        if done:
-            missing, _ = done
+        done = plan.step(self.param_groups, self.state, 1.0, (), (), grad_scale, found_inf)
+        if isinstance(done, tuple):
             if self._is_dummy_step():
                 self.init_state()
                 return True
-            params = list(self._enumerate())
-            for index in missing:  # should the device skip this step, the next one is the first
-                self._start_before_first_step(params[index][2], params[index][1])
-            done = self._plan.step(self.param_groups, self.state, 1.0, missing, (), grad_scale, found_inf)
+            groups = list(map(self._snapshot, self.param_groups))
+            params = list(numbered(groups))
+            lacking = [i for i in done[0] if i < len(params) and not self._is_torchs(*params[i][1:])]
+            # Should the device skip this step, the next one is the first.
+            fresh = [i for i in lacking if self._start_before_first_step(params[i][2], params[i][1])]
+            done = plan.step(groups, self.state, 1.0, fresh, (), grad_scale, found_inf)
         if done is not None:
             return False
         self._steps += 1
@@ -142,39 +144,49 @@ class Fused(torch.optim.Optimizer):
             self._skipped_steps = skipped.long() if self._skipped_steps is None else self._skipped_steps.add_(skipped)
         return True
 
-    def _finish(self, unfinished: tuple[list[int], list[int]] | None, scale: float) -> bool:
-        """A step in which states are still to be made, or that torch has a part in; False if it only makes states."""
-        if unfinished and unfinished[0] and self._is_dummy_step():
+    def _finish(self, plan: Any, unfinished: Any, scale: float) -> bool:
+        """A step in which states are still to be made, or that torch has a part in; False if it only makes states.
+
+        It works on the groups as they are at its beginning: what hooks or other threads change meanwhile takes effect
+        at the next step.
+        """
+        if isinstance(unfinished, tuple) and unfinished[0] and self._is_dummy_step():
             self.init_state()
             return False
-        params = list(self._enumerate())
+        groups = list(map(self._snapshot, self.param_groups))
+        params = list(numbered(groups))
+        started: set[int] = set()
         fresh: set[int] = set()
         torchs: set[int] = set()
-        while unfinished is not None:
-            missing, rest = unfinished
-            # torch first: if it refuses a gradient, nothing has been made or changed for the others.
-            self._step_by_torch(rest, scale)
-            for index in missing:
-                if index in fresh:
-                    raise RuntimeError(
-                        f"the state of {self._names()[index]} cannot be made: {self.state[params[index][2]]}"
-                    )
-                self._start(params[index][2], params[index][1])
-            fresh.update(missing)
-            torchs.update(rest)
-            unfinished = self._plan.step(self.param_groups, self.state, scale, sorted(fresh), sorted(torchs))
+        while (unfinished := plan.step(groups, self.state, scale, sorted(fresh), sorted(torchs))) is not None:
+            if unfinished is NotImplemented:  # the states' dict answers by code of its own
+                reference.step(self, params, None, scale)
+                break
+            missing, rest, sharing, doubtful = unfinished
+            odd = [i for i in missing if i in started or self._is_torchs(*params[i][1:])]
+            # torch first: if it refuses anything, nothing has been made or changed for the others.
+            reference.rehearse(self, params, [*doubtful, *odd])
+            reference.step(self, params, sorted({*rest, *odd} - {*sharing}), scale)
+            reference.step(self, params, sharing, scale, plain=True)
+            for index in set(missing).difference(odd):
+                started.add(index)
+                if self._start(params[index][2], params[index][1]):
+                    fresh.add(index)
+            torchs.update(rest, odd)
         return True
 
-    def _step_by_torch(self, indices: Sequence[int] | None, scale: float) -> None:
-        reference.step(self, list(self._enumerate()), indices, scale)
+    def _snapshot(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group as the plan reads it, whatever containers its user has put it in."""
+        copy = {key: group[key] for key in group}
+        copy["params"] = list(group["params"])
+        for key in compiled.pairs(self._rule):
+            if isinstance(copy.get(key), Iterable):
+                copy[key] = tuple(copy[key])
+        return copy
 
     def _enumerate(self) -> Iterator[tuple[int, dict[str, Any], torch.Tensor]]:
         """(index over all groups, group, parameter), in order."""
-        index = 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                yield index, group, param
-                index += 1
+        return numbered(self.param_groups)
 
     # State ------------------------------------------------------------------------------------------------------------
 
@@ -188,9 +200,9 @@ class Fused(torch.optim.Optimizer):
             if param.requires_grad and not self.state.get(param):
                 self._start_before_first_step(param, group)
 
-    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        """Makes the states of a parameter that has none, so that its next step is a first one, whoever takes it."""
-        self._start(param, group)
+    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        """As `_start`, so that the next step is a first one also where it is not this one."""
+        return self._start(param, group)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
         if lists and lists[-1] == compiled.GATHER:
@@ -201,16 +213,22 @@ class Fused(torch.optim.Optimizer):
         """The param-shaped states that a group's options call for."""
         return self._states
 
-    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        """Makes the states that `param` needs for its next step; KeyError where only a part is there, as torch."""
+    def _is_torchs(self, group: dict[str, Any], param: torch.Tensor) -> bool:
+        """Whether a parameter that lacks states has others, which is an error of torch's."""
+        state = self.state.get(param, {})
+        return bool(state) and any(state.get(name) is None for name in ("step", *self._states_needed(group)))
+
+    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        """Makes the states that `param` needs for its next step; whether there were none, so that it is the first."""
         state = self.state[param]
-        needed = self._states_needed(group)
-        if state:
-            raise KeyError(next(name for name in ("step", *needed) if name not in state))
+        is_first = not state
         with torch.no_grad():
-            state["step"] = new_step_count(param, group)
-            for name in needed:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            if is_first:
+                state["step"] = new_step_count(param, group)
+                for name in self._states_needed(group):
+                    state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            reference.widen_count(state, group)
+        return is_first
 
     def _is_dummy_step(self) -> bool:
         """Whether this is a step that only makes states: nothing has a state, no learning rate, no gradient but zeros.
@@ -232,12 +250,29 @@ class Fused(torch.optim.Optimizer):
         parameters and the names are the same in another order, names decide; options that torch's class does not know
         keep their present values if the state dict has none.
         """
+        adapted: dict[str, Any] = {}
+
+        def adapt(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            adapted.update(self._adapt(given))
+            return adapted
+
         # The last of the pre-hooks: whatever form the state dict came in, it has torch's form by then.
-        adapting = self.register_load_state_dict_pre_hook(lambda _, given: self._adapt(given))
+        adapting = self.register_load_state_dict_pre_hook(adapt)
         try:
             super().load_state_dict(state_dict)
         finally:
             adapting.remove()
+        self._restore_counts(adapted)
+
+    def _restore_counts(self, saved: dict[str, Any]) -> None:
+        """Gives counts that noise has made float64 back what torch has rounded to float32 (fused and capturable)."""
+        for saved_group, group in zip(saved["param_groups"], self.param_groups, strict=True):
+            if not group.get("noise"):
+                continue
+            for key, param in zip(saved_group["params"], group["params"], strict=True):
+                count = saved["state"][key].get("step") if key in saved["state"] else None
+                if isinstance(count, torch.Tensor) and count.dtype is torch.float64:
+                    self.state[param]["step"] = count.to(self.state[param]["step"].device, copy=True)
 
     def _adapt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         saved_groups = state_dict["param_groups"]
@@ -352,6 +387,11 @@ def check_extras(options: dict[str, Any]) -> None:
     seed = options["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"Invalid seed value: {seed} (an integer from 0 to 2**64 - 1)")
+
+
+def numbered(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any], torch.Tensor]]:
+    """(index over all groups, group, parameter), in order."""
+    return ((i, *both) for i, both in enumerate((group, param) for group in groups for param in group["params"]))
 
 
 def new_step_count(param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from trainopt.optim.base import Fused, new_step_count
+from trainopt.optim.reference import widen_count
 
 
 class SGD(Fused, torch.optim.SGD):
@@ -64,18 +65,24 @@ class SGD(Fused, torch.optim.SGD):
     def _states_needed(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._states if group["momentum"] != 0 else ()
 
-    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+    def _is_torchs(self, group: dict[str, Any], param: torch.Tensor) -> bool:
+        return False  # torch's SGD makes whatever is missing
+
+    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
         state = self.state[param]
         if group["noise"] != 0:
             self._start_count(param, group)
-        if self._states_needed(group) and state.get("momentum_buffer") is None:
+        is_first = bool(self._states_needed(group)) and state.get("momentum_buffer") is None
+        if is_first:
             state["momentum_buffer"] = torch.zeros_like(param.detach(), memory_format=torch.preserve_format)
+        return is_first
 
     def _start_count(self, param: torch.Tensor, group: dict[str, Any]) -> None:
         """Counts this parameter's steps from now on. torch's SGD does not; the noise depends on the count."""
         state = self.state[param]
         if "step" not in state:
             state["step"] = new_step_count(param, group) + float(state.get("momentum_buffer") is not None)
+        widen_count(state, group)
 
     def init_state(self) -> None:
         for _, group, param in self._enumerate():
@@ -84,8 +91,8 @@ class SGD(Fused, torch.optim.SGD):
 
     init_state.__doc__ = Fused.init_state.__doc__
 
-    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
         # The first step takes the gradient undampened: a count of 0 tells a buffer of zeros that it is a first one.
         if group["dampening"] != 0 and not self.state.get(param):
             self._start_count(param, group)
-        self._start(param, group)
+        return self._start(param, group)
