@@ -41,6 +41,11 @@ bool is_allocated(const c10::StorageImpl* storage) {
   return own != nullptr && storage->data_ptr().get_deleter() == own;
 }
 
+// torch refuses to write to what was made in inference mode outside of that mode.
+bool is_writable(const c10::TensorImpl* tensor) {
+  return counter_of(tensor) != nullptr || c10::InferenceMode::is_enabled();
+}
+
 bool is_alone(const c10::StorageImpl* storage) {
   return c10::raw::intrusive_ptr::use_count(const_cast<c10::StorageImpl*>(storage)) == 1 && is_allocated(storage);
 }
@@ -64,6 +69,10 @@ const char* describe(Path path) {
     case Path::kGradient: return "a gradient that is sparse, lazily computed, or of another device, dtype or shape";
     case Path::kStateForm: return "a state of another device, layout or shape than the parameter";
     case Path::kStateValue: return "a state that is no tensor, or a count of steps below 0";
+    case Path::kPlacement: return "a gradient or a state of another mesh, of other placements or of another class";
+    case Path::kPending:
+      return "a DTensor with a partial placement, a sum that is still to be taken, cannot be stepped in place:"
+             " redistribute it first";
     case Path::kMemory:
       return "memory that is not dense, that another parameter, gradient, state or option shares, or of over 8 "
              "dimensions";
@@ -84,6 +93,8 @@ void Batch::clear() {
   cuda.clear();
   cuda_entries_ = 0;
   layouts_.clear();
+  shard_layouts_.clear();
+  outer_written_.clear();
   elements = 0;
   spans_ = 0;
   owns_written_ = true;
@@ -102,6 +113,8 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
     if (!is_there(state)) return Path::kNoMemory;
   if (group.differentiable != 0) return Path::kDifferentiable;
   if (group.unreadable != 0) return Path::kOptions;
+  if (operands.shard != nullptr && operands.shard->is_pending) return Path::kPending;
+  if (!operands.lies_alike) return Path::kPlacement;
   const bool on_cuda = is_plain_cuda(param);
   if (!on_cuda && !is_plain_cpu(param)) return Path::kDevice;
   const auto is_beside = [&](const c10::TensorImpl* tensor) {
@@ -115,10 +128,11 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
     if (VersionCounter* counter = counter_of(tensor)) {
       *written++ = counter;
     } else {
-      writable = writable && c10::InferenceMode::is_enabled();
+      writable = writable && is_writable(tensor);
     }
   };
   writes(param);
+  for (const c10::TensorImpl* outer : operands.outers) writable = writable && is_writable(outer);
   task->numel = param->numel();
   bool in_order = true;
 
@@ -131,6 +145,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
           at::has_internal_overlap(const_cast<c10::TensorImpl*>(gradient)) != at::MemOverlap::No)
         return Path::kMemory;
       writes(gradient);
+      if (operands.outer_gradient != nullptr) writable = writable && is_writable(operands.outer_gradient);
     }
     in_order = same_order_in_memory(param, gradient);
   }
@@ -169,6 +184,12 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   *written = nullptr;
   if (!writable) return Path::kInference;
 
+  task->shard = nullptr;
+  if (group.noise != 0 && operands.shard != nullptr) {
+    if (!operands.shard->is_block) return Path::kPlacement;
+    if (!lay_shard(*operands.shard, param->sizes(), &shard_layouts_, &task->shard)) return Path::kMemory;
+  }
+
   // Noise belongs to the logical element, whatever the memory format.
   const bool logical_order = group.noise != 0 && !param->is_contiguous();
   if (in_order && !logical_order) return Path::kFused;
@@ -190,6 +211,10 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
     entries.pop_back();
     return path;
   }
+  for (const c10::TensorImpl* outer : operands.outers)
+    if (VersionCounter* counter = counter_of(outer)) outer_written_.push_back(counter);
+  if (writes_gradient && operands.outer_gradient != nullptr)
+    if (VersionCounter* counter = counter_of(operands.outer_gradient)) outer_written_.push_back(counter);
   entry.group = group;
   entry.task = -1;
   entry.first = first;
@@ -375,6 +400,8 @@ void Batch::work(bool counts, bool updates) {
     const auto cut = [&](int64_t count, int64_t at) { return count * at / parts; };
     if (counts)
       for (int64_t i = cut(tensors, part); i < cut(tensors, part + 1); ++i) count_and_tell(entries[i]);
+    if (counts && part == 0)
+      for (VersionCounter* counter : outer_written_) move_on(counter);
     for (int wide = 0; wide < 2 && updates; ++wide) {
       if (tasks[wide].empty()) continue;
       const cpu::Run run{tasks[wide].data(), starts_[wide].data(), tasks[wide].size(), &rule_, wide == 1};

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <deque>
 #include <utility>
@@ -10,6 +11,7 @@
 #include "cpu/engine.h"
 #include "python/cuda_batch.h"
 #include "python/group.h"
+#include "python/layout.h"
 #include "python/version.h"
 
 namespace trainopt::python {
@@ -25,6 +27,8 @@ enum class Path {
   kGradient,
   kStateForm,
   kStateValue,
+  kPlacement,
+  kPending,  // none: there is no step of a sum that is still to be taken
   kMemory,
   kInference,
   kMode,
@@ -36,14 +40,18 @@ using Indices = std::vector<int64_t>;
 
 constexpr int kMaxOperands = kMaxStates + 3;  // parameter, gradient, states, step count
 
-// The tensors of one parameter; null where there is none.
+// The tensors of one parameter; null where there is none. Those of a DTensor are its local tensors.
 struct Operands {
   const c10::TensorImpl* param = nullptr;
   const c10::TensorImpl* gradient = nullptr;
   const c10::TensorImpl* steps = nullptr;
-  const c10::TensorImpl* states[kMaxStates] = {};  // in the rule's order
-  bool states_are_tensors = true;                  // else there is a state that is a subclass of one
-  bool states_are_known = true;                    // else there is a state that is something else
+  const c10::TensorImpl* states[kMaxStates] = {};      // in the rule's order
+  bool states_are_tensors = true;                      // else there is a state that is a subclass of one
+  bool states_are_known = true;                        // else there is a state that is something else
+  const Shard* shard = nullptr;                        // of a DTensor
+  bool lies_alike = true;                              // so do the gradient and the states
+  c10::SmallVector<const c10::TensorImpl*, 0> outers;  // the DTensors that are written to, the parameter first
+  const c10::TensorImpl* outer_gradient = nullptr;
 };
 
 // One parameter in a step.
@@ -132,6 +140,8 @@ class Batch {
   std::vector<cpu::Scalars> scalars_;                                     // of the runs
   std::vector<std::pair<const GroupValues*, const GroupValues*>> alike_;  // different groups in one run
   std::deque<Layout> layouts_;
+  std::deque<ShardLayout> shard_layouts_;
+  std::vector<VersionCounter*> outer_written_;  // of DTensors
 
   std::vector<Span> written_;  // the memory of this step, over that of the last
   size_t spans_ = 0;           // how many are this step's

@@ -123,20 +123,19 @@ bool Plan::lacks_states(const Operands& operands, const Group& group) const {
   return group.noise != 0 && operands.steps->dtype() == caffe2::TypeMeta::Make<float>();
 }
 
-// Notes the memory of a parameter that torch steps.
-void Plan::look_at_rest(PyObject* object, PyObject* param_state, const Group& group, uint32_t tensor,
-                        bool writes_gradient) {
-  if (!THPVariable_Check(object)) return;
-  Operands operands;
-  Sighting().see(object, param_state, state_names_, group.states_needed, &operands);
-  batch_.note_operands(operands, tensor, writes_gradient);
+// Asks Python of the DTensors' specs that the walk has met for the first time. Whether there were any.
+bool Plan::learn() {
+  is_running_ = true;
+  const auto finish = [this](void*) { is_running_ = false; };
+  const std::unique_ptr<void, decltype(finish)> finished(this, finish);
+  return specs_.learn();
 }
 
 // Looks at everything, as if there had been no step before.
 Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs) {
   const bool mode = c10::impl::TorchDispatchModeTLS::any_modes_set();
   bool can_recall = !writes_gradient && torchs.empty();
-  can_recall_ = false;  // until all is seen: there may be an error
+  can_recall_ = has_dtensors_ = false;  // until all is seen: there may be an error
   Unfinished found;
   batch_.clear();
   entries_.clear();
@@ -157,10 +156,10 @@ Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fres
     for (Py_ssize_t i = 0; i < count; ++i, ++tensor) {
       PyObject* object = PySequence_Fast_GET_ITEM(group.params, i);
       Sighting& sighting = sightings_[tensor];
-      const bool is_tensor = THPVariable_CheckExact(object);
+      const bool is_known = THPVariable_CheckExact(object) || is_dtensor(object);
       sighting.see_idle(object);
       places_[tensor] = {object, nullptr, false};
-      if (is_tensor && gradient_of(impl_of(object)) == nullptr) {
+      if (is_known && gradient_of(impl_of(object)) == nullptr) {
         cursor.pass(object);
         continue;
       }
@@ -168,13 +167,17 @@ Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fres
       places_[tensor] = {object, param_state, true};
       if (contains(torchs, tensor)) continue;
       for (const c10::TensorImpl* option : group.tensors) batch_.note_read(option, tensor);
-      if (!is_tensor || mode) {
-        look_at_rest(object, param_state, group, tensor, writes_gradient);
+      Operands operands;
+      const bool is_tensor = THPVariable_Check(object);
+      const bool is_stepped =
+          is_tensor && sighting.see(object, param_state, state_names_, group.states_needed, &specs_, &operands);
+      if (!is_stepped || mode) {
+        if (is_tensor) batch_.note_operands(operands, tensor, writes_gradient);
+        sighting.see_idle(object);
         found.rest.push_back(tensor);
         continue;
       }
-      Operands operands;
-      sighting.see(object, param_state, state_names_, group.states_needed, &operands);
+      has_dtensors_ = has_dtensors_ || operands.shard != nullptr;
       if (!host_knows && !is_plain_cuda(operands.param)) {
         group.read_device_numbers(rule_);
         host_knows = true;
@@ -182,7 +185,7 @@ Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fres
       const bool lacks = lacks_states(operands, group);
       const Path path = lacks ? batch_.announce(operands, group, tensor, writes_gradient)
                               : batch_.add(operands, &group, tensor, contains(fresh, tensor), writes_gradient);
-      TORCH_CHECK(path != Path::kNoMemory, "parameter ", tensor, ": ", describe(path));
+      TORCH_CHECK(path != Path::kNoMemory && path != Path::kPending, "parameter ", tensor, ": ", describe(path));
       if (path != Path::kFused) {
         found.rest.push_back(tensor);
         if (path == Path::kStateValue || (path == Path::kOptions && !is_doubted)) found.doubtful.push_back(tensor);
@@ -226,6 +229,9 @@ bool Plan::same_places(PyObject* state) const {
 // Whether the batch of the last step is this step's too, but for the gradients' memory and the counts.
 bool Plan::recall(PyObject* state, bool* all_next) {
   if (!can_recall_ || c10::impl::TorchDispatchModeTLS::any_modes_set() || !same_places(state)) return false;
+  if (has_dtensors_)
+    for (Sighting& sighting : sightings_)
+      if (!sighting.unwrap()) return false;
   const int64_t count = static_cast<int64_t>(sightings_.size());
   const int64_t parts = count < kFewTensors ? 1 : threads_for(batch_.elements + kTensorElements * count);
   std::atomic<bool> all_hold = true, all_are_next = true;
@@ -265,14 +271,16 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
   const DeviceScaling scaling{number_or_none("device_scale", device_scale), number_or_none("found_inf", found_inf)};
   const bool writes_gradient = gradient_scale != 1 || scaling.gradient_scale.defined();
   bool all_next = false;
+  sort(&fresh);
+  sort(&torchs);
   if (!refresh(groups.ptr(), state.ptr())) return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
-  if (!writes_gradient && fresh.empty() && torchs.empty() && recall(state.ptr(), &all_next)) {
+  const bool is_recalled = !writes_gradient && fresh.empty() && torchs.empty() && recall(state.ptr(), &all_next);
+  if (is_recalled) {
     if (scaling.exists()) return pybind11::bool_(false);
     batch_.prepare_again(gradient_scale, all_next);
   } else {
-    sort(&fresh);
-    sort(&torchs);
     const Unfinished unfinished = walk(state.ptr(), writes_gradient, fresh, torchs);
+    if (learn()) return step(groups, state, gradient_scale, fresh, torchs, device_scale, found_inf);
     if (scaling.exists() && (!batch_.is_for_devices_alone() || !unfinished.rest.empty())) return pybind11::bool_(false);
     check_capture();
     if (!unfinished.empty())
@@ -284,6 +292,7 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
   } else {
     run_unlocked();
   }
+  if (!is_recalled) specs_.forget_unused();
   return pybind11::none();
 }
 
@@ -314,6 +323,7 @@ std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& grou
   if (!refresh(groups.ptr(), state.ptr())) return std::nullopt;
   walk(state.ptr(), false, {}, {});
   can_recall_ = false;
+  if (learn()) return paths(groups, state);
   std::vector<std::string> result;
   StateCursor cursor(entries_);
   uint32_t tensor = 0;
@@ -324,12 +334,12 @@ std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& grou
       Path path = Path::kSubclass;
       if (mode) {
         path = Path::kMode;
-      } else if (THPVariable_CheckExact(object)) {
+      } else if (THPVariable_Check(object)) {
         Operands operands;
         Task task;
         Entry entry;
-        Sighting().see(object, cursor.find(object), state_names_, group.states_needed, &operands);
-        path = batch_.look(operands, group, false, &task, &entry);
+        if (Sighting().see(object, cursor.find(object), state_names_, group.states_needed, &specs_, &operands))
+          path = batch_.look(operands, group, false, &task, &entry);
       }
       if (path == Path::kFused && contains(batch_.sharing(), tensor)) path = Path::kMemory;
       result.emplace_back(describe(path));

@@ -20,6 +20,7 @@
 
 #include "cpu/engine.h"
 #include "python/batch.h"
+#include "python/distributed.h"
 #include "python/group.h"
 #include "python/sighting.h"
 
@@ -86,17 +87,19 @@ class Plan {
   std::vector<Place> places_;                             // of every parameter, in order
   std::vector<std::pair<PyObject*, PyObject*>> entries_;  // of the state dict, in its order
   std::vector<Sighting> sightings_;                       // of every parameter, in order
+  Specs specs_;
   Batch batch_;
   std::vector<c10::Storage> kept_;  // while the interpreter is let go
   std::vector<at::Tensor> kept_options_;
-  bool can_recall_ = false;  // whether the next step can be compared with the last one
-  bool is_running_ = false;  // with the interpreter let go
+  bool has_dtensors_ = false;  // in the last walk
+  bool can_recall_ = false;    // whether the next step can be compared with the last one
+  bool is_running_ = false;    // with the interpreter let go, or Python code asked
 
   bool refresh(PyObject* groups, PyObject* state);
   bool recall(PyObject* state, bool* all_next);
   bool same_places(PyObject* state) const;
   Unfinished walk(PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs);
-  void look_at_rest(PyObject* object, PyObject* param_state, const Group& group, uint32_t tensor, bool writes_gradient);
+  bool learn();
   bool lacks_states(const Operands& operands, const Group& group) const;
   void check_capture() const;
   void run_unlocked();

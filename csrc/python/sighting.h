@@ -5,9 +5,11 @@
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <vector>
 
 #include "python/batch.h"
+#include "python/distributed.h"
 
 namespace trainopt::python {
 
@@ -31,14 +33,17 @@ class Sighting {
   // A parameter that takes no part in the step.
   void see_idle(PyObject* param);
 
-  // Unpacks a parameter, a tensor and of no subclass. `names` are the rule's states, then "step"; the first
-  // `states_needed` count.
-  void see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, int64_t states_needed,
-           Operands* operands);
+  // Unpacks a parameter, a tensor. `names` are the rule's states, then "step"; the first `states_needed` count. False
+  // if the parameter is of a class that the engine knows nothing of; then its own tensors are unpacked all the same.
+  bool see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, int64_t states_needed,
+           Specs* specs, Operands* operands);
 
   // Notes where the memory is, once the batch has taken the parameter as its last entry. False if the next step cannot
   // be compared with this one.
   bool note(const Operands& operands, const Batch& batch);
+
+  // To be called before `still_holds`, by one thread: looks into DTensors. False if they are not those that were noted.
+  bool unwrap() { return distributed_ == nullptr || look_into_dtensors(); }
 
   // Whether everything that a step asks of these objects has the same answer as when they were noted, but for the
   // gradient's memory, which is put into the task, and the count of steps, which is put into the entry; `all_next`
@@ -72,6 +77,17 @@ class Sighting {
     SeenTensor tensor;
   };
 
+  // A DTensor as it was noted, and the tensor that is in it now.
+  struct Outer {
+    PyObject* spec = nullptr;                 // `Specs` owns it
+    const VersionCounter* version = nullptr;  // null: the step does not write to it
+    const c10::TensorImpl* local = nullptr;
+  };
+  struct Distributed {
+    Outer param, gradient;
+    c10::SmallVector<Outer, 3> items;  // as items_
+  };
+
   PyObject* object_ = nullptr;
   PyObject* state_ = nullptr;  // null where there is none
   SeenTensor param_, gradient_;
@@ -80,7 +96,13 @@ class Sighting {
   int64_t entry_ = 0;
   bool contiguous_ = false;
   c10::SmallVector<Item, 3> items_;
+  std::unique_ptr<Distributed> distributed_;  // of a DTensor
 
+  bool is_in_dtensor(size_t item) const;
+  const c10::TensorImpl* tensor_of(size_t item) const;
+  bool see_param(PyObject* param, Specs* specs, Operands* operands);
+  const c10::TensorImpl* see_state(PyObject* value, bool is_count, Specs* specs, Operands* operands);
+  bool look_into_dtensors();
   bool gradient_holds(const c10::TensorImpl* param, const c10::TensorImpl* gradient, const Batch& batch,
                       cpu::Task* task);
   bool items_hold(const c10::TensorImpl* param, Entry& entry, bool* all_next) const;

@@ -85,6 +85,8 @@ def gather(
     if reference.is_forced() or optimizer._is_dummy_step():
         return False
     chosen = [param for param in group["params"] if param.grad is not None]
+    if any(type(param) not in (torch.Tensor, torch.nn.Parameter) for param in chosen):
+        return False  # a DTensor is stepped by what is in it, which the operator does not see
     paths = _C.Plan(optimizer._rule).paths([{**group, "params": chosen}], optimizer.state)
     if paths is None or any(paths):
         return False
