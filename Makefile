@@ -57,7 +57,7 @@ help:
 	@echo 'make wheel      build a wheel for the torch in $(VENV), into $(DIST)/'
 	@echo 'make cuda-check build with CUDA in $(CUDA_VENV), GPU or not, run the tests there, and build a wheel into dist/cuda/'
 	@echo 'make oldest     run the tests with the oldest torch that trainopt takes, in $(OLDEST_VENV)'
-	@echo 'make sanitize   run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, and fuzz the losses'
+	@echo 'make sanitize   run the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer, and fuzz the losses'
 	@echo 'make gpu-check  on a machine with a GPU: the four parts below, or those in PARTS'
 	@echo 'make gpu-test       the tests, with a process for each file'
 	@echo 'make gpu-bench      times against torch'

@@ -2,8 +2,8 @@
 
     pip install --no-build-isolation .      into the environment whose torch it is built for
     python setup.py build_ext --inplace     into the source tree; only what has changed is compiled
-    python setup.py sanitize                the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the
-                                            losses' operators, called with anything, under the first
+    python setup.py sanitize                the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer, and
+                                            the losses' operators, called with anything, under the first
     python setup.py emulate                 build/emulated/trainopt, with CUDA kernels that run on the CPU: for tests
 
 Environment: CXX (the compiler), MAX_JOBS (compilers at once), TRAINOPT_CUDA (0 or 1) and what else csrc/cuda/toolkit.py
@@ -54,6 +54,7 @@ SIMD_FLAGS = {
 }
 
 SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
+THREAD_SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=thread")
 
 KERNELS = Path("build", "kernels")  # which know no torch: one set of objects for all torches that a tree is built for
 SANITIZED = Path("build", "sanitize")
@@ -417,7 +418,7 @@ class Emulate(Command):
 
 
 class Sanitize(Command):
-    description = "build the C++ tests with AddressSanitizer and UndefinedBehaviorSanitizer, and run them"
+    description = "build the C++ tests with Address-, UndefinedBehavior- and ThreadSanitizer, and run them"
     user_options: ClassVar[list] = []
 
     def initialize_options(self) -> None: ...
@@ -425,8 +426,12 @@ class Sanitize(Command):
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        engine = self.compile("cpu", sources("csrc/core", "csrc/cpu"), [])
+        cpu = sources("csrc/core", "csrc/cpu")
+        engine = self.compile("cpu", cpu, [])
+        steps = [source for source in cpu if "loss" not in source.stem]
+        threads = self.compile("threads", [*steps, Path("tests/cpp/threads_test.cpp")], [], THREAD_SANITIZER_FLAGS)
         programs = [
+            self.link("threads", threads, THREAD_SANITIZER_FLAGS),
             *(
                 self.link(test.stem, engine + self.compile(test.stem, [test], []))
                 for test in sorted(Path("tests", "cpp").glob("*_test.cpp"))
@@ -487,12 +492,14 @@ class Sanitize(Command):
         if subprocess.run(command, env=environment).returncode != 0:
             fail(f"failed: {tests}, with the losses instrumented")
 
-    def compile(self, name: str, files: list[Path], flags: list[str]) -> list[Path]:
+    def compile(
+        self, name: str, files: list[Path], flags: list[str], sanitizer: list[str] = SANITIZER_FLAGS
+    ) -> list[Path]:
         compiler = Compiler(SANITIZED / name)
-        return compiler.compile({file: kernel_flags(file) + SANITIZER_FLAGS + flags for file in files})
+        return compiler.compile({file: kernel_flags(file) + sanitizer + flags for file in files})
 
-    def link(self, name: str, objects: list[Path]) -> Path:
-        return Compiler(SANITIZED / name).link(objects, SANITIZED / name / "test", [*SANITIZER_FLAGS, "-pthread"])
+    def link(self, name: str, objects: list[Path], sanitizer: list[str] = SANITIZER_FLAGS) -> Path:
+        return Compiler(SANITIZED / name).link(objects, SANITIZED / name / "test", [*sanitizer, "-pthread"])
 
 
 setup(

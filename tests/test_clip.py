@@ -1,6 +1,7 @@
 """trainopt.clip_grad_norm_ and get_total_norm, judged in float64 and against torch's own behaviour."""
 
 import math
+import threading
 import warnings
 
 import pytest
@@ -444,3 +445,31 @@ def test_the_benchmark_measures_both_cases(capsys):
     clip.main(["--workload", "mlp", "--rounds", "1"])
     printed = capsys.readouterr().out
     assert "mlp, clips" in printed and "mlp, below the limit" in printed
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("left", [0, 35])
+def test_a_gradient_whose_memory_is_gone_is_named(norm_type, left):
+    """torch's own kernels end the process there."""
+    params = [torch.nn.Parameter(torch.ones(9)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones(9)
+    params[1].grad.untyped_storage().resize_(left)
+    with pytest.raises(RuntimeError, match=r"gradient of parameter 1 needs 36 bytes of memory, and its storage has"):
+        trainopt.clip_grad_norm_(params, 1.0, norm_type)
+    assert (params[0].grad == 1).all()
+
+
+def test_gradients_that_go_while_a_large_norm_is_taken():
+    """The norm's dtype was read from the tensors after the interpreter was let go."""
+    for _ in range(3):
+        params = [torch.nn.Parameter(torch.ones(8)) for _ in range(500)] + [torch.nn.Parameter(torch.ones(3_000_000))]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        thread = threading.Thread(target=trainopt.clip_grad_norm_, args=(params, 1e9))
+        thread.start()
+        for p in params:
+            p.grad = None
+        strangers = [torch.zeros(()) for _ in range(1000)]
+        thread.join()
+        assert not any(t._version for t in strangers)

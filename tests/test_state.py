@@ -545,4 +545,5 @@ def test_counts_of_16_bits_are_widened(name, dtype, how):
         other, moved = trainopt.fuse(optimizer), params
     steps(other, moved, range(2))
     for p in moved:
-        assert other.state[p]["step"].dtype is torch.float32 and other.state[p]["step"] == 258
+        wide = torch.float32 if how == "fuse" else torch.float64  # with noise
+        assert other.state[p]["step"].dtype is wide and other.state[p]["step"] == 258

@@ -113,8 +113,9 @@ pybind11::object norm_of(const pybind11::list& tensors, double order, bool of_gr
     return pybind11::make_tuple(wrap(found.exact), wrap(found.rounded));
   }
 #endif
-  const double exact = norm_on_cpu(norm, list);
+  // The tensors may be gone afterwards: while the interpreter is let go, only their memory is kept.
   const at::ScalarType dtype = list.items.empty() ? c10::get_default_dtype_as_scalartype() : list.norm_dtype();
+  const double exact = norm_on_cpu(norm, list);
   return pybind11::make_tuple(exact, wrap(tensor_of(exact, dtype)));
 }
 

@@ -1,9 +1,8 @@
 #include "python/loss_arguments.h"
 
-#include <ATen/EmptyTensor.h>
-
 #include "python/cuda_device.h"
 #include "python/losses.h"
+#include "python/tensors.h"
 
 namespace trainopt::python {
 namespace {
@@ -29,14 +28,8 @@ void check_type(const LossArgument& argument) {
 }  // namespace
 
 void check_memory(const char* name, const at::Tensor& tensor) {
-  const int64_t numel = tensor.numel();
-  if (numel == 0) return;
-  const auto offset = static_cast<size_t>(tensor.storage_offset());
-  const size_t needed = tensor.is_contiguous() ? (offset + static_cast<size_t>(numel)) * tensor.itemsize()
-                                               : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(),
-                                                                                  tensor.itemsize(), offset);
-  const size_t there = tensor.storage().data() == nullptr ? 0 : tensor.storage().nbytes();
-  TORCH_CHECK(needed <= there, name, " needs ", needed, " bytes of memory, and its storage has ", there);
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  TORCH_CHECK(has_memory(impl), name, no_memory(impl));
 }
 
 void check_arguments(std::initializer_list<LossArgument> arguments) {

@@ -17,7 +17,6 @@ bool TensorList::add(const at::Tensor& tensor, bool writes) {
   Item item{{}, impl->numel(), impl};
   if (!is_plain_cpu(impl) && !is_plain_cuda(impl)) return false;
   if (!items.empty() && impl->device() != device()) return false;
-  check_memory("a tensor", tensor);
   if (!read_view(impl, writes, &item.view)) return false;
   // The order of elements does not matter, so a dense tensor is one run whatever its strides.
   if (!tensor.is_contiguous() && !tensor.is_non_overlapping_and_dense()) {
@@ -41,13 +40,13 @@ bool TensorList::collect(const pybind11::list& objects, bool of_gradients, bool 
     PyObject* object = PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(i));
     if (!THPVariable_CheckExact(object)) return false;
     const at::Tensor& tensor = THPVariable_Unpack(object);
-    if (!of_gradients) {
-      if (!add(tensor, writes)) return false;
-      continue;
-    }
     // A plain tensor's gradient may still be of a subclass: that is no plain tensor.
-    const at::Tensor& gradient = tensor.grad();
-    if (gradient.defined() && !add(gradient, writes)) return false;
+    const at::Tensor& item = of_gradients ? tensor.grad() : tensor;
+    if (!item.defined()) continue;
+    const c10::TensorImpl* impl = item.unsafeGetTensorImpl();
+    TORCH_CHECK(!(is_plain_cpu(impl) || is_plain_cuda(impl)) || has_memory(impl),
+                of_gradients ? "the gradient of parameter " : "tensor ", i, no_memory(impl));
+    if (!add(item, writes)) return false;
   }
   return true;
 }

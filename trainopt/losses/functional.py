@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from trainopt._extension import _C
@@ -310,11 +311,14 @@ def kl_div(
     """
     if has_torch_function_variadic(input, target):
         return overridden(kl_div, F.kl_div, input, target, size_average, reduce, reduction, log_target)
+    is_deprecated = size_average is not None or reduce is not None
+    if is_deprecated and is_compiling():  # a compiler cannot trace how torch reads these
+        reduction, size_average, reduce = legacy_reduction(size_average, reduce), None, None
     if size_average is None and reduce is None and is_pair(input, target) and isinstance(log_target, bool):
         number = number_of("sum" if reduction == "batchmean" else reduction)
         loss = pointwise_loss("kl_div_log_target" if log_target else "kl_div", input, target, None, None, number)
         if loss is not None:
-            if reduction == "mean":
+            if reduction == "mean" and not is_deprecated:
                 warn_of_mean()
             return loss / input.size(0) if reduction == "batchmean" and input.dim() != 0 else loss
     return F.kl_div(input, target, size_average, reduce, reduction, log_target)

@@ -6,7 +6,7 @@ parameters that the engine does not take go through torch's own step (`trainopt.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -115,7 +115,8 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         scale = 1.0
         if found_inf is not None or grad_scale is not None:
-            if plan is not None and lie_on_device(found_inf, grad_scale) and self._step_unread(grad_scale, found_inf):
+            unread = plan is not None and lie_on_device(found_inf, grad_scale)
+            if unread and self._step_unread(plan, grad_scale, found_inf):
                 return loss
             record.skipped = found_inf is not None and bool(found_inf)
             if record.skipped:
@@ -129,15 +130,15 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
             unfinished = plan.step(self.param_groups, self.state, scale, self._indices_unstarted())
         else:
             unfinished = plan.step(self.param_groups, self.state, scale)
-        if unfinished is True:
-            unfinished = self._look_and_step(scale)
-        if unfinished is None or (unfinished is not False and self._finish(unfinished, scale)):
+        if unfinished is True or unfinished is NotImplemented:
+            unfinished = self._look_and_step(plan, scale)
+        if unfinished is None or (unfinished is not False and self._finish(plan, scale)):
             record.steps += 1
             if self._unstarted:
                 self._unstarted = {param for param in self._unstarted if param.grad is None}
         return loss
 
-    def _look_and_step(self, scale: float) -> Any:
+    def _look_and_step(self, plan: Any, scale: float) -> Any:
         """The step, where it depends on the gradients' elements what it is: as `Plan.step` says how far it came.
 
         False if it was not to be made, or if the device that decides on it has made it.
@@ -147,25 +148,25 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
             return False
         if self._skips_nonfinite():
             found_inf = self._found_nonfinite(None)
-            can_stay = self._plan is not None and scale == 1 and lie_on_device(found_inf)
-            if can_stay and self._step_unread(None, found_inf, were_seen=True):
+            can_stay = plan is not None and scale == 1 and lie_on_device(found_inf)
+            if can_stay and self._step_unread(plan, None, found_inf, were_seen=True):
                 return False
             self._record.skipped = bool(found_inf)
             if self._record.skipped:
                 return False
-        if self._plan is None:
-            self._step_by_torch(None, scale)
+        if plan is None:
+            reference.step(self, list(self._enumerate()), None, scale)
             return None
         fresh = self._indices_unstarted()
-        return self._plan.step(self.param_groups, self.state, scale, fresh, (), None, None, True)
+        return plan.step(self.param_groups, self.state, scale, fresh, (), None, None, True)
 
     def _step_unread(
-        self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None, were_seen: bool = False
+        self, plan: Any, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None, were_seen: bool = False
     ) -> bool:
         """The step, with its gradients' scale and its fate left on their device; False if the host must know first."""
 
-        def step(fresh: Sequence[int] = ()) -> Any:
-            return self._plan.step(self.param_groups, self.state, 1.0, fresh, (), grad_scale, found_inf, were_seen)
+        def step(groups: Any = self.param_groups, fresh: Sequence[int] = ()) -> Any:
+            return plan.step(groups, self.state, 1.0, fresh, (), grad_scale, found_inf, were_seen)
 
         self._count_unstarted()
         done = step()
@@ -181,52 +182,64 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
             done = step()
         if done is False and self._move_counts():
             done = step()
-        if done:
-            missing, _ = done
+        if isinstance(done, tuple):
             if self._asks_for_state():
                 self._make_states_asked_for()
                 return True
-            params = list(self._enumerate())
-            for index in missing:  # should the device skip this step, the next one is the first
-                self._start_before_first_step(params[index][2], params[index][1])
-            done = step(missing)
+            groups = list(map(self._snapshot, self.param_groups))
+            params = list(numbered(groups))
+            lacking = [i for i in done[0] if i < len(params) and not self._is_torchs(*params[i][1:])]
+            # Should the device skip this step, the next one is the first.
+            fresh = [i for i in lacking if self._start_before_first_step(params[i][2], params[i][1])]
+            done = step(groups, fresh)
         if done is not None:
             return False
         self._record.count_unread(found_inf)
         return True
 
-    def _finish(self, unfinished: tuple[list[int], list[int]] | None, scale: float) -> bool:
-        """A step in which states are still to be made, or that torch has a part in; False if it only makes states."""
-        if unfinished and self._asks_for_state():
+    def _finish(self, plan: Any, scale: float) -> bool:
+        """A step in which states are still to be made, or that torch has a part in; False if it only makes states.
+
+        It works on the groups as they are at its beginning: what hooks or other threads change meanwhile takes effect
+        at the next step.
+        """
+        if self._asks_for_state():
             self._make_states_asked_for()
             return False
-        params = list(self._enumerate())
+        groups = list(map(self._snapshot, self.param_groups))
+        params = list(numbered(groups))
+        started: set[int] = set()
         fresh: set[int] = set(self._indices_unstarted())
         torchs: set[int] = set()
-        made: set[int] = set()
+
+        def step() -> Any:
+            return plan.step(groups, self.state, scale, sorted(fresh), sorted(torchs), None, None, True)
+
+        unfinished = step()
+        if unfinished is NotImplemented:  # the states' dict answers by code of its own
+            reference.step(self, params, None, scale)
+            return True
         with self._states_in_order(params, unfinished):
             while unfinished is not None:
-                missing, rest = unfinished
-                # torch first: if it refuses a gradient, nothing has been made or changed for the others.
-                self._step_by_torch(rest, scale)
-                for index in missing:
-                    if index in made:
-                        raise RuntimeError(
-                            f"the state of {self._names()[index]} cannot be made: {self.state[params[index][2]]}"
-                        )
-                    self._start(params[index][2], params[index][1])
-                made.update(missing)
-                fresh.update(missing)
-                torchs.update(rest)
-                told = sorted(fresh), sorted(torchs), None, None, True
-                unfinished = self._plan.step(self.param_groups, self.state, scale, *told)
+                missing, rest, sharing, doubtful = unfinished
+                odd = [i for i in missing if i in started or self._is_torchs(*params[i][1:])]
+                # torch first: if it refuses anything, nothing has been made or changed for the others.
+                reference.rehearse(self, params, [*doubtful, *odd])
+                reference.step(self, params, sorted({*rest, *odd} - {*sharing}), scale)
+                reference.step(self, params, sharing, scale, plain=True)
+                for index in set(missing).difference(odd):
+                    started.add(index)
+                    if self._start(params[index][2], params[index][1]):
+                        fresh.add(index)
+                torchs.update(rest, odd)
+                unfinished = step()
         return True
 
     @contextmanager
     def _states_in_order(self, params: Sequence[reference.Numbered], unfinished: Any) -> Iterator[None]:
         """New states come in the parameters' order, as torch's do, whether torch makes them or the engine."""
-        missing, rest = unfinished
-        new = [param for index in sorted(missing + rest) if (param := params[index][2]) not in self.state]
+        missing, rest = unfinished[:2] if unfinished is not None else ((), ())
+        new = [param for index in sorted({*missing, *rest}) if (param := params[index][2]) not in self.state]
         for param in new:
             self.state[param] = {}
         try:
@@ -235,6 +248,15 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
             for param in new:
                 if not self.state[param]:
                     del self.state[param]
+
+    def _snapshot(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group as the plan reads it, whatever containers its user has put it in."""
+        copy = {key: group[key] for key in group}
+        copy["params"] = list(group["params"])
+        for key in compiled.pairs(self._rule):
+            if isinstance(copy.get(key), Iterable):
+                copy[key] = tuple(copy[key])
+        return copy
 
     def _skips_nonfinite(self) -> bool:
         return any(extra(group, "skip_nonfinite") for group in self.param_groups)
@@ -257,16 +279,9 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
                 moved = True
         return moved
 
-    def _step_by_torch(self, indices: Sequence[int] | None, scale: float) -> None:
-        reference.step(self, list(self._enumerate()), indices, scale)
-
     def _enumerate(self) -> Iterator[tuple[int, dict[str, Any], torch.Tensor]]:
         """(index over all groups, group, parameter), in order."""
-        index = 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                yield index, group, param
-                index += 1
+        return numbered(self.param_groups)
 
     # State ------------------------------------------------------------------------------------------------------------
 
@@ -280,9 +295,9 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
             if param.requires_grad and not self.state.get(param):
                 self._start_before_first_step(param, group)
 
-    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        """Makes the states of a parameter that has none, so that its next step is a first one, whoever takes it."""
-        self._start(param, group)
+    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        """As `_start`, so that the next step is a first one also where it is not this one."""
+        return self._start(param, group)
 
     def _asks_for_state(self) -> bool:
         """Whether this step is made only to have states (`trainopt.optim.asking`)."""
@@ -330,16 +345,22 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
         """The param-shaped states that a group's options call for."""
         return self._states
 
-    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        """Makes the states that `param` needs for its next step; KeyError where only a part is there, as torch."""
+    def _is_torchs(self, group: dict[str, Any], param: torch.Tensor) -> bool:
+        """Whether a parameter that lacks states has others, which is an error of torch's."""
+        state = self.state.get(param, {})
+        return bool(state) and any(state.get(name) is None for name in ("step", *self._states_needed(group)))
+
+    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        """Makes the states that `param` needs for its next step; whether there were none, so that it is the first."""
         state = self.state[param]
-        needed = self._states_needed(group)
-        if state:
-            raise KeyError(next(name for name in ("step", *needed) if name not in state))
+        is_first = not state
         with torch.no_grad():
-            state["step"] = new_step_count(param, group)
-            for name in needed:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            if is_first:
+                state["step"] = new_step_count(param, group)
+                for name in self._states_needed(group):
+                    state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            reference.widen_count(state, group)
+        return is_first
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of torch's class of the same name.
@@ -349,12 +370,29 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
         parameters and the names are the same in another order, names decide; options that torch's class does not know
         keep their present values if the state dict has none.
         """
+        adapted: dict[str, Any] = {}
+
+        def adapt(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            adapted.update(self._adapt(given))
+            return adapted
+
         # The last of the pre-hooks: whatever form the state dict came in, it has torch's form by then.
-        adapting = self.register_load_state_dict_pre_hook(lambda _, given: self._adapt(given))
+        adapting = self.register_load_state_dict_pre_hook(adapt)
         try:
             super().load_state_dict(state_dict)
         finally:
             adapting.remove()
+        self._restore_counts(adapted)
+
+    def _restore_counts(self, saved: dict[str, Any]) -> None:
+        """Gives counts that noise has made float64 back what torch has rounded to float32 (fused and capturable)."""
+        for saved_group, group in zip(saved["param_groups"], self.param_groups, strict=True):
+            if not extra(group, "noise"):
+                continue
+            for key, param in zip(saved_group["params"], group["params"], strict=True):
+                count = saved["state"][key].get("step") if key in saved["state"] else None
+                if isinstance(count, torch.Tensor) and count.dtype is torch.float64:
+                    self.state[param]["step"] = count.to(self.state[param]["step"].device, copy=True)
 
     def _adapt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         saved_groups = state_dict["param_groups"]
@@ -472,6 +510,11 @@ def lie_on_device(*numbers: torch.Tensor | None) -> bool:
         or (type(number) is torch.Tensor and number.device.type in _DEVICE_TYPES and number.dtype is torch.float32)
         for number in numbers
     )
+
+
+def numbered(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any], torch.Tensor]]:
+    """(index over all groups, group, parameter), in order."""
+    return ((i, *both) for i, both in enumerate((group, param) for group in groups for param in group["params"]))
 
 
 def new_step_count(param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:

@@ -28,6 +28,12 @@ def _keys(names: list[str]) -> tuple[tuple[str, int], ...]:
 
 _OPTION_KEYS = {rule: _keys(names) for rule, names in _C.rules().items()}
 
+
+def pairs(rule: str) -> set[str]:
+    """The options of a rule whose elements it reads."""
+    return {key for key, element in _OPTION_KEYS[rule] if element >= 0}
+
+
 # Passed by name: what all rules share. trainopt's own are missing in a group that torch made.
 _SHARED_OPTIONS = {"weight_decay": 0.0, "maximize": False, "l1": 0.0, "l1_proximal": False}
 
@@ -81,7 +87,10 @@ def gather(
     if reference.is_forced() or optimizer._asks_for_state():
         return False
     chosen = [param for param in group["params"] if param.grad is not None]
-    if any(_C.Plan(optimizer._rule).paths([{**group, "params": chosen}], optimizer.state)):
+    if any(type(param) not in (torch.Tensor, torch.nn.Parameter) for param in chosen):
+        return False  # a DTensor is stepped by what is in it, which the operator does not see
+    paths = _C.Plan(optimizer._rule).paths([{**group, "params": chosen}], optimizer.state)
+    if paths is None or any(paths):
         return False
     needed = optimizer._states_needed(group)
     for param in chosen:

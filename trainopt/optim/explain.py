@@ -64,11 +64,14 @@ def explain(optimizer: Any) -> Explanation:
         rows = [p for group in optimizer.param_groups for p in group["params"]]
         why = f"{type(optimizer).__module__}.{type(optimizer).__qualname__} is not one of trainopt's"
         return Explanation(ParameterPath(f"parameter {i}", "torch", why, _outline(p)) for i, p in enumerate(rows))
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    groups = list(map(optimizer._snapshot, optimizer.param_groups))
+    params = [param for group in groups for param in group["params"]]
     if reference.is_forced():
         reasons = ["TRAINOPT_REFERENCE is set"] * len(params)
     else:
-        paths = _C.Plan(optimizer._rule).paths(optimizer.param_groups, optimizer.state)
+        paths = _C.Plan(optimizer._rule).paths(groups, optimizer.state)
+        if paths is None:
+            paths = ["states in a container that is no plain dict"] * len(params)
         reasons = [_reason(said, param.device) for said, param in zip(paths, params, strict=True)]
     return Explanation(
         ParameterPath(name, "torch" if reason else _kernel(param.device), reason, _outline(param), note)

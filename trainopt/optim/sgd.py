@@ -7,6 +7,7 @@ import torch
 from trainopt import originals
 from trainopt.optim.base import Fused, new_step_count
 from trainopt.optim.extras import extra
+from trainopt.optim.reference import widen_count
 
 
 class SGD(Fused, originals.SGD):
@@ -78,18 +79,24 @@ class SGD(Fused, originals.SGD):
     def _first_step_differs(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum"] != 0 and group["dampening"] != 0)
 
-    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+    def _is_torchs(self, group: dict[str, Any], param: torch.Tensor) -> bool:
+        return False  # torch's SGD makes whatever is missing
+
+    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
         if extra(group, "noise") != 0:
             self._start_count(param, group)
-        if self._states_needed(group) and self.state[param].get("momentum_buffer") is None:
+        is_first = bool(self._states_needed(group)) and self.state[param].get("momentum_buffer") is None
+        if is_first:
             buffer = torch.zeros_like(param.detach(), memory_format=torch.preserve_format)
             self.state[param]["momentum_buffer"] = buffer
+        return is_first
 
     def _start_count(self, param: torch.Tensor, group: dict[str, Any]) -> None:
         """Counts this parameter's steps from now on. torch's SGD does not; the noise depends on the count."""
         state = self.state[param]
         if "step" not in state:
             state["step"] = new_step_count(param, group) + float(state.get("momentum_buffer") is not None)
+        widen_count(state, group)
 
     def init_state(self) -> None:
         for _, group, param in self._enumerate():
@@ -98,8 +105,8 @@ class SGD(Fused, originals.SGD):
 
     init_state.__doc__ = Fused.init_state.__doc__
 
-    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
         # The first step takes the gradient undampened: a count of 0 tells a buffer of zeros that it is a first one.
         if group["dampening"] != 0 and not self.state.get(param):
             self._start_count(param, group)
-        self._start(param, group)
+        return self._start(param, group)
