@@ -200,7 +200,7 @@ def test_a_layer_is_not_its_weight():
         (torch.empty(0, 0), r"linear_weight is empty, it has shape \(0, 0\)"),
         (torch.empty(0, 3, WIDTH), r"linear_weight is empty, it has shape \(0, 3, 5\)"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else str(tuple(given.shape)),
 )
 def test_a_weight_that_is_not_gathered(weight, words):
     """torch raises RuntimeError for each (IndexError where it finds no class)."""

@@ -302,7 +302,11 @@ def test_the_engine_steps_them_all(name, container, monkeypatch):
     twins.ours.optimizer.step()
 
 
-@pytest.mark.parametrize("given", [tuple, list, lambda p: dict.fromkeys(p), lambda p: (q for q in p), set], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [tuple, list, lambda p: dict.fromkeys(p), lambda p: (q for q in p), set],
+    ids=["tuple", "list", "dict", "generator", "set"],
+)
 def test_containers_at_construction(given):
     messages = []
     for cls in CLASSES["AdamW"]:
