@@ -35,6 +35,9 @@ FLAGS = (*toolkit.FLAGS, f"-I{ROOT / 'csrc'}")
 ARCHITECTURES = {75: (1024, 16), 80: (2048, 32), 86: (1536, 16), 90: (2048, 32), 100: (2048, 32), 120: (1536, 24)}
 REGISTERS = 65536
 
+#: The one of an H100 and an H200, whose tables docs/cuda.md has.
+DOCUMENTED = 90
+
 #: Memory bandwidth in bytes a second, by the makers' data sheets.
 GPUS = {"H100 SXM": 3.35e12, "RTX 4090": 1.008e12}
 
@@ -53,8 +56,8 @@ TRAFFIC = {
     "mse_loss and its gradient, float32": 20,
     "mse_loss and its gradient, bfloat16": 10,
     "binary_cross_entropy_with_logits with a weight and its gradient, float32": 28,
-    "cross_entropy and its gradient, float32": 12,
-    "cross_entropy and its gradient, bfloat16": 6,
+    "cross_entropy and its gradient, float32": 8,
+    "cross_entropy and its gradient, bfloat16": 4,
 }
 
 
@@ -89,35 +92,51 @@ def version() -> str:
     return found[1] if found else "unknown"
 
 
+#: How a type's name is mangled.
+TYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
+
+
 def describe(mangled: str) -> str:
     """A kernel's name and template arguments in words."""
     names = "update|prepare|partial|clip|finish|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
     found = re.search(rf"\d({names})_kernel(.*)", mangled)
     if found is None:
         raise ValueError(f"{mangled} is no kernel that this knows")
-    name, arguments = found[1].replace("_", " "), found[2]
+    name, arguments = found[1].replace("_", " "), found[2].partition("EEv")[0] + "E"
     parts = [name]
-    rule = re.search(r"^INS_\d+([A-Z][A-Za-z]+)E([fd])(?:Li(\d)E)?", arguments)
-    if rule:
+    if way := re.search(r"^INS\w*?_\d(Plain|General)I(.*)", arguments):
+        # Repeated types are abbreviated: the second of two 16-bit ones is the first.
+        types = re.findall(r"BFloat16|Float16|[fd](?=f|d|N|E)", way[2])
+        if way[1] == "General":
+            return f"{name}, general, {TYPES[types[0]]}"
+        return f"{name}, {TYPES[types[0]]}" + (f" to {TYPES[types[1]]}" if types[1:] and types[1] != types[0] else "")
+    if rule := re.search(r"^INS_\d+([A-Z][A-Za-z]+)E([fd])(?:Li(\d)E(.*))?", arguments):
         states = {"0": "no state", "1": "1 state"}.get(rule[3], f"{rule[3]} states")
         parts.append(rule[1] + (f" with {states}" if rule[3] else ""))
-    arithmetic = rule[2] if rule else arguments[1:2] if arguments.startswith("I") else ""
-    if arithmetic in ("f", "d"):
-        parts.append({"f": "float32", "d": "float64"}[arithmetic])
-    if warps := re.search(r"^I[fd]Li(\d+)E", arguments):
-        parts.append({"1": "a warp a row"}.get(warps[1], f"{warps[1]} warps a row"))
-    if "Lb1E" in arguments.partition("EEv")[0] + "E":
+        storage = re.search(r"Mixed|Strided|BFloat16|Float16|f", rule[4] or "")
+        if storage and storage[0] in TYPES:
+            return ", ".join([*parts, TYPES[storage[0]]])
+        arithmetic = rule[2]
+        if storage:
+            parts.append({"Mixed": "any types", "Strided": "any types, strided"}[storage[0]])
+    else:
+        arithmetic = arguments[1:2] if arguments.startswith("I") else ""
+    if arithmetic:
+        parts.append(TYPES[arithmetic])
+    if "Lb1E" in arguments:
         parts.append("strided")
     return ", ".join(parts)
 
 
 def threads_of(kernel: str) -> int:
-    """The threads of a kernel's block, by its description."""
+    """The threads of a kernel's block, by its description; where they differ, so many that any number is like it."""
     if kernel.startswith("prepare"):
         return 64
     if "column" in kernel:
         return 128
-    return 512 if any(word in kernel for word in ("finish", "count", "16 warps")) else 256
+    if kernel == "finish":
+        return 1024
+    return 512 if any(word in kernel for word in ("finish", "count")) else 256
 
 
 def compile_for(architecture: int) -> list[Usage]:
@@ -168,6 +187,50 @@ def machine_code_of(name: str, architecture: int) -> dict[str, str]:
     return {describe(section.partition(",")[0]): section for section in sections}
 
 
+@dataclass(frozen=True)
+class Loop:
+    """A loop over 16-byte words in a kernel's machine code, in the order of the code."""
+
+    instructions: int  # branches that are rarely taken count too
+    loads: int  # of 16 bytes, under way at one time
+
+
+def loops_in(code: str) -> list[Loop]:
+    """The innermost loops that load words. A second way to load the same ones, at the end of a row, counts for none."""
+    lines = [line for line in code.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/|^\s*\.L_\w+:", line)]
+    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if ".L_" in line and "/*" not in line}
+    found = []
+    for end, line in enumerate(lines):
+        target = re.search(r"BRA\S*\s+(?:U?P\d, )?`\((\.L_\w+)\)", line)
+        if target and labels.get(target[1], end) < end:
+            found.append((labels[target[1]], end))
+    innermost = [(i, j) for i, j in found if not any((i, j) != (k, m) and i <= k and m <= j for k, m in found)]
+    loops = []
+    for i, j in innermost:
+        body = [line for line in lines[i:j] if "/*" in line]
+        loads = len(set(re.findall(r"LDG\.E\S*\.128\S*\s+R\d+,\s+(\S.*?)\s*;", "\n".join(body))))
+        if loads:
+            loops.append(Loop(len(body), loads))
+    return loops
+
+
+#: Kernels whose hot loops have one type, and how many elements of it a word has. What counts of an update is the loop
+#: with most words under way; of a row, the loops of its two passes.
+HOT = {
+    "update": {
+        "update, Adam with 2 states, float32": 4,
+        "update, Adam with 2 states, bfloat16": 8,
+        "update, Sgd with 1 state, float32": 4,
+        "update, Sgd with 1 state, bfloat16": 8,
+    },
+    "cross_entropy_rows": {
+        "cross entropy block, float32": 4,
+        "cross entropy block, bfloat16": 8,
+        "cross entropy block, float32 to bfloat16": 4,
+    },
+}
+
+
 def compile_all(architectures: Sequence[int] = tuple(ARCHITECTURES)) -> dict[int, list[Usage]]:
     """The usages on each architecture."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -185,6 +248,27 @@ def resource_table(usages: dict[int, list[Usage]]) -> str:
     return markdown_table(["kernel", *(f"sm_{a}" for a in usages)], rows)
 
 
+def machine_code_table(architectures: Sequence[int] = (80, 90, 120)) -> str:
+    """Bytes that a thread has under way in a hot loop, of all tensors together, and instructions an element."""
+    rows: dict[str, list[str]] = {}
+    for architecture in architectures:
+        for name, kernels in HOT.items():
+            codes = machine_code_of(name, architecture)
+            for kernel, elements in kernels.items():
+                loops = loops_in(codes[kernel])
+                if name == "update":
+                    passes = {"": min(loops, key=lambda loop: (-loop.loads, loop.instructions))}
+                    roles = 4 if "Adam" in kernel else 3
+                else:
+                    passes = {", sums": loops[0], ", gradient": loops[-1]}
+                    roles = 1
+                for which, loop in passes.items():
+                    row = rows.setdefault(kernel + which, [str(16 * loop.loads)])
+                    row.append(f"{loop.instructions / (elements * loop.loads / roles):.1f}")
+    head = ["loop", "bytes under way", *(f"sm_{architecture}" for architecture in architectures)]
+    return markdown_table(head, [[name, *row] for name, row in rows.items()])
+
+
 def roofline_table() -> str:
     """The time that the memory's bandwidth implies for the bytes that must move."""
     rows = []
@@ -195,12 +279,15 @@ def roofline_table() -> str:
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Prints the tables."""
     if nvcc() is None:
         sys.exit("there is no nvcc, on the PATH or in CUDA_HOME")
     print(f"nvcc {version()}\n")
     print(resource_table(compile_all()))
     print()
+    if nvdisasm() is not None:
+        print(machine_code_table())
+        print()
     print(roofline_table())
 
 

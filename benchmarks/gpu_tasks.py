@@ -114,7 +114,7 @@ def loss_task(case: Case) -> Task:
     losses = {**case.losses, **liger_losses(case)}
     contenders: dict[str, Callable[[torch.device], Ready]] = {n: partial(ready, loss) for n, loss in losses.items()}
     contenders[COMPILED] = partial(ready, case.losses[EAGER], compiled=True)
-    return Task("losses", case.title, case.moved, EAGER, contenders)
+    return Task("losses", case.title, case.moved_on_gpu or case.moved, EAGER, contenders)
 
 
 def leaf_of(operand: Tensor) -> Tensor:

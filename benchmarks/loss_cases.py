@@ -24,6 +24,7 @@ class Case:
         make: makes the operands; those that are floating and want a gradient say so.
         losses: the contenders' functions of the operands, by name; ratios are against the one named `reference`.
         moved: bytes that forward and backward must read and write, or 0 where memory is not what they wait for.
+        moved_on_gpu: the same on a GPU, if it is not as much: where one pass over the logits makes loss and gradient.
         others: contenders that are no losses and just run: what a part of the work costs.
     """
 
@@ -32,6 +33,7 @@ class Case:
     make: Callable[[], tuple[Tensor, ...]]
     losses: Mapping[str, Loss]
     moved: int = 0
+    moved_on_gpu: int = 0
     others: Mapping[str, Callable[..., object]] = field(default_factory=dict)
     reference: str = EAGER
 
@@ -66,7 +68,9 @@ def _cross_entropy(rows: int, classes: int, dtype: torch.dtype, note: str = "", 
     losses = _two("cross_entropy", **options)
     if note == "in place":
         losses[OURS] = partial(functional.cross_entropy, inplace_backward=True)
-    return Case("cross-entropy", title, make, losses, moved=3 * rows * classes * dtype.itemsize)
+    bytes_of_logits = rows * classes * dtype.itemsize
+    on_gpu = 3 if note == "in place" else 2  # backward's gradient is not forward's, then
+    return Case("cross-entropy", title, make, losses, 3 * bytes_of_logits, on_gpu * bytes_of_logits)
 
 
 def _pointwise(name: str, change: Callable[[Tensor], Tensor], size: int = 2**24, **options: object) -> Case:

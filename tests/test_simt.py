@@ -19,6 +19,7 @@ FLAGS = shlex.split(
 )
 FLAGS.append(f"-I{ROOT / 'tests' / 'simt'}")
 ROWS, COLUMNS = "cross_entropy_rows.cu", "cross_entropy_columns.cu"
+PLAIN = "cross_entropy_plain.h"
 KERNELS = (
     *("update.cu", "prepare.cu", "norm.cu", "pointwise.cu"),
     *("cross_entropy.cu", ROWS, COLUMNS),
@@ -47,7 +48,7 @@ FAULTS = [
     Fault("a missing barrier", "reduce.h", "  __syncthreads();\n", "", "that thread"),
     Fault("half a warp's mask", "reduce.h", "kAllLanes = 0xffffffffu", "kAllLanes = 0xffffu", "its own mask"),
     Fault("unset shared slots", "reduce.h", "threadIdx.x % 32 == 0) of", "threadIdx.x == 0) of", "before it is set"),
-    Fault("a norm's tail, one element too long", "norm.cu", "i + k < chunk.end", "i + k <= chunk.end"),
+    Fault("a norm's tail, one element too long", "norm.cu", "at < chunk.end", "at <= chunk.end"),
     Fault("a step's tail, one element too long", "update.cu", "at < end; at += kThreads", "at <= end; at += kThreads"),
     Fault("a step after an overflow", "update.cu", "*table.header.found_inf != 0) return", "false) return"),
     Fault("scalars of another group", "update.cu", "row.prepared = set", "row.prepared = 0"),
@@ -58,10 +59,14 @@ FAULTS = [
     Fault("a sum without its last part", "pointwise.cu", "i < count; i +=", "i + 1 < count; i +="),
     Fault("a part that is not set", "pointwise.cu", "threadIdx.x != 0)", "threadIdx.x + blockIdx.x != 0)"),
     Fault("a mean that is a sum", "pointwise.cu", "0) / pass.divisor", "0)"),
-    Fault("a row's missing barrier", ROWS, "    __syncthreads();\n    if (warp", "    if (warp", "that thread"),
-    Fault("slots of the row before", ROWS, "(row % 2) * kRowWarps", "(row % 1)", "that thread"),
-    Fault("slots of the next set", ROWS, "lane < kRowWarps", "lane <= kRowWarps", "before it is set"),
-    Fault("a row's tail, one class short", ROWS, "single < classes &&", "single + 1 < classes &&"),
+    Fault("a row's missing barrier", ROWS, "    __syncthreads();\n    sums", "    sums", "that thread"),
+    Fault("slots of the row before", ROWS, "(row % 2) * kMostWarps", "(row % 1)", "that thread"),
+    Fault("slots of the next set", ROWS, "lane < warps", "lane <= warps", "before it is set"),
+    Fault(
+        "a row's tail, one class short", PLAIN, "singles(before + classes - end)", "singles(before + classes - end - 1)"
+    ),
+    Fault("a word of another place", PLAIN, "word = words[first + i * step]", "word = words[first + i]"),
+    Fault("a label that is another thread's", PLAIN, "% threads + word % 32", "% threads"),
     Fault("a column's part, one class short", COLUMNS, "? static_cast<int>(classes - at) :", "? 1 :"),
     Fault("a bad target let through", "cross_entropy_row.h", "index >= task.classes", "index > task.classes"),
     Fault("labels that are not counted", "cross_entropy.cu", "threadIdx.x < count", "threadIdx.x + 1 < count"),
@@ -69,7 +74,7 @@ FAULTS = [
 ]
 
 #: The kernels that are compiled anew for a fault in a header.
-USERS = {"reduce.h": "norm.cu", "table.h": "update.cu", "cross_entropy_row.h": COLUMNS}
+USERS = {"reduce.h": "norm.cu", "table.h": "update.cu", "cross_entropy_row.h": COLUMNS, PLAIN: ROWS}
 #: The part of the tests that runs a file's kernels.
 PARTS = {"update.cu": "steps", "norm.cu": "norms", "pointwise.cu": "pointwise"}
 PARTS |= {name: "cross-entropy" for name in KERNELS if name.startswith("cross_entropy")}

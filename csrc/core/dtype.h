@@ -17,6 +17,11 @@ struct Float16 {
   uint16_t bits;
 };
 
+TRAINOPT_FUNCTION constexpr DType dtype_of(float) { return DType::kFloat32; }
+TRAINOPT_FUNCTION constexpr DType dtype_of(double) { return DType::kFloat64; }
+TRAINOPT_FUNCTION constexpr DType dtype_of(BFloat16) { return DType::kBFloat16; }
+TRAINOPT_FUNCTION constexpr DType dtype_of(Float16) { return DType::kFloat16; }
+
 TRAINOPT_FUNCTION int64_t size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }

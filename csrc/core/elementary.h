@@ -90,6 +90,25 @@ TRAINOPT_FUNCTION T log_one_minus(T x) {
 }
 TRAINOPT_FUNCTION double log_one_minus(double x) { return __builtin_log1p(-x); }
 
+// The larger of two numbers; x where it is NaN.
+template <class T>
+TRAINOPT_FUNCTION T at_least(T x, T low) {
+  return select_less(x, low, low, x);
+}
+
+// log(x) and log(1 - x), but no less than `low`, which an engine may compute together.
+template <class T>
+TRAINOPT_FUNCTION void logarithms(T x, T low, T* of_x, T* of_rest) {
+  *of_x = at_least(logarithm(x), low);
+  *of_rest = at_least(log_one_minus(x), low);
+}
+
+// a / b, where b is neither very small nor very large.
+template <class T>
+TRAINOPT_FUNCTION T quotient(T a, T b) {
+  return a / b;
+}
+
 // tanh(x) within 2 ulp.
 template <class T>
 TRAINOPT_FUNCTION T hyperbolic_tangent(T x) {

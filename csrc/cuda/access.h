@@ -44,139 +44,217 @@ __device__ inline Float16 narrow_to_float16(float x) {
 #endif
 }
 
-// Eight elements ----------------------------------------------------------------------------------------------------
+// A word of 16 bytes, as four parts of 4 ---------------------------------------------------------------------------
 
-// The words that were loaded, before anything waits for them: all tensors' loads are under way before the first is
-// converted. float64 under float32 arithmetic is narrowed at once.
-template <class S>
-struct Words {
-  static constexpr int kCount = kItem * sizeof(S) / sizeof(uint4);
-  uint4 word[kCount];
-};
+// How many elements lie in one.
+template <class T>
+constexpr int kPerWord = static_cast<int>(sizeof(uint4) / sizeof(T));
+template <class T>
+constexpr int kPerPart = kPerWord<T> / 4;
 
-template <class T, int kCount>
-__device__ __forceinline__ void fetch_words(const void* data, int64_t at, uint4* words) {
-  const uint4* from = reinterpret_cast<const uint4*>(static_cast<const T*>(data) + at);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) words[i] = from[i];
+template <class T>
+__device__ __forceinline__ void load_word(const void* data, int64_t at, uint32_t (&part)[4]) {
+  const uint4 word = *reinterpret_cast<const uint4*>(static_cast<const T*>(data) + at);
+  part[0] = word.x, part[1] = word.y, part[2] = word.z, part[3] = word.w;
 }
 
-// The same bytes as another type; both arrays stay in registers.
-template <class To, class From, int kTo, int kFrom>
-__device__ __forceinline__ void reinterpret(To (&to)[kTo], const From (&from)[kFrom]) {
-  static_assert(sizeof to == sizeof from);
-  __builtin_memcpy(&to, &from, sizeof to);
-}
-
-// In so many words: the compiler splits a store of values that it has just computed into four.
-__device__ __forceinline__ void store_word(uint4* to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+// In so many words: the compiler splits a store of values that it has just computed into four. kOnce: not to be kept in
+// the caches longer than what is read again.
+template <class T, bool kOnce = false>
+__device__ __forceinline__ void store_word(void* data, int64_t at, const uint32_t (&part)[4]) {
+  T* to = static_cast<T*>(data) + at;
 #if defined(__CUDA_ARCH__)
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x), "r"(y), "r"(z),
-               "r"(w)
-               : "memory");
+  if constexpr (kOnce)
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(part[0]),
+                 "r"(part[1]), "r"(part[2]), "r"(part[3])
+                 : "memory");
+  else
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(part[0]),
+                 "r"(part[1]), "r"(part[2]), "r"(part[3])
+                 : "memory");
 #else
-  *to = uint4{x, y, z, w};
+  *reinterpret_cast<uint4*>(to) = uint4{part[0], part[1], part[2], part[3]};
 #endif
 }
 
-// Stores the bytes of an array as 16-byte words.
-template <class T, class From, int kFrom>
-__device__ __forceinline__ void put_words(void* data, int64_t at, const From (&from)[kFrom]) {
-  constexpr int kCount = kFrom * sizeof(From) / sizeof(uint4);
-  uint32_t part[kCount][4];
-  reinterpret(part, from);
-  uint4* to = reinterpret_cast<uint4*>(static_cast<T*>(data) + at);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) store_word(to + i, part[i][0], part[i][1], part[i][2], part[i][3]);
+// Half a word, in the same way.
+__device__ __forceinline__ void store_half_word_once(void* to, uint32_t low, uint32_t high) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(low), "r"(high)
+               : "memory");
+#else
+  const uint32_t parts[2] = {low, high};
+  __builtin_memcpy(to, parts, sizeof parts);
+#endif
 }
 
-__device__ __forceinline__ Words<float> fetch(const void* data, DType dtype, int64_t at, float) {
-  Words<float> words;
-  switch (dtype) {
-    case DType::kFloat32: fetch_words<float, 2>(data, at, words.word); break;
-    case DType::kBFloat16:
-    case DType::kFloat16: fetch_words<BFloat16, 1>(data, at, words.word); break;
-    case DType::kFloat64: {
-      uint4 wide[4];
-      fetch_words<double, 4>(data, at, wide);
-      double value[kItem];
-      float narrowed[kItem];
-      reinterpret(value, wide);
+// The elements of a part as S, and rounded back: one instruction for an element, and one for two.
+template <class S>
+__device__ __forceinline__ void widen_part(uint32_t part, float, S (&value)[1]) {
+  value[0] = static_cast<S>(float_of(part));
+}
+template <class S>
+__device__ __forceinline__ void widen_part(uint32_t part, BFloat16, S (&value)[2]) {
+  value[0] = static_cast<S>(float_of(part << 16));
+  value[1] = static_cast<S>(float_of(part & 0xffff0000u));
+}
+template <class S>
+__device__ __forceinline__ void widen_part(uint32_t part, Float16, S (&value)[2]) {
+  value[0] = static_cast<S>(widen(Float16{static_cast<uint16_t>(part)}));
+  value[1] = static_cast<S>(widen(Float16{static_cast<uint16_t>(part >> 16)}));
+}
+
+template <class S>
+__device__ __forceinline__ uint32_t narrow_part(const S (&value)[1], float) {
+  return bits_of(static_cast<float>(value[0]));
+}
+template <class S>
+__device__ __forceinline__ uint32_t narrow_part(const S (&value)[2], BFloat16) {
+  const float low = static_cast<float>(value[0]), high = static_cast<float>(value[1]);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t part;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(part) : "f"(high), "f"(low));
+  return part;
+#else
+  return narrow_to_bfloat16(low).bits | static_cast<uint32_t>(narrow_to_bfloat16(high).bits) << 16;
+#endif
+}
+template <class S>
+__device__ __forceinline__ uint32_t narrow_part(const S (&value)[2], Float16) {
+  const float low = static_cast<float>(value[0]), high = static_cast<float>(value[1]);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t part;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(part) : "f"(high), "f"(low));
+  return part;
+#else
+  return narrow_to_float16(low).bits | static_cast<uint32_t>(narrow_to_float16(high).bits) << 16;
+#endif
+}
+
+// All elements of a word.
+template <class T, class S>
+__device__ __forceinline__ void widen_word(const uint32_t (&part)[4], T, S* value) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    double wide[2];
+    __builtin_memcpy(wide, part, sizeof wide);
+    value[0] = static_cast<S>(wide[0]);
+    value[1] = static_cast<S>(wide[1]);
+  } else {
 #pragma unroll
-      for (int i = 0; i < kItem; ++i) narrowed[i] = static_cast<float>(value[i]);
-      reinterpret(words.word, narrowed);
-      break;
+    for (int p = 0; p < 4; ++p) {
+      S of_part[kPerPart<T>];
+      widen_part(part[p], T(), of_part);
+#pragma unroll
+      for (int i = 0; i < kPerPart<T>; ++i) value[p * kPerPart<T> + i] = of_part[i];
+    }
+  }
+}
+
+template <class T, class S>
+__device__ __forceinline__ void narrow_word(const S* value, T, uint32_t (&part)[4]) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    const double wide[2] = {static_cast<double>(value[0]), static_cast<double>(value[1])};
+    __builtin_memcpy(part, wide, sizeof wide);
+  } else {
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      S of_part[kPerPart<T>];
+#pragma unroll
+      for (int i = 0; i < kPerPart<T>; ++i) of_part[i] = value[p * kPerPart<T> + i];
+      part[p] = narrow_part(of_part, T());
+    }
+  }
+}
+
+// What a thread has under way at one time: kCount words, or items, of kEach elements that lie side by side. Those of a
+// warp lie side by side too, first all lanes' first ones.
+template <int kCount, int kEach, class Index = int64_t>
+struct Batch {
+  Index first, end;  // the first one's first element; where elements end
+
+  __device__ __forceinline__ Index at(int i) const { return first + i * (32 * kEach); }
+  __device__ __forceinline__ bool has(int i) const { return at(i) < end; }
+};
+
+// Deals elements [begin, end), a multiple of kEach, to threads by batches.
+template <int kCount, int kEach, class Index, class Use>
+__device__ __forceinline__ void for_each_batch(Index begin, Index end, int thread, int threads, Use use) {
+  for (Index first = begin + thread / 32 * (32 * kCount * kEach) + thread % 32 * kEach; first < end;
+       first += threads * (kCount * kEach))
+    use(Batch<kCount, kEach, Index>{first, end});
+}
+
+// To those of a block.
+template <int kCount, int kEach, int kBlockThreads, class Use>
+__device__ __forceinline__ void for_each_batch(int64_t begin, int64_t end, Use use) {
+  for_each_batch<kCount, kEach>(begin, end, static_cast<int>(threadIdx.x), kBlockThreads, use);
+}
+
+// Eight elements, of a type that is known when the kernel runs ------------------------------------------------------
+
+// The words that were loaded, before anything waits for them: all tensors' loads are under way before the first is
+// converted. Under float32 arithmetic a tensor of float64 is not loaded so: see is_vectorisable.
+template <class S>
+struct Words {
+  static constexpr int kCount = kItem * sizeof(S) / sizeof(uint4);
+  uint32_t word[kCount][4];
+};
+
+template <class S>
+__device__ __forceinline__ Words<S> fetch(const void* data, DType dtype, int64_t at, S) {
+  Words<S> words;
+  const char* from = static_cast<const char*>(data) + at * size_of(dtype);
+  load_word<char>(from, 0, words.word[0]);
+  if (dtype == DType::kFloat32 || dtype == DType::kFloat64) load_word<char>(from, 16, words.word[1]);
+  if constexpr (sizeof(S) == sizeof(double)) {
+    if (dtype == DType::kFloat64) {
+      load_word<char>(from, 32, words.word[2]);
+      load_word<char>(from, 48, words.word[3]);
     }
   }
   return words;
 }
 
-__device__ __forceinline__ Words<double> fetch(const void* data, DType dtype, int64_t at, double) {
-  Words<double> words;
-  switch (dtype) {
-    case DType::kFloat64: fetch_words<double, 4>(data, at, words.word); break;
-    case DType::kFloat32: fetch_words<float, 2>(data, at, words.word); break;
-    case DType::kBFloat16:
-    case DType::kFloat16: fetch_words<BFloat16, 1>(data, at, words.word); break;
-  }
-  return words;
-}
-
-template <class Half, class S>
-__device__ __forceinline__ void widen_halves(const uint4& word, S* value) {
-  Half half[kItem];
-  __builtin_memcpy(half, &word, sizeof half);
+template <class T, class S>
+__device__ __forceinline__ void widen_words_of(const Words<S>& words, S (&value)[kItem]) {
 #pragma unroll
-  for (int i = 0; i < kItem; ++i) value[i] = static_cast<S>(widen(half[i]));
+  for (int w = 0; w < kItem / kPerWord<T>; ++w) widen_word(words.word[w], T(), value + w * kPerWord<T>);
 }
 
 template <class S>
 __device__ __forceinline__ void widen_words(const Words<S>& words, DType dtype, S (&value)[kItem]) {
   switch (dtype) {
-    case DType::kBFloat16: widen_halves<BFloat16>(words.word[0], value); return;
-    case DType::kFloat16: widen_halves<Float16>(words.word[0], value); return;
-    case DType::kFloat32:
-      if constexpr (sizeof(S) == sizeof(double)) {
-        float single[kItem];
-        __builtin_memcpy(single, words.word, sizeof single);
-#pragma unroll
-        for (int i = 0; i < kItem; ++i) value[i] = static_cast<S>(single[i]);
-        return;
-      }
+    case DType::kBFloat16: return widen_words_of<BFloat16>(words, value);
+    case DType::kFloat16: return widen_words_of<Float16>(words, value);
+    case DType::kFloat64:
+      if constexpr (sizeof(S) == sizeof(double)) return widen_words_of<double>(words, value);
       break;
-    case DType::kFloat64: break;
+    case DType::kFloat32: break;
   }
-  reinterpret(value, words.word);
+  widen_words_of<float>(words, value);
+}
+
+template <class T, class S>
+__device__ __forceinline__ void store_item_as(void* data, int64_t at, const S (&value)[kItem]) {
+#pragma unroll
+  for (int w = 0; w < kItem / kPerWord<T>; ++w) {
+    uint32_t part[4];
+    narrow_word(value + w * kPerWord<T>, T(), part);
+    store_word<T>(data, at + w * kPerWord<T>, part);
+  }
 }
 
 template <class S>
 __device__ __forceinline__ void store_item(void* data, DType dtype, int64_t at, const S (&value)[kItem]) {
   switch (dtype) {
-    case DType::kFloat32: {
-      float single[kItem];
-#pragma unroll
-      for (int i = 0; i < kItem; ++i) single[i] = static_cast<float>(value[i]);
-      return put_words<float>(data, at, single);
-    }
-    case DType::kFloat64: {
-      double wide[kItem];
-#pragma unroll
-      for (int i = 0; i < kItem; ++i) wide[i] = static_cast<double>(value[i]);
-      return put_words<double>(data, at, wide);
-    }
-    case DType::kBFloat16: {
-      BFloat16 half[kItem];
-#pragma unroll
-      for (int i = 0; i < kItem; ++i) half[i] = narrow_to_bfloat16(static_cast<float>(value[i]));
-      return put_words<BFloat16>(data, at, half);
-    }
-    case DType::kFloat16: {
-      Float16 half[kItem];
-#pragma unroll
-      for (int i = 0; i < kItem; ++i) half[i] = narrow_to_float16(static_cast<float>(value[i]));
-      return put_words<Float16>(data, at, half);
-    }
+    case DType::kBFloat16: return store_item_as<BFloat16>(data, at, value);
+    case DType::kFloat16: return store_item_as<Float16>(data, at, value);
+    case DType::kFloat64:
+      if constexpr (sizeof(S) == sizeof(double)) return store_item_as<double>(data, at, value);
+      break;
+    case DType::kFloat32: break;
   }
+  store_item_as<float>(data, at, value);
 }
 
 // One element -------------------------------------------------------------------------------------------------------
@@ -193,12 +271,29 @@ __device__ __forceinline__ S load_one(const void* data, DType dtype, int64_t at)
 }
 
 template <class S>
+__device__ __forceinline__ void store_one(float* at, S value) {
+  *at = static_cast<float>(value);
+}
+template <class S>
+__device__ __forceinline__ void store_one(double* at, S value) {
+  *at = static_cast<double>(value);
+}
+template <class S>
+__device__ __forceinline__ void store_one(BFloat16* at, S value) {
+  *at = narrow_to_bfloat16(static_cast<float>(value));
+}
+template <class S>
+__device__ __forceinline__ void store_one(Float16* at, S value) {
+  *at = narrow_to_float16(static_cast<float>(value));
+}
+
+template <class S>
 __device__ __forceinline__ void store_one(void* data, DType dtype, int64_t at, S value) {
   switch (dtype) {
-    case DType::kFloat32: static_cast<float*>(data)[at] = static_cast<float>(value); return;
-    case DType::kFloat64: static_cast<double*>(data)[at] = static_cast<double>(value); return;
-    case DType::kBFloat16: static_cast<BFloat16*>(data)[at] = narrow_to_bfloat16(static_cast<float>(value)); return;
-    case DType::kFloat16: static_cast<Float16*>(data)[at] = narrow_to_float16(static_cast<float>(value)); return;
+    case DType::kFloat32: return store_one(static_cast<float*>(data) + at, value);
+    case DType::kFloat64: return store_one(static_cast<double*>(data) + at, value);
+    case DType::kBFloat16: return store_one(static_cast<BFloat16*>(data) + at, value);
+    case DType::kFloat16: return store_one(static_cast<Float16*>(data) + at, value);
   }
 }
 
@@ -244,9 +339,12 @@ __device__ __forceinline__ int64_t offset_of(const Layout& layout, int64_t i) {
   return offset;
 }
 
-// Whether eight elements at a time can be loaded as 16-byte words, at every multiple of eight.
-inline bool is_vectorisable(const TensorView& view) {
-  return view.layout == nullptr && reinterpret_cast<uintptr_t>(view.data) % sizeof(uint4) == 0;
+// Whether arithmetic of type S can load words of it, at every multiple of eight elements. Nobody stores as float64 what
+// is computed in float32, so no kernel has code to do that fast.
+template <class S>
+bool is_vectorisable(const TensorView& view) {
+  return view.layout == nullptr && reinterpret_cast<uintptr_t>(view.data) % sizeof(uint4) == 0 &&
+         (sizeof(S) == sizeof(double) || view.dtype != DType::kFloat64);
 }
 
 }  // namespace trainopt::cuda

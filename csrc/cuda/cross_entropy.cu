@@ -8,7 +8,7 @@ namespace trainopt::cuda {
 namespace {
 
 constexpr int kWarps = 16, kCountThreads = 32 * kWarps;
-constexpr int64_t kLabelsPerBlock = 16384, kMostCountBlocks = 256;
+constexpr int64_t kLabelsPerBlock = 8192, kMostCountBlocks = 256;
 
 // Three numbers of all threads, summed; thread 0 has the result.
 __device__ __forceinline__ CountPartial sum_block(CountPartial sums) {
@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kCountThreads)
   CountPartial sums{0, 0, 0};
   const int64_t first = static_cast<int64_t>(blockIdx.x) * each;
   const int64_t last = first + each < task.rows ? first + each : task.rows;
+#pragma unroll 8
   for (int64_t row = first + threadIdx.x; row < last; row += kCountThreads) {
     const int64_t label = task.labels == nullptr ? 0 : task.labels[row];
     if (task.labels != nullptr && label == task.ignore_index) continue;
@@ -84,6 +85,7 @@ __global__ void __launch_bounds__(kCountThreads)
   double loss = 0, z = 0;
   CountPartial counts{0, 0, 0};
   int64_t bad = kNoRow;
+#pragma unroll 4
   for (int64_t i = threadIdx.x; i < work.count; i += kCountThreads) {
     const LossPartial& partial = work.partials[i];
     loss += partial.loss;
@@ -115,18 +117,30 @@ constexpr int64_t ceiling(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 }  // namespace
 
+// Counted in 32 bits, with room for a batch behind the last.
+constexpr int64_t kMostPlainClasses = int64_t{1} << 30;
+
+bool is_plain(const CrossEntropyTask& task) {
+  return !task.wide && task.labels != nullptr && task.softcap == 0 && (task.smoothing == 0 || task.weight == nullptr) &&
+         task.classes <= kMostPlainClasses;
+}
+
 Sharing sharing_of(const CrossEntropyTask& task) {
-  constexpr int64_t kFewClasses = 32, kWarpClasses = 1024, kBlockClasses = 16384;
+  constexpr int64_t kFewClasses = 32, kWarpClasses = 1024;
   Sharing result{};
-  if (task.inner > 1 || task.classes <= kFewClasses)
+  if (task.inner > 1 || task.classes <= kFewClasses) {
     result = {Sharing::kThread, 128, 128, 1, 1};
-  else if (task.classes <= kWarpClasses)
+  } else if (task.classes <= kWarpClasses) {
     result = {Sharing::kWarp, 256, 8, 1, 1};
-  else if (task.classes <= kBlockClasses || task.wide)
-    result = {Sharing::kBlock, 32 * kBlockWarps, 1, 1, 1};
-  else
-    result = {Sharing::kLargeBlock, 32 * kLargeBlockWarps, 1, 1, 1};
-  result.each = ceiling(task.rows, result.at_once * kMostForwardBlocks);
+  } else {
+    // Up to 256 bytes a thread, which is several times what it has under way: fewer threads have more to do between the
+    // barriers of a row.
+    constexpr int64_t kThreadBytes = 256;
+    int threads = 128;
+    while (threads < 1024 && threads * kThreadBytes < task.classes * size_of(task.logits.dtype)) threads *= 2;
+    result = {Sharing::kBlock, threads, 1, 1, 1};
+  }
+  result.each = ceiling(task.rows, result.at_once * kMostBlocks);
   result.blocks = ceiling(task.rows, result.at_once * result.each);
   return result;
 }
@@ -138,29 +152,29 @@ int64_t count_blocks(int64_t rows) {
 
 void count_targets(const CountWork& work, Stream stream) {
   const int64_t blocks = count_blocks(work.task.rows), each = ceiling(work.task.rows, blocks);
-  launch(work.task.wide ? cross_entropy_count_kernel<double> : cross_entropy_count_kernel<float>,
+  launch("cross_entropy_count", work.task.wide ? cross_entropy_count_kernel<double> : cross_entropy_count_kernel<float>,
          {blocks, kCountThreads}, stream, work, each);
   if (blocks > 1)
-    launch(cross_entropy_count_finish_kernel, {1, kCountThreads}, stream, work.partials, blocks, work.mean, work.defer,
-           work.out);
+    launch("cross_entropy_count_finish", cross_entropy_count_finish_kernel, {1, kCountThreads}, stream, work.partials,
+           blocks, work.mean, work.defer, work.out);
 }
 
-int64_t forward_blocks(const CrossEntropyTask& task) { return task.rows == 0 ? 0 : sharing_of(task).blocks; }
+int64_t rows_blocks(const CrossEntropyTask& task) { return task.rows == 0 ? 0 : sharing_of(task).blocks; }
 
-void cross_entropy_forward(const ForwardWork& work, Stream stream) {
-  if (work.task.rows == 0) return;
-  const Sharing sharing = sharing_of(work.task);
-  (sharing.way == Sharing::kThread ? forward_by_column : forward_by_row)(work, sharing, stream);
+void cross_entropy_rows(const RowsWork& work, Stream stream) {
+  if (work.task.rows == 0 || (!work.forward && work.task.classes == 0)) return;
+  Sharing sharing = sharing_of(work.task);
+  if (work.unless_one) {
+    // Most such launches have nothing to do, and so few blocks to start.
+    constexpr int64_t kFewBlocks = 1024;
+    sharing.each = ceiling(work.task.rows, sharing.at_once * kFewBlocks);
+    sharing.blocks = ceiling(work.task.rows, sharing.at_once * sharing.each);
+  }
+  (sharing.way == Sharing::kThread ? rows_by_column : rows_by_row)(work, sharing, stream);
 }
 
 void cross_entropy_finish(const FinishWork& work, Stream stream) {
-  launch(cross_entropy_loss_finish_kernel, {1, kCountThreads}, stream, work);
-}
-
-void cross_entropy_backward(const BackwardWork& work, Stream stream) {
-  if (work.task.rows == 0 || work.task.classes == 0) return;
-  const Sharing sharing = sharing_of(work.task);
-  (sharing.way == Sharing::kThread ? backward_by_column : backward_by_row)(work, sharing, stream);
+  launch("cross_entropy_loss_finish", cross_entropy_loss_finish_kernel, {1, kCountThreads}, stream, work);
 }
 
 }  // namespace trainopt::cuda

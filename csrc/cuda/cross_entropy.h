@@ -29,7 +29,9 @@ struct CrossEntropyTask : CrossEntropyBatch {
   bool wide;           // float64 arithmetic
   const void* weight;  // of each class, in the type of the arithmetic; or absent
   double z_loss;
-  LogSumExp lse;  // for each row: written by forward, read by backward
+  // Of each row, kept from forward to backward: the largest logit, after the soft cap, and the sum of e^(x - peak). The
+  // sum itself and not its logarithm: what probabilities are divided by has all its digits then.
+  double *peak, *sum;
 };
 
 // Totals ------------------------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ struct CountWork {
 int64_t count_blocks(int64_t rows);
 void count_targets(const CountWork&, Stream);
 
-// Forward -----------------------------------------------------------------------------------------------------------
+// Rows --------------------------------------------------------------------------------------------------------------
 
 // The sums over the rows of one block.
 struct LossPartial {
@@ -60,15 +62,28 @@ struct LossPartial {
 };
 constexpr int64_t kNoRow = INT64_MAX;
 
-struct ForwardWork {
+// One pass over the rows of a launch: forward, backward, or both at once, which reads the logits from the device's
+// memory once. A row that is ignored is not read, and its peak and sum are 0 and 1.
+struct RowsWork {
   CrossEntropyTask task;
+
+  bool forward;        // writes peak and sum; else reads them
   TensorView loss, z;  // each row's loss with its z-loss, and its z-loss, where they are wanted: without data, absent
-  LossPartial* partials;  // forward_blocks of them
+  LossPartial* partials;  // rows_blocks of them
   int64_t first_row;      // of a chunk of a larger batch: added to `bad`
+
+  Rows gradient;         // may be the logits themselves; without data, absent
+  const void* upstream;  // the gradient of the loss; or of each row's, `upstream_stride` apart; absent: 1
+  DType upstream_dtype;
+  int64_t upstream_stride;
+  bool unless_one;                // writes no gradient where the one upstream gradient is 1
+  int64_t* scaled;                // in memory that the host sees, or null: whether the one upstream gradient is not 1
+  TargetTotals totals;            // where the host knows them
+  const TargetTotals* on_device;  // or, if not null, these
 };
-int64_t forward_blocks(const CrossEntropyTask&);  // no more than rows
-constexpr int64_t kMostForwardBlocks = 4096;      // so that one block can put together what they leave
-void cross_entropy_forward(const ForwardWork&, Stream);
+int64_t rows_blocks(const CrossEntropyTask&);  // no more than rows
+constexpr int64_t kMostBlocks = 4096;          // so that one block can put together what they leave
+void cross_entropy_rows(const RowsWork&, Stream);
 
 // What is known of a target that is no class, in memory that the host sees too.
 struct BadTarget {
@@ -86,7 +101,7 @@ struct FinishWork {
   int64_t count;
   LossReduction reduction;
   bool empty_is_zero;     // the mean of no rows is 0
-  TensorView loss, z;     // one number each, as in ForwardWork, but for kNone
+  TensorView loss, z;     // one number each, as in RowsWork, but for kNone
   const int64_t* labels;  // of the whole batch; or absent
   int64_t classes;
   int ndim;  // of the targets' shape
@@ -94,18 +109,5 @@ struct FinishWork {
   BadTarget* bad;
 };
 void cross_entropy_finish(const FinishWork&, Stream);
-
-// Backward ----------------------------------------------------------------------------------------------------------
-
-struct BackwardWork {
-  CrossEntropyTask task;
-  Rows gradient;         // may be the logits themselves
-  const void* upstream;  // the gradient of the loss; or of each row's, `upstream_stride` apart; absent: 1
-  DType upstream_dtype;
-  int64_t upstream_stride;
-  TargetTotals totals;            // where the host knows them
-  const TargetTotals* on_device;  // or, if not null, these
-};
-void cross_entropy_backward(const BackwardWork&, Stream);
 
 }  // namespace trainopt::cuda

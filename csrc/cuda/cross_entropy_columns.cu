@@ -30,65 +30,57 @@ __device__ __forceinline__ void for_each_row(int64_t rows, int64_t each, Use use
 
 template <class S>
 __global__ void __launch_bounds__(kColumnThreads, kMinBlocks<S>)
-    cross_entropy_column_forward_kernel(const ForwardWork __grid_constant__ work,
-                                        const Constants<S> __grid_constant__ constants, int64_t each) {
+    cross_entropy_column_kernel(const RowsWork __grid_constant__ work, const Constants<S> __grid_constant__ constants,
+                                int64_t each) {
+  if (is_done(work)) return;
   const CrossEntropyTask& task = work.task;
+  const Scales<S> scales(work);
   LossSums all;
   for_each_row(task.rows, each, [&](int64_t row) {
     const int64_t start = start_of(task, task.logits, row);
     const int64_t probabilities_start = start_of(task, task.probabilities, row);
+    const RowTarget<S> target(task, label_at(task, row));
     RowSums<S, double> sums;  // one thread may have very many classes
-    for_each_item(task.classes,
-                  [&](const Strided& item) { sums.add(task, constants, start, probabilities_start, item); });
-    finish_row(work, constants, row, sums, all);
-  });
-  write_partial<kColumnThreads / 32>(work, all);
-}
-
-template <class S>
-__global__ void __launch_bounds__(kColumnThreads, kMinBlocks<S>)
-    cross_entropy_column_backward_kernel(const BackwardWork __grid_constant__ work,
-                                         const Constants<S> __grid_constant__ constants, int64_t each) {
-  const CrossEntropyTask& task = work.task;
-  const TargetTotals totals = work.on_device != nullptr ? *work.on_device : work.totals;
-  for_each_row(task.rows, each, [&](int64_t row) {
-    const int64_t start = start_of(task, task.logits, row), gradient_start = start_of(task, work.gradient, row);
-    const int64_t probabilities_start = start_of(task, task.probabilities, row);
-    double mass = 0;
-    if (task.labels == nullptr) {
-      for_each_item(task.classes, [&](const Strided& item) {
-        S masses[kItem];
-        load_masses(task, constants, probabilities_start, item, masses);
-        mass += static_cast<double>(sum_of(masses));
-      });
+    if (!work.forward) {
+      sums.largest = static_cast<S>(task.peak[row]);
+      sums.exponentials = task.sum[row];
+      if (task.labels == nullptr)
+        for_each_item(task.classes, [&](const Strided& item) {
+          S masses[kItem];
+          load_masses(task, constants, probabilities_start, item, masses);
+          sums.mass += static_cast<double>(sum_of(masses));
+        });
+    } else {
+      const S logit = target.logit(task, constants, row);
+      if (target.ignored) {
+        sums.set_ignored();
+      } else {
+        for_each_item(task.classes,
+                      [&](const Strided& item) { sums.add(task, constants, start, probabilities_start, item); });
+      }
+      finish_row(work, constants, row, sums, target, logit, all);
     }
-    const RowSlopes<S> slopes(work, constants, totals, row, mass);
+    if (work.gradient.data == nullptr) return;
+    const RowSlopes<S> slopes(work, scales, row, sums.largest, static_cast<S>(sums.exponentials), target,
+                              static_cast<S>(sums.mass));
+    const int64_t gradient_start = start_of(task, work.gradient, row);
     for_each_item(task.classes, [&](const Strided& item) {
       slopes.write(work, constants, start, probabilities_start, gradient_start, item);
     });
   });
+  if (work.forward) write_partial<kColumnThreads / 32>(work, all);
 }
 
 template <class S>
-void forward_of(const ForwardWork& work, const Sharing& sharing, Stream stream) {
-  launch(cross_entropy_column_forward_kernel<S>, {sharing.blocks, sharing.threads}, stream, work,
-         Constants<S>(work.task), sharing.each);
-}
-
-template <class S>
-void backward_of(const BackwardWork& work, const Sharing& sharing, Stream stream) {
-  launch(cross_entropy_column_backward_kernel<S>, {sharing.blocks, sharing.threads}, stream, work,
+void start(const RowsWork& work, const Sharing& sharing, Stream stream) {
+  launch("cross_entropy_column", cross_entropy_column_kernel<S>, {sharing.blocks, sharing.threads}, stream, work,
          Constants<S>(work.task), sharing.each);
 }
 
 }  // namespace
 
-void forward_by_column(const ForwardWork& work, const Sharing& sharing, Stream stream) {
-  (work.task.wide ? forward_of<double> : forward_of<float>)(work, sharing, stream);
-}
-
-void backward_by_column(const BackwardWork& work, const Sharing& sharing, Stream stream) {
-  (work.task.wide ? backward_of<double> : backward_of<float>)(work, sharing, stream);
+void rows_by_column(const RowsWork& work, const Sharing& sharing, Stream stream) {
+  (work.task.wide ? start<double> : start<float>)(work, sharing, stream);
 }
 
 }  // namespace trainopt::cuda

@@ -5,24 +5,24 @@
 
 namespace trainopt::cuda {
 
-constexpr int kBlockWarps = 8, kLargeBlockWarps = 16;
-
-// By the number of classes and how they lie, never by the device or by how many rows there are: so a row's bits depend
-// on nothing but the row.
+// By the number of classes, the options and how the rows lie, never by the device or by how many rows there are: so a
+// row's bits depend on nothing but the row.
 struct Sharing {
-  enum Way { kThread, kWarp, kBlock, kLargeBlock } way;  // who has a row; the last in float32 only
-  int threads;                                           // of a block
-  int64_t at_once;                                       // rows that a block works on at one time
-  int64_t each;                                          // rows that a thread, warp or block takes, one after the other
+  enum Way { kThread, kWarp, kBlock } way;  // who has a row
+  int threads;                              // of a block
+  int64_t at_once;                          // rows that a block works on at one time
+  int64_t each;                             // rows that a thread, warp or block takes, one after the other
   int64_t blocks;
 };
 Sharing sharing_of(const CrossEntropyTask&);
 
-void forward_by_row(const ForwardWork&, const Sharing&, Stream);
-void backward_by_row(const BackwardWork&, const Sharing&, Stream);
+// Labels, and nothing else that a class's term depends on but the logit: the target's masses beside the spike are all
+// alike, and the logits are not capped.
+bool is_plain(const CrossEntropyTask&);
+
+void rows_by_row(const RowsWork&, const Sharing&, Stream);
 
 // A thread a row: for few classes, and for rows that lie side by side, class by class.
-void forward_by_column(const ForwardWork&, const Sharing&, Stream);
-void backward_by_column(const BackwardWork&, const Sharing&, Stream);
+void rows_by_column(const RowsWork&, const Sharing&, Stream);
 
 }  // namespace trainopt::cuda

@@ -1,9 +1,11 @@
 // The pieces of cross-entropy's kernels that do not depend on how the threads share the rows: how a thread reads and
-// writes some classes of a row, what it sums over them, and what comes of a row's sums.
+// writes some classes of a row, what it sums over them, and what comes of a row's sums. cross_entropy_plain.h has
+// faster ones for the plain case.
 #pragma once
 
 #include "cuda/access.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/elementary.h"
 #include "cuda/reduce.h"
 #include "losses/softmax_cross_entropy.h"
 
@@ -18,10 +20,33 @@ __device__ __forceinline__ int64_t start_of(const CrossEntropyBatch& batch, cons
   return row / batch.inner * rows.stride + row % batch.inner;
 }
 
-// The classes of a row that a thread has at one time
-// -------------------------------------------------------------------
+// How many elements of a row come before the first at which all tensors that are read are aligned to 16 bytes. What is
+// written does not count: a row's sums have the same bits with a gradient and without.
+struct Head {
+  int elements = 0, period = 1;
+  bool exists = true;
 
-// Eight side by side, in 16-byte words.
+  __device__ __forceinline__ void align(const Rows& rows, int64_t start) {
+    const int shift = rows.dtype == DType::kFloat64 ? 3 : rows.dtype == DType::kFloat32 ? 2 : 1;  // of a size in bytes
+    const int mine = static_cast<int>(sizeof(uint4)) >> shift;
+    const uint64_t address = reinterpret_cast<uint64_t>(rows.data) + (static_cast<uint64_t>(start) << shift);
+    const int wanted = static_cast<int>((0 - address) % sizeof(uint4)) >> shift;
+    const int shorter = mine < period ? mine : period;
+    if (((wanted ^ elements) & (shorter - 1)) != 0) exists = false;
+    if (mine <= period) return;
+    elements = wanted;
+    period = mine;
+  }
+};
+
+// The classes of a row that a thread has at one time ----------------------------------------------------------------
+
+// Whether the element `at` of a row is aligned to so many bytes.
+__device__ __forceinline__ bool is_aligned(const Rows& rows, int64_t at, uint64_t bytes) {
+  return (reinterpret_cast<uint64_t>(rows.data) + static_cast<uint64_t>(at * size_of(rows.dtype))) % bytes == 0;
+}
+
+// Eight side by side, in 16-byte words; written one by one where what is written is not aligned as what is read.
 struct Together {
   static constexpr int kCount = kItem;
   int64_t at;
@@ -37,30 +62,8 @@ struct Together {
   }
   template <class S>
   __device__ __forceinline__ void store(const Rows& rows, int64_t start, const S (&x)[kCount]) const {
-    store_item(rows.data, rows.dtype, start + at, x);
-  }
-};
-
-// Up to kMost, kStep apart.
-template <int kMost, int kStep>
-struct Apart {
-  static constexpr int kCount = kMost;
-  int64_t at;
-  int count;
-
-  __device__ __forceinline__ int64_t class_of(int k) const { return at + k * kStep; }
-  __device__ __forceinline__ bool has(int k) const { return k < count; }
-  __device__ __forceinline__ int place_of(int64_t c) const {
-    const int64_t from = c - at;
-    return 0 <= from && from < kCount * kStep && from % kStep == 0 ? static_cast<int>(from / kStep) : -1;
-  }
-  template <class S>
-  __device__ __forceinline__ void load(const Rows& rows, int64_t start, S otherwise, S (&x)[kCount]) const {
-    load_apart(rows.data, rows.dtype, start + at, kStep, count, otherwise, x);
-  }
-  template <class S>
-  __device__ __forceinline__ void store(const Rows& rows, int64_t start, const S (&x)[kCount]) const {
-    store_apart(rows.data, rows.dtype, start + at, kStep, count, x);
+    if (is_aligned(rows, start + at, sizeof(uint4))) return store_item(rows.data, rows.dtype, start + at, x);
+    store_apart(rows.data, rows.dtype, start + at, 1, kCount, x);
   }
 };
 
@@ -85,22 +88,29 @@ struct Strided {
   }
 };
 
-// Logits and masses
-// ----------------------------------------------------------------------------------------------------
+// Logits and masses -------------------------------------------------------------------------------------------------
+
+template <class S>
+__device__ __forceinline__ S exp_of(S x) {
+  return value_of(exponential(Formula<S>(x)));
+}
 
 // Numbers that the host has computed for the kernel.
 template <class S>
 struct Constants {
   S cap, spread, keep;
   bool has_mass;
-  double exact_spread;
 
   explicit Constants(const CrossEntropyBatch& batch)
       : cap(softcap_in<S>(batch.softcap)),
         spread(static_cast<S>(spread_of(batch))),
         keep(static_cast<S>(1 - batch.smoothing)),
-        has_mass(trainopt::has_mass(batch)),
-        exact_spread(spread_of(batch)) {}
+        has_mass(trainopt::has_mass(batch)) {}
+
+  __device__ __forceinline__ S capped(S x) const {
+    using F = Formula<S>;
+    return cap == 0 ? x : value_of(SoftmaxCrossEntropy::capped(F(x), F(cap)));
+  }
 };
 
 // Capped; -infinity for those that the item does not have.
@@ -110,15 +120,7 @@ __device__ __forceinline__ void load_logits(const CrossEntropyTask& task, const 
   item.load(task.logits, start, -kInfinity<S>, x);
   if (constants.cap == 0) return;
 #pragma unroll
-  for (int k = 0; k < Item::kCount; ++k)
-    x[k] = item.has(k) ? SoftmaxCrossEntropy::capped(x[k], constants.cap) : -kInfinity<S>;
-}
-
-template <class S>
-__device__ __forceinline__ S load_logit(const CrossEntropyTask& task, const Constants<S>& constants, int64_t start,
-                                        int64_t c) {
-  const S x = load_one<S>(task.logits.data, task.logits.dtype, start + c * task.logits.class_stride);
-  return constants.cap == 0 ? x : SoftmaxCrossEntropy::capped(x, constants.cap);
+  for (int k = 0; k < Item::kCount; ++k) x[k] = item.has(k) ? constants.capped(x[k]) : -kInfinity<S>;
 }
 
 template <class S>
@@ -152,19 +154,48 @@ __device__ __forceinline__ S sum_of(S (&part)[kCount]) {
   return part[0];
 }
 
-// Sums over a row
-// ------------------------------------------------------------------------------------------------------
+// A row's target ----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int64_t label_at(const CrossEntropyTask& task, int64_t row) {
+  return task.labels == nullptr ? 0 : task.labels[row];
+}
+
+template <class S>
+struct RowTarget {
+  int64_t label = -1;  // -1: none
+  bool ignored = false, bad = false;
+  S weight = S(0);  // of the label's class
+
+  RowTarget() = default;
+  __device__ __forceinline__ RowTarget(const CrossEntropyTask& task, int64_t index) {
+    if (task.labels == nullptr) return;
+    ignored = index == task.ignore_index;
+    bad = !ignored && (index < 0 || index >= task.classes);
+    if (ignored || bad) return;
+    label = index;
+    weight = weight_of<S>(task, index);
+  }
+
+  // The logit there, capped.
+  __device__ __forceinline__ S logit(const CrossEntropyTask& task, const Constants<S>& constants, int64_t row) const {
+    if (label < 0) return S(0);
+    const int64_t place = start_of(task, task.logits, row) + label * task.logits.class_stride;
+    return constants.capped(load_one<S>(task.logits.data, task.logits.dtype, place));
+  }
+};
+
+// Sums over a row ---------------------------------------------------------------------------------------------------
 
 // Of e^(x - shift), of masses, and of masses times (x - shift). `shift` is the largest logit so far, or 0 before there
 // is one. A is the accumulators' type.
-template <class S, class A>
+template <class S, class A = S>
 struct RowSums {
   S largest = -kInfinity<S>, shift = 0;
   A exponentials = 0, mass = 0, mass_times_logit = 0;
 
   __device__ __forceinline__ void raise(S peak) {
     if (!(largest < peak)) return;
-    exponentials = exponentials * static_cast<A>(exponential(largest - peak));
+    exponentials = exponentials * static_cast<A>(exp_of(largest - peak));
     mass_times_logit = mass_times_logit - mass * static_cast<A>(peak - shift);
     largest = shift = peak;
   }
@@ -175,10 +206,10 @@ struct RowSums {
     S x[Item::kCount], part[Item::kCount], peak = largest;
     load_logits(task, constants, start, item, x);
 #pragma unroll
-    for (int k = 0; k < Item::kCount; ++k) peak = select_less(peak, x[k], x[k], peak);
+    for (int k = 0; k < Item::kCount; ++k) peak = peak < x[k] ? x[k] : peak;
     raise(peak);
 #pragma unroll
-    for (int k = 0; k < Item::kCount; ++k) part[k] = exponential(x[k] - shift);
+    for (int k = 0; k < Item::kCount; ++k) part[k] = exp_of(x[k] - shift);
     exponentials += static_cast<A>(sum_of(part));
     if (!constants.has_mass) return;
     S masses[Item::kCount];
@@ -188,36 +219,25 @@ struct RowSums {
     mass += static_cast<A>(sum_of(masses));
     mass_times_logit += static_cast<A>(sum_of(part));
   }
+
+  // Of an ignored row, which nobody reads.
+  __device__ __forceinline__ void set_ignored() {
+    largest = S(0);
+    exponentials = A(1);
+  }
 };
 
 // The sums of all lanes; each has the result.
 template <class S>
-__device__ __forceinline__ RowSums<S, S> combine_sums(RowSums<S, S> sums, bool has_mass) {
+__device__ __forceinline__ RowSums<S> combine_sums(RowSums<S> sums, bool has_mass) {
   const auto plus = [](S a, S b) { return a + b; };
-  sums.raise(combine_warp(sums.largest, [](S a, S b) { return select_less(a, b, b, a); }));
+  sums.raise(combine_warp(sums.largest, [](S a, S b) { return a < b ? b : a; }));
   sums.exponentials = combine_warp(sums.exponentials, plus);
   if (has_mass) {
     sums.mass = combine_warp(sums.mass, plus);
     sums.mass_times_logit = combine_warp(sums.mass_times_logit, plus);
   }
   return sums;
-}
-
-// What comes of a row
-// --------------------------------------------------------------------------------------------------
-
-// A row's label as the kernels use it.
-struct Label {
-  int64_t index;  // -1: none
-  bool ignored, bad;
-};
-
-__device__ __forceinline__ Label label_of(const CrossEntropyTask& task, int64_t row) {
-  if (task.labels == nullptr) return {-1, false, false};
-  const int64_t index = task.labels[row];
-  if (index == task.ignore_index) return {-1, true, false};
-  if (index < 0 || index >= task.classes) return {-1, false, true};
-  return {index, false, false};
 }
 
 // What one thread has added up of its rows.
@@ -228,31 +248,28 @@ struct LossSums {
 
 // Writes what is kept of a row, and adds it to the thread's sums.
 template <class S, class A>
-__device__ __forceinline__ void finish_row(const ForwardWork& work, const Constants<S>& constants, int64_t row,
-                                           const RowSums<S, A>& sums, LossSums& all) {
+__device__ __forceinline__ void finish_row(const RowsWork& work, const Constants<S>& constants, int64_t row,
+                                           const RowSums<S, A>& sums, const RowTarget<S>& target, S logit,
+                                           LossSums& all) {
   const CrossEntropyTask& task = work.task;
   const double peak = static_cast<double>(sums.largest);
-  const double log_sum = static_cast<double>(logarithm(static_cast<S>(sums.exponentials)));
-  task.lse.peak[row] = peak;
-  task.lse.log_sum[row] = log_sum;
-  const Label label = label_of(task, row);
+  task.peak[row] = peak;
+  task.sum[row] = static_cast<double>(sums.exponentials);
   double loss = 0, z = 0;
-  if (!label.ignored) {
-    if (constants.has_mass)
-      loss = static_cast<double>(sums.mass) * log_sum - static_cast<double>(sums.mass_times_logit);
+  if (!target.ignored) {
+    const double above = static_cast<double>(value_of(logarithm(Formula<S>(static_cast<S>(sums.exponentials)))));
+    if (constants.has_mass) loss = static_cast<double>(sums.mass) * above - static_cast<double>(sums.mass_times_logit);
     double weight = 1;
-    if (label.index >= 0) {
-      weight = static_cast<double>(weight_of<S>(task, label.index));
-      const double logit =
-          static_cast<double>(load_logit(task, constants, start_of(task, task.logits, row), label.index));
-      loss += (1 - task.smoothing) * weight * ((peak - logit) + log_sum);
+    if (target.label >= 0) {
+      weight = static_cast<double>(target.weight);
+      loss += (1 - task.smoothing) * weight * ((peak - static_cast<double>(logit)) + above);
     }
-    if (label.bad) {
+    if (target.bad) {
       loss = __builtin_nan("");
       const int64_t place = work.first_row + row;
       all.bad = place < all.bad ? place : all.bad;
     }
-    z = task.z_loss * (peak + log_sum) * (peak + log_sum);
+    z = task.z_loss * (peak + above) * (peak + above);
     all.denominator += weight;
     all.rows += 1;
   }
@@ -264,7 +281,7 @@ __device__ __forceinline__ void finish_row(const ForwardWork& work, const Consta
 
 // The sums of a block's threads, as one partial.
 template <int kWarps>
-__device__ __forceinline__ void write_partial(const ForwardWork& work, LossSums sums) {
+__device__ __forceinline__ void write_partial(const RowsWork& work, LossSums sums) {
   const auto plus = [](double a, double b) { return a + b; };
   TRAINOPT_SHARED(double, losses, kWarps);
   TRAINOPT_SHARED(double, counts, kWarps);
@@ -282,56 +299,70 @@ __device__ __forceinline__ void write_partial(const ForwardWork& work, LossSums 
   if (threadIdx.x == 0) work.partials[blockIdx.x] = {sums.loss, sums.z, sums.denominator, sums.rows, sums.bad};
 }
 
-// Backward
-// -------------------------------------------------------------------------------------------------------------
+// The gradient ------------------------------------------------------------------------------------------------------
+
+// What a launch multiplies rows' gradients by.
+template <class S>
+struct Scales {
+  S loss_factor, z_factor;  // with the one upstream gradient, if there is one
+  S spread_mass;            // of all classes of a row with a label, beside the spike
+  bool by_row;
+
+  __device__ __forceinline__ Scales(const RowsWork& work) {
+    const TargetTotals totals = work.on_device != nullptr ? *work.on_device : work.totals;
+    by_row = work.upstream != nullptr && work.upstream_stride != 0;
+    const double above =
+        work.upstream == nullptr || by_row ? 1 : load_one<double>(work.upstream, work.upstream_dtype, 0);
+    loss_factor = static_cast<S>(above * totals.loss_factor);
+    z_factor = static_cast<S>(2 * work.task.z_loss * (above * totals.z_factor));
+    spread_mass = static_cast<S>(spread_of(work.task) * totals.weight);
+  }
+};
+
+// Whether this launch has no gradient to write after all: the one that forward made is right.
+__device__ __forceinline__ bool is_done(const RowsWork& work) {
+  if (work.scaled == nullptr && !work.unless_one) return false;
+  const bool is_one = load_one<double>(work.upstream, work.upstream_dtype, 0) == 1;
+  if (work.scaled != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *work.scaled = is_one ? 0 : 1;
+  return is_one && work.unless_one;
+}
 
 // What the gradient of a row's logits is made of.
 template <class S>
 struct RowSlopes {
-  S peak, log_sum;    // lse
-  S upstream, share;  // of the masses, and of the probabilities
+  S peak, share;  // share: what e^(x - peak) is multiplied by
+  S upstream;     // of the masses
   S spike;
-  int64_t label;  // -1: none
-  bool ignored;
+  RowTarget<S> target;
 
-  // `mass` is that of all classes beside the spike; 0 for labels, whose masses have a sum that is known.
-  __device__ __forceinline__ RowSlopes(const BackwardWork& work, const Constants<S>& constants,
-                                       const TargetTotals& totals, int64_t row, double mass) {
+  // `mass` is that of all classes; for labels, that of those beside the spike is known.
+  __device__ __forceinline__ RowSlopes(const RowsWork& work, const Scales<S>& scales, int64_t row, S largest, S sum,
+                                       const RowTarget<S>& of, S mass)
+      : peak(largest), target(of) {
     const CrossEntropyTask& task = work.task;
-    const Label found = label_of(task, row);
-    const double above =
-        work.upstream == nullptr ? 1 : load_one<double>(work.upstream, work.upstream_dtype, row * work.upstream_stride);
-    const double scale = above * totals.loss_factor, exact_log_sum = task.lse.log_sum[row];
-    double at_label = 0, all = mass;
-    if (task.labels != nullptr) {
-      if (found.index >= 0) at_label = (1 - task.smoothing) * static_cast<double>(weight_of<S>(task, found.index));
-      all = at_label + (constants.has_mass ? constants.exact_spread * totals.weight : 0);
-    }
-    const double of_lse = task.z_loss == 0 ? 0 : 2 * task.z_loss * task.lse.of(row) * (above * totals.z_factor);
-    peak = static_cast<S>(task.lse.peak[row]);
-    log_sum = static_cast<S>(exact_log_sum);
-    upstream = static_cast<S>(scale);
-    spike = static_cast<S>(scale * at_label);
-    share = found.bad ? static_cast<S>(__builtin_nan(""))
-                      : static_cast<S>((scale * all + of_lse) * SoftmaxCrossEntropy::rounding_of<S>(exact_log_sum));
-    label = found.index;
-    ignored = found.ignored;
+    const S above = scales.by_row ? load_one<S>(work.upstream, work.upstream_dtype, row * work.upstream_stride) : S(1);
+    const S at_label = static_cast<S>(1 - task.smoothing) * of.weight;
+    upstream = above * scales.loss_factor;
+    spike = upstream * at_label;
+    S all = upstream * (task.labels == nullptr ? mass : at_label + scales.spread_mass);
+    if (task.z_loss != 0) all += above * scales.z_factor * (peak + value_of(logarithm(Formula<S>(sum))));
+    share = of.bad ? static_cast<S>(__builtin_nan("")) : all / sum;
   }
 
   template <class Item>
-  __device__ __forceinline__ void write(const BackwardWork& work, const Constants<S>& constants, int64_t start,
+  __device__ __forceinline__ void write(const RowsWork& work, const Constants<S>& constants, int64_t start,
                                         int64_t probabilities_start, int64_t gradient_start, const Item& item) const {
+    using F = Formula<S>;
     S x[Item::kCount] = {}, mass[Item::kCount] = {};
-    if (!ignored) {
+    if (!target.ignored) {
       load_logits(work.task, constants, start, item, x);
       if (constants.has_mass) load_masses(work.task, constants, probabilities_start, item, mass);
-      const int label_place = item.place_of(label);
+      const int label_place = target.label < 0 ? -1 : item.place_of(target.label);
 #pragma unroll
       for (int k = 0; k < Item::kCount; ++k) {
-        const S taken = constants.has_mass ? mass[k] * upstream : S(0);
-        S slope = SoftmaxCrossEntropy::slope(x[k], peak, log_sum, share, taken);
+        S slope = exp_of(x[k] - peak) * share - (constants.has_mass ? mass[k] * upstream : S(0));
         if (k == label_place) slope = slope - spike;
-        if (constants.cap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(x[k], constants.cap);
+        if (constants.cap != 0) slope = slope * value_of(SoftmaxCrossEntropy::cap_slope(F(x[k]), F(constants.cap)));
         x[k] = slope;
       }
     }

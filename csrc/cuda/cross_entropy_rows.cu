@@ -1,52 +1,91 @@
 // Cross-entropy where a row's classes lie side by side, and are more than a few: a warp a row, or a block a row.
 #include "cuda/cross_entropy_kernels.h"
+#include "cuda/cross_entropy_plain.h"
 #include "cuda/cross_entropy_row.h"
 
 namespace trainopt::cuda {
 namespace {
 
-// How many elements of a row come before the first at which all its tensors are aligned to 16 bytes.
-struct Head {
-  int elements = 0, period = 1;
-  bool exists = true;
+// Everything that Plain has not: any types, capped logits, masses of each class.
+template <class Arithmetic>
+struct General {
+  using S = Arithmetic;
+  static constexpr int kWords = 1;
 
-  __device__ __forceinline__ void align(const Rows& rows, int64_t start) {
-    const int shift = rows.dtype == DType::kFloat64 ? 3 : rows.dtype == DType::kFloat32 ? 2 : 1;  // of a size in bytes
-    const int mine = static_cast<int>(sizeof(uint4)) >> shift;
-    const uint64_t address = reinterpret_cast<uint64_t>(rows.data) + (static_cast<uint64_t>(start) << shift);
-    const int wanted = static_cast<int>((0 - address) % sizeof(uint4)) >> shift;
-    const int shorter = mine < period ? mine : period;
-    if (((wanted ^ elements) & (shorter - 1)) != 0) exists = false;
-    if (mine <= period) return;
-    elements = wanted;
-    period = mine;
+  // Deals a row's classes to threads: eight at a time in 16-byte words, and those before and after one by one; or, if
+  // the tensors are not aligned alike, one by one.
+  template <class Use>
+  static __device__ __forceinline__ void for_each_item(int64_t classes, const Head& head, int thread, int threads,
+                                                       Use use) {
+    const int64_t before = !head.exists || classes < head.elements ? classes : head.elements;
+    const int64_t items = (classes - before) / kItem, end = before + items * kItem;
+    for (int64_t i = thread; i < items; i += threads) use(Together{before + i * kItem});
+    for (int64_t s = thread; s < before + classes - end; s += threads)
+      use(Strided{s < before ? s : end + (s - before), 1});
+  }
+
+  static __device__ __forceinline__ Head head_of(const RowsWork& work, int64_t row) {
+    const CrossEntropyTask& task = work.task;
+    Head head;
+    head.align(task.logits, start_of(task, task.logits, row));
+    if (task.labels == nullptr) head.align(task.probabilities, row * task.probabilities.stride);
+    return head;
+  }
+
+  static __device__ __forceinline__ RowSums<S> sum_row(const RowsWork& work, const Constants<S>& constants, int64_t row,
+                                                       int thread, int threads, const Kept&) {
+    const CrossEntropyTask& task = work.task;
+    const int64_t start = start_of(task, task.logits, row), probabilities_start = row * task.probabilities.stride;
+    RowSums<S> sums;
+    for_each_item(task.classes, head_of(work, row), thread, threads,
+                  [&](const auto& item) { sums.add(task, constants, start, probabilities_start, item); });
+    return sums;
+  }
+
+  // For a row whose sums are known, which leaves its masses.
+  static __device__ __forceinline__ S sum_masses(const RowsWork& work, const Constants<S>& constants, int64_t row,
+                                                 int thread, int threads) {
+    const CrossEntropyTask& task = work.task;
+    S sum = 0;
+    for_each_item(task.classes, head_of(work, row), thread, threads, [&](const auto& item) {
+      S mass[std::decay_t<decltype(item)>::kCount];
+      load_masses(task, constants, row * task.probabilities.stride, item, mass);
+      sum += sum_of(mass);
+    });
+    return sum;
+  }
+
+  static __device__ __forceinline__ void weigh(RowSums<S>&, const Constants<S>&) {}
+
+  static __device__ __forceinline__ void write_row(const RowsWork& work, const Constants<S>& constants,
+                                                   const RowSlopes<S>& slopes, int64_t row, int thread, int threads,
+                                                   const Kept&) {
+    const CrossEntropyTask& task = work.task;
+    const int64_t start = start_of(task, task.logits, row), probabilities_start = row * task.probabilities.stride;
+    for_each_item(task.classes, head_of(work, row), thread, threads, [&](const auto& item) {
+      slopes.write(work, constants, start, probabilities_start, row * work.gradient.stride, item);
+    });
   }
 };
 
-// Deals a row's classes to its threads: eight at a time in 16-byte words, and those before and after one by one; or, if
-// the tensors are not aligned alike, eight that lie so far apart as there are threads.
-template <int kRowThreads, class Use>
-__device__ __forceinline__ void for_each_item(int64_t classes, const Head& head, int thread, Use use) {
-  if (!head.exists) {
-    for (int64_t at = thread; at < classes; at += kRowThreads * kItem) {
-      const int64_t rest = (classes - at + kRowThreads - 1) / kRowThreads;
-      use(Apart<kItem, kRowThreads>{at, rest < kItem ? static_cast<int>(rest) : kItem});
-    }
-    return;
-  }
-  const int64_t before = head.elements < classes ? head.elements : classes;
-  const int64_t items = (classes - before) / kItem, end = before + items * kItem;
-  for (int64_t i = thread; i < items; i += kRowThreads) use(Together{before + i * kItem});
-  const int64_t single = thread < before ? thread : end + thread - before;
-  if (single < classes && (single < before || single >= end)) use(Apart<1, 1>{single, 1});
-}
+constexpr int64_t kWordBytes = sizeof(uint4);
 
-template <int kRowWarps>
-constexpr int kBlockThreads = kRowWarps == 1 ? 256 : 32 * kRowWarps;
+template <class Way>
+constexpr bool kIsGeneral = false;
+template <class S>
+constexpr bool kIsGeneral<General<S>> = true;
 
-// Blocks that a multiprocessor should hold at least: it bounds the registers of a thread, at 128 and 255.
-template <class S, int kRowWarps>
-constexpr int kMinBlocks = sizeof(S) == sizeof(float) && kBlockThreads<kRowWarps> == 256 ? 2 : 1;
+// Threads that a block has at most, and blocks that a multiprocessor should hold at least: they bound the registers of
+// a thread.
+template <class Way>
+constexpr int kMostThreads = !kIsGeneral<Way>                           ? 1024
+                             : sizeof(typename Way::S) == sizeof(float) ? 512
+                                                                        : 256;
+constexpr int kWarpThreads = 256, kMostWarps = 32;
+template <class Way>
+constexpr int kMinBlocks = !kIsGeneral<Way>                           ? 3
+                           : sizeof(typename Way::S) == sizeof(float) ? 2
+                                                                      : 1;
 
 // Which rows a warp or block takes: `each` that follow each other.
 struct Share {
@@ -57,55 +96,87 @@ struct Share {
   }
 };
 
-template <class S, int kRowThreads>
-__device__ __forceinline__ RowSums<S, S> sum_row(const CrossEntropyTask& task, const Constants<S>& constants,
-                                                 int64_t row, int thread) {
-  const int64_t start = start_of(task, task.logits, row), probabilities_start = row * task.probabilities.stride;
-  Head head;
-  head.align(task.logits, start);
-  if (task.labels == nullptr) head.align(task.probabilities, probabilities_start);
-  RowSums<S, S> sums;
-  for_each_item<kRowThreads>(task.classes, head, thread,
-                             [&](const auto& item) { sums.add(task, constants, start, probabilities_start, item); });
-  return combine_sums(sums, constants.has_mass);
-}
-
-template <class S>
-__global__ void __launch_bounds__(kBlockThreads<1>, kMinBlocks<S, 1>)
-    cross_entropy_warp_forward_kernel(const ForwardWork __grid_constant__ work,
-                                      const Constants<S> __grid_constant__ constants, int64_t each) {
-  constexpr int kWarps = kBlockThreads<1> / 32;
+template <class Way>
+__global__ void __launch_bounds__(kWarpThreads, kMinBlocks<Way>)
+    cross_entropy_warp_kernel(const RowsWork __grid_constant__ work,
+                              const Constants<typename Way::S> __grid_constant__ constants, int64_t each,
+                              int kept_words) {
+  using S = typename Way::S;
+  constexpr int kWarps = kWarpThreads / 32;
+  if (is_done(work)) return;
+  const CrossEntropyTask& task = work.task;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const Share share(static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, each, work.task.rows);
+  const Share share(static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, each, task.rows);
+  const Scales<S> scales(work);
+  TRAINOPT_DYNAMIC_SHARED(uint4, shared_words);
+  const Kept kept{shared_words, static_cast<int>(threadIdx.x), kWarpThreads, kept_words};
   LossSums all;
-  // 32 rows are summed, each to a lane, before all lanes finish theirs.
+  // What 32 rows have beside their classes is read, and what comes of their sums is worked out, by a lane each.
   for (int64_t first = share.first; first < share.last; first += 32) {
     const int count = static_cast<int>(share.last - first < 32 ? share.last - first : 32);
-    RowSums<S, S> mine;
-    for (int i = 0; i < count; ++i) {
-      const RowSums<S, S> sums = sum_row<S, 32>(work.task, constants, first + i, lane);
-      if (i == lane) mine = sums;
+    RowTarget<S> my_target;
+    RowSums<S> mine;
+    S my_logit = 0;
+    if (lane < count) {
+      my_target = RowTarget<S>(task, label_at(task, first + lane));
+      if (work.forward) {
+        my_logit = my_target.logit(task, constants, first + lane);
+      } else {
+        mine.largest = static_cast<S>(task.peak[first + lane]);
+        mine.exponentials = static_cast<S>(task.sum[first + lane]);
+      }
     }
-    if (lane < count) finish_row(work, constants, first + lane, mine, all);
+    for (int i = 0; i < count; ++i) {
+      RowTarget<S> target;
+      target.label = __shfl_sync(kAllLanes, my_target.label, i);
+      target.weight = __shfl_sync(kAllLanes, my_target.weight, i);
+      const int flags = __shfl_sync(kAllLanes, my_target.ignored + 2 * my_target.bad, i);
+      target.ignored = (flags & 1) != 0;
+      target.bad = (flags & 2) != 0;
+      RowSums<S> sums;
+      if (!work.forward) {
+        sums.largest = __shfl_sync(kAllLanes, mine.largest, i);
+        sums.exponentials = __shfl_sync(kAllLanes, mine.exponentials, i);
+        if constexpr (kIsGeneral<Way>)
+          if (task.labels == nullptr)
+            sums.mass =
+                combine_warp(Way::sum_masses(work, constants, first + i, lane, 32), [](S a, S b) { return a + b; });
+      } else if (target.ignored) {
+        sums.set_ignored();
+      } else {
+        sums = combine_sums(Way::sum_row(work, constants, first + i, lane, 32, kept), constants.has_mass);
+        Way::weigh(sums, constants);
+      }
+      if (work.forward && i == lane) mine = sums;
+      if (work.gradient.data == nullptr) continue;
+      Way::write_row(work, constants,
+                     RowSlopes<S>(work, scales, first + i, sums.largest, sums.exponentials, target, sums.mass),
+                     first + i, lane, 32, kept);
+    }
+    if (work.forward && lane < count) finish_row(work, constants, first + lane, mine, my_target, my_logit, all);
   }
-  write_partial<kWarps>(work, all);
+  if (work.forward) write_partial<kWarps>(work, all);
 }
 
-template <class S, int kRowWarps>
-__global__ void __launch_bounds__(kBlockThreads<kRowWarps>, kMinBlocks<S, kRowWarps>)
-    cross_entropy_block_forward_kernel(const ForwardWork __grid_constant__ work,
-                                       const Constants<S> __grid_constant__ constants, int64_t each) {
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+template <class Way>
+__global__ void __launch_bounds__(kMostThreads<Way>)
+    cross_entropy_block_kernel(const RowsWork __grid_constant__ work,
+                               const Constants<typename Way::S> __grid_constant__ constants, int64_t each,
+                               int kept_words) {
+  using S = typename Way::S;
+  if (is_done(work)) return;
+  const CrossEntropyTask& task = work.task;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int lane = thread % 32, warp = thread / 32, warps = threads / 32;
   // Two sets, in turn: the next row's sums are written while the last one's may still be read.
-  TRAINOPT_SHARED(S, largest, 2 * kRowWarps);
-  TRAINOPT_SHARED(S, exponentials, 2 * kRowWarps);
-  TRAINOPT_SHARED(S, mass, 2 * kRowWarps);
-  TRAINOPT_SHARED(S, mass_times_logit, 2 * kRowWarps);
-  const Share share(blockIdx.x, each, work.task.rows);
-  LossSums all;
-  for (int64_t row = share.first; row < share.last; ++row) {
-    RowSums<S, S> sums = sum_row<S, 32 * kRowWarps>(work.task, constants, row, static_cast<int>(threadIdx.x));
-    const int set = static_cast<int>(row % 2) * kRowWarps;
+  TRAINOPT_SHARED(S, largest, 2 * kMostWarps);
+  TRAINOPT_SHARED(S, exponentials, 2 * kMostWarps);
+  TRAINOPT_SHARED(S, mass, 2 * kMostWarps);
+  TRAINOPT_SHARED(S, mass_times_logit, 2 * kMostWarps);
+  // The sums of all threads, to every thread.
+  const auto combine_all = [&](RowSums<S> sums, int64_t row) {
+    const int set = static_cast<int>(row % 2) * kMostWarps;
+    sums = combine_sums(sums, constants.has_mass);
     if (lane == 0) {
       largest[set + warp] = sums.largest;
       exponentials[set + warp] = sums.exponentials;
@@ -113,105 +184,99 @@ __global__ void __launch_bounds__(kBlockThreads<kRowWarps>, kMinBlocks<S, kRowWa
       mass_times_logit[set + warp] = sums.mass_times_logit;
     }
     __syncthreads();
-    if (warp != 0) continue;
     sums = {};
-    if (lane < kRowWarps) {
+    if (lane < warps) {
       sums.largest = largest[set + lane];
       sums.shift = sums.largest == -kInfinity<S> ? S(0) : static_cast<S>(sums.largest);
       sums.exponentials = exponentials[set + lane];
       sums.mass = mass[set + lane];
       sums.mass_times_logit = mass_times_logit[set + lane];
     }
-    sums = combine_sums(sums, constants.has_mass);
-    if (lane == 0) finish_row(work, constants, row, sums, all);
-  }
-  if (threadIdx.x == 0) work.partials[blockIdx.x] = {all.loss, all.z, all.denominator, all.rows, all.bad};
-}
-
-// The mass of all classes of a row of probabilities, to every thread of the row.
-template <class S, int kRowWarps>
-__device__ __forceinline__ double total_mass(const CrossEntropyTask& task, const Constants<S>& constants, int64_t row) {
-  const auto plus = [](S a, S b) { return a + b; };
-  const int64_t start = row * task.probabilities.stride;
-  const int thread = static_cast<int>(threadIdx.x % (32 * kRowWarps));
-  Head head;
-  head.align(task.probabilities, start);
-  S sum = 0;
-  for_each_item<32 * kRowWarps>(task.classes, head, thread, [&](const auto& item) {
-    S mass[std::decay_t<decltype(item)>::kCount];
-    load_masses(task, constants, start, item, mass);
-    sum += sum_of(mass);
-  });
-  if constexpr (kRowWarps == 1) {
-    return static_cast<double>(combine_warp(sum, plus));
-  } else {
-    TRAINOPT_SHARED(S, of_warp, kRowWarps);
-    TRAINOPT_SHARED(S, of_row, 1);
-    __syncthreads();  // the last row's has been read
-    sum = combine_block<kRowWarps>(sum, of_warp, plus);
-    if (threadIdx.x == 0) of_row[0] = sum;
-    __syncthreads();
-    return static_cast<double>(static_cast<S>(of_row[0]));
-  }
-}
-
-template <class S, int kRowWarps>
-__global__ void __launch_bounds__(kBlockThreads<kRowWarps>, kMinBlocks<S, kRowWarps>)
-    cross_entropy_row_backward_kernel(const BackwardWork __grid_constant__ work,
-                                      const Constants<S> __grid_constant__ constants, int64_t each) {
-  constexpr int kRowThreads = 32 * kRowWarps, kRowsAtOnce = kBlockThreads<kRowWarps> / kRowThreads;
-  const CrossEntropyTask& task = work.task;
-  const TargetTotals totals = work.on_device != nullptr ? *work.on_device : work.totals;
-  const Share share(static_cast<int64_t>(blockIdx.x) * kRowsAtOnce + threadIdx.x / kRowThreads, each, task.rows);
+    return combine_sums(sums, constants.has_mass);
+  };
+  TRAINOPT_DYNAMIC_SHARED(uint4, shared_words);
+  const Kept kept{shared_words, thread, threads, kept_words};
+  const Share share(blockIdx.x, each, task.rows);
+  const Scales<S> scales(work);
+  LossSums all;
+  int64_t label = label_at(task, share.first);
   for (int64_t row = share.first; row < share.last; ++row) {
-    const double mass = task.labels == nullptr ? total_mass<S, kRowWarps>(task, constants, row) : 0;
-    const RowSlopes<S> slopes(work, constants, totals, row, mass);
-    const int64_t start = start_of(task, task.logits, row), probabilities_start = row * task.probabilities.stride;
-    const int64_t gradient_start = row * work.gradient.stride;
-    Head head;
-    head.align(task.logits, start);
-    head.align(work.gradient, gradient_start);
-    if (task.labels == nullptr) head.align(task.probabilities, probabilities_start);
-    for_each_item<kRowThreads>(task.classes, head, static_cast<int>(threadIdx.x % kRowThreads), [&](const auto& item) {
-      slopes.write(work, constants, start, probabilities_start, gradient_start, item);
-    });
+    const RowTarget<S> target(task, label);
+    if (row + 1 < share.last) label = label_at(task, row + 1);  // early: the next row waits for it
+    RowSums<S> sums;
+    if (!work.forward) {
+      sums.largest = static_cast<S>(task.peak[row]);
+      sums.exponentials = static_cast<S>(task.sum[row]);
+      if constexpr (kIsGeneral<Way>) {
+        if (task.labels == nullptr) {
+          RowSums<S> of_masses;
+          of_masses.mass = Way::sum_masses(work, constants, row, thread, threads);
+          sums.mass = combine_all(of_masses, row).mass;
+        }
+      }
+    } else {
+      // Before a gradient may be written over it.
+      const S logit = thread == 0 ? target.logit(task, constants, row) : S(0);
+      if (target.ignored) {
+        sums.set_ignored();
+      } else {
+        sums = combine_all(Way::sum_row(work, constants, row, thread, threads, kept), row);
+        Way::weigh(sums, constants);
+      }
+      if (thread == 0) finish_row(work, constants, row, sums, target, logit, all);
+    }
+    if (work.gradient.data == nullptr) continue;
+    Way::write_row(work, constants, RowSlopes<S>(work, scales, row, sums.largest, sums.exponentials, target, sums.mass),
+                   row, thread, threads, kept);
   }
+  if (work.forward && thread == 0) work.partials[blockIdx.x] = {all.loss, all.z, all.denominator, all.rows, all.bad};
 }
 
-// On the host
-// ----------------------------------------------------------------------------------------------------------
+// On the host -------------------------------------------------------------------------------------------------------
 
-template <class S, class Kernel, class Work>
-void start(Kernel kernel, const Work& work, const Sharing& sharing, Stream stream) {
-  launch(kernel, {sharing.blocks, sharing.threads}, stream, work, Constants<S>(work.task), sharing.each);
+// How many words of a row a thread keeps in shared memory: as many as leave room for all the blocks that a
+// multiprocessor has registers for.
+template <class Way>
+int kept_words(const RowsWork& work, const Sharing& sharing) {
+  if (kIsGeneral<Way> || !work.forward || work.gradient.data == nullptr) return 0;
+  constexpr int64_t kThreadsAtOnce = 1024, kOfBlock = 2048;  // what a block has beside: its own, and the system's
+  const int64_t blocks = kThreadsAtOnce / sharing.threads;
+  const int64_t words = (shared_bytes_of_multiprocessor() / blocks - kOfBlock) / (sharing.threads * kWordBytes);
+  const int64_t of_row = sharing.way == Sharing::kWarp ? 32 : sharing.threads;
+  const int64_t row_words = work.task.classes * size_of(work.task.logits.dtype) / kWordBytes;
+  // A whole number of batches.
+  const int64_t wanted = (row_words / of_row / Way::kWords + 1) * Way::kWords, most = words / Way::kWords * Way::kWords;
+  return static_cast<int>(wanted < most ? wanted : most);
 }
 
-template <class S>
-void forward_of(const ForwardWork& work, const Sharing& sharing, Stream stream) {
-  if (sharing.way == Sharing::kWarp) return start<S>(cross_entropy_warp_forward_kernel<S>, work, sharing, stream);
-  start<S>(cross_entropy_block_forward_kernel<S, kBlockWarps>, work, sharing, stream);
-}
-
-template <class S>
-void backward_of(const BackwardWork& work, const Sharing& sharing, Stream stream) {
-  if (sharing.way == Sharing::kWarp) return start<S>(cross_entropy_row_backward_kernel<S, 1>, work, sharing, stream);
-  start<S>(cross_entropy_row_backward_kernel<S, kBlockWarps>, work, sharing, stream);
+template <class Way>
+void start(const RowsWork& work, Sharing sharing, Stream stream) {
+  if (sharing.threads > kMostThreads<Way>) sharing.threads = kMostThreads<Way>;
+  const int kept = kept_words<Way>(work, sharing);
+  const bool is_warp = sharing.way == Sharing::kWarp;
+  launch(is_warp ? "cross_entropy_warp" : "cross_entropy_block",
+         is_warp ? cross_entropy_warp_kernel<Way> : cross_entropy_block_kernel<Way>,
+         {sharing.blocks, sharing.threads, static_cast<size_t>(kept * kWordBytes * sharing.threads)}, stream, work,
+         Constants<typename Way::S>(work.task), sharing.each, kept);
 }
 
 }  // namespace
 
-void forward_by_row(const ForwardWork& work, const Sharing& sharing, Stream stream) {
-  if (work.task.wide) return forward_of<double>(work, sharing, stream);
-  if (sharing.way == Sharing::kLargeBlock)
-    return start<float>(cross_entropy_block_forward_kernel<float, kLargeBlockWarps>, work, sharing, stream);
-  forward_of<float>(work, sharing, stream);
-}
-
-void backward_by_row(const BackwardWork& work, const Sharing& sharing, Stream stream) {
-  if (work.task.wide) return backward_of<double>(work, sharing, stream);
-  if (sharing.way == Sharing::kLargeBlock)
-    return start<float>(cross_entropy_row_backward_kernel<float, kLargeBlockWarps>, work, sharing, stream);
-  backward_of<float>(work, sharing, stream);
+void rows_by_row(const RowsWork& work, const Sharing& sharing, Stream stream) {
+  if (work.task.wide) return start<General<double>>(work, sharing, stream);
+  const DType from = work.task.logits.dtype, to = work.gradient.data != nullptr ? work.gradient.dtype : from;
+  const bool is_known = from == to || (from == DType::kFloat32 && to != DType::kFloat64);
+  if (!is_plain(work.task) || !is_known) return start<General<float>>(work, sharing, stream);
+  switch (from) {
+    case DType::kBFloat16: return start<Plain<BFloat16, BFloat16>>(work, sharing, stream);
+    case DType::kFloat16: return start<Plain<Float16, Float16>>(work, sharing, stream);
+    default: break;
+  }
+  switch (to) {
+    case DType::kBFloat16: return start<Plain<float, BFloat16>>(work, sharing, stream);
+    case DType::kFloat16: return start<Plain<float, Float16>>(work, sharing, stream);
+    default: return start<Plain<float, float>>(work, sharing, stream);
+  }
 }
 
 }  // namespace trainopt::cuda

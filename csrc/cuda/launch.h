@@ -5,6 +5,7 @@
 // shared memory declared by TRAINOPT_SHARED (an array of a fixed size) or TRAINOPT_DYNAMIC_SHARED.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -39,9 +40,27 @@ struct Shape {
   size_t shared_bytes = 0;  // dynamic
 };
 
-// Starts a kernel; throws std::runtime_error if CUDA refuses it. The arguments are copied before this returns.
+// Shared memory that the blocks on a multiprocessor of the current device can have together.
+inline int64_t shared_bytes_of_multiprocessor() {
+#if defined(TRAINOPT_SIMT)
+  return simt::kMaxSharedBytes;
+#else
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (device < kDevices && (bytes = known[device].load(std::memory_order_relaxed)) > 0) return bytes;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (device < kDevices) known[device].store(bytes, std::memory_order_relaxed);
+  return bytes;
+#endif
+}
+
+// Starts a kernel; throws std::runtime_error if CUDA refuses it, or tells of an earlier one's fault. The arguments are
+// copied before this returns.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), Shape shape, Stream stream, const Arguments&... arguments) {
+void launch([[maybe_unused]] const char* name, void (*kernel)(Parameters...), Shape shape, Stream stream,
+            const Arguments&... arguments) {
   static_assert((size_t{0} + ... + sizeof(Arguments)) <= kParameterBytes, "more than a kernel's parameters may take");
 #if defined(TRAINOPT_SIMT)
   simt::launch(shape.blocks, shape.threads, shape.shared_bytes, stream, [&] { kernel(arguments...); });
@@ -51,10 +70,17 @@ void launch(void (*kernel)(Parameters...), Shape shape, Stream stream, const Arg
   config.blockDim = static_cast<unsigned>(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  constexpr size_t kUnasked = 40 * 1024;  // 48 KB with a kernel's own arrays; more has to be asked for
+  cudaError_t error = cudaSuccess;
+  if (shape.shared_bytes > kUnasked)
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shape.shared_bytes));
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error == cudaSuccess) return;
   cudaGetLastError();  // said here, and not to whoever asks next
-  throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error) + " (told when trainopt's kernel " + name +
+                           " was to start; a fault in a kernel is told of later, so it may be that of an earlier one,"
+                           " of whatever library: CUDA_LAUNCH_BLOCKING=1 shows which)");
 #endif
 }
 

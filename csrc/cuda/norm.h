@@ -21,12 +21,13 @@ struct NormWork {
   const NormTensor* tensors;
   size_t count;
   // On the device:
-  double* partials;      // one for each chunk: norm_chunks of all tensors
-  int64_t* first_chunk;  // one for each tensor
-  double* of_tensor;     // one for each tensor: its norm
-  double* total;         // the norm of all
-  TensorView rounded;    // the same, rounded to a dtype of its own; or without data
+  double* partials;    // norm_partials of them
+  double* total;       // the norm of all
+  TensorView rounded;  // the same, rounded to a dtype of its own; or without data
 };
+
+// How many partial sums these tensors have.
+int64_t norm_partials(const NormTensor* tensors, size_t count);
 
 // One launch for each list that fits in a kernel's parameters, and one that combines.
 void norm(const NormWork&, Stream);

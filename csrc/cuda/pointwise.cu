@@ -1,6 +1,7 @@
 #include <type_traits>
 
 #include "cuda/access.h"
+#include "cuda/elementary.h"
 #include "cuda/launch.h"
 #include "cuda/pointwise.h"
 #include "cuda/reduce.h"
@@ -134,53 +135,108 @@ __device__ __forceinline__ double add_over_block(double value) {
   return combine_block<kBlockThreads / 32>(value, of_warp, [](double a, double b) { return a + b; });
 }
 
-// What is no probability: 1 for the input, 2 for the target, 3 for both.
+// What is no probability: 1 for the input, 2 for the target, 3 for both. The loss of such an element is NaN, so
+// elements are looked at only where their sum is.
 template <class Loss, class S>
 __device__ __forceinline__ int refusal_of(S x, S t) {
   if constexpr (!std::is_same_v<Loss, BinaryCrossEntropy>) return 0;
   return (x >= S(0) && x <= S(1) ? 0 : 1) | (t >= S(0) && t <= S(1) ? 0 : 2);
 }
 
+constexpr int64_t kStep = kThreads * kItem;
+
+// Eight elements of each operand, in two stages: under way, and in registers.
+template <class S>
+struct Item {
+  Words<S> input, target;
+
+  __device__ __forceinline__ void fetch(const Pass& pass, int64_t at) {
+    input = fetch_words_of<S>(pass.input, at);
+    target = fetch_words_of<S>(pass.target, at);
+  }
+};
+template <class S>
+struct Values {
+  S input[kItem], target[kItem], weight[kItem], positive[kItem];
+
+  __device__ __forceinline__ Values(const Pass& pass, const Item<S>& item) {
+    widen_words(item.input, pass.input.dtype, input);
+    widen_words(item.target, pass.target.dtype, target);
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) weight[i] = positive[i] = S(1);
+  }
+  __device__ __forceinline__ void load_factors(const Pass& pass, int64_t at) {
+    load_factor(pass.weight, pass.numel, at, weight);
+    load_factor(pass.positive, pass.numel, at, positive);
+  }
+};
+
+// Walks a thread's items of a run, from `at` on: two at a time, all of whose words are under way before the first is
+// waited for, as long as there are two and no factors; else one. Leaves `at` where items end.
+template <class S, class Use>
+__device__ __forceinline__ void for_each_item(const Pass& pass, int64_t& at, int64_t end, Use use) {
+  if (!pass.vectorisable) return;
+  const bool has_factors = pass.weight.data != nullptr || pass.positive.data != nullptr;
+  for (; !has_factors && at + kStep + kItem <= end; at += 2 * kStep) {
+    Item<S> item[2];
+    item[0].fetch(pass, at);
+    item[1].fetch(pass, at + kStep);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) use(at + j * kStep, Values<S>(pass, item[j]));
+  }
+  for (; at + kItem <= end; at += kStep) {
+    Item<S> item;
+    item.fetch(pass, at);
+    Values<S> values(pass, item);
+    values.load_factors(pass, at);
+    use(at, values);
+  }
+}
+
 // Whether eight elements are loaded at once or one by one, a thread sums the same ones in the same order.
 template <class Loss, class S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
     pointwise_forward_kernel(const Forward __grid_constant__ pass) {
+  using F = Formula<S>;
   const int64_t end = end_of_run(pass);
-  const S k = static_cast<S>(pass.parameter);
+  const F k(static_cast<S>(pass.parameter));
   double sum = 0;
   int refused = 0;
-  for (int64_t at = static_cast<int64_t>(blockIdx.x) * pass.run + static_cast<int64_t>(threadIdx.x) * kItem; at < end;
-       at += kThreads * kItem) {
-    S item_sum = S(0);
-    if (pass.vectorisable && at + kItem <= end) {
-      const Words<S> input = fetch_words_of<S>(pass.input, at), target = fetch_words_of<S>(pass.target, at);
-      S x[kItem], t[kItem], weight[kItem], positive[kItem], value[kItem];
-      load_factor(pass.weight, pass.numel, at, weight);
-      load_factor(pass.positive, pass.numel, at, positive);
-      widen_words(input, pass.input.dtype, x);
-      widen_words(target, pass.target.dtype, t);
+  int64_t at = static_cast<int64_t>(blockIdx.x) * pass.run + static_cast<int64_t>(threadIdx.x) * kItem;
+  for_each_item<S>(pass, at, end, [&](int64_t place, const Values<S>& of) {
+    S value[kItem], item_sum = 0;
 #pragma unroll
-      for (int i = 0; i < kItem; ++i) {
-        value[i] = Loss::value(x[i], t[i], positive[i], k) * weight[i];
-        item_sum += value[i];
-        refused |= refusal_of<Loss>(x[i], t[i]);
-      }
-      if (pass.value.data != nullptr) store_item(pass.value.data, pass.value.dtype, at, value);
-    } else {
-      const int64_t item_end = at + kItem < end ? at + kItem : end;
-      for (int64_t i = at; i < item_end; ++i) {
-        const S x = load<S>(pass.input, pass.numel, i), t = load<S>(pass.target, pass.numel, i);
-        const S value = Loss::value(x, t, load_factor<S>(pass.positive, pass.numel, i), k) *
-                        load_factor<S>(pass.weight, pass.numel, i);
-        refused |= refusal_of<Loss>(x, t);
-        item_sum += value;
-        if (pass.value.data != nullptr)
-          store_one(pass.value.data, pass.value.dtype, place_of(pass.value, pass.numel, i), value);
-      }
+    for (int i = 0; i < kItem; ++i) {
+      value[i] = value_of(Loss::value(F(of.input[i]), F(of.target[i]), F(of.positive[i]), k)) * of.weight[i];
+      item_sum += value[i];
+    }
+    if (item_sum != item_sum) {
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) refused |= refusal_of<Loss>(of.input[i], of.target[i]);
+    }
+    if (pass.value.data != nullptr) store_item(pass.value.data, pass.value.dtype, place, value);
+    sum += static_cast<double>(item_sum);
+  });
+  for (; at < end; at += kStep) {
+    const int64_t item_end = at + kItem < end ? at + kItem : end;
+    S item_sum = 0;
+    for (int64_t i = at; i < item_end; ++i) {
+      const S x = load<S>(pass.input, pass.numel, i), t = load<S>(pass.target, pass.numel, i);
+      const S value = value_of(Loss::value(F(x), F(t), F(load_factor<S>(pass.positive, pass.numel, i)), k)) *
+                      load_factor<S>(pass.weight, pass.numel, i);
+      refused |= refusal_of<Loss>(x, t);
+      item_sum += value;
+      if (pass.value.data != nullptr)
+        store_one(pass.value.data, pass.value.dtype, place_of(pass.value, pass.numel, i), value);
     }
     sum += static_cast<double>(item_sum);
   }
-  if (refused != 0 && pass.bad_probability != nullptr) *pass.bad_probability = refused;
+  if constexpr (std::is_same_v<Loss, BinaryCrossEntropy>) {
+    // Once a block: a batch of NaN would have every thread write to the host's memory.
+    TRAINOPT_SHARED(int, of_warp, kThreads / 32);
+    refused = combine_block<kThreads / 32>(refused, of_warp, [](int a, int b) { return a | b; });
+    if (threadIdx.x == 0 && refused != 0 && pass.bad_probability != nullptr) *pass.bad_probability = refused;
+  }
   if (pass.result.data == nullptr) return;
   sum = add_over_block<kThreads>(sum);
   if (threadIdx.x != 0) return;
@@ -203,50 +259,41 @@ __global__ void __launch_bounds__(kFinishThreads)
 template <class Loss, class S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
     pointwise_backward_kernel(const Backward __grid_constant__ pass) {
-  int64_t at = static_cast<int64_t>(blockIdx.x) * pass.run;
-  const int64_t end = end_of_run(pass);
-  const S k = static_cast<S>(pass.parameter);
+  using F = Formula<S>;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * pass.run, end = end_of_run(pass);
+  const F k(static_cast<S>(pass.parameter));
   const bool by_element = pass.upstream.data != nullptr;
   const S scale =
       by_element ? S(1) : static_cast<S>(load_one<double>(pass.number.data, pass.number.dtype, 0) / pass.divisor);
-  if (pass.vectorisable) {
-    const int64_t whole = at + (end - at) / kItem * kItem;
-    for (int64_t i = at + static_cast<int64_t>(threadIdx.x) * kItem; i < whole; i += kThreads * kItem) {
-      const Words<S> input = fetch_words_of<S>(pass.input, i), target = fetch_words_of<S>(pass.target, i);
-      Words<S> above{};
-      if (by_element) above = fetch_words_of<S>(pass.upstream, i);
-      S x[kItem], t[kItem], weight[kItem], positive[kItem], upstream[kItem], gradient[kItem];
-      load_factor(pass.weight, pass.numel, i, weight);
-      load_factor(pass.positive, pass.numel, i, positive);
-      widen_words(input, pass.input.dtype, x);
-      widen_words(target, pass.target.dtype, t);
-      if (by_element) {
-        widen_words(above, pass.upstream.dtype, upstream);
-      } else {
+  const int64_t whole = pass.vectorisable ? begin + (end - begin) / kItem * kItem : begin;
+  int64_t at = begin + static_cast<int64_t>(threadIdx.x) * kItem;
+  for_each_item<S>(pass, at, whole, [&](int64_t place, const Values<S>& of) {
+    S above[kItem], gradient[kItem];
 #pragma unroll
-        for (int j = 0; j < kItem; ++j) upstream[j] = scale;
-      }
-      if (pass.input_gradient.data != nullptr) {
+    for (int i = 0; i < kItem; ++i) above[i] = scale;
+    if (by_element) widen_words(fetch_words_of<S>(pass.upstream, place), pass.upstream.dtype, above);
+    if (pass.input_gradient.data != nullptr) {
 #pragma unroll
-        for (int j = 0; j < kItem; ++j) gradient[j] = Loss::slope(x[j], t[j], positive[j], k) * weight[j] * upstream[j];
-        store_item(pass.input_gradient.data, pass.input_gradient.dtype, i, gradient);
-      }
-      if (pass.target_gradient.data != nullptr) {
-#pragma unroll
-        for (int j = 0; j < kItem; ++j)
-          gradient[j] = Loss::target_slope(x[j], t[j], positive[j], k) * weight[j] * upstream[j];
-        store_item(pass.target_gradient.data, pass.target_gradient.dtype, i, gradient);
-      }
+      for (int i = 0; i < kItem; ++i)
+        gradient[i] =
+            value_of(Loss::slope(F(of.input[i]), F(of.target[i]), F(of.positive[i]), k)) * of.weight[i] * above[i];
+      store_item(pass.input_gradient.data, pass.input_gradient.dtype, place, gradient);
     }
-    at = whole;
-  }
-  for (int64_t i = at + threadIdx.x; i < end; i += kThreads) {
-    const S x = load<S>(pass.input, pass.numel, i), t = load<S>(pass.target, pass.numel, i);
-    const S weight = load_factor<S>(pass.weight, pass.numel, i),
-            positive = load_factor<S>(pass.positive, pass.numel, i);
-    const S upstream = by_element ? load<S>(pass.upstream, pass.numel, i) : scale;
-    const auto write = [&](const Operand& gradient, S slope) {
-      store_one(gradient.data, gradient.dtype, place_of(gradient, pass.numel, i), slope * weight * upstream);
+    if (pass.target_gradient.data != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kItem; ++i)
+        gradient[i] = value_of(Loss::target_slope(F(of.input[i]), F(of.target[i]), F(of.positive[i]), k)) *
+                      of.weight[i] * above[i];
+      store_item(pass.target_gradient.data, pass.target_gradient.dtype, place, gradient);
+    }
+  });
+  for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) {
+    const F x(load<S>(pass.input, pass.numel, i)), t(load<S>(pass.target, pass.numel, i));
+    const F positive(load_factor<S>(pass.positive, pass.numel, i));
+    const S weight = load_factor<S>(pass.weight, pass.numel, i);
+    const S above = by_element ? load<S>(pass.upstream, pass.numel, i) : scale;
+    const auto write = [&](const Operand& gradient, F slope) {
+      store_one(gradient.data, gradient.dtype, place_of(gradient, pass.numel, i), value_of(slope) * weight * above);
     };
     if (pass.input_gradient.data != nullptr) write(pass.input_gradient, Loss::slope(x, t, positive, k));
     if (pass.target_gradient.data != nullptr) write(pass.target_gradient, Loss::target_slope(x, t, positive, k));
@@ -268,11 +315,12 @@ int64_t period_of(const TensorView& view, int64_t numel) {
   return period;
 }
 
+template <class S>
 Operand operand_of(const TensorView& view, int64_t numel) {
   Operand operand{view.data, 0, {}, view.dtype, false};
   if (view.data == nullptr) return operand;
   operand.period = period_of(view, numel);
-  operand.vectorisable = reinterpret_cast<uintptr_t>(view.data) % sizeof(uint4) == 0 &&
+  operand.vectorisable = is_vectorisable<S>({view.data, nullptr, view.dtype}) &&
                          (operand.period == numel || (operand.period != 0 && operand.period % kItem == 0));
   if (view.layout != nullptr) operand.layout = *view.layout;
   return operand;
@@ -284,14 +332,15 @@ bool is_aligned_run(const Operand& operand, int64_t numel) {
 }
 
 // What both directions read.
+template <class S>
 void fill(Pass& pass, const PointwiseTask& task) {
   pass.numel = task.numel;
   pass.run = run_of_block(task.numel);
   pass.parameter = task.parameter;
-  pass.input = operand_of(task.input, task.numel);
-  pass.target = operand_of(task.target, task.numel);
-  pass.weight = operand_of(task.weight, task.numel);
-  pass.positive = operand_of(task.positive, task.numel);
+  pass.input = operand_of<S>(task.input, task.numel);
+  pass.target = operand_of<S>(task.target, task.numel);
+  pass.weight = operand_of<S>(task.weight, task.numel);
+  pass.positive = operand_of<S>(task.positive, task.numel);
   pass.vectorisable = is_aligned_run(pass.input, task.numel) && is_aligned_run(pass.target, task.numel);
   for (const Operand* factor : {&pass.weight, &pass.positive})
     pass.vectorisable = pass.vectorisable && (factor->data == nullptr || factor->period != 0);
@@ -301,33 +350,33 @@ template <class Loss, class S>
 void forward(const PointwiseTask& task, const Reduced& reduced, int64_t* bad_probability, Stream stream) {
   if (task.numel == 0 && reduced.result.data == nullptr) return;
   Forward pass;
-  fill(pass, task);
-  pass.value = operand_of(task.value, task.numel);
+  fill<S>(pass, task);
+  pass.value = operand_of<S>(task.value, task.numel);
   pass.vectorisable = pass.vectorisable && is_aligned_run(pass.value, task.numel);
   const int64_t blocks = blocks_for(task.numel);
   pass.result = reduced.result;
   pass.divisor = reduced.divisor;
   pass.partials = blocks == 1 ? nullptr : reduced.partials;
   pass.bad_probability = bad_probability;
-  launch(pointwise_forward_kernel<Loss, S>, {blocks, kThreads}, stream, pass);
+  launch("pointwise_forward", pointwise_forward_kernel<Loss, S>, {blocks, kThreads}, stream, pass);
   if (reduced.result.data == nullptr || blocks == 1) return;
-  launch(pointwise_finish_kernel, {1, kFinishThreads}, stream, reduced.partials, blocks, reduced.result,
-         reduced.divisor);
+  launch("pointwise_finish", pointwise_finish_kernel, {1, kFinishThreads}, stream, reduced.partials, blocks,
+         reduced.result, reduced.divisor);
 }
 
 template <class Loss, class S>
 void backward(const PointwiseTask& task, const Upstream& upstream, Stream stream) {
   if (task.numel == 0) return;
   Backward pass;
-  fill(pass, task);
-  pass.upstream = operand_of(task.upstream, task.numel);
-  pass.input_gradient = operand_of(task.input_gradient, task.numel);
-  pass.target_gradient = operand_of(task.target_gradient, task.numel);
+  fill<S>(pass, task);
+  pass.upstream = operand_of<S>(task.upstream, task.numel);
+  pass.input_gradient = operand_of<S>(task.input_gradient, task.numel);
+  pass.target_gradient = operand_of<S>(task.target_gradient, task.numel);
   for (const Operand* operand : {&pass.upstream, &pass.input_gradient, &pass.target_gradient})
     pass.vectorisable = pass.vectorisable && is_aligned_run(*operand, task.numel);
   pass.number = upstream.number;
   pass.divisor = upstream.divisor;
-  launch(pointwise_backward_kernel<Loss, S>, {blocks_for(task.numel), kThreads}, stream, pass);
+  launch("pointwise_backward", pointwise_backward_kernel<Loss, S>, {blocks_for(task.numel), kThreads}, stream, pass);
 }
 
 }  // namespace

@@ -79,7 +79,7 @@ void prepare_all(const Preparation& work, Stream stream) {
   const auto flush = [&] {
     table.header.out = work.out + done;
     const int64_t blocks = (table.header.count + kPrepareThreads - 1) / kPrepareThreads;
-    if (blocks > 0) launch(prepare_kernel<Rule, S>, {blocks, kPrepareThreads}, stream, table);
+    if (blocks > 0) launch("prepare", prepare_kernel<Rule, S>, {blocks, kPrepareThreads}, stream, table);
     done += static_cast<size_t>(table.header.count);
     table.header.count = 0;
     group_count = 0;

@@ -17,7 +17,7 @@ constexpr int kItem = 8;
 constexpr int64_t kChunk = 16384;
 static_assert(32 * kItem == 256 && kChunk % (kThreads * kItem) == 0);
 
-// `Header` is what all tensors of a launch share; `Row` what each has;
+// `Header` is what all tensors of a launch share, `Row` what each has.
 template <class Header, class Row, size_t kBytes>
 struct Table {
   static constexpr size_t kFixedBytes = sizeof(Header) + 2 * sizeof(int32_t) + 2 * alignof(Header) + alignof(Row);

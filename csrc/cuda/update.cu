@@ -1,3 +1,6 @@
+#include <type_traits>
+#include <vector>
+
 #include "core/random.h"
 #include "cuda/access.h"
 #include "cuda/engine.h"
@@ -8,8 +11,7 @@
 namespace trainopt::cuda {
 namespace {
 
-// How a tensor is stored, in one byte, and the tensors of one parameter: the parameter itself, its gradient, its
-// states.
+// The tensors of one parameter: the parameter itself, its gradient, its states.
 template <int kRoles>
 struct Row {
   void* data[kRoles];
@@ -45,21 +47,22 @@ struct TableOf<kRoles, true> {
   using type = Table<Header<1>, StridedRow<kRoles>, kParameterBytes>;
 };
 
-// Standard normal values of elements [at, at + 8), `at` a multiple of 8: the CPU engine's own bits.
+// How all tensors of a parameter are stored: as one type; as each tensor's dtype says; the same, with layouts.
+struct Mixed {};
+struct Strided {};
+template <class Storage>
+constexpr bool kIsOneType = !std::is_same_v<Storage, Mixed> && !std::is_same_v<Storage, Strided>;
+
+// Standard normal values of elements [at, at + 4), `at` a multiple of 4: the CPU engine's own bits.
 template <class S>
-__device__ __forceinline__ void gaussian_item(S (&out)[kItem], const Stages<S>& stages, uint32_t step, uint32_t tensor,
+__device__ __forceinline__ void gaussian_quad(S (&out)[4], const Stages<S>& stages, uint32_t step, uint32_t tensor,
                                               int64_t at) {
-#pragma unroll
-  for (int q = 0; q < kItem / 4; ++q) {
-    const RandomWords r =
-        random_words(stages.seed, step, tensor, RandomStream::kNoise, static_cast<uint64_t>(at / 4 + q));
-    const GaussianPair one = gaussian_pair(r.word[0], r.word[1]);
-    const GaussianPair two = gaussian_pair(r.word[2], r.word[3]);
-    out[4 * q] = static_cast<S>(one.first);
-    out[4 * q + 1] = static_cast<S>(one.second);
-    out[4 * q + 2] = static_cast<S>(two.first);
-    out[4 * q + 3] = static_cast<S>(two.second);
-  }
+  const RandomWords r = random_words(stages.seed, step, tensor, RandomStream::kNoise, static_cast<uint64_t>(at / 4));
+  const GaussianPair one = gaussian_pair(r.word[0], r.word[1]), two = gaussian_pair(r.word[2], r.word[3]);
+  out[0] = static_cast<S>(one.first);
+  out[1] = static_cast<S>(one.second);
+  out[2] = static_cast<S>(two.first);
+  out[3] = static_cast<S>(two.second);
 }
 
 __device__ __forceinline__ float gaussian_one(uint64_t seed, uint32_t step, uint32_t tensor, int64_t at) {
@@ -69,89 +72,167 @@ __device__ __forceinline__ float gaussian_one(uint64_t seed, uint32_t step, uint
   return (at & 1) != 0 ? pair.second : pair.first;
 }
 
-template <class Rule, int kPresent, class S, class Row>
-__device__ __forceinline__ void update_item(const Row& row, const Stages<S>& stages,
-                                            const typename Rule::template Scalars<S>& scalars, uint32_t step,
-                                            int64_t at) {
-  constexpr int kRoles = kPresent + 2;
-  Words<S> words[kRoles];
+// All that is the same for the elements of a chunk.
+template <class Rule, class S, class Storage, int kRoles>
+struct Chunk {
+  void* data[kRoles];  // in registers: what the table says would be read again after each store
+  DType dtypes[kRoles];
+  Stages<S> stages;
+  typename Rule::template Scalars<S> scalars;
+  uint32_t step, tensor;
+
+  __device__ __forceinline__ Chunk(const Row<kRoles>& row, const Prepared& prepared)
+      : stages(stages_of(prepared.scalars, S())), step(prepared.step), tensor(row.tensor) {
+    static_assert(sizeof scalars <= kRuleScalarBytes);
+    __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
 #pragma unroll
-  for (int r = 0; r < kRoles; ++r) words[r] = fetch(row.data[r], row.dtype[r], at, S());
-  S value[kRoles][kItem], noise[kItem] = {};
-#pragma unroll
-  for (int r = 0; r < kRoles; ++r) widen_words(words[r], row.dtype[r], value[r]);
-  if (stages.noisy) gaussian_item(noise, stages, step, row.tensor, at);
-#pragma unroll
-  for (int i = 0; i < kItem; ++i) {
+    for (int r = 0; r < kRoles; ++r) {
+      data[r] = row.data[r];
+      dtypes[r] = row.dtype[r];
+    }
+  }
+
+  __device__ __forceinline__ DType dtype(int role) const {
+    if constexpr (kIsOneType<Storage>) return dtype_of(Storage());
+    return dtypes[role];
+  }
+
+  __device__ __forceinline__ bool is_plain() const {
+    return !(stages.scaled || stages.negate || stages.l1_gradient || stages.l1_proximal || stages.noisy);
+  }
+
+  // Element i of each tensor, in the arithmetic's type. kPlain: as for step_elements.
+  template <bool kPlain, int kCount>
+  __device__ __forceinline__ void step_value(S (&value)[kRoles][kCount], int i, S noise) const {
     S state[kStateCount<Rule>] = {};
 #pragma unroll
-    for (int s = 0; s < kPresent; ++s) state[s] = value[2 + s][i];
-    step_elements<Rule, false>(stages, scalars, value[0][i], value[1][i], state, noise[i]);
+    for (int s = 0; s < kRoles - 2; ++s) state[s] = value[2 + s][i];
+    step_elements<Rule, kPlain>(stages, scalars, value[0][i], value[1][i], state, noise);
 #pragma unroll
-    for (int s = 0; s < kPresent; ++s) value[2 + s][i] = state[s];
+    for (int s = 0; s < kRoles - 2; ++s) value[2 + s][i] = state[s];
   }
-  store_item(row.data[0], row.dtype[0], at, value[0]);
-  if (stages.write_gradient) store_item(row.data[1], row.dtype[1], at, value[1]);
-#pragma unroll
-  for (int s = 0; s < kPresent; ++s) store_item(row.data[2 + s], row.dtype[2 + s], at, value[2 + s]);
-}
 
-template <class Rule, int kPresent, class S, class Row, class Place>
-__device__ __forceinline__ void update_one(const Row& row, const Stages<S>& stages,
-                                           const typename Rule::template Scalars<S>& scalars, uint32_t step, int64_t at,
-                                           int64_t in_whole, Place place) {
-  S p = load_one<S>(row.data[0], row.dtype[0], place(0, at)), g = load_one<S>(row.data[1], row.dtype[1], place(1, at));
-  S state[kStateCount<Rule>] = {};
-#pragma unroll
-  for (int s = 0; s < kPresent; ++s) state[s] = load_one<S>(row.data[2 + s], row.dtype[2 + s], place(2 + s, at));
-  const S noise = stages.noisy ? static_cast<S>(gaussian_one(stages.seed, step, row.tensor, in_whole)) : S(0);
-  step_elements<Rule, false>(stages, scalars, p, g, state, noise);
-  store_one(row.data[0], row.dtype[0], place(0, at), p);
-  if (stages.write_gradient) store_one(row.data[1], row.dtype[1], place(1, at), g);
-#pragma unroll
-  for (int s = 0; s < kPresent; ++s) store_one(row.data[2 + s], row.dtype[2 + s], place(2 + s, at), state[s]);
-}
+  __device__ __forceinline__ bool writes(int role) const { return role != 1 || stages.write_gradient; }
 
-// Blocks that a multiprocessor should hold at least: it bounds the registers of a thread, at 128 and 255.
-template <class S>
-constexpr int kMinBlocks = sizeof(S) == sizeof(float) ? 2 : 1;
+  // The words of a batch, all of one type: all of them are under way before the first is waited for. Each is worked on
+  // in its place, 4 bytes of every tensor at a time, which takes few registers.
+  template <bool kPlain, int kWords>
+  __device__ __forceinline__ void step_words(const Batch<kWords, kPerWord<Storage>>& batch) const {
+    using T = Storage;
+    constexpr int kCount = sizeof(uint32_t) / sizeof(T);  // of 4 bytes
+    uint32_t part[kWords][kRoles][4];
+#pragma unroll
+    for (int w = 0; w < kWords; ++w)
+#pragma unroll
+      for (int r = 0; r < kRoles; ++r)
+        if (batch.has(w)) load_word<T>(data[r], batch.at(w), part[w][r]);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if (!batch.has(w)) break;
+      S noise[4] = {};
+#pragma unroll
+      for (int i = 0; i < 4 * kCount; i += kCount) {
+        if constexpr (!kPlain)
+          if (i % 4 == 0 && stages.noisy) gaussian_quad(noise, stages, step, tensor, batch.at(w) + i);
+        S value[kRoles][kCount];
+#pragma unroll
+        for (int r = 0; r < kRoles; ++r) widen_part(part[w][r][i / kCount], T(), value[r]);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) step_value<kPlain>(value, k, noise[(i + k) % 4]);
+#pragma unroll
+        for (int r = 0; r < kRoles; ++r) part[w][r][i / kCount] = narrow_part(value[r], T());
+      }
+#pragma unroll
+      for (int r = 0; r < kRoles; ++r)
+        if (r != 1 || (!kPlain && writes(r))) store_word<T>(data[r], batch.at(w), part[w][r]);
+    }
+  }
 
-// One block, one chunk: eight elements a thread where all tensors of the parameter are aligned, then the rest one by
-// one, by the same arithmetic.
-template <class Rule, class S, int kPresent, bool kStrided>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
-    update_kernel(const typename TableOf<kPresent + 2, kStrided>::type __grid_constant__ table) {
+  // Eight elements of tensors of any types.
+  __device__ __forceinline__ void step_item(int64_t at) const {
+    Words<S> words[kRoles];
+#pragma unroll
+    for (int r = 0; r < kRoles; ++r) words[r] = fetch(data[r], dtype(r), at, S());
+    S value[kRoles][kItem];
+#pragma unroll
+    for (int r = 0; r < kRoles; ++r) widen_words(words[r], dtype(r), value[r]);
+    S noise[4] = {};
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) {
+      if (i % 4 == 0 && stages.noisy) gaussian_quad(noise, stages, step, tensor, at + i);
+      step_value<false>(value, i, noise[i % 4]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRoles; ++r)
+      if (writes(r)) store_item(data[r], dtype(r), at, value[r]);
+  }
+
+  // Element `at`, which is number `in_whole` of the tensor for its noise.
+  template <bool kPlain, class Place>
+  __device__ __forceinline__ void step_one(int64_t at, int64_t in_whole, Place place) const {
+    S value[kRoles][1], noise = 0;
+#pragma unroll
+    for (int r = 0; r < kRoles; ++r) value[r][0] = load_one<S>(data[r], dtype(r), place(r, at));
+    if constexpr (!kPlain)
+      if (stages.noisy) noise = static_cast<S>(gaussian_one(stages.seed, step, tensor, in_whole));
+    step_value<kPlain>(value, 0, noise);
+#pragma unroll
+    for (int r = 0; r < kRoles; ++r)
+      if (r != 1 || (!kPlain && writes(r))) store_one(data[r], dtype(r), place(r, at), value[r][0]);
+  }
+
+  // Elements [at, end) of a run: by words as far as they go, then one by one.
+  template <bool kPlain>
+  __device__ __forceinline__ void step_run(int64_t at, int64_t end, bool vectorisable) const {
+    int64_t whole = at;
+    if constexpr (kIsOneType<Storage>) {
+      // Words of each tensor under way: 32 bytes; and 16 where there is noise to be made, or the like, for twice as
+      // many elements.
+      constexpr int kEach = kPerWord<Storage>, kWords = kPlain || kEach <= 4 ? 2 : 1;
+      whole += (end - at) / kEach * kEach;
+      for_each_batch<kWords, kEach, kThreads>(at, whole,
+                                              [&](const Batch<kWords, kEach>& batch) { step_words<kPlain>(batch); });
+    } else if (vectorisable) {
+      whole += (end - at) / kItem * kItem;
+      for_each_batch<1, kItem, kThreads>(at, whole, [&](const Batch<1, kItem>& batch) { step_item(batch.first); });
+    }
+    for (at = whole + threadIdx.x; at < end; at += kThreads) step_one<kPlain>(at, at, [](int, int64_t i) { return i; });
+  }
+};
+
+// Blocks that a multiprocessor should hold at least: it bounds the registers of a thread, at 80, 128 and 255. As many
+// as it can do without spilling any.
+template <class S, class Storage, int kRoles>
+constexpr int kMinBlocks = sizeof(S) == sizeof(double)         ? 1
+                           : kIsOneType<Storage> && kRoles < 5 ? 3
+                                                               : 2;
+
+// One block, one chunk.
+template <class Rule, class S, int kPresent, class Storage>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<S, Storage, kPresent + 2>) update_kernel(
+    const typename TableOf<kPresent + 2, std::is_same_v<Storage, Strided>>::type __grid_constant__ table) {
   if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const auto& row = table.rows[index];
   const Prepared* on_device = table.header.on_device;
-  const Prepared& prepared = on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared];
-  const Stages<S> stages = stages_of(prepared.scalars, S());
-  typename Rule::template Scalars<S> scalars;
-  static_assert(sizeof scalars <= kRuleScalarBytes);
-  __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
-  const uint32_t step = prepared.step;
+  const Chunk<Rule, S, Storage, kPresent + 2> chunk(
+      row, on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared]);
 
   int64_t at = static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kChunk;
   const int64_t end = at + kChunk < row.numel ? at + kChunk : row.numel;
-  if constexpr (kStrided) {
+  if constexpr (std::is_same_v<Storage, Strided>) {
     const auto place = [&](int role, int64_t i) {
       return row.layout[role].ndim == 0 ? i : offset_of(row.layout[role], i);
     };
-    for (at += threadIdx.x; at < end; at += kThreads) {
-      const int64_t in_whole = row.shard.layout.ndim == 0 ? at : row.shard.offset + offset_of(row.shard.layout, at);
-      update_one<Rule, kPresent>(row, stages, scalars, step, at, in_whole, place);
-    }
-  } else {
-    if (row.vectorisable) {
-      const int64_t whole = at + (end - at) / kItem * kItem;
-      for (int64_t i = at + static_cast<int64_t>(threadIdx.x) * kItem; i < whole; i += kThreads * kItem)
-        update_item<Rule, kPresent>(row, stages, scalars, step, i);
-      at = whole;
-    }
-    const auto place = [](int, int64_t i) { return i; };
+    // Noise is that of an element's place in the whole that a shard is a part of.
+    const ShardLayout& shard = row.shard;
     for (at += threadIdx.x; at < end; at += kThreads)
-      update_one<Rule, kPresent>(row, stages, scalars, step, at, at, place);
+      chunk.template step_one<false>(at, shard.layout.ndim == 0 ? at : shard.offset + offset_of(shard.layout, at),
+                                     place);
+  } else if (kIsOneType<Storage> && chunk.is_plain()) {
+    chunk.template step_run<true>(at, end, true);
+  } else {
+    chunk.template step_run<false>(at, end, row.vectorisable);
   }
 }
 
@@ -161,17 +242,39 @@ const TensorView& role_of(const Task& task, int role) {
   return role == 0 ? task.param : role == 1 ? task.gradient : task.state[role - 2];
 }
 
-bool is_strided(const Task& task, int roles) {
-  if (task.shard != nullptr) return true;
-  for (int r = 0; r < roles; ++r)
-    if (role_of(task, r).layout != nullptr) return true;
-  return false;
+// Which kernel a task is for: how many of the rule's states it has, and how they are stored.
+struct Kind {
+  bool all_states;
+  enum Storage { kFloat32, kBFloat16, kFloat16, kMixed, kStrided } storage;
+};
+constexpr int kStorages = Kind::kStrided + 1;
+
+template <class Rule, class S>
+Kind kind_of(const Task& task) {
+  Kind kind{task.state[kStateCount<Rule> - 1].data != nullptr, Kind::kMixed};
+  if (task.shard != nullptr) return {kind.all_states, Kind::kStrided};
+  const int roles = 2 + kStateCount<Rule> - (kind.all_states ? 0 : 1);
+  bool same = sizeof(S) == sizeof(float), vectorisable = true;
+  const DType dtype = task.param.dtype;
+  for (int r = 0; r < roles; ++r) {
+    const TensorView& view = role_of(task, r);
+    if (view.layout != nullptr) return {kind.all_states, Kind::kStrided};
+    same = same && view.dtype == dtype;
+    vectorisable = vectorisable && is_vectorisable<S>(view);
+  }
+  if (same && vectorisable)
+    kind.storage = dtype == DType::kFloat32    ? Kind::kFloat32
+                   : dtype == DType::kBFloat16 ? Kind::kBFloat16
+                   : dtype == DType::kFloat16  ? Kind::kFloat16
+                                               : Kind::kMixed;
+  return kind;
 }
 
-// The tasks that have so many of the rule's states, and layouts or none.
-template <class Rule, class S, int kPresent, bool kStrided>
-void update_those(const Update& work, Stream stream) {
+// The tasks of one kind.
+template <class Rule, class S, int kPresent, class Storage>
+void update_those(const Update& work, const std::vector<uint8_t>& kinds, uint8_t mine, Stream stream) {
   constexpr int kRoles = kPresent + 2;
+  constexpr bool kStrided = std::is_same_v<Storage, Strided>;
   using Table = typename TableOf<kRoles, kStrided>::type;
   static_assert(sizeof(Table) <= kParameterBytes);
   constexpr uint32_t kSets = sizeof(Table::header.prepared) / sizeof(Prepared);
@@ -181,16 +284,14 @@ void update_those(const Update& work, Stream stream) {
   table.header.found_inf = work.found_inf;
   uint32_t sets[kSets] = {}, set_count = 0;  // what is in the table
   const auto start = [&](const Table& full, int64_t chunks) {
-    launch(update_kernel<Rule, S, kPresent, kStrided>, {chunks, kThreads}, stream, full);
+    launch("update", update_kernel<Rule, S, kPresent, Storage>, {chunks, kThreads}, stream, full);
     set_count = 0;
   };
   Filler<Table, decltype(start)> filler(table, start);
 
   for (size_t t = 0; t < work.count; ++t) {
+    if (kinds[t] != mine) continue;
     const Task& task = work.tasks[t];
-    if (task.numel == 0) continue;
-    if ((kPresent == kStateCount<Rule>) != (task.state[kStateCount<Rule> - 1].data != nullptr)) continue;
-    if (is_strided(task, kRoles) != kStrided) continue;
     filler.make_room(chunks_of(task.numel));
     uint32_t set = task.prepared;
     if (!work.prepared_on_device) {
@@ -213,7 +314,7 @@ void update_those(const Update& work, Stream stream) {
       const TensorView& view = role_of(task, r);
       row.data[r] = view.data;
       row.dtype[r] = view.dtype;
-      row.vectorisable = row.vectorisable && is_vectorisable(view);
+      row.vectorisable = row.vectorisable && is_vectorisable<S>(view);
       if constexpr (kStrided) row.layout[r] = view.layout != nullptr ? *view.layout : Layout{};
     }
     if constexpr (kStrided) row.shard = task.shard != nullptr ? *task.shard : ShardLayout{};
@@ -223,11 +324,29 @@ void update_those(const Update& work, Stream stream) {
 
 template <class Rule, class S>
 void update_all(const Update& work, Stream stream) {
+  constexpr uint8_t kNone = 0xff;
   constexpr int kAll = kStateCount<Rule>;
-  update_those<Rule, S, kAll, false>(work, stream);
-  update_those<Rule, S, kAll - 1, false>(work, stream);
-  update_those<Rule, S, kAll, true>(work, stream);
-  update_those<Rule, S, kAll - 1, true>(work, stream);
+  std::vector<uint8_t> kinds(work.count, kNone);
+  uint32_t present = 0;
+  for (size_t t = 0; t < work.count; ++t) {
+    if (work.tasks[t].numel == 0) continue;
+    const Kind kind = kind_of<Rule, S>(work.tasks[t]);
+    kinds[t] = static_cast<uint8_t>(kind.storage + (kind.all_states ? 0 : kStorages));
+    present |= 1u << kinds[t];
+  }
+  const auto run = [&](auto storage, Kind::Storage as) {
+    using Storage = decltype(storage);
+    const uint8_t all = as, fewer = static_cast<uint8_t>(as + kStorages);
+    if ((present >> all & 1) != 0) update_those<Rule, S, kAll, Storage>(work, kinds, all, stream);
+    if ((present >> fewer & 1) != 0) update_those<Rule, S, kAll - 1, Storage>(work, kinds, fewer, stream);
+  };
+  if constexpr (sizeof(S) == sizeof(float)) {
+    run(float(), Kind::kFloat32);
+    run(BFloat16(), Kind::kBFloat16);
+    run(Float16(), Kind::kFloat16);
+  }
+  run(Mixed(), Kind::kMixed);
+  run(Strided(), Kind::kStrided);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // What cross-entropy is computed of, on every device: rows of logits, their target, and the options.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
-#include <limits>
 
 #include "core/dtype.h"
 #include "core/macros.h"
@@ -43,9 +43,11 @@ struct LogSumExp {
 // is. One that is smaller takes all but 0 to what is 0 in S, as the smallest number of S does.
 template <class S>
 TRAINOPT_FUNCTION S softcap_in(double softcap) {
-  constexpr S kLargest = std::numeric_limits<S>::max(), kSmallest = std::numeric_limits<S>::min();
-  if (softcap == 0 || softcap > static_cast<double>(kLargest)) return S(0);
-  return softcap < static_cast<double>(kSmallest) ? kSmallest : static_cast<S>(softcap);
+  // No std::numeric_limits, whose functions nvcc takes for the host's alone.
+  constexpr bool kIsSingle = sizeof(S) == sizeof(float);
+  constexpr double kLargest = kIsSingle ? double{FLT_MAX} : DBL_MAX, kSmallest = kIsSingle ? double{FLT_MIN} : DBL_MIN;
+  if (softcap == 0 || softcap > kLargest) return S(0);
+  return static_cast<S>(softcap < kSmallest ? kSmallest : softcap);
 }
 
 TRAINOPT_FUNCTION bool is_ignored(const CrossEntropyBatch& batch, int64_t row) {

@@ -93,18 +93,15 @@ struct Huber : OfDifference<Huber> {
 struct BinaryCrossEntropy {
   static constexpr const char* kName = "binary_cross_entropy";
   template <class T>
-  static TRAINOPT_INLINE T at_least(T x, T low) {
-    return select_less(x, low, low, x);
-  }
-  template <class T>
   static TRAINOPT_INLINE T value(T x, T t, T, T) {
-    const T low(-100.0f), none(__builtin_nanf(""));
-    const T loss = (t - T(1.0f)) * at_least(log_one_minus(x), low) - t * at_least(logarithm(x), low);
+    T of_x, of_rest;
+    logarithms(x, T(-100.0f), &of_x, &of_rest);
+    const T none(__builtin_nanf("")), loss = (t - T(1.0f)) * of_rest - t * of_x;
     return select_less(t, T(0.0f), none, select_less(T(1.0f), t, none, loss));
   }
   template <class T>
   static TRAINOPT_INLINE T slope(T x, T t, T, T) {
-    return (x - t) / at_least((T(1.0f) - x) * x, T(1e-12f));
+    return quotient(x - t, at_least((T(1.0f) - x) * x, T(1e-12f)));
   }
   template <class T>
   static TRAINOPT_INLINE T target_slope(T x, T, T, T) {
@@ -126,7 +123,7 @@ struct BinaryCrossEntropyWithLogits {
   template <class T>
   static TRAINOPT_INLINE T slope(T x, T t, T positive, T) {
     const T e = exponential(-magnitude(x));
-    const T larger = T(1.0f) / (T(1.0f) + e), smaller = e * larger;  // the logistic function of |x| and of -|x|
+    const T larger = quotient(T(1.0f), T(1.0f) + e), smaller = e * larger;  // the logistic function of |x| and of -|x|
     const T of_x = select_less(x, T(0.0f), smaller, larger), of_minus_x = select_less(x, T(0.0f), larger, smaller);
     return (T(1.0f) - t) * of_x - positive * t * of_minus_x;
   }

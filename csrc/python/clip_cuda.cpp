@@ -24,16 +24,12 @@ std::vector<cuda::NormTensor> tensors_of(const TensorList& list) {
 CudaNorm norm_on_cuda(Norm norm, const TensorList& list) {
   const OnDevice on(list.device());
   const std::vector<cuda::NormTensor> tensors = tensors_of(list);
-  const auto count = static_cast<int64_t>(tensors.size());
-  int64_t chunks = 0;
-  for (const cuda::NormTensor& tensor : tensors) chunks += norm_chunks(tensor.numel);
   const at::TensorOptions there = at::TensorOptions().device(list.device());
   const CudaNorm result{at::empty({}, there.dtype(at::kDouble)), at::empty({}, there.dtype(list.norm_dtype()))};
-  const at::Tensor sums = at::empty({chunks + count}, there.dtype(at::kDouble));
-  const at::Tensor first_chunk = at::empty({count}, there.dtype(at::kLong));
-  double* partials = sums.mutable_data_ptr<double>();
-  cuda::norm({norm, tensors.data(), tensors.size(), partials, first_chunk.mutable_data_ptr<int64_t>(),
-              partials + chunks, result.exact.mutable_data_ptr<double>(), view_of(result.rounded)},
+  const at::Tensor partials =
+      at::empty({cuda::norm_partials(tensors.data(), tensors.size())}, there.dtype(at::kDouble));
+  cuda::norm({norm, tensors.data(), tensors.size(), partials.mutable_data_ptr<double>(),
+              result.exact.mutable_data_ptr<double>(), view_of(result.rounded)},
              on.stream);
   return result;
 }

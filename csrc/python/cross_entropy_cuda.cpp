@@ -49,15 +49,22 @@ c10::ScalarType DeviceCrossEntropy::weight_dtype(c10::ScalarType logits_dtype) {
   return logits_dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-cuda::CrossEntropyTask DeviceCrossEntropy::task(const CrossEntropyBatch& batch, int64_t first, int64_t rows) const {
-  cuda::CrossEntropyTask task{};
-  static_cast<CrossEntropyBatch&>(task) = batch;
-  task.rows = rows;
-  task.wide = wide_;
-  task.weight = target_.weight_data();
-  task.z_loss = target_.options().z_loss;
-  if (lse.defined()) task.lse = lse_in(lse, target_.rows()).from(first);
-  return task;
+cuda::RowsWork DeviceCrossEntropy::rows_work(const CrossEntropyBatch& batch, int64_t first, int64_t rows) const {
+  cuda::RowsWork work{};
+  static_cast<CrossEntropyBatch&>(work.task) = batch;
+  work.task.rows = rows;
+  work.task.wide = wide_;
+  work.task.weight = target_.weight_data();
+  work.task.z_loss = target_.options().z_loss;
+  if (lse.defined()) {
+    const LogSumExp kept = lse_in(lse, target_.rows()).from(first);
+    work.task.peak = kept.peak;
+    work.task.sum = kept.log_sum;
+  }
+  const double share = target_.options().reduction == kMean ? 1 / static_cast<double>(target_.rows()) : 1;
+  work.totals = {share, share, static_cast<double>(target_.classes()), 1};
+  if (totals_.defined()) work.on_device = data_of<cuda::TargetTotals>(totals_);
+  return work;
 }
 
 void DeviceCrossEntropy::start(c10::ScalarType loss_dtype) {
@@ -67,22 +74,23 @@ void DeviceCrossEntropy::start(c10::ScalarType loss_dtype) {
   lse = empty_lse(target_.rows(), on_device_);
   loss_ = by_row ? at::empty(target_.row_sizes(), as_loss) : at::empty({}, as_loss);
   z_ = options.z_loss == 0 ? at::empty({0}, as_loss) : at::empty_like(loss_);
-  const auto blocks = [](int64_t rows) { return std::min(rows, cuda::kMostForwardBlocks); };
+  const auto blocks = [](int64_t rows) { return std::min(rows, cuda::kMostBlocks); };
   const int64_t rows = target_.rows();
   partials_ = words(rows / chunk_ * blocks(chunk_) + blocks(rows % chunk_), sizeof(cuda::LossPartial), on_device_);
 }
 
-void DeviceCrossEntropy::forward(const CrossEntropyBatch& batch, int64_t first, int64_t rows) {
-  cuda::ForwardWork work{};
-  work.task = task(batch, first, rows);
+void DeviceCrossEntropy::forward(const CrossEntropyBatch& batch, int64_t first, int64_t rows, const Rows* gradient) {
+  cuda::RowsWork work = rows_work(batch, first, rows);
+  work.forward = true;
   work.partials = data_of<cuda::LossPartial>(partials_) + partial_count_;
   work.first_row = first;
   if (target_.options().reduction == kNone) {
     work.loss = view_from(loss_, first);
     work.z = view_from(z_, first);
   }
-  partial_count_ += cuda::forward_blocks(work.task);
-  cuda::cross_entropy_forward(work, stream_);
+  if (gradient != nullptr) work.gradient = *gradient;
+  partial_count_ += cuda::rows_blocks(work.task);
+  cuda::cross_entropy_rows(work, stream_);
 }
 
 std::pair<at::Tensor, at::Tensor> DeviceCrossEntropy::finish() {
@@ -125,7 +133,7 @@ void DeviceCrossEntropy::count(bool defer) {
   batch.ignore_index = options.ignore_index;
   const at::Tensor partials = words(cuda::count_blocks(target_.rows()), sizeof(cuda::CountPartial), on_device_);
   totals_ = words(1, sizeof(cuda::TargetTotals), on_device_);
-  cuda::count_targets({task(batch, 0, target_.rows()), mean, defer, data_of<cuda::CountPartial>(partials),
+  cuda::count_targets({rows_work(batch, 0, target_.rows()).task, mean, defer, data_of<cuda::CountPartial>(partials),
                        data_of<cuda::TargetTotals>(totals_)},
                       stream_);
 }
@@ -134,12 +142,17 @@ at::Tensor DeviceCrossEntropy::rest() const {
   return totals_.select(0, static_cast<int64_t>(offsetof(cuda::TargetTotals, rest)) / kWord);
 }
 
+bool DeviceCrossEntropy::was_scaled(c10::Device device) {
+  const Findings* findings = findings_of(device);
+  return findings != nullptr && *const_cast<const volatile int64_t*>(&findings->scaled) != 0;
+}
+
 void DeviceCrossEntropy::backward(const CrossEntropyBatch& batch, int64_t first, int64_t rows,
-                                  const at::Tensor& upstream, const Rows& gradient) {
-  const bool by_row = target_.options().reduction == kNone, mean = target_.options().reduction == kMean;
-  cuda::BackwardWork work{};
-  work.task = task(batch, first, rows);
+                                  const at::Tensor& upstream, const Rows& gradient, bool unless_one) {
+  const bool by_row = target_.options().reduction == kNone;
+  cuda::RowsWork work = rows_work(batch, first, rows);
   work.gradient = gradient;
+  work.unless_one = unless_one;
   at::Tensor above;  // held until the launch
   if (upstream.defined()) {
     above = by_row ? upstream.reshape({-1}) : upstream;
@@ -147,11 +160,10 @@ void DeviceCrossEntropy::backward(const CrossEntropyBatch& batch, int64_t first,
     work.upstream = view.data;
     work.upstream_dtype = view.dtype;
     work.upstream_stride = by_row ? above.stride(0) : 0;
+    Findings* findings = by_row ? nullptr : findings_of(on_device_.device());
+    if (findings != nullptr) work.scaled = &findings->scaled;
   }
-  const double share = mean ? 1 / static_cast<double>(target_.rows()) : 1;
-  work.totals = {share, share, static_cast<double>(target_.classes()), 1};
-  if (totals_.defined()) work.on_device = data_of<cuda::TargetTotals>(totals_);
-  cuda::cross_entropy_backward(work, stream_);
+  cuda::cross_entropy_rows(work, stream_);
 }
 
 #endif

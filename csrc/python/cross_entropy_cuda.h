@@ -23,21 +23,28 @@ class DeviceCrossEntropy {
   // The type that class weights are read in, for such logits.
   static c10::ScalarType weight_dtype(c10::ScalarType logits_dtype);
 
-  // The lse of all rows: made by `start`, or that of an earlier forward.
+  // What is kept of all rows, (2, rows): each one's peak, and the sum of e^(x - peak), whose logarithm the CPU keeps in
+  // its place. Made by `start`, or that of an earlier forward.
   at::Tensor lse;
 
-  // Forward: memory for a loss of this type, then the rows by chunks, then what is made of them.
+  // Forward: memory for a loss of this type, then the rows by chunks, then what is made of them. With the gradient for
+  // an upstream gradient of 1, if it is wanted: `count` comes before, then.
   void start(c10::ScalarType loss_dtype);
-  void forward(const CrossEntropyBatch& batch, int64_t first, int64_t rows);
+  void forward(const CrossEntropyBatch& batch, int64_t first, int64_t rows, const Rows* gradient = nullptr);
   std::pair<at::Tensor, at::Tensor> finish();
 
   // Backward: what the rows' losses are divided by, then the rows by chunks. The upstream gradient is one number, or
-  // one for each row of the chunk; undefined: 1.
+  // one for each row of the chunk; undefined: 1. `unless_one`: the gradient is that for 1 already, and is left alone if
+  // that is right.
   void count(bool defer);
   void backward(const CrossEntropyBatch& batch, int64_t first, int64_t rows, const at::Tensor& upstream,
-                const Rows& gradient);
+                const Rows& gradient, bool unless_one = false);
   // After count(true): what the gradients are still to be multiplied by, one number.
   at::Tensor rest() const;
+
+  // Whether the last upstream gradient of a reduced loss there was not 1, as far as the host has heard: gradients that
+  // forward makes would be made again.
+  static bool was_scaled(c10::Device device);
 
  private:
   const CrossEntropyTarget& target_;
@@ -48,7 +55,7 @@ class DeviceCrossEntropy {
   at::Tensor loss_, z_, partials_, totals_;
   int64_t partial_count_ = 0;
 
-  cuda::CrossEntropyTask task(const CrossEntropyBatch& batch, int64_t first, int64_t rows) const;
+  cuda::RowsWork rows_work(const CrossEntropyBatch& batch, int64_t first, int64_t rows) const;
 };
 
 #endif

@@ -1,9 +1,11 @@
 // The operator trainopt::cross_entropy.
 #include <ATen/ATen.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <tuple>
+#include <utility>
 
 #include "python/cross_entropy.h"
 #include "python/cross_entropy_cuda.h"
@@ -48,23 +50,58 @@ Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalT
 }
 
 #if defined(TRAINOPT_WITH_CUDA)
-Three forward_on_cuda(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                      int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-                      bool, bool empty_is_zero) {
-  check(input, target, weight, reduction);
+// With `gradient`, the gradient for an upstream gradient of 1 too, which then costs no second pass over the logits; it
+// stays undefined where they lie in an order that the engine does not know.
+Three on_cuda(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+              const CrossEntropyOptions& options, at::Tensor* gradient) {
+  check(input, target, weight, options.reduction);
   const OnDevice on(input.device());
   const int64_t class_dim = class_dim_of(input);
   const c10::ScalarType dtype = input.scalar_type();
   CrossEntropyTarget targets(input.sizes(), class_dim, target, weight, DeviceCrossEntropy::weight_dtype(dtype),
-                             {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
-  const Logits logits = Logits::of(input, class_dim);
+                             options);
+  std::optional<Logits> slopes;
+  if (gradient != nullptr) {
+    const at::Tensor memory = at::empty_like(input);
+    Logits walked = Logits::of(memory, class_dim);
+    if (walked.tensor.is_alias_of(memory)) {
+      *gradient = memory;
+      slopes = std::move(walked);
+    }
+  }
+  const Logits logits = slopes ? Logits::of(input, class_dim, slopes->inner) : Logits::of(input, class_dim);
   DeviceCrossEntropy work(targets, input.device(), dtype, targets.rows(), on.stream);
   work.start(dtype);
-  work.forward(targets.batch(logits), 0, targets.rows());
+  if (slopes) work.count(false);
+  work.forward(targets.batch(logits), 0, targets.rows(), slopes ? &slopes->rows : nullptr);
   auto [loss, z] = work.finish();
   return {std::move(loss), std::move(z), std::move(work.lse)};
 }
+
+Three forward_on_cuda(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                      int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+                      bool, bool empty_is_zero) {
+  return on_cuda(input, target, weight, {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero},
+                 nullptr);
+}
 #endif
+
+// Whether forward should make the gradient, too: on CUDA, for a loss that is reduced, where its upstream gradient is
+// likely to be 1. Not where somebody could tell: hooks that pack what is saved for backward (those of activation
+// checkpoints, say) would not be shown it, nor would a mode that looks at every operator.
+bool makes_gradient_in_forward([[maybe_unused]] const at::Tensor& input, [[maybe_unused]] const at::Tensor& target,
+                               [[maybe_unused]] const OptionalTensor& weight,
+                               [[maybe_unused]] const CrossEntropyOptions& options,
+                               [[maybe_unused]] bool inplace_backward) {
+#if defined(TRAINOPT_WITH_CUDA)
+  return options.reduction != kNone && !inplace_backward && at::GradMode::is_enabled() && input.requires_grad() &&
+         !input.is_cpu() && !has_saved_tensor_hooks() && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         takes(input) && takes(target) && (!weight.has_value() || takes(*weight)) &&
+         !DeviceCrossEntropy::was_scaled(input.device());
+#else
+  return false;
+#endif
+}
 
 // What backward is given.
 struct Given {
@@ -83,8 +120,10 @@ struct Given {
   }
 };
 
-// Writes the gradient into `gradient`, which lies in memory as `logits`, the input or a copy of it, do.
-void write_gradient(const Given& given, const Logits& logits, const Logits& gradient) {
+// Writes the gradient into `gradient`, which lies in memory as `logits`, the input or a copy of it, do. `unless_one`:
+// on CUDA, there is that for an upstream gradient of 1 already.
+void write_gradient(const Given& given, const Logits& logits, const Logits& gradient,
+                    [[maybe_unused]] bool unless_one = false) {
   const c10::ScalarType dtype = given.input.scalar_type();
 #if defined(TRAINOPT_WITH_CUDA)
   if (!logits.tensor.is_cpu()) {
@@ -94,7 +133,7 @@ void write_gradient(const Given& given, const Logits& logits, const Logits& grad
     DeviceCrossEntropy work(targets, logits.tensor.device(), dtype, targets.rows(), on.stream);
     work.lse = given.lse;
     work.count(false);
-    return work.backward(targets.batch(logits), 0, targets.rows(), given.upstream, gradient.rows);
+    return work.backward(targets.batch(logits), 0, targets.rows(), given.upstream, gradient.rows, unless_one);
   }
 #endif
   HostTarget targets(given.input.sizes(), given.class_dim, given.target, given.weight, given.options);
@@ -204,18 +243,26 @@ struct Call : torch::CustomClassHolder {
   Call(const CrossEntropyOptions& of, bool inplace) : options(of), inplace_backward(inplace) {}
   CrossEntropyOptions options;
   bool inplace_backward;
+  at::Tensor gradient;  // for an upstream gradient of 1, if forward has made it; handed over once
 };
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const at::Tensor& input,
                                                 const at::Tensor& target, const OptionalTensor& weight,
-                                                const CrossEntropyOptions& options, bool inplace_backward) {
-    context->saved_data["call"] =
-        c10::IValue::make_capsule(c10::make_intrusive<Call>(options, inplace_backward && !has_saved_tensor_hooks()));
+                                                const CrossEntropyOptions& options, bool inplace_backward,
+                                                [[maybe_unused]] bool with_gradient) {
+    auto call = c10::make_intrusive<Call>(options, inplace_backward && !has_saved_tensor_hooks());
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, z, lse] =
-        forward_operator().call(input, target, weight, options.reduction, options.ignore_index, options.label_smoothing,
-                                options.z_loss, options.softcap, inplace_backward, options.empty_is_zero);
+    const auto run = [&]() -> Three {
+#if defined(TRAINOPT_WITH_CUDA)
+      if (with_gradient) return on_cuda(input, target, weight, options, &call->gradient);
+#endif
+      return forward_operator().call(input, target, weight, options.reduction, options.ignore_index,
+                                     options.label_smoothing, options.z_loss, options.softcap, inplace_backward,
+                                     options.empty_is_zero);
+    };
+    auto [loss, z, lse] = run();
+    context->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
     context->save_for_backward({input, target, weight.has_value() ? *weight : at::Tensor(), lse});
     context->mark_non_differentiable({z, lse});
     context->set_materialize_grads(false);  // they are never read
@@ -227,13 +274,21 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const auto saved = context->get_saved_variables();
     const at::Tensor &input = saved[0], &target = saved[1], &lse = saved[3];
     const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
-    const Call& call = static_cast<const Call&>(*context->saved_data["call"].toCapsule());
+    const at::Tensor factors = weight.value_or(at::Tensor());
+    Call& call = static_cast<Call&>(*context->saved_data["call"].toCapsule());
     const CrossEntropyOptions& options = call.options;
-    torch::autograd::variable_list gradients(5);
+    torch::autograd::variable_list gradients(6);
     if (!upstream[0].defined()) return gradients;
     if (at::GradMode::is_enabled()) {
       gradients[0] = differentiable_gradients(
           {input}, upstream[0], [&](const auto& inputs) { return torchs(inputs[0], target, weight, options); })[0];
+    } else if (call.gradient.defined() &&
+               may_write_over(call.gradient, {&upstream[0], &input, &target, &factors, &lse})) {
+      gradients[0] = std::exchange(call.gradient, at::Tensor());
+      const Given given{upstream[0], input, target, weight, lse, options};
+      given.check();
+      const Logits gradient = Logits::of(gradients[0], given.class_dim);
+      write_gradient(given, Logits::of(input, given.class_dim, gradient.inner), gradient, true);
     } else if (call.inplace_backward && write_over_logits({upstream[0], input, target, weight, lse, options})) {
       gradients[0] = input.detach();
       input.unsafeGetTensorImpl()->bump_version();
@@ -249,9 +304,9 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
 Three with_gradient(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
                     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool inplace_backward,
                     bool empty_is_zero) {
-  auto outputs = CrossEntropyFunction::apply(
-      input, target, weight,
-      CrossEntropyOptions{reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}, inplace_backward);
+  const CrossEntropyOptions options{reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero};
+  const bool early = makes_gradient_in_forward(input, target, weight, options, inplace_backward);
+  auto outputs = CrossEntropyFunction::apply(input, target, weight, options, inplace_backward, early);
   return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2])};
 }
 

@@ -22,6 +22,7 @@ void check_findings();
 struct Findings {
   cuda::BadTarget bad_target;
   int64_t bad_probability;  // 0: none; 1: an input; 2: a target; 3: both
+  int64_t scaled;           // whether the last upstream gradient of a reduced cross-entropy was not 1
 };
 
 // Null while a first call is being captured into a graph, when no such memory can be made.

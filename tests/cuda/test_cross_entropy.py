@@ -17,6 +17,8 @@ from loss_judge import (
 )
 from losses import on
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from trainopt import functional
 from trainopt._extension import _C
@@ -313,6 +315,105 @@ def test_backward_twice_and_again(device, reduction):
     (expected,) = torch.autograd.grad(F.cross_entropy(here, target, reduction=reduction).sum(), here, create_graph=True)
     torch.testing.assert_close(slope.cpu(), expected)
     torch.testing.assert_close(curvature.cpu(), torch.autograd.grad(expected.square().sum(), here)[0])
+
+
+class Watching(TorchDispatchMode):
+    """A mode that changes nothing."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def without_saving():
+    """Hooks that change nothing: forward leaves the gradient to backward where somebody packs what it saves."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_forward_and_backward_make_the_same_gradient(device, dtype, kind, reduction):
+    for rows, count, scale in itertools.product(((5,), (3, 4)), (7, 40, 1500), (1.0, 3.0)):
+        logits, target = problem(rows, kind, count, ignored=-100)
+        there = logits.to(device, dtype).requires_grad_()
+        target = target.to(device, dtype) if kind == "probabilities" else target.to(device)
+
+        def loss(there=there, target=target, scale=scale):
+            options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.1}
+            return scale * functional.cross_entropy(there, target, **options)
+
+        made_early = loss()
+        found = [torch.autograd.grad(made_early, there, retain_graph=keep)[0].cpu() for keep in (True, False)]
+        with without_saving():
+            found.append(torch.autograd.grad(loss(), there)[0].cpu())
+        assert all(torch.equal(gradient, found[0]) for gradient in found)
+
+
+def test_forward_makes_a_gradient_only_where_it_is_wanted(device, allocated):
+    logits, target = problem((64,), count=1000)
+    logits, target = logits.float().to(device).requires_grad_(), target.to(device)
+
+    def makes_one(loss):
+        before = allocated()
+        value = loss()
+        return allocated() - before >= logits.nbytes, value
+
+    def train(scale):
+        (scale * functional.cross_entropy(logits, target)).backward()
+        torch.get_device_module(device).synchronize()
+
+    def plain():
+        return functional.cross_entropy(logits, target)
+
+    train(1.0)
+    assert makes_one(plain)[0]
+    with torch.no_grad():
+        assert not makes_one(plain)[0]
+    assert not makes_one(lambda: functional.cross_entropy(logits.detach(), target))[0]
+    assert not makes_one(lambda: functional.cross_entropy(logits, target, reduction="none"))[0]
+    copy = logits * 1
+    assert not makes_one(lambda: functional.cross_entropy(copy, target, inplace_backward=True))[0]
+    with without_saving():
+        assert not makes_one(plain)[0]
+    with Watching():  # which is to see every operator
+        assert not makes_one(plain)[0]
+    train(3.0)  # such as by a GradScaler: what forward made was not what backward wanted
+    assert not makes_one(plain)[0]
+    train(1.0)
+    assert makes_one(plain)[0]
+
+
+def test_a_lazily_negative_gradient_from_above(device):
+    logits, target = problem((6,), count=40)
+    logits, target = logits.to(device).requires_grad_(), target.to(device)
+    for scale in (1.0, 3.0):
+        upstream = torch.tensor(-scale, dtype=logits.dtype, device=device)
+        found, expected = (
+            torch.autograd.grad(functional.cross_entropy(logits, target), logits, above)[0].cpu()
+            for above in (torch._neg_view(upstream), -upstream)
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_activation_checkpoints(device):
+    logits, target = problem((6,), count=40)
+
+    def loss(x):
+        return checkpoint(lambda y: functional.cross_entropy(y, target.to(device)), x, use_reentrant=False)
+
+    for mine, theirs in zip(
+        run(on(device, loss), [logits]), run(lambda x: F.cross_entropy(x, target), [logits]), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_logits_that_change_before_backward(device):
+    logits, target = problem((6,), count=40)
+    copy = logits.to(device).requires_grad_() * 1
+    loss = functional.cross_entropy(copy, target.to(device))
+    copy.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,4 +1,5 @@
-"""The pointwise losses on the device: the CPU engine's bits, element by element, and torch in float64 for the rest."""
+"""The pointwise losses on the device, judged against torch in float64; and element by element against the CPU engine,
+whose bits those have that take no exponential and no logarithm."""
 
 import gc
 import itertools
@@ -76,9 +77,11 @@ def assert_same_bits(found, expected, exact=True):
             torch.testing.assert_close(mine.cpu(), cpus, equal_nan=True)
 
 
-def is_exact(device, dtype):
-    """exp and log of float64 are the device's own."""
-    return dtype != torch.float64 or device == "simt"
+def is_exact(device, function, dtype):
+    """exp and log are the device's own; in float64 the emulated device has the CPU's."""
+    if function in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"):
+        return True
+    return dtype == torch.float64 and device == "simt"
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
@@ -86,11 +89,11 @@ def is_exact(device, dtype):
 
 @each_loss
 @each_dtype
-def test_every_element_has_the_cpus_bits(device, function, make, options, dtype):
+def test_every_element_is_as_on_the_cpu(device, function, make, options, dtype):
     for size in SIZES:
         operands = [operand.to(dtype) for operand in make((size,))]
         found = elements(function, leaves_of(operands, device), **options)
-        assert_same_bits(found, elements(function, leaves_of(operands), **options), is_exact(device, dtype))
+        assert_same_bits(found, elements(function, leaves_of(operands), **options), is_exact(device, function, dtype))
 
 
 @each_loss
@@ -117,7 +120,8 @@ def test_layouts(device, function, make, options, layouts):
         leaves = [change(operand.to(where)).detach() for change, operand in zip(changes, made, strict=True)]
         return [leaf.requires_grad_() for leaf in leaves]
 
-    assert_same_bits(elements(function, laid_out(device), **options), elements(function, laid_out("cpu"), **options))
+    found, expected = (elements(function, laid_out(where), **options) for where in (device, "cpu"))
+    assert_same_bits(found, expected, is_exact(device, function, torch.float32))
 
 
 FACTORS = ((4, 33, 16), (16,), (33, 1), (1,), (), (4, 1, 1), (33, 16))
@@ -153,7 +157,8 @@ def test_mixed_dtypes(device, dtypes, name):
     function, make, options = LOSSES[name]
     operands = [operand.to(dtype) for operand, dtype in zip(make((2051,)), dtypes, strict=True)]
     found = elements(function, leaves_of(operands, device), **options)
-    assert_same_bits(found, elements(function, leaves_of(operands), **options), is_exact(device, found[0].dtype))
+    exact = is_exact(device, function, found[0].dtype)
+    assert_same_bits(found, elements(function, leaves_of(operands), **options), exact)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -201,8 +206,8 @@ def test_more_dimensions_than_the_engine_has(device, function, make, options):
     first, second = (operand.float() for operand in make((2, 1, 3) + (2,) * 6))
     operands = [first.permute(*range(8, -1, -1)), second.permute(*range(0, 9, 2), *range(1, 9, 2))]
     operands[1] = operands[1].reshape(operands[0].shape)
-    found = elements(function, leaves_of(operands, device), **options)
-    assert_same_bits(found, elements(function, leaves_of(operands), **options))
+    found, expected = (elements(function, leaves_of(operands, where), **options) for where in (device, "cpu"))
+    assert_same_bits(found, expected, is_exact(device, function, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -240,7 +245,7 @@ def test_whatever_comes_from_above(device, function, make, options):
         lambda losses, w: losses["sum"].to(torch.float16),
     ):
         for mine, cpus in zip(gradients(device, of), gradients("cpu", of), strict=True):
-            torch.testing.assert_close(mine, cpus, rtol=1e-6, atol=1e-7, equal_nan=True)
+            torch.testing.assert_close(mine, cpus, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @each_loss

@@ -1,10 +1,10 @@
-// Cross-entropy's kernels on the SIMT machine: against formulas in double, and backward against the CPU engine's bits.
+// Cross-entropy's kernels on the SIMT machine: against formulas in double, forward and backward at once against one
+// after the other.
 #include "cross_entropy_test.h"
 
 #include <limits>
 
 #include "../cpp/cross_entropy_judge.h"
-#include "cpu/losses.h"
 #include "cuda/cross_entropy.h"
 #include "simt.h"
 
@@ -27,41 +27,50 @@ struct Options {
 class Run {
  public:
   Stored loss, z, gradient;
-  StoredLse lse;
+  std::vector<double> peak, sum;
   std::vector<cuda::LossPartial> partials;
   cuda::BadTarget bad{};
   double rest = 1;
+  int64_t scaled = -1;
 
-  Run(CrossEntropyProblem& problem, const Options& options)
+  Run(CrossEntropyProblem& problem, const Options& options) : Run(problem, options, problem.dtype) {}
+  Run(CrossEntropyProblem& problem, const Options& options, DType gradient_dtype)
       : loss(problem.dtype, fresh(options.reduction == LossReduction::kNone ? problem.rows : 1)),
         z(problem.dtype, fresh(options.reduction == LossReduction::kNone ? problem.rows : 1)),
-        gradient(problem.dtype, fresh(static_cast<int64_t>(problem.count())), options.shift),
-        lse(problem.rows),
+        gradient(gradient_dtype, fresh(static_cast<int64_t>(problem.count())), options.shift),
+        peak(fresh(problem.rows)),
+        sum(fresh(problem.rows)),
         problem_(problem),
         options_(options),
         weight_(problem.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32, problem.weight) {}
 
-  void launch_rows() {
+  double lse(int64_t row) const { return peak[row] + std::log(sum[row]); }
+
+  // The rows by chunks, with the gradient for an upstream gradient, or without.
+  void launch_rows(const Stored* upstream = nullptr) {
     const bool by_row = options_.reduction == LossReduction::kNone, has_z = problem_.c.z != 0;
     const int64_t chunk = options_.chunk == 0 ? problem_.rows : options_.chunk;
     for (int64_t first = 0; first < problem_.rows; first += chunk)
-      partials.resize(partials.size() + cuda::forward_blocks(task(first, std::min(chunk, problem_.rows - first))));
+      partials.resize(partials.size() + cuda::rows_blocks(task(first, std::min(chunk, problem_.rows - first))));
     for (cuda::LossPartial& partial : partials) std::memset(static_cast<void*>(&partial), 0xff, sizeof partial);
     cuda::LossPartial* next = partials.data();
+    cuda::TargetTotals totals{kNan, kNan, kNan, kNan};
     for (int64_t first = 0; first < problem_.rows; first += chunk) {
-      cuda::ForwardWork work{};
+      cuda::RowsWork work{};
       work.task = task(first, std::min(chunk, problem_.rows - first));
+      work.forward = true;
       if (by_row) work.loss = view_at(loss, first);
       if (by_row && has_z) work.z = view_at(z, first);
       work.partials = next;
       work.first_row = first;
-      next += cuda::forward_blocks(work.task);
-      cuda::cross_entropy_forward(work, nullptr);
+      if (upstream != nullptr) ask_gradient(work, *upstream, gradient, first, &totals);
+      next += cuda::rows_blocks(work.task);
+      cuda::cross_entropy_rows(work, nullptr);
     }
   }
 
-  void forward() {
-    launch_rows();
+  void forward(const Stored* upstream = nullptr) {
+    launch_rows(upstream);
     cuda::FinishWork work{};
     work.partials = partials.data();
     work.count = static_cast<int64_t>(partials.size());
@@ -79,24 +88,14 @@ class Run {
   }
 
   // Over the logits, if `in_place`.
-  void backward(const Stored& upstream, bool in_place) {
-    cuda::BackwardWork work{};
+  void backward(const Stored& upstream, bool in_place, bool unless_one = false) {
+    cuda::RowsWork work{};
     work.task = task(0, problem_.rows);
-    work.gradient = problem_.rows_in(in_place ? problem_.x : gradient);
-    work.upstream = const_cast<Stored&>(upstream).data();
-    work.upstream_dtype = upstream.dtype();
-    work.upstream_stride = options_.reduction == LossReduction::kNone;
-    work.totals = {1, 1, problem_.total_weight, 1};
     cuda::TargetTotals totals{kNan, kNan, kNan, kNan};
-    if (options_.reduction == LossReduction::kMean || problem_.c.weighted) {
-      std::vector<cuda::CountPartial> partials(static_cast<size_t>(cuda::count_blocks(problem_.rows)),
-                                               {kNan, kNan, kNan});
-      cuda::count_targets(
-          {work.task, options_.reduction == LossReduction::kMean, options_.defer, partials.data(), &totals}, nullptr);
-      work.on_device = &totals;
-      rest = totals.rest;
-    }
-    cuda::cross_entropy_backward(work, nullptr);
+    ask_gradient(work, upstream, in_place ? problem_.x : gradient, 0, &totals);
+    work.unless_one = unless_one;
+    work.scaled = unless_one ? &scaled : nullptr;
+    cuda::cross_entropy_rows(work, nullptr);
   }
 
   cuda::CrossEntropyTask task(int64_t first, int64_t rows) {
@@ -113,7 +112,8 @@ class Run {
     task.wide = problem_.dtype == DType::kFloat64;
     task.weight = problem_.c.weighted ? weight_.data() : nullptr;
     task.z_loss = problem_.c.z;
-    task.lse = lse.parts().from(first);
+    task.peak = peak.data() + first;
+    task.sum = sum.data() + first;
     return task;
   }
 
@@ -121,6 +121,26 @@ class Run {
   CrossEntropyProblem& problem_;
   Options options_;
   Stored weight_;
+
+  void ask_gradient(cuda::RowsWork& work, const Stored& upstream, Stored& to, int64_t first,
+                    cuda::TargetTotals* totals) {
+    const bool by_row = options_.reduction == LossReduction::kNone;
+    work.gradient = problem_.rows_in(to);
+    work.gradient.data = static_cast<char*>(work.gradient.data) +
+                         first / problem_.c.inner * work.gradient.stride * size_of(work.gradient.dtype);
+    work.upstream =
+        static_cast<char*>(const_cast<Stored&>(upstream).data()) + (by_row ? first : 0) * size_of(upstream.dtype());
+    work.upstream_dtype = upstream.dtype();
+    work.upstream_stride = by_row;
+    work.totals = {1, 1, problem_.total_weight, 1};
+    if (options_.reduction != LossReduction::kMean && !problem_.c.weighted) return;
+    std::vector<cuda::CountPartial> counts(static_cast<size_t>(cuda::count_blocks(problem_.rows)), {kNan, kNan, kNan});
+    cuda::count_targets(
+        {task(0, problem_.rows), options_.reduction == LossReduction::kMean, options_.defer, counts.data(), totals},
+        nullptr);
+    work.on_device = totals;
+    rest = totals->rest;
+  }
 
   static std::vector<double> fresh(int64_t count) { return std::vector<double>(static_cast<size_t>(count), kNan); }
   static TensorView view_at(Stored& s, int64_t at) {
@@ -135,27 +155,6 @@ void check_no_faults(const std::string& what) {
 
 bool same_numbers(const std::vector<double>& a, const std::vector<double>& b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](double p, double q) { return same_value(p, q); });
-}
-
-// The gradient that the CPU engine gives for this lse and these factors of the losses.
-Stored gradient_on_cpu(CrossEntropyProblem& problem, StoredLse lse, const std::vector<double>& scale,
-                       const std::vector<double>& lse_scale) {
-  Stored gradient(problem.dtype, std::vector<double>(problem.count()));
-  cpu::CrossEntropyTask task{};
-  problem.describe_to(task);
-  task.weight = problem.c.weighted ? problem.weight.data() : nullptr;
-  task.total_weight = problem.total_weight;
-  task.lse = lse.parts();
-  task.gradient = problem.rows_in(gradient);
-  task.scale = scale.data();
-  task.lse_scale = lse_scale.data();
-  cpu::cross_entropy_backward(problem.dtype == DType::kFloat64, task, 0, problem.rows);
-  return gradient;
-}
-
-// Whether the CPU engine takes the masses' sum in the same order as the device.
-bool has_cpus_bits(const Case& c) {
-  return !c.probabilities && c.softcap == 0 && (c.smoothing == 0 || (c.inner == 1 && c.classes > 64));
 }
 
 void test_problem(CrossEntropyProblem& problem, const Options& options) {
@@ -192,8 +191,8 @@ void test_problem(CrossEntropyProblem& problem, const Options& options) {
   run.backward(upstream, false);
   check_no_faults(what);
   check(run.bad.found == 0, what + ": a target is called bad");
-  check(same_numbers(run.lse.peak, other.lse.peak) && same_numbers(run.lse.log_sum, other.lse.log_sum) &&
-            run.loss == other.loss && run.gradient == other.gradient && (c.z == 0 || run.z == other.z),
+  check(same_numbers(run.peak, other.peak) && same_numbers(run.sum, other.sum) && run.loss == other.loss &&
+            run.gradient == other.gradient && (c.z == 0 || run.z == other.z),
         what + ": other bits in another order");
 
   bool right = true;
@@ -212,17 +211,14 @@ void test_problem(CrossEntropyProblem& problem, const Options& options) {
             (c.z == 0 || is_near(run.z[0], z_sum / rows, z_sum / rows, problem.dtype));
   }
   for (int64_t row = 0; row < problem.rows; ++row)
-    right = right && is_near(run.lse.of(row), exact[row].lse, 2, of_sums);
+    right = right && is_near(run.lse(row), problem.is_ignored(row) ? 0 : exact[row].lse, 2, of_sums);
   check(right, what + ": loss");
 
   right = true;
   const double rest = options.defer ? run.rest : 1;
-  std::vector<double> scale, lse_scale;
   for (int64_t row = 0; row < problem.rows; ++row) {
     const bool ignored = problem.is_ignored(row);
     const double above = upstream[by_row ? row : 0], of_lse = c.z == 0 || ignored ? 0 : 2 * c.z * above / rows;
-    scale.push_back(above * (1 / denominator));
-    lse_scale.push_back(c.z == 0 || ignored ? 0 : 2 * c.z * run.lse.of(row) * (above * (1 / rows)));
     for (int64_t k = 0; k < c.classes; ++k) {
       const double slope = problem.slope(exact[row], ignored, k, above / denominator, of_lse * exact[row].lse);
       const double allowed = std::fabs(above / denominator) * (exact[row].all_mass + exact[row].mass[k]) +
@@ -231,8 +227,19 @@ void test_problem(CrossEntropyProblem& problem, const Options& options) {
     }
   }
   check(right, what + ": gradient");
-  if (has_cpus_bits(c) && !options.defer)
-    check(run.gradient == gradient_on_cpu(problem, run.lse, scale, lse_scale), what + ": not the CPU's bits");
+
+  // Both at once, with less memory for it than the rows take.
+  Run whole(problem, options);
+  whole.forward(&upstream);
+  check(whole.loss == run.loss && (c.z == 0 || whole.z == run.z) && whole.gradient == run.gradient &&
+            same_numbers(whole.peak, run.peak) && same_numbers(whole.sum, run.sum),
+        what + ": other bits forward and backward at once");
+  if (!by_row) {
+    whole.backward(Stored(problem.dtype, {1.0}), false, true);
+    check(whole.gradient == run.gradient && whole.scaled == 0, what + ": a gradient that was to be left alone");
+    whole.backward(upstream, false, true);
+    check(whole.gradient == run.gradient && whole.scaled == 1, what + ": a gradient that was to be made again");
+  }
 
   run.backward(upstream, true);
   check(problem.x == run.gradient, what + ": over the logits");
@@ -284,17 +291,40 @@ void test_large() {
   test_problem(soft, {});
 }
 
-// More rows than 4,096 blocks take at once, so that a thread, a warp and a block have three, one after the other: the
-// first and the last block of each.
+// The logits' gradient in 16 bits, as the products of a linear layer take it.
+void test_lower_gradients() {
+  for (const int64_t classes : {100, 1500, 5000}) {
+    for (const DType lower : {DType::kBFloat16, DType::kFloat16}) {
+      for (const int64_t shift : {0, 1, 4}) {
+        CrossEntropyProblem problem({classes, 4, 1, false, false, 0.1, 0, 0}, DType::kFloat32, shift);
+        Options options;
+        options.shift = shift;
+        Run exact(problem, options), run(problem, options, lower);
+        const Stored one(DType::kFloat32, {1.0});
+        exact.forward(&one);
+        run.forward(&one);
+        const std::string what = problem.describe() + ", gradient as " + format_of(lower).name;
+        bool right = is_near(run.loss[0], exact.loss[0], 10, DType::kFloat32);
+        for (size_t i = 0; i < problem.count(); ++i)
+          right = right && is_near(run.gradient[i], exact.gradient[i], 1, lower);
+        check(right, what);
+        check_no_faults(what);
+      }
+    }
+  }
+}
+
+// More rows than the most blocks take at once, so that a thread, a warp and a block have three, one after the other:
+// the first and the last block of each.
 void test_many_rows() {
   const auto check_rows = [](int64_t classes, int64_t at_once, bool probabilities) {
-    const int64_t rows = 2 * 4096 * at_once + 1;
+    const int64_t rows = 2 * cuda::kMostBlocks * at_once + 1;
     CrossEntropyProblem problem({classes, rows, 1, probabilities, false, 0, 0, 0}, DType::kFloat32);
     Options options;
     options.reduction = LossReduction::kSum;
     Run run(problem, options);
     const cuda::CrossEntropyTask task = run.task(0, rows);
-    const auto blocks = static_cast<unsigned>(cuda::forward_blocks(task));
+    const auto blocks = static_cast<unsigned>(cuda::rows_blocks(task));
     simt::set_blocks({0, blocks - 1});
     run.launch_rows();
     run.backward(Stored(DType::kFloat32, {1.0}), false);
@@ -309,7 +339,7 @@ void test_many_rows() {
       for (int64_t row = first; row < last; ++row) {
         const CrossEntropyProblem::Row exact = problem.exact(row);
         sum += exact.loss;
-        right = right && is_near(run.lse.of(row), exact.lse, 2, DType::kFloat32);
+        right = right && is_near(run.lse(row), problem.is_ignored(row) ? 0 : exact.lse, 2, DType::kFloat32);
         for (int64_t k = 0; k < classes; ++k)
           right = right &&
                   is_near(run.gradient[problem.place(row, k)], problem.slope(exact, problem.is_ignored(row), k, 1, 0),
@@ -489,6 +519,7 @@ void test_nothing() {
 void test_cross_entropy(bool all) {
   test_grid(all ? 1 : 5);
   if (all) test_large();
+  test_lower_gradients();
   test_many_rows();
   test_counts();
   test_extremes();

@@ -69,7 +69,7 @@ template <Seed kSeed>
 bool gives_right_sums() {
   std::vector<int> values(1000), sums(8, -1), expected(8, 0);
   for (int i = 0; i < 1000; ++i) expected[static_cast<size_t>(i / kThreads)] += values[static_cast<size_t>(i)] = i * i;
-  launch(sum_kernel<kSeed>, {8, kThreads}, nullptr, values.data(), 1000, sums.data());
+  launch("sum", sum_kernel<kSeed>, {8, kThreads}, nullptr, values.data(), 1000, sums.data());
   return sums == expected;
 }
 
@@ -87,7 +87,7 @@ __global__ void neighbour_kernel(int* out) {
 template <bool kWarpOnly, bool kOrdered>
 bool neighbours_are_right(size_t slots) {
   std::vector<int> out(kThreads);
-  launch(neighbour_kernel<kWarpOnly, kOrdered>, {1, kThreads, slots * sizeof(int)}, nullptr, out.data());
+  launch("neighbour", neighbour_kernel<kWarpOnly, kOrdered>, {1, kThreads, slots * sizeof(int)}, nullptr, out.data());
   for (int t = 0; t < kThreads; ++t)
     if (out[static_cast<size_t>(t)] != (kWarpOnly ? t ^ 1 : (t + 1) % kThreads)) return false;
   return true;
@@ -133,7 +133,7 @@ __global__ void copy_kernel(const unsigned* from, unsigned* to) {
 bool copies_words(int from, int to) {
   alignas(16) unsigned source[20], target[20] = {};
   for (unsigned i = 0; i < 20; ++i) source[i] = i;
-  launch(copy_kernel, {1, 4}, nullptr, source + from, target + to);
+  launch("copy", copy_kernel, {1, 4}, nullptr, source + from, target + to);
   return std::equal(source + from, source + from + 16, target + to);
 }
 
@@ -160,13 +160,13 @@ void test_all() {
   check(found(simt::FaultKind::kOutOfBounds), "too little dynamic shared memory");
 
   unsigned total = 0;
-  launch(count_kernel<true>, {3, kThreads}, nullptr, &total);
+  launch("count", count_kernel<true>, {3, kThreads}, nullptr, &total);
   check(total == 3 * kThreads && found_nothing(), "atomic counting");
-  launch(count_kernel<false>, {1, kThreads}, nullptr, &total);
+  launch("count", count_kernel<false>, {1, kThreads}, nullptr, &total);
   check(found(simt::FaultKind::kRace), "counting without atomics");
 
   unsigned right = 0;
-  launch(vote_kernel, {1, kThreads}, nullptr, &right);
+  launch("vote", vote_kernel, {1, kThreads}, nullptr, &right);
   check(right == kThreads && found_nothing(), "votes, reductions and shuffles");
 
   check(copies_words(0, 4) && found_nothing(), "words that are aligned");
@@ -175,13 +175,13 @@ void test_all() {
   check(copies_words(0, 1) && found(simt::FaultKind::kAlignment), "an unaligned word is stored");
 #endif
 
-  launch(greedy_kernel, {1, kThreads}, nullptr);
+  launch("greedy", greedy_kernel, {1, kThreads}, nullptr);
   check(found(simt::FaultKind::kLaunch), "more shared memory than there is");
-  launch(vote_kernel, {1, 1025}, nullptr, &right);
+  launch("vote", vote_kernel, {1, 1025}, nullptr, &right);
   check(found(simt::FaultKind::kLaunch), "more threads than a block may have");
-  launch(vote_kernel, {0, 32}, nullptr, &right);
+  launch("vote", vote_kernel, {0, 32}, nullptr, &right);
   check(found(simt::FaultKind::kLaunch), "a grid of no blocks");
-  launch(vote_kernel, {(int64_t{1} << 32) + 1, 32}, nullptr, &right);
+  launch("vote", vote_kernel, {(int64_t{1} << 32) + 1, 32}, nullptr, &right);
   check(found(simt::FaultKind::kLaunch), "a grid of too many blocks");
 }
 

@@ -88,7 +88,7 @@ class Element {
   Element(Memory* memory, size_t index) : memory_(memory), index_(index) {}
   operator T() const {
     T value;
-    std::memcpy(&value, touch(memory_, index_, Use::kRead), sizeof value);
+    std::memcpy(static_cast<void*>(&value), touch(memory_, index_, Use::kRead), sizeof value);
     return value;
   }
   const Element& operator=(T value) const {

@@ -5,19 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Bytes of logits that are held at a time where nothing else is asked for.
+#: Bytes of logits that are held at a time on the CPU, where nothing else is asked for.
 MEMORY_BUDGET = 32 * 2**20
 
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 def tokens_in_chunk(input: Tensor, linear_weight: Tensor, options: Any, memory_budget: int | None) -> int:
-    """For an input (N, features) or (features), and linear_weight (classes, features).
+    """For an input (N, features) or (features), and linear_weight (classes, features); 0: as the operator sees fit.
 
-    torch's options decide where they name a size; "auto" leaves it to the budget.
+    torch's options decide where they name a size; "auto" leaves it to the budget. Without one a GPU has as many tokens
+    as make its products fast.
     """
     method, size = ("auto", None) if options is None else (options.chunking_method, options.batch_chunk_size)
     if method == "auto" and size is None:
+        if memory_budget is None and not input.is_cpu:
+            return 0
         budget = MEMORY_BUDGET if memory_budget is None else memory_budget
         return max(budget // (linear_weight.shape[0] * _bytes_of_logit(input, linear_weight)), 1)
     if memory_budget is not None:
@@ -46,12 +49,19 @@ def _by_aspect_ratio(method: str, tokens: int, classes: int, features: int) -> i
 
 
 def _bytes_of_logit(input: Tensor, linear_weight: Tensor) -> int:
-    """Logits are float32, or float64. On a GPU their gradient is also held in the type of a 16-bit product."""
+    """Logits are float32, or float64. On a GPU a 16-bit product has its logits' gradient beside them, in its own type.
+
+    There the logits of bfloat16 operands are bfloat16, and their gradient takes their memory.
+    """
     if linear_weight.dtype is torch.float64:
         return 8
     if input.is_cpu:
         return 4
-    return 6 if linear_weight.dtype in _HALVES or torch.is_autocast_enabled(input.device.type) else 4
+    if torch.is_autocast_enabled(input.device.type):
+        return 6
+    if input.dtype is linear_weight.dtype is torch.bfloat16:
+        return 2
+    return 6 if linear_weight.dtype in _HALVES else 4
 
 
 def only_torch_honours(options: Any, input: Tensor) -> str:

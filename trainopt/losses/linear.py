@@ -34,11 +34,12 @@ def linear_cross_entropy(
     """cross_entropy(linear(input, linear_weight, linear_bias), target) without the logits of more than a few tokens.
 
     Names, order, defaults and errors are those of torch.nn.functional.linear_cross_entropy, also where torch is older
-    than it (2.13). The logits are made, used and forgotten chunk by chunk, in float32 (float64 for float64 operands);
-    so are the sums over chunks that make the gradients of layer and bias, whatever the dtype. With a reduction to one
-    number forward makes the gradients as well, if any is wanted; otherwise backward makes the logits again, as does a
-    second backward. A backward that is to be differentiated again (create_graph=True) stores all logits, as does what
-    goes through torch: K-dimensional weights, and whatever the operator does not take.
+    than it (2.13). The logits are made, used and forgotten chunk by chunk, in float32 (float64 for float64 operands; on
+    a GPU bfloat16 for bfloat16 ones, as a linear layer's); the sums over chunks that make the gradients of layer and
+    bias are float32 or float64, whatever the dtype. With a reduction to one number forward makes the gradients as well,
+    if any is wanted; otherwise backward makes the logits again, as does a second backward. A backward that is to be
+    differentiated again (create_graph=True) stores all logits, as does what goes through torch: K-dimensional weights,
+    and whatever the operator does not take.
 
     Args:
         input: hidden states, (N, features) or (features).
@@ -52,7 +53,8 @@ def linear_cross_entropy(
         options: torch.nn.LinearCrossEntropyOptions (trainopt.LinearCrossEntropyOptions is the same, or a stand-in where
             torch has none). There are chunks without it too. A size that it names is a chunk's; what only torch's own
             chunks can honour (see docs/losses.md) goes through torch.
-        memory_budget: bytes for a chunk of logits, by default 32 MiB; at least one token is taken at a time.
+        memory_budget: bytes for a chunk of logits; at least one token is taken at a time. By default 32 MiB on the CPU,
+            and on a GPU what makes the products fast, in less memory than stored logits take (see docs/cuda.md).
         out_dtype: dtype of the loss. By default the input's, as in torch, or autocast's float32. torch.float32 for
             bfloat16 operands gives a loss that moves in finer steps than 1/64, and one that GradScaler's factor does
             not make infinite for float16.
