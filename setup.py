@@ -144,10 +144,18 @@ def module_flags(torch) -> list[str]:
     kind = ["-shared"] if LINUX else ["-bundle", "-undefined", "dynamic_lookup"]
     flags = [*kind, f"-L{Path(torch.__path__[0], 'lib')}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
     if LINUX:
-        # The shared library, which torch uses too, even where the compiler is told to link its own copy
-        # (-static-libstdc++): with a second one in the process, printing a number into an error message crashed.
-        flags.append("-lstdc++")
+        flags.append(loaded_cxx_library())
     return flags
+
+
+def loaded_cxx_library() -> str:
+    """The C++ library that torch has loaded, to be linked by its path.
+
+    A compiler that is told to link its own copy (-static-libstdc++), or that was moved away from its shared one, puts a
+    second library into the process: then printing a number into an error message crashed.
+    """
+    loaded = re.search(r"/\S*/libstdc\+\+\.so\.\S+$", Path("/proc/self/maps").read_text(), re.MULTILINE)
+    return loaded[0] if loaded else "-lstdc++"
 
 
 # CUDA -----------------------------------------------------------------------------------------------------------------

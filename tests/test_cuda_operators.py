@@ -28,10 +28,10 @@ CE, LINEAR = (1, -100, 0.1, 0.5, 3.0), (1, -100, 0.1, 0.5, 3.0, True, 1 << 20)
 CALLS = {
     "cross_entropy": (X, LABELS, None, *CE, False, True),
     "cross_entropy, none": (X, LABELS, (5,), 0, -100, 0.0, 0.0, 0.0, False, True),
-    "cross_entropy_backward": (UPSTREAM, X, LABELS, None, (4,), *CE, True),
+    "cross_entropy_backward": (UPSTREAM, X, LABELS, None, (2, 4), *CE, True),
     "linear_cross_entropy": (X, W, LABELS, None, None, *LINEAR),
     "linear_cross_entropy_forward": (X, W, LABELS, (7,), None, *LINEAR, [True, True, True]),
-    "linear_cross_entropy_backward": (UPSTREAM, X, W, LABELS, None, None, (4,), *LINEAR, [True, False, False]),
+    "linear_cross_entropy_backward": (UPSTREAM, X, W, LABELS, None, None, (2, 4), *LINEAR, [True, False, False]),
     "pointwise_loss": ("mse_loss", X, X, None, None, 1, 0.0),
     "pointwise_loss, none": ("huber_loss", X, (4, 1), None, None, 0, 0.5),
     "pointwise_loss_backward": ("mse_loss", UPSTREAM, X, X, None, None, 1, 0.0, [True, True]),

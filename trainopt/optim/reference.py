@@ -78,7 +78,7 @@ def rehearse(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[i
         _, group, param = params[index]
         stand_in = torch.zeros(1, dtype=param.dtype, device=param.device, requires_grad=True)
         stand_in.grad = torch.ones_like(stand_in)
-        state = optimizer.state.get(param) or {}
+        state = dict(optimizer.state.get(param) or {})  # as it is now: another thread may be making it
         view = _view(optimizer, list(_narrowed([(index, group, stand_in)], True)))
         view.state = {stand_in: {key: _first_element(value, param) for key, value in state.items()}}
         with torch.no_grad():
