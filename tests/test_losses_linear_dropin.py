@@ -329,6 +329,13 @@ def test_the_budget_says_how_large_a_chunk_is(budget, seen):
         assert seen.pop() == max(budget // (bytes_of_logit * WORDS), 1)
 
 
+def test_a_gpu_chooses_its_chunks_unless_it_is_told():
+    input, weight = torch.empty(TOKENS, WIDTH, device="meta"), torch.empty(WORDS, WIDTH, device="meta")
+    assert chunks.tokens_in_chunk(input, weight, None, None) == 0
+    assert chunks.tokens_in_chunk(input, weight, OPTIONS(), None) == 0
+    assert chunks.tokens_in_chunk(input, weight, OPTIONS(batch_chunk_size=2), None) == 2
+
+
 def test_options_that_contradict_each_other():
     for options in ({"batch_chunk_size": 3, "chunking_method": "aspect_ratio"},):
         call = lambda side, options=options: side.linear_cross_entropy(X, W, LABELS, options=OPTIONS(**options))  # noqa: E731

@@ -43,7 +43,7 @@ struct Shape {
 // Shared memory that the blocks on a multiprocessor of the current device can have together.
 inline int64_t shared_bytes_of_multiprocessor() {
 #if defined(TRAINOPT_SIMT)
-  return simt::kMaxSharedBytes;
+  return simt::kMultiprocessorSharedBytes;
 #else
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];

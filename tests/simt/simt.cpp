@@ -194,7 +194,7 @@ Memory* find_memory(const char* name, size_t count, size_t width, Site site, boo
     if (are_same(memory->site, site) && std::strcmp(memory->name, name) == 0) return memory.get();
   block.memories.push_back(std::make_unique<Memory>(name, site, count, width));
   if (is_static) block.static_bytes += count * width;
-  if (block.static_bytes + block.dynamic_bytes > kMaxSharedBytes)
+  if (block.static_bytes > kMaxStaticBytes || block.static_bytes + block.dynamic_bytes > kMaxSharedBytes)
     report(FaultKind::kLaunch, std::to_string(block.static_bytes + block.dynamic_bytes) + " bytes of shared memory");
   return block.memories.back().get();
 }

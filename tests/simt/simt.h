@@ -46,7 +46,8 @@ void set_blocks(const std::vector<unsigned>& only);
 
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kMaxSharedBytes = 48 * 1024;  // what every architecture has without asking for more
+// Of a block, of which so much may be arrays of a fixed size, and of a multiprocessor: as little as most GPUs have.
+constexpr size_t kMaxSharedBytes = 99 * 1024, kMaxStaticBytes = 48 * 1024, kMultiprocessorSharedBytes = 100 * 1024;
 
 struct Index {
   unsigned x = 0;
