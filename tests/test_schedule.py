@@ -131,6 +131,70 @@ def test_without_a_saved_schedule_the_step_can_be_given(make):
     assert run(second, schedule_of(second, completed=5), STEPS - 5) == straight[5:]
 
 
+COUNTING = ("trainopt.AdamW", "AdamW", "AdamW fused", "RMSprop", "Adagrad", "NAdam")
+
+
+def heard_of(act):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        act()
+    return [str(each.message) for each in heard if "Schedule:" in str(each.message)]
+
+
+@pytest.mark.parametrize("name", COUNTING)
+@pytest.mark.parametrize("order", ["optimizer first", "schedule first"])
+def test_restored_without_its_own_state_it_says_so_once(name, order):
+    first = two_groups(OPTIMIZERS[name])
+    run(first, schedule_of(first), 5)
+
+    def resume(**more):
+        second = two_groups(OPTIMIZERS[name])
+        if order == "optimizer first":
+            second.load_state_dict(first.state_dict())
+        schedule = schedule_of(second, **more)
+        if order == "schedule first":
+            second.load_state_dict(first.state_dict())
+        run(second, schedule, 3)
+
+    (text,) = heard_of(resume)
+    assert "has made 6 steps and this schedule has counted 1" in text and "completed=5" in text
+    assert not heard_of(lambda: resume(completed=5)) and not heard_of(lambda: resume(completed=0))
+
+
+@each_optimizer
+def test_what_is_not_behind_says_nothing(make):
+    def straight(**more):
+        optimizer = two_groups(make)
+        run(optimizer, schedule_of(optimizer, **more), 4)
+        return optimizer
+
+    def restored(order):
+        saved, second = straight(), two_groups(make)
+        schedule = schedule_of(second)
+        for part in order:
+            if part == "optimizer":
+                second.load_state_dict(saved.state_dict())
+            else:
+                schedule.load_state_dict({"last_epoch": 4, "bases": {"lr": [0.1, 0.01], "weight_decay": [0.2, 0.0]}})
+        run(second, schedule, 2)
+
+    def constant_only():
+        second = two_groups(make)
+        second.load_state_dict(straight().state_dict())
+        run(second, Schedule(second, override={"lr": 0.5}), 2)
+
+    def once_an_epoch():
+        optimizer = two_groups(make)
+        schedule = schedule_of(optimizer)
+        for _ in range(5):
+            optimizer.step()
+        schedule.step()
+
+    assert not heard_of(straight) and not heard_of(constant_only) and not heard_of(once_an_epoch)
+    for order in (("optimizer", "schedule"), ("schedule", "optimizer")):
+        assert not heard_of(lambda order=order: restored(order))
+
+
 def test_the_state_is_plain_numbers():
     schedule = schedule_of(two_groups(torch.optim.SGD, momentum=torch.tensor(0.5)))
     state = schedule.state_dict()

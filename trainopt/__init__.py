@@ -47,8 +47,9 @@ try:
         MSELoss,
         SmoothL1Loss,
     )
-    from trainopt.optim import SGD, Adam, AdamW, Schedule, explain, fuse, nonfinite_report, param_groups
+    from trainopt.optim import SGD, Adam, AdamW, Schedule, fuse, nonfinite_report, param_groups
     from trainopt.patching import patch, patched
+    from trainopt.paths import explain
 except ImportError:
     # Python imports this package before it runs `python -m trainopt` or `trainopt`, which report this very error.
     if not (sys.argv[:1] == ["-m"] and "trainopt" in sys.orig_argv) and Path(sys.argv[0]).stem != "trainopt":

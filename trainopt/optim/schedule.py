@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -42,7 +43,9 @@ class Schedule(LRScheduler):
     Args:
         override: new bases for a resumed run, by option: one number for all groups, or one for each. They win over
             what is loaded, in whichever order; an option without a curve is held at its new base.
-        completed: how many steps are completed already (default 0), for a run that saved no schedule.
+        completed: how many steps are completed already, for a run that saved no schedule. None (default): 0, and a
+            warning at the first `step` where the optimizer's states have more behind them, as after a resume that
+            restored the optimizer alone. 0 says that the schedule begins anew.
         **factors: for each option a curve of `trainopt.schedules`, or any function of the number of completed steps.
             "beta1" and "beta2" are the parts of "betas"; "momentum" is beta1 where a group has no momentum.
 
@@ -53,12 +56,14 @@ class Schedule(LRScheduler):
             Nothing has been changed then. `step` raises it too.
     """
 
+    _is_unsure = False  # whether the steps completed before this schedule may be unknown to it
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         *,
         override: Mapping[str, float | Sequence[float]] | None = None,
-        completed: int = 0,
+        completed: int | None = None,
         **factors: Factor,
     ) -> None:
         optimizer = unwrapped(optimizer)
@@ -69,7 +74,8 @@ class Schedule(LRScheduler):
                 raise TypeError(f"Schedule: {option} must be a curve, such as constant(), got {factor!r}")
         self._override = dict(override or {})
         self._factors: dict[str, Factor] = {**dict.fromkeys(self._override, constant()), **factors}
-        self._completed = whole(self, "completed", completed)
+        self._completed = 0 if completed is None else whole(self, "completed", completed)
+        self._is_unsure = completed is None and not all(type(factor) is constant for factor in self._factors.values())
         if not self._factors:
             raise ValueError("Schedule: no option is given a curve, as in Schedule(optimizer, lr=cosine(until=1000))")
         for option, bases in self._override.items():
@@ -99,8 +105,24 @@ class Schedule(LRScheduler):
             epoch: the number of completed steps, counted by the caller, as in torch's schedulers. Default: the steps
                 that the optimizer has completed.
         """
+        if self._is_unsure:
+            self._is_unsure = False
+            if epoch is None:
+                self._warn_if_behind()
         self._step_count += 1
         self._update_lr(epoch)
+
+    @torch._disable_dynamo
+    def _warn_if_behind(self) -> None:
+        """Not in the constructor: the state of this schedule, or of the optimizer, may be loaded after it."""
+        made, counted = steps_of(self.optimizer), self.last_epoch + self._pending()
+        if made > counted + 1:  # torch's optimizers count a step that only asks for states
+            warnings.warn(
+                f"Schedule: the optimizer has made {made} steps and this schedule has counted {counted}, so it begins"
+                " anew. In a run that goes on, load the schedule's own state too, or give"
+                f" completed={made - self._pending()}; completed=0 says that it is to begin anew",
+                stacklevel=3,
+            )
 
     def _update_lr(self, epoch: int | None = None) -> None:
         groups = self.optimizer.param_groups
@@ -208,6 +230,7 @@ class Schedule(LRScheduler):
         self._set_bases(groups, bases)
         self._set_bases(groups, self._override)
         self._update_lr(completed)
+        self._is_unsure = False
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name not in ("_watch", "_counted")}
@@ -298,6 +321,17 @@ class Watch:
 
 
 # One option of one group ----------------------------------------------------------------------------------------------
+
+
+def steps_of(optimizer: Any) -> int:
+    """The most steps that any parameter has behind it, by the optimizer's states; 0 where these do not count."""
+    counts = [state.get("step") for state in getattr(optimizer, "state", {}).values() if isinstance(state, Mapping)]
+    numbers = [count for count in counts if isinstance(count, (int, float))]
+    tensors = [count for count in counts if type(count) is torch.Tensor and count.numel() == 1]
+    if tensors:
+        device = tensors[0].device
+        numbers.append(float(torch.stack([count.detach().reshape(()).to(device).float() for count in tensors]).max()))
+    return int(max(numbers, default=0))
 
 
 def base_key(option: str) -> str:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from trainopt.training import random_state
 from trainopt.training.data import Source, move, source_of
 from trainopt.training.distributed import Processes
-from trainopt.training.evaluation import Task
 from trainopt.training.precision import Precision
+from trainopt.training.trained import Trained
 
 SMOOTHING = 0.9  # of the moving mean over the losses
 BLOWN_UP = 4.0  # times the lowest smoothed loss: the test ends
@@ -78,10 +78,12 @@ def lr_find(
     state = [saved.clone() for saved in source.state()]
     try:
         with random_state.preserved(seed, device):
-            model, optimizer = copy.deepcopy((model, optimizer))
-            task = Task(loss, lambda target: 1, split)
+            task, optimizer = copy.deepcopy((Trained(model, loss, optimizer, split=split), optimizer))
+            task.begin()
+            if hasattr(optimizer, "train"):  # schedule-free methods have modes
+                optimizer.train()
             rates, losses = _sweep(
-                model.train(),
+                task.called,
                 optimizer,
                 _endless(source, seed),
                 task,
@@ -98,7 +100,7 @@ def _sweep(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Any],
-    task: Task,
+    task: Trained,
     precision: Precision,
     limits: tuple[float, float],
     steps: int,

@@ -15,13 +15,17 @@ from torch import Tensor, nn
 
 from trainopt.optim.nonfinite import count_nonfinite
 from trainopt.training import random_state
-from trainopt.training.data import move
-from trainopt.training.evaluation import Task
+from trainopt.training.data import move, tensors_in
 from trainopt.training.precision import Precision
+from trainopt.training.trained import Trained
 
 
 def first_nonfinite(
-    model: nn.Module, micro_batches: Sequence[Any], task: Task, precision: Precision, device: torch.device
+    model: nn.Module,
+    micro_batches: Sequence[tuple[Any, float | Tensor]],
+    task: Trained,
+    precision: Precision,
+    device: torch.device,
 ) -> str | None:
     """A phrase that names the first offending tensor and its layer; None if all is finite when computed again.
 
@@ -30,13 +34,15 @@ def first_nonfinite(
 
     Args:
         model: the bare module. Its buffers are not restored.
+        micro_batches: each with the weight of its mean loss in the update. float16's scale is right for the weighed
+            loss, and may overflow for a healthy one that is not.
     """
     for name, param in model.named_parameters():
         if (found := described(param)) is not None:
             return f"parameter '{name}' itself {found}"
     with random_state.preserved(device=device):
-        for batch in micro_batches:
-            if (found := _in_one(model, move(batch, device), task, precision)) is not None:
+        for batch, weight in micro_batches:
+            if (found := _in_one(model, move(batch, device), weight, task, precision)) is not None:
                 return found
     return None
 
@@ -49,7 +55,7 @@ def nonfinite_gradient(model: nn.Module) -> str:
     return "a gradient is not finite"
 
 
-def _in_one(model: nn.Module, batch: Any, task: Task, precision: Precision) -> str | None:
+def _in_one(model: nn.Module, batch: Any, weight: float | Tensor, task: Trained, precision: Precision) -> str | None:
     inputs, target = task.split(batch)
     for what, tree in (("inputs", inputs), ("target", target)):
         for tensor in tensors_in(tree):
@@ -64,7 +70,7 @@ def _in_one(model: nn.Module, batch: Any, task: Task, precision: Precision) -> s
         if not found_in and (found := described(loss)) is not None:
             found_in.append(f"the loss {found}, while the model's output is finite")
         if not found_in and loss.requires_grad:
-            precision.scaled(loss).backward()
+            precision.scaled(loss * weight).backward()
     if not found_in:
         found_in += [nonfinite_gradient(model)] if any(described(param.grad) for param in model.parameters()) else []
     model.zero_grad()
@@ -97,18 +103,6 @@ def _watched(model: nn.Module, found_in: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors of nested dicts, lists and tuples, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from tensors_in(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from tensors_in(value)
 
 
 def described(tensor: Any) -> str | None:
