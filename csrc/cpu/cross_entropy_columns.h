@@ -106,7 +106,8 @@ struct ColumnSums {
     }
   }
 };
-constexpr int64_t kClassesPerPart = 32;
+// With 32 the loss of 29 classes was 1.6 times as far from float64 as torch's (root mean square over 4,000 rows).
+constexpr int64_t kClassesPerPart = 8;
 constexpr bool ends_part(int64_t c, int64_t classes) {
   return c % kClassesPerPart == kClassesPerPart - 1 || c == classes - 1;
 }
