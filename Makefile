@@ -17,11 +17,13 @@ PARTS ?= test bench sanitize profile
 TESTS ?=
 JOBS ?=
 MINUTES ?=
+WORKERS ?= 2
 CUDA_NVCC ?= nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.* nvidia-cuda-crt==13.0.*
 
 ifeq ($(SYSTEM),1)
 # Everything runs by this Python with its own torch. Nothing is installed, so the sources are found by their path.
 RUN := $(PYTHON)
+PYTEST := $(RUN) -m pytest
 TORCH_READY :=
 TOOLS_READY :=
 CLIENTS_READY :=
@@ -29,6 +31,8 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export TORCH_CUDA_ARCH_LIST ?= native
 else
 RUN := $(VENV)/bin/python
+# Files side by side. Threads that wait for work must not take a core from the other file's.
+PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n $(WORKERS) --dist loadfile
 TORCH_READY := $(VENV)/.ready-$(TORCH)
 TOOLS_READY := $(VENV)/.ready-tools
 CLIENTS_READY := $(VENV)/.ready-clients
@@ -72,6 +76,7 @@ help:
 	@echo '  RESULTS=build/gpu    where gpu-check and its parts leave logs and JSON'
 	@echo '  TESTS="..." JOBS=6   the files that gpu-test and gpu-sanitize run, and how many at once'
 	@echo '  MINUTES=9            ends a part of gpu-check, with a table of what is done'
+	@echo '  WORKERS=2            how many files of tests run side by side'
 	@echo '  BENCH=losses         which benchmarks to run; both without it'
 	@echo '  PYTHON=python3       makes the environment; 3.11 or newer'
 	@echo '  VENV=.venv           where the environment is'
@@ -85,15 +90,15 @@ demo: build $(TOOLS_READY)
 	$(RUN) -m trainopt train digits --compare $(ARGS)
 
 test: build $(TOOLS_READY)
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 clients: build $(TOOLS_READY) $(CLIENTS_READY)
-	$(RUN) -m pytest tests/clients $(ARGS)
+	$(PYTEST) tests/clients $(ARGS)
 
 # -P: else the package in this directory comes before the emulated one.
 emulated: $(TOOLS_READY)
 	@$(RUN) setup.py -q emulate
-	PYTHONPATH=build/emulated:. $(RUN) -P -m pytest tests/cuda --emulated $(ARGS)
+	PYTHONPATH=build/emulated:. $(subst -m pytest,-P -m pytest,$(PYTEST)) tests/cuda --emulated $(ARGS)
 
 bench: build $(TOOLS_READY)
 	for name in $(BENCH); do $(RUN) -m benchmarks.$$name $(ARGS) || exit 1; done

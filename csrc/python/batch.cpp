@@ -37,8 +37,14 @@ bool is_there(const c10::TensorImpl* tensor) {
 
 // Whether torch's allocator has made this storage's memory, and gives it to nobody else.
 bool is_allocated(const c10::StorageImpl* storage) {
-  static const c10::DeleterFnPtr own = c10::GetCPUAllocator()->raw_deleter();
-  return own != nullptr && storage->data_ptr().get_deleter() == own;
+  const c10::DeleterFnPtr deleter = storage->data_ptr().get_deleter();
+  if (storage->device_type() == c10::DeviceType::CPU) {
+    static const c10::DeleterFnPtr own = c10::GetCPUAllocator()->raw_deleter();
+    return own != nullptr && deleter == own;
+  }
+  if (storage->device_type() != kCudaDeviceType) return false;
+  static const c10::DeleterFnPtr own = c10::GetAllocator(kCudaDeviceType)->raw_deleter();
+  return own != nullptr && deleter == own;
 }
 
 // torch refuses to write to what was made in inference mode outside of that mode.
@@ -394,7 +400,7 @@ void Batch::prepare_again(double gradient_scale, bool all_next) {
 void Batch::work(bool counts, bool updates) {
   if (updates && cuda_entries_ != 0) cuda.run(gradient_scale_, std::exchange(scaling_, {}));
   const int64_t tensors = static_cast<int64_t>(entries.size());
-  const int64_t parts = threads_for(elements + kTensorElements * tensors);
+  const int64_t parts = threads_for(elements + kTensorElements * (tensors - static_cast<int64_t>(cuda_entries_)));
   // Equal shares: a thread has the same tensors in every step, and so does its cache.
   const auto run_part = [&](int64_t part) {
     const auto cut = [&](int64_t count, int64_t at) { return count * at / parts; };

@@ -25,6 +25,7 @@
 namespace trainopt::python {
 
 constexpr c10::DispatchKey kCudaKey = c10::DispatchKey::TRAINOPT_CUDA_KEY;
+inline const c10::DeviceType kCudaDeviceType = c10::dispatchKeyToDeviceType(kCudaKey);
 
 // An ordinary tensor there has these dispatch keys and no others; see kOrdinaryKeys.
 inline const uint64_t kOrdinaryCudaKeys = [] {

@@ -305,7 +305,7 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
     batch_.prepare(gradient_scale, scaling);
     can_recall_ = can_recall;
   }
-  if (batch_.elements < kReleaseElements && batch_.cuda.empty()) {
+  if (batch_.elements < kReleaseElements) {  // on a GPU's tensors the kernels run when this has returned
     batch_.run();
   } else {
     run_unlocked();
