@@ -25,11 +25,10 @@ from trainopt.training.checkpoint import plain, write
 from trainopt.training.counting import Count, is_counted
 from trainopt.training.data import move
 from trainopt.training.evaluation import evaluate
-from trainopt.training.nonfinite import first_nonfinite, nonfinite_gradient, tensors_in
+from trainopt.training.nonfinite import Finding, first_nonfinite, nonfinite_gradient, tensors_in
 from trainopt.training.options import Options
 from trainopt.training.report import Finished, Lines, Progress, Report, Validated
 from trainopt.training.run import Run
-from trainopt.training.watch import measure
 from trainopt.training.window import Window
 
 
@@ -171,6 +170,7 @@ class Loop(Run):
             return False
         if not window.done:
             gradients.clear(self.optimizer)
+            self.watch.begin(self.step + 1)
             window.buffers = [buffer.clone() for buffer in self.buffers]
         while window.done < len(window.batches):
             window.losses.append(self.micro_step(window))
@@ -182,7 +182,7 @@ class Loop(Run):
         self.precision.unscale(self.optimizer)
         params = gradients.parameters(self.optimizer)
         limit = self.options.clip
-        is_shown = self.watch.cause is not None or (self.step + 1) % self.options.log_every == 0
+        is_shown = self.watch.measurement is not None or (self.step + 1) % self.options.log_every == 0
         norm = self.norm = gradients.global_norm(params) if limit is not None or is_shown else None
         if self.must_check and not gradients.are_finite(params, norm):  # the one wait for the device in an update
             self.skip(window)
@@ -190,7 +190,7 @@ class Loop(Run):
         if limit is not None and norm is not None:
             gradients.clip(params, limit, norm)
 
-        before = [param.detach().clone() for param in params] if self.watch.cause is not None else None
+        self.watch.before_step(self.module, params, self.step + 1, window.samples)
         lr = self.optimizer.param_groups[0]["lr"]
         self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule may fill the tensor with its next value
         self.optimizer.step()
@@ -203,9 +203,10 @@ class Loop(Run):
         self.skipped_in_a_row = 0
         self.samples += window.samples
         self.interval.add(window.losses, window.counts, window.samples)
-        if before is not None and norm is not None:
-            evidence = measure(self.module, before, params, float(norm))
-            self.report.message(self.watch.measured(self.step, evidence, float(self.lr)))
+        if (message := self.watch.after_step(self, params, window, norm)) is not None:
+            self.report.message(message)
+        if self.watch.seeks_origin and self.must_check:
+            self.seek(window)
         return True
 
     def micro_step(self, window: Window) -> Tensor:
@@ -232,15 +233,17 @@ class Loop(Run):
         """The loss, or a zero that depends on the model: its gradient is zero, but the other processes wait for it."""
         output = self.task.output(self.model, inputs)
         if counts:
-            return self.task.loss(output, target)
+            loss = self.task.loss(output, target)
+            if self.watch.is_looking:
+                self.watch.see(output, target, loss, self.task.loss)
+            return loss
         return torch.stack([tensor.sum() for tensor in tensors_in(output)]).sum() * 0.0
 
     def skip(self, window: Window) -> None:
         """Leaves out an update whose gradient is not finite: nothing has changed but the scale of float16."""
         check_targets()  # a class out of range, which no later update can be right about
         options = self.options
-        for buffer, kept in zip(self.buffers, window.buffers or (), strict=True):
-            buffer.copy_(kept)
+        self.put_back_buffers(window)
         self.skipped += 1
         is_loss_finite = all(math.isfinite(float(loss)) for loss in window.losses)
         is_scale = self.precision.is_searching() and not self.processes.sum([float(not is_loss_finite)])[0]
@@ -248,26 +251,56 @@ class Loop(Run):
             self.precision.adapt()
             return
         self.skipped_in_a_row += 1
-        otherwise = f"{nonfinite_gradient(self.module)}, and is finite when computed again"
-        computed = [batch for batch, count in zip(window.batches, window.counts, strict=True) if is_counted(count)]
-        found = first_nonfinite(self.module, computed, self.task, self.precision, self.device)
-        for buffer, kept in zip(self.buffers, window.buffers or (), strict=True):
-            buffer.copy_(kept)
+        found = otherwise = None
+        if self.watch.lost.is_searched():
+            otherwise = Finding(f"{nonfinite_gradient(self.module)}, and is finite when computed again", "finite again")
+            found = self.search(window)
+        self.put_back_buffers(window)
         self.precision.adapt()
         everywhere = self.processes.gather(found)
-        rank = next((rank for rank, text in enumerate(everywhere) if text is not None), 0)
-        what = everywhere[rank] or otherwise
+        rank = next((rank for rank, finding in enumerate(everywhere) if finding is not None), 0)
+        found = everywhere[rank] or otherwise
         self.suspects = window.batches
-        kept_in = self.keep_suspects(what) if self.processes.rank == rank else None
+        kept_in = (
+            self.keep_suspects(found.text if found else "not looked into") if self.processes.rank == rank else None
+        )
         kept_in = self.processes.gather(kept_in)[rank]
-        where = f" in process {rank}" if self.processes.world > 1 else ""
-        text = f"update {self.step + 1:,} left out ({self.skipped_in_a_row} in a row): {what}{where}"
-        self.say("trouble", "nonfinite", text + (f"; its batch is in {kept_in}" if kept_in else ""))
+        self.interval.fold()
+        text = self.watch.lost_update(found, self.step + 1, float(self.lr), self.interval.history)
+        if text is not None:
+            where = f" in process {rank}" if self.processes.world > 1 else ""
+            text = f"update {self.step + 1:,} left out ({self.skipped_in_a_row} in a row){where}: {text}"
+            self.say("trouble", "nonfinite", text + (f"; its batch is in {kept_in}" if kept_in else ""))
         limit = 1 if options.nonfinite == "stop" else options.nonfinite_limit
         if self.skipped_in_a_row >= limit:
             self.reason = "nonfinite"
             intact = f"{self.checkpoint} is intact" if self.checkpoint else "there is no checkpoint"
             text = f"stopped after {limit} in a row; the weights are those of step {self.step:,}, and {intact}"
+            self.say("trouble", "nonfinite", text)
+
+    def put_back_buffers(self, window: Window) -> None:
+        """The model's buffers as they were before the window."""
+        for buffer, kept in zip(self.buffers, window.buffers or (), strict=True):
+            buffer.copy_(kept)
+
+    def search(self, window: Window) -> Finding | None:
+        """What is not finite first when the micro-batches are computed again, each with the weight that it had."""
+        parts = zip(window.batches, window.weights, window.counts, strict=True)
+        computed = [(batch, weight) for batch, weight, count in parts if is_counted(count)]
+        return first_nonfinite(self.module, computed, self.task, self.precision, self.device)
+
+    def seek(self, window: Window) -> None:
+        """Names what makes a loss that is not finite, though the gradients of it are."""
+        losses = [float(loss) for loss, count in zip(window.losses, window.counts, strict=True) if is_counted(count)]
+        if all(map(math.isfinite, losses)):
+            return
+        self.watch.seeks_origin = False
+        buffers = [buffer.clone() for buffer in self.buffers]
+        found = self.search(window)
+        for buffer, kept in zip(self.buffers, buffers, strict=True):
+            buffer.copy_(kept)
+        if found is not None:
+            text = f"the loss of update {self.step:,} is not finite, though its gradients are: {found}"
             self.say("trouble", "nonfinite", text)
 
     def keep_suspects(self, what: str) -> Path | None:
@@ -316,7 +349,10 @@ class Loop(Run):
                 skipped=self.skipped,
             )
         )
-        self.watch.progressed(self.step, self.train_loss)
+        is_alone = self.processes.world == 1
+        history = interval.history if is_alone else interval.history.together(self.processes.sum)
+        for message in self.watch.progressed(self.step, total, float(self.lr), self.train_loss, history, is_alone):
+            self.report.message(message)
         interval.clear()
         self.interval_begun = perf_counter()
 
@@ -372,6 +408,10 @@ class Loop(Run):
             if self.interval.samples:
                 self.progress()
             self.validate()
+            if (text := self.watch.lost.summary()) is not None:
+                self.say("warning", "nonfinite", text)
+            if (message := self.watch.ended(self.step, self.total_steps(), float(self.lr))) is not None:
+                self.report.message(message)
         self.save()
         if reason in ("SIGTERM", "SIGINT"):
             saved = "no directory was given, so nothing is saved"

@@ -88,7 +88,7 @@ class Run:
         self.validated_step = -1
         self.window: Window | None = None  # the update under way
         self.interval = Interval()
-        self.watch = Watch()
+        self.watch = Watch(options.log_every, options.early_stopping is not None)
         self.best = Best(options.maximize, keeps_weights=options.early_stopping is not None)
         self.seed = 0 if options.seed is None else options.seed
 
