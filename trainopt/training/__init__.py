@@ -3,6 +3,7 @@
 from trainopt.training.console import Several, Terminal
 from trainopt.training.folder import Folder
 from trainopt.training.loop import Result, fit
+from trainopt.training.lr_find import LrCurve, lr_find
 from trainopt.training.options import Options
 from trainopt.training.report import Finished, Lines, Message, Progress, Report, Silent, Started, Validated
 from trainopt.training.tensorboard import TensorBoard
@@ -11,6 +12,7 @@ __all__ = [
     "Finished",
     "Folder",
     "Lines",
+    "LrCurve",
     "Message",
     "Options",
     "Progress",
@@ -23,4 +25,5 @@ __all__ = [
     "Terminal",
     "Validated",
     "fit",
+    "lr_find",
 ]
