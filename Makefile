@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+SYSTEM ?=
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
@@ -9,12 +10,32 @@ BENCH ?= optimizers losses
 DIST ?= dist
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.14.1
+OLDEST_VENV ?= .venv-oldest
+OLDEST_TORCH ?= torch==2.11.0
+RESULTS ?= build/gpu
+PARTS ?= test bench sanitize profile
+TESTS ?=
+JOBS ?=
+MINUTES ?=
 CUDA_NVCC ?= nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.* nvidia-cuda-crt==13.0.*
 
+ifeq ($(SYSTEM),1)
+# Everything runs by this Python with its own torch. Nothing is installed, so the sources are found by their path.
+RUN := $(PYTHON)
+TORCH_READY :=
+TOOLS_READY :=
+CLIENTS_READY :=
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export TORCH_CUDA_ARCH_LIST ?= native
+else
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check
 TORCH_READY := $(VENV)/.ready-$(TORCH)
 TOOLS_READY := $(VENV)/.ready-tools
+CLIENTS_READY := $(VENV)/.ready-clients
+endif
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# For a part of gpu-check.
+GPU = --results '$(RESULTS)' $(if $(MINUTES),--minutes $(MINUTES))
 CXX_FILES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cpp/*.h tests/cpp/*.cpp tests/simt/*.h tests/simt/*.cpp)
 
 # command || $(FAIL) "what to do"
@@ -22,24 +43,35 @@ FAIL := sh -c 'printf "\n%s\n\n" "$$1" >&2; exit 1' fail
 PIP_FAILED := $(FAIL) "pip could not install what is needed. Is there a network connection? Behind a proxy set HTTPS_PROXY; for a mirror set PIP_INDEX_URL."
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulated bench lint format wheel cuda-check sanitize gpu-check gpu-sanitize clean build
+.PHONY: help demo test clients emulated bench lint format wheel cuda-check oldest sanitize clean build
+.PHONY: gpu-check gpu-test gpu-bench gpu-sanitize gpu-profile
 
 help:
 	@echo 'make demo       train a small network on real digits, with trainopt and with torch.optim'
 	@echo 'make test       run the whole test suite'
+	@echo 'make clients    run the tests inside Transformers, Accelerate, Lightning, timm, PEFT, Ignite and FSDP2'
 	@echo 'make emulated   run the GPU tests, on a device that is emulated on the CPU'
 	@echo 'make bench      time optimizer steps and losses against torch'
 	@echo 'make lint       check with ruff, clang-format and mypy'
 	@echo 'make format     let ruff and clang-format rewrite the sources'
 	@echo 'make wheel      build a wheel for the torch in $(VENV), into $(DIST)/'
 	@echo 'make cuda-check build with CUDA in $(CUDA_VENV), GPU or not, run the tests there, and build a wheel into dist/cuda/'
-	@echo 'make sanitize   run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer'
-	@echo 'make gpu-check  on a machine with a GPU: run all tests there, then time it against torch'
-	@echo 'make gpu-sanitize   run the GPU tests under compute-sanitizer'
+	@echo 'make oldest     run the tests with the oldest torch that trainopt takes, in $(OLDEST_VENV)'
+	@echo 'make sanitize   run the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer, and fuzz the losses'
+	@echo 'make gpu-check  on a machine with a GPU: the four parts below, or those in PARTS'
+	@echo 'make gpu-test       the tests, with a process for each file'
+	@echo 'make gpu-bench      times against torch'
+	@echo 'make gpu-sanitize   the kernels under compute-sanitizer'
+	@echo 'make gpu-profile    the kernels under ncu'
 	@echo 'make clean      remove what was built'
 	@echo
 	@echo 'Each sets up what it needs in $(VENV), and rebuilds only what has changed. Variables:'
-	@echo '  ARGS="..."           handed on to demo, test, emulated, bench and cuda-check'
+	@echo '  ARGS="..."           handed on to demo, test, clients, emulated, bench, cuda-check and a part of gpu-check'
+	@echo '  SYSTEM=1             use $(PYTHON) with the torch that is there and install nothing; tests whose packages are missing'
+	@echo '                       are skipped, and CUDA kernels are built for the GPU at hand; for build, test, emulated, bench, gpu-*'
+	@echo '  RESULTS=build/gpu    where gpu-check and its parts leave logs and JSON'
+	@echo '  TESTS="..." JOBS=6   the files that gpu-test and gpu-sanitize run, and how many at once'
+	@echo '  MINUTES=9            ends a part of gpu-check, with a table of what is done'
 	@echo '  BENCH=losses         which benchmarks to run; both without it'
 	@echo '  PYTHON=python3       makes the environment; 3.11 or newer'
 	@echo '  VENV=.venv           where the environment is'
@@ -54,6 +86,9 @@ demo: build $(TOOLS_READY)
 
 test: build $(TOOLS_READY)
 	$(RUN) -m pytest $(ARGS)
+
+clients: build $(TOOLS_READY) $(CLIENTS_READY)
+	$(RUN) -m pytest tests/clients $(ARGS)
 
 # -P: else the package in this directory comes before the emulated one.
 emulated: $(TOOLS_READY)
@@ -90,18 +125,30 @@ cuda-check:
 	@$(CUDA_MAKE) test
 	$(CUDA_VENV)/bin/python -m trainopt
 
+# From PyPI, where torch has only its build for CUDA.
+oldest: export TRAINOPT_CUDA = 0
+oldest:
+	@test -e '$(OLDEST_VENV)/.ready-$(OLDEST_TORCH)' || PYTHON='$(PYTHON)' .ci/torch-without-cuda '$(OLDEST_VENV)' '$(OLDEST_TORCH)' || $(PIP_FAILED)
+	@$(MAKE) --no-print-directory VENV='$(OLDEST_VENV)' TORCH='$(OLDEST_TORCH)' test
+
+gpu-check gpu-test gpu-bench gpu-sanitize gpu-profile: export TRAINOPT_CUDA = 1
+
 gpu-check: build $(TOOLS_READY)
-	$(RUN) -m pytest tests/cuda --gpu $(ARGS)
-	$(RUN) -m pytest --ignore tests/cuda $(ARGS)
-	$(RUN) -m benchmarks.gpu
+	$(RUN) -m tools.gpu_check --results '$(RESULTS)' --parts $(PARTS)
 
-# Without torch's cache each tensor is an allocation of its own, whose bounds are watched; graphs need the cache.
+gpu-test: build $(TOOLS_READY)
+	$(RUN) -m tools.gpu_test $(GPU) $(if $(JOBS),--jobs $(JOBS)) $(TESTS) -- $(ARGS)
+
+gpu-bench: build $(TOOLS_READY)
+	$(RUN) -m benchmarks.gpu $(GPU) $(ARGS)
+
 gpu-sanitize: build $(TOOLS_READY)
-	@command -v compute-sanitizer >/dev/null || $(FAIL) "There is no compute-sanitizer: it is a part of the CUDA toolkit."
-	for tool in memcheck racecheck synccheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(RUN) -m pytest tests/cuda --gpu -m 'not slow' --ignore tests/cuda/test_graphs.py $(ARGS) || exit 1; done
+	$(RUN) -m tools.gpu_sanitize $(GPU) $(if $(JOBS),--jobs $(JOBS)) $(TESTS) -- $(ARGS)
 
-sanitize: $(TORCH_READY)
+gpu-profile: build $(TOOLS_READY)
+	$(RUN) -m tools.gpu_profile $(GPU) $(ARGS)
+
+sanitize: build $(TOOLS_READY)
 	$(RUN) setup.py -q sanitize
 
 clean:
@@ -114,6 +161,10 @@ build: $(TORCH_READY)
 $(TOOLS_READY): pyproject.toml $(TORCH_READY) | build
 	@echo 'Installing trainopt (editable), and the tools for its demo and tests, in $(VENV)'
 	@$(PIP) install -q --no-build-isolation -e '.[demo,test,bench,dev]' || $(PIP_FAILED)
+	@touch '$@'
+
+$(CLIENTS_READY): pyproject.toml $(TOOLS_READY)
+	@$(PIP) install -q --no-build-isolation -e '.[clients]' || $(PIP_FAILED)
 	@touch '$@'
 
 $(TORCH_READY):

@@ -2,7 +2,8 @@
 
     pip install --no-build-isolation .      into the environment whose torch it is built for
     python setup.py build_ext --inplace     into the source tree; only what has changed is compiled
-    python setup.py sanitize                the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+    python setup.py sanitize                the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer, and
+                                            the losses' operators, called with anything, under the first
     python setup.py emulate                 build/emulated/trainopt, with CUDA kernels that run on the CPU: for tests
 
 Environment: CXX (the compiler), MAX_JOBS (compilers at once), TRAINOPT_CUDA (0 or 1) and what else csrc/cuda/toolkit.py
@@ -53,8 +54,17 @@ SIMD_FLAGS = {
 }
 
 SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
+THREAD_SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=thread")
 
+KERNELS = Path("build", "kernels")  # which know no torch: one set of objects for all torches that a tree is built for
 SANITIZED = Path("build", "sanitize")
+
+# The files of csrc/python that are instrumented in the module whose losses are called with anything.
+FUZZED = {
+    *("clip", "cross_entropy", "cross_entropy_operator", "cross_entropy_target", "fresh_memory", "layout"),
+    *("linear_cross_entropy", "loss_arguments", "loss_calls", "losses", "pointwise_losses", "pointwise_operands"),
+    "tensor_list",
+}
 EMULATED = Path("build", "emulated", "trainopt")
 
 # For the CUDA sources as the SIMT machine of the tests runs them.
@@ -67,7 +77,8 @@ def fail(message: str) -> NoReturn:
 
 def jobs_at_once() -> int:
     """Compilers that run at a time."""
-    asked = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("MAX_JOBS") or str(usable)
     if not asked.isdecimal() or int(asked) == 0:
         fail(f"MAX_JOBS={asked} is no number of compilers")
     return int(asked)
@@ -144,8 +155,16 @@ def module_flags(torch) -> list[str]:
 
 def choose_cuda(torch) -> tuple[Any, str]:
     """The toolkit for the CUDA kernels; or None, and why they are not built."""
+
+    def seen_by_torch() -> list[str]:
+        if not torch.cuda.is_available():
+            return []
+        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ["{}.{}".format(*capability) for capability in sorted(capabilities)]
+
+    packages = Path(torch.__path__[0]).parent
     try:
-        chosen = toolkit.choose(torch.__version__, torch.version.cuda, Path(torch.__path__[0]).parent, os.environ)
+        chosen = toolkit.choose(torch.__version__, torch.version.cuda, packages, os.environ, seen_by_torch)
     except toolkit.Refused as refused:
         fail(str(refused))
     return (None, chosen) if isinstance(chosen, str) else (chosen, "")
@@ -295,6 +314,16 @@ def replace_if_different(target: Path, made: Path) -> None:
     os.replace(fresh, target)
 
 
+def link_package(folder: Path) -> None:
+    """Links to all files of the package but its module, which `folder` has its own of."""
+    files = {file.name for file in Path("trainopt").iterdir() if not file.match("_C.*")} - {"__pycache__"}
+    links = {file.name for file in folder.iterdir() if file.is_symlink()}
+    for name in links - files:
+        folder.joinpath(name).unlink()
+    for name in files - links:
+        folder.joinpath(name).symlink_to(os.path.relpath(Path("trainopt", name), folder))
+
+
 class BuildExtension(build_ext):
     """Builds trainopt._C in build/, where the next build finds what it need not compile again."""
 
@@ -303,6 +332,7 @@ class BuildExtension(build_ext):
         self.cuda, no_cuda = choose_cuda(self.torch)
         folder = build_folder(self.torch)
         self.toolchain = Compiler(folder)
+        self.kernels = Compiler(KERNELS)
         print(f"trainopt._C for torch {self.torch.__version__}, with {self.toolchain.version}")
         print(f"CUDA kernels: {self.cuda or f'not built ({no_cuda})'}", flush=True)
         self.threaded = self.toolchain.threaded
@@ -342,7 +372,7 @@ class BuildExtension(build_ext):
                 flags = binding_flags(self.torch, self.threaded)
                 jobs.append((compiler, source, flags + (cuda_binding_flags(self.cuda, source) if self.cuda else [])))
             else:
-                jobs.append((self.toolchain, source, kernel_flags(source)))
+                jobs.append((self.kernels, source, kernel_flags(source)))
         target = Path(self.get_ext_fullpath(extension.name))
         made = compiler.link(compile_all(jobs), compiler.folder / target.name, link_flags)
         print(f"{made.name}: {time.monotonic() - start:.0f} s, {made.stat().st_size / 1e6:.1f} MB", flush=True)
@@ -370,8 +400,8 @@ class Emulate(Command):
         ordinary.ensure_finalized()
         ordinary.run()
         torch = import_torch()
-        shared = Compiler(build_folder(torch))
-        own = Compiler(shared.folder / "emulated")
+        kernels_of_cpu = Compiler(KERNELS)
+        own = Compiler(build_folder(torch) / "emulated")
         device, simt, arena = (Path("tests", "simt", f"{name}.cpp") for name in ("device", "simt", "arena"))
         bindings = [*binding_flags(torch, own.threaded), *SIMT_FLAGS, "-DTRAINOPT_WITH_CUDA"]
         kernels = [*sorted(Path("csrc", "cuda").glob("*.cu")), simt, arena]
@@ -379,24 +409,16 @@ class Emulate(Command):
             [
                 *((own, source, bindings) for source in [device, *sources("csrc/python")]),
                 *((own, source, kernel_flags(source) + SIMT_FLAGS) for source in kernels),
-                *((shared, source, kernel_flags(source)) for source in sources("csrc/core", "csrc/cpu")),
+                *((kernels_of_cpu, source, kernel_flags(source)) for source in sources("csrc/core", "csrc/cpu")),
             ]
         )
         name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         replace_if_different(EMULATED / name, own.link(objects, own.folder / name, module_flags(torch)))
-        self.link_files()
-
-    def link_files(self) -> None:
-        files = {file.name for file in Path("trainopt").iterdir() if not file.match("_C.*")} - {"__pycache__"}
-        links = {file.name for file in EMULATED.iterdir() if file.is_symlink()}
-        for name in links - files:
-            EMULATED.joinpath(name).unlink()
-        for name in files - links:
-            EMULATED.joinpath(name).symlink_to(os.path.relpath(Path("trainopt", name), EMULATED))
+        link_package(EMULATED)
 
 
 class Sanitize(Command):
-    description = "build the C++ tests with AddressSanitizer and UndefinedBehaviorSanitizer, and run them"
+    description = "build the C++ tests with Address-, UndefinedBehavior- and ThreadSanitizer, and run them"
     user_options: ClassVar[list] = []
 
     def initialize_options(self) -> None: ...
@@ -404,8 +426,12 @@ class Sanitize(Command):
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        engine = self.compile("cpu", sources("csrc/core", "csrc/cpu"), [])
+        cpu = sources("csrc/core", "csrc/cpu")
+        engine = self.compile("cpu", cpu, [])
+        steps = [source for source in cpu if "loss" not in source.stem]
+        threads = self.compile("threads", [*steps, Path("tests/cpp/threads_test.cpp")], [], THREAD_SANITIZER_FLAGS)
         programs = [
+            self.link("threads", threads, THREAD_SANITIZER_FLAGS),
             *(
                 self.link(test.stem, engine + self.compile(test.stem, [test], []))
                 for test in sorted(Path("tests", "cpp").glob("*_test.cpp"))
@@ -430,13 +456,50 @@ class Sanitize(Command):
         failed = [program.parent.name for program in programs if subprocess.run([program]).returncode != 0]
         if failed:
             fail(f"failed: {', '.join(failed)}")
+        self.fuzz(engine)
 
-    def compile(self, name: str, files: list[Path], flags: list[str]) -> list[Path]:
+    def fuzz(self, engine: list[Path]) -> None:
+        """Calls the losses with anything, in a module of which they are instrumented.
+
+        Python and torch are not instrumented, so the sanitizer's library has to be loaded before them.
+        """
+        shared, own = Compiler(build_folder(import_torch())), Compiler(SANITIZED / "module")
+        if not own.threaded:
+            print("the module is not fuzzed: its sanitizer is GCC's on Linux")
+            return
+        torch = import_torch()
+        flags, instrumented = binding_flags(torch, own.threaded), [*SANITIZER_FLAGS, "-fno-sanitize=undefined"]
+        objects = compile_all(
+            (own, source, flags + instrumented) if source.stem in FUZZED else (shared, source, flags)
+            for source in sources("csrc/python")
+        )
+        package = SANITIZED / "package" / "trainopt"
+        name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        link_flags = [*module_flags(torch), "-fsanitize=address,undefined"]
+        replace_if_different(package / name, own.link(engine + objects, own.folder / name, link_flags))
+        link_package(package)
+        library = subprocess.run([*own.command, "-print-file-name=libasan.so"], stdout=subprocess.PIPE, text=True)
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": library.stdout.strip(),
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+            "PYTHONPATH": f"{package.parent}:.",
+            "TRAINOPT_FUZZ_EXAMPLES": os.environ.get("TRAINOPT_FUZZ_EXAMPLES", "200"),
+        }
+        # -P: else the package in this directory comes before the instrumented one.
+        tests = "tests/test_losses_fuzz.py"
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+        if subprocess.run(command, env=environment).returncode != 0:
+            fail(f"failed: {tests}, with the losses instrumented")
+
+    def compile(
+        self, name: str, files: list[Path], flags: list[str], sanitizer: list[str] = SANITIZER_FLAGS
+    ) -> list[Path]:
         compiler = Compiler(SANITIZED / name)
-        return compiler.compile({file: kernel_flags(file) + SANITIZER_FLAGS + flags for file in files})
+        return compiler.compile({file: kernel_flags(file) + sanitizer + flags for file in files})
 
-    def link(self, name: str, objects: list[Path]) -> Path:
-        return Compiler(SANITIZED / name).link(objects, SANITIZED / name / "test", [*SANITIZER_FLAGS, "-pthread"])
+    def link(self, name: str, objects: list[Path], sanitizer: list[str] = SANITIZER_FLAGS) -> Path:
+        return Compiler(SANITIZED / name).link(objects, SANITIZED / name / "test", [*sanitizer, "-pthread"])
 
 
 setup(

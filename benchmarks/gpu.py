@@ -1,12 +1,14 @@
 """What optimizer steps, losses and clipping cost on a GPU, with trainopt and its peers.
 
-    python -m benchmarks.gpu                              writes benchmarks/results/gpu-NAME.json and prints the tables
+    python -m benchmarks.gpu                              prints tables, and a short one of all last
     python -m benchmarks.gpu --only losses --markdown
+    python -m benchmarks.gpu --compiled                   torch.compile's too, which takes minutes for many tensors
     python -m benchmarks.gpu --device simt --quick        on the tests' emulated device: shows that this program runs
 
 Times are the device's own, between CUDA events round a block of calls; beside them stands what a call costs the host.
 Every round measures all contenders in random order, and ratios are taken within a round. In the same rounds a plain
-copy moves the bytes that the work must move at the least.
+copy moves the bytes that the work must move at the least. Leaves bench.jsonl in the folder of results: a line for the
+machine, and one for each task as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -14,9 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import random
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +30,11 @@ from torch import Tensor
 import trainopt
 from benchmarks.gpu_tasks import COMPILED, OURS, Task, tasks
 from benchmarks.losses import is_alike
-from benchmarks.optimizers import new_file, positive
+from benchmarks.optimizers import positive
 from benchmarks.tables import duration, markdown_table, percent, spread, text_table
 from benchmarks.timing import BLOCK_SECONDS, paired_ratio
 from trainopt._extension import _C
 
-RESULTS = Path(__file__).parent / "results"
 KINDS = ("optimizers", "losses", "clip")
 COPY = "a copy of the same bytes"
 
@@ -106,14 +105,20 @@ def interleave(
     return seconds, host
 
 
-def measure(task: Task, device: torch.device, rounds: int, block_seconds: float = BLOCK_SECONDS) -> Result:
-    """Times all contenders that do the work; those that do not are left out, with the reason."""
+def measure(
+    task: Task, device: torch.device, rounds: int, block_seconds: float = BLOCK_SECONDS, compiled: bool = True
+) -> Result:
+    """Times all contenders that do the work; those that do not are left out, with the reason.
+
+    Args:
+        compiled: also torch.compile's, on CUDA.
+    """
     result = Result(task.kind, task.title, task.moved, task.reference)
     module = torch.get_device_module(device)
     truth: list[Tensor] = []
     calls: dict[str, Callable[[], object]] = {}
     for name, prepare in task.contenders.items():
-        if name == COMPILED and device.type != "cuda":
+        if name == COMPILED and not (compiled and device.type == "cuda"):
             continue
         if name == COMPILED:
             torch._dynamo.reset()
@@ -179,6 +184,20 @@ def details(result: Result, as_markdown: bool = False) -> str:
     return ("\n\n" if as_markdown else "\n").join(lines) + "\n"
 
 
+def summary(results: Sequence[Result], as_markdown: bool = False) -> str:
+    """A table with a row a task: its reference and trainopt."""
+    rows = []
+    for result in results:
+        ours = next((row for row in rows_of(result) if row[0] == OURS), None)
+        reference = result.seconds.get(result.reference)
+        theirs = duration(median(reference)) if reference else "left out"
+        rows.append(
+            [result.title, result.reference, theirs, *([ours[1], ours[2], ours[4]] if ours else ["left out", "", ""])]
+        )
+    head = ["task", "reference", "its time", "trainopt", "times as fast", "of copy speed"]
+    return (markdown_table if as_markdown else text_table)(head, rows)
+
+
 # -------------------------------------------------------------------------------------------------------- command line
 
 
@@ -199,7 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--only", nargs="+", choices=KINDS, default=KINDS, help="what to measure (default: all)")
     add("--rounds", type=positive, default=15, help="rounds; each times every contender once (default: %(default)s)")
-    add("--json", type=new_file, metavar="FILE", help="default: benchmarks/results/gpu-NAME.json, and none if quick")
+    add("--results", type=Path, default=Path("build", "gpu"), metavar="DIR", help="folder (default: build/gpu)")
+    add("--minutes", type=float, default=60.0, help="no task is begun after these (default: %(default)s)")
+    add("--compiled", action="store_true", help="torch.compile's contenders too")
     add("--markdown", action="store_true", help="print Markdown tables")
     add("--device", choices=("cuda", "simt"), default="cuda", help="simt: the tests' emulated device (default: cuda)")
     add("--quick", action="store_true", help="tiny sizes in two rounds: to check this program, not to measure")
@@ -215,22 +236,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds = 2 if options.quick else options.rounds
     what = "Tiny sizes, which measure nothing" if options.quick else f"Medians of {rounds} interleaved rounds"
     print(f"{heading}\n{what}; in brackets the quartiles\n", flush=True)
-    results = []
-    for task in tasks(options.quick):
-        if task.kind not in options.only:
-            continue
-        results.append(measure(task, device, rounds, 0 if options.quick else BLOCK_SECONDS))
-        gc.collect()  # an optimizer refers to itself: free its states before the next task
-        print(details(results[-1], options.markdown), flush=True)
-
-    file = options.json
-    if file is None and not options.quick:
-        RESULTS.mkdir(exist_ok=True)
-        file = RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-    if file is not None:
-        written = {"machine": heading, "results": [asdict(result) for result in results]}
-        file.write_text(json.dumps(written, indent=1) + os.linesep)
-        print(f"written to {file}")
+    options.results.mkdir(parents=True, exist_ok=True)
+    file = options.results / "bench.jsonl"
+    wanted = [task for task in tasks(options.quick) if task.kind in options.only]
+    end = time.monotonic() + 60 * options.minutes
+    results: list[Result] = []
+    with file.open("w", buffering=1) as lines:
+        lines.write(json.dumps({"machine": heading, "rounds": rounds}) + "\n")
+        for task in wanted:
+            if time.monotonic() > end:
+                break
+            try:
+                block_seconds = 0 if options.quick else BLOCK_SECONDS
+                results.append(measure(task, device, rounds, block_seconds, options.compiled))
+            except Exception as error:  # out of memory, a fault of the device: what is measured is kept
+                reason = {OURS: f"{type(error).__name__}: {error}"}
+                results.append(Result(task.kind, task.title, task.moved, task.reference, left_out=reason))
+            lines.write(json.dumps(asdict(results[-1])) + "\n")
+            gc.collect()  # an optimizer refers to itself: free its states before the next task
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(details(results[-1], options.markdown), flush=True)
+    print(summary(results, options.markdown))
+    if len(results) < len(wanted):
+        print(
+            f"stopped after {options.minutes:g} minutes: {len(wanted) - len(results)} of {len(wanted)} tasks are left"
+        )
+    print(f"written to {file}", flush=True)
     return int(any(OURS in result.left_out for result in results))
 
 

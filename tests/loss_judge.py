@@ -7,6 +7,7 @@ few roundings. NaN and infinities must stand where torch has them.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import mpmath
 import torch
 from torch import Tensor
 
@@ -26,6 +27,25 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 def classes(shape: Sequence[int], count: int, seed: int = 0) -> Tensor:
     """Random class indices below `count`."""
     return torch.randint(0, count, tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def large_logits(count: int, size: float) -> Tensor:
+    """Three rows of float64 logits near `size`: from 1e17 on, where float64 has steps of 16, they are mostly ties."""
+    return size + random(3, count)
+
+
+def exact_cross_entropy(logits: Tensor, target: Tensor, z_loss: float = 0.0) -> list[Tensor]:
+    """The losses of rows of float64 logits and the gradient of their sum, from 50 digits."""
+    losses, gradients = [], []
+    with mpmath.workdps(50):
+        for row, label in zip(logits.tolist(), target.tolist(), strict=True):
+            exponentials = [mpmath.exp(mpmath.mpf(x) - mpmath.mpf(max(row))) for x in row]
+            total = mpmath.fsum(exponentials)
+            lse = mpmath.mpf(max(row)) + mpmath.log(total)
+            losses.append(float(lse - mpmath.mpf(row[label]) + z_loss * lse**2))
+            slope = (1 + 2 * z_loss * lse) / total
+            gradients.append([float(e * slope - (c == label)) for c, e in enumerate(exponentials)])
+    return [torch.tensor(losses, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64)]
 
 
 def as_dtype(value: Any, dtype: torch.dtype) -> Any:

@@ -1,6 +1,7 @@
 """trainopt.clip_grad_norm_ and get_total_norm, judged in float64 and against torch's own behaviour."""
 
 import math
+import threading
 import warnings
 
 import pytest
@@ -40,11 +41,19 @@ def gradients(params):
 
 
 def exact_norm(tensors, order: float) -> float:
-    """Of the exact sum, rounded once."""
+    """Of the exact sum, rounded once; the squares of any numbers are held, since the largest is made 1."""
     values = torch.cat([t.detach().double().flatten() for t in tensors]).abs()
-    if order == math.inf:
-        return float(values.max())
-    return math.sqrt(math.fsum((values**2).tolist())) if order == 2 else math.fsum(values.tolist())
+    largest = float(values.max())
+    if order == math.inf or largest == 0:
+        return largest
+    if order == 1:
+        return math.fsum(values.tolist())
+    return math.sqrt(math.fsum(((values / largest) ** 2).tolist())) * largest
+
+
+def returned(dtype):
+    """The dtype of the norm of gradients of this one."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @pytest.fixture(params=[name for name, usable in _C.cpu_variants().items() if usable])
@@ -61,8 +70,8 @@ def test_the_norm_is_that_of_float64_rounded_once(dtype, order, variant):
     tensors = gradients(make_parameters(dtype=dtype, scale=0.1))
     found = trainopt.get_total_norm(tensors, order)
     exact = exact_norm(tensors, order)
-    assert found.dtype == dtype and found.shape == () and not found.requires_grad
-    tolerance = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps / 2 * 1.0001
+    assert found.dtype == returned(dtype) and found.shape == () and not found.requires_grad
+    tolerance = 1e-13 if dtype == torch.float64 else torch.finfo(torch.float32).eps / 2 * 1.0001
     assert abs(float(found) - exact) <= tolerance * exact
     # No further from it than torch, which has no largest element of an empty tensor.
     some = [t for t in tensors if t.numel() > 0]
@@ -76,7 +85,7 @@ def test_clipped_gradients_are_those_of_float64_rounded_once(dtype, order, varia
     before = [g.clone().double() for g in gradients(params)]
     exact = exact_norm(before, order)
     found = trainopt.clip_grad_norm_(params, exact / 3, order)
-    assert found.dtype == dtype
+    assert found.dtype == returned(dtype)
     factor = exact / 3 / (exact + 1e-6)
     eps = torch.finfo(dtype).eps
     for old, new in zip(before, gradients(params), strict=True):
@@ -216,11 +225,112 @@ def test_bad_arguments_raise_torchs_errors(arguments):
     assert ours == error_of(lambda: torch_clip(make_parameters(), *arguments))
 
 
-def test_gradients_that_float_squares_cannot_hold():
-    for scale in (1e25, 1e-25):
-        params = make_parameters(((1000,),), scale=scale)
-        exact = exact_norm(gradients(params), 2.0)
-        assert float(trainopt.clip_grad_norm_(params, 1.0)) == pytest.approx(exact, rel=1e-6)
+#: Gradients at the ends of their dtypes, and what they are clipped to: sums or squares that the dtype or float64 cannot
+#: hold, subnormal numbers, and coefficients that float32 or float64 would hold with few digits.
+EXTREMES = {
+    "float32, 1e25": (torch.float32, (1e25,), 1.0),
+    "float32, 1e-25": (torch.float32, (1e-25,), 1e-30),
+    "float32, 1e38": (torch.float32, (1e38,), 1.0),
+    "float32, 1e38 and 1e-38": (torch.float32, (1e38, 1e-38), 1e-3),
+    "float32, subnormal": (torch.float32, (1e-40,), 1e-30),
+    "float64, 1e200": (torch.float64, (1e200,), 1.0),
+    "float64, 1e-200": (torch.float64, (1e-200,), 1.0),
+    "float64, 1e160 and 1": (torch.float64, (1e160, 1.0), 1e150),
+    "float64, 1 and 1e-160": (torch.float64, (1.0, 1e-160), 1e-3),
+    "float64, 1e-120, 1e-135, 1e-140 and 1e-165": (torch.float64, (1e-120, 1e-135, 1e-140, 1e-165), 1.0),
+    "float64, 1e-135 alone": (torch.float64, (1e-135,), 1e-140),
+    "float64, 1e150": (torch.float64, (1e150,), 1.0),
+    "float64, 1e303": (torch.float64, (1e303,), 1e-8),
+    "float64, subnormal": (torch.float64, (1e-315,), 1.0),
+    "float16, 1,000": (torch.float16, (1000.0,), 1.0),
+    "float16, 60,000": (torch.float16, (20000.0,), 100.0),
+    "float16, subnormal": (torch.float16, (1e-6,), 1e-7),
+    "bfloat16, 1e38": (torch.bfloat16, (1e38,), 1.0),
+    "bfloat16, 1e-38": (torch.bfloat16, (1e-38,), 1.0),
+}
+
+
+def make_extreme(dtype, scales):
+    """A scalar, nothing, less than a block and more than a chunk, for each scale; the first one with zeros in it."""
+    params = [p for i, s in enumerate(scales) for p in make_parameters(((300,), (0,), (), (16_500,)), dtype, i, s)]
+    for p in params:
+        p.grad.clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    params[0].grad[::3] = 0
+    return params
+
+
+def assert_clipped(before, after, exact, limit):
+    """After clipping, gradients are those before times min(1, limit / (norm + 1e-6)), in float64."""
+    info = torch.finfo(after.dtype)
+    whole, small = limit / (exact + 1e-6), 1.0
+    if abs(whole) < 1e-200:  # itself subnormal: in two steps
+        small, whole = 1e-200, limit / ((exact + 1e-6) * 1e-200)
+    wanted = before.double() * small * min(whole, 1.0)
+    bound = 4 * info.eps * wanted.abs() + 2 * info.smallest_normal * info.eps
+    assert bool(((after.double() - wanted).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", EXTREMES)
+def test_gradients_at_the_ends_of_their_dtype(kind, order, variant):
+    dtype, scales, limit = EXTREMES[kind]
+    params = make_extreme(dtype, scales)
+    before = [g.clone() for g in gradients(params)]
+    exact = exact_norm(before, order)
+    assert 0 < exact < math.inf
+    for of_one in before:  # each alone: the scales meet only in the list
+        found, alone = trainopt.get_total_norm([of_one], order), exact_norm([of_one], order) if of_one.numel() else 0
+        assert float(found) == pytest.approx(float(torch.tensor(alone, dtype=found.dtype)), rel=1e-6, abs=0)
+    found = trainopt.clip_grad_norm_(params, limit, order)
+    rel = 1e-12 if dtype == torch.float64 else 1e-7
+    assert found.dtype == returned(dtype)
+    assert float(found) == pytest.approx(float(torch.tensor(exact, dtype=found.dtype)), rel=rel, abs=5e-324)
+    for old, new in zip(before, gradients(params), strict=True):
+        assert_clipped(old, new, exact, limit)
+    if math.isfinite(float(found)):
+        trainopt.get_total_norm(before, order, error_if_nonfinite=True)
+
+
+@pytest.mark.parametrize("bad", (math.inf, -math.inf, math.nan))
+@pytest.mark.parametrize("scale", (1e200, 1e-200))
+def test_what_is_not_finite_reaches_the_norm_of_scaled_squares(scale, bad):
+    for place in (0, 1, 299, 16_384):
+        gradient = torch.full((16_400,), scale, dtype=torch.float64)
+        gradient[place] = bad
+        found = trainopt.get_total_norm([gradient, torch.full((5,), scale, dtype=torch.float64)])
+        assert float(found) == math.inf if math.isinf(bad) else math.isnan(float(found))
+        with pytest.raises(RuntimeError, match="non-finite"):
+            trainopt.get_total_norm([gradient], error_if_nonfinite=True)
+
+
+def test_the_norm_of_a_float64_list_that_holds_nothing_but_zeros_is_0():
+    tensors = [torch.zeros(20_000, dtype=torch.float64), -torch.zeros(3, dtype=torch.float64)]
+    for order in ORDERS:
+        found = trainopt.get_total_norm(tensors, order)
+        assert float(found) == 0 and not torch.signbit(found)
+
+
+@pytest.mark.parametrize("order", (3.0, 0.5))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_other_orders_of_16_bit_gradients_are_float32_too(dtype, order):
+    params = make_parameters(((300,), (7, 50)), dtype, scale=3000.0)
+    before = [g.double() for g in gradients(params)]
+    exact = float(torch_norm(before, order))
+    limit = exact / 100
+    found = trainopt.clip_grad_norm_(params, limit, order, error_if_nonfinite=True)
+    assert found.dtype == torch.float32 and float(found) == pytest.approx(exact, rel=1e-5)
+    for old, new in zip(before, gradients(params), strict=True):
+        torch.testing.assert_close(new.double(), old * 0.01, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    assert trainopt.get_total_norm(gradients(params), order).dtype == torch.float32
+
+
+def test_a_float16_norm_beyond_float16_is_no_error():
+    """The norm is 84,853: torch has infinity, zeros and an error."""
+    param = torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))
+    param.grad = torch.full((2,), 60_000.0, dtype=torch.float16)
+    norm = trainopt.clip_grad_norm_([param], 100.0, error_if_nonfinite=True)
+    assert norm.dtype == torch.float32 and float(norm) == pytest.approx(60_000 * math.sqrt(2))
+    torch.testing.assert_close(param.grad.double(), torch.full((2,), 100 / math.sqrt(2)).double(), rtol=1e-3, atol=0)
 
 
 def test_mixed_dtypes():
@@ -228,7 +338,7 @@ def test_mixed_dtypes():
     for chosen in (params, params[:2] + params[4:6], params[4:]):
         mine, theirs = copy_of(chosen), copy_of(chosen)
         ours, torchs = trainopt.clip_grad_norm_(mine, 3.0), torch_clip(theirs, 3.0)
-        assert ours.dtype == torchs.dtype
+        assert ours.dtype == returned(torchs.dtype)
         assert float(ours) == pytest.approx(exact_norm(gradients(chosen), 2.0), rel=torch.finfo(ours.dtype).eps)
         assert exact_norm(gradients(mine), 2.0) == pytest.approx(3.0, rel=1e-3)
 
@@ -335,3 +445,31 @@ def test_the_benchmark_measures_both_cases(capsys):
     clip.main(["--workload", "mlp", "--rounds", "1"])
     printed = capsys.readouterr().out
     assert "mlp, clips" in printed and "mlp, below the limit" in printed
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("left", [0, 35])
+def test_a_gradient_whose_memory_is_gone_is_named(norm_type, left):
+    """torch's own kernels end the process there."""
+    params = [torch.nn.Parameter(torch.ones(9)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones(9)
+    params[1].grad.untyped_storage().resize_(left)
+    with pytest.raises(RuntimeError, match=r"gradient of parameter 1 needs 36 bytes of memory, and its storage has"):
+        trainopt.clip_grad_norm_(params, 1.0, norm_type)
+    assert (params[0].grad == 1).all()
+
+
+def test_gradients_that_go_while_a_large_norm_is_taken():
+    """The norm's dtype was read from the tensors after the interpreter was let go."""
+    for _ in range(3):
+        params = [torch.nn.Parameter(torch.ones(8)) for _ in range(500)] + [torch.nn.Parameter(torch.ones(3_000_000))]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        thread = threading.Thread(target=trainopt.clip_grad_norm_, args=(params, 1e9))
+        thread.start()
+        for p in params:
+            p.grad = None
+        strangers = [torch.zeros(()) for _ in range(1000)]
+        thread.join()
+        assert not any(t._version for t in strangers)

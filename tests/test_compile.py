@@ -88,7 +88,7 @@ def test_the_operator_steps_shared_memory_one_after_the_other(case):
         ({4: []}, "steps: 0 for 3 params"),
         ({5: torch.ones(2)}, "lr has 2 elements, not 1"),
         ({6: [0.9]}, "options: adam has 6, not 1"),
-        ({2: [torch.ones(6), torch.ones(3, 7), torch.ones(())]}, "params[0]: a gradient that is sparse"),
+        ({2: [torch.ones(6), torch.ones(3, 7), torch.ones(())]}, "the gradient of params[0] has shape [6], not [5]"),
         ({1: [torch.ones(5), torch.ones(3, 7).int(), torch.ones(())]}, "params[1]: not float32"),
     ],
     ids=str,

@@ -176,7 +176,6 @@ def test_headers_of_the_environment_stand_in_for_nvccs_own(machine):
     [
         ("", DEFAULT),
         ("  ", DEFAULT),
-        ("native", DEFAULT),
         ("8.0;9.0+PTX", ("8.0", "9.0+PTX")),
         ("8.6 9.0", ("8.6", "9.0")),
         ("9.0;8.0;", ("8.0", "9.0")),
@@ -226,6 +225,48 @@ def test_a_bad_architecture_is_named(text, told):
     with pytest.raises(toolkit.Refused) as refused:
         toolkit.parse_architectures(text, NVCC_13_0, "nvcc 13.0")
     assert str(refused.value).startswith("TORCH_CUDA_ARCH_LIST: ") and told in str(refused.value)
+
+
+NVIDIA_SMI = """#!/bin/sh
+test "$*" = "--query-gpu=compute_cap --format=csv,noheader" || exit 1
+{answer}
+"""
+
+
+def add_nvidia_smi(folder, answer):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nvidia-smi").write_text(NVIDIA_SMI.format(answer=answer))
+    (folder / "nvidia-smi").chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("answer", "torchs", "asked", "wanted"),
+    [
+        ("echo 9.0", ["8.0"], "native", ("9.0",)),
+        ("echo 9.0; echo 8.0; echo 9.0", [], "native", ("8.0", "9.0")),
+        ("echo 9.0", [], "8.6+PTX", ("8.6+PTX",)),  # what is named wins
+        ("echo 9.0", [], "", DEFAULT),
+        ("echo No devices were found; exit 6", ["8.9"], "native", ("8.9",)),
+        ("echo '[N/A]'", ["8.9"], "native", ("8.9",)),
+        (None, ["8.0", "9.0"], "native", ("8.0", "9.0")),
+        (None, [], "native", DEFAULT),  # built where there is no GPU
+    ],
+)
+def test_native_is_the_gpus_at_hand(machine, answer, torchs, asked, wanted):
+    path = str(nvcc_in(machine, "toolkit").parent)
+    if answer is not None:
+        path += f":{add_nvidia_smi(machine / 'driver', answer)}"
+    path += ":/usr/bin:/bin"
+    environment = {"PATH": path, "TORCH_CUDA_ARCH_LIST": asked}
+    chosen = toolkit.choose("2.14.1", "13.0", machine / "packages", environment, lambda: torchs)
+    assert chosen.architectures == wanted
+
+
+def test_a_gpu_at_hand_that_nvcc_does_not_know_stops_the_build(machine):
+    path = f"{nvcc_in(machine, 'toolkit').parent}:{add_nvidia_smi(machine / 'driver', 'echo 15.0')}"
+    with pytest.raises(toolkit.Refused, match=r"cannot compile for 15\.0"):
+        choose(machine, PATH=path, TORCH_CUDA_ARCH_LIST="native")
 
 
 def test_architecture_flags():

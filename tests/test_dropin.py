@@ -31,7 +31,7 @@ def test_the_signature_is_torchs_and_more(name):
     extras = {k: (p.default, p.kind) for k, p in ours.items() if k not in theirs}
     assert {k: default for k, (default, _) in extras.items()} == {
         **({} if name == "SGD" else {"bias_correction": True}),
-        **{"l1": 0.0, "l1_proximal": False, "noise": 0.0, "seed": 0},
+        **{"l1": 0.0, "l1_proximal": False, "noise": 0.0, "seed": 0, "skip_nonfinite": False},
     }
     assert all(kind is inspect.Parameter.KEYWORD_ONLY for _, kind in extras.values())
 

@@ -384,7 +384,7 @@ def test_dtensors(name, sharded, mesh):
 
     # torch's loop itself cannot mix them with ordinary tensors in one call of foreach; its plain loop can.
     ours, torchs = side_by_side(name, make, gradient, options={**OPTIONS[name], "foreach": False})
-    assert paths(ours[0]) == ["fused", "torch", "fused"]
+    assert paths(ours[0]) == ["fused", "fused", "fused"]
     for i, (p, q) in enumerate(zip(ours[1], torchs[1], strict=True)):
         local = [x.to_local() if isinstance(x, DTensor) else x for x in (p, q)]
         assert_equal(*local, f"parameter {i}")
@@ -613,4 +613,73 @@ def test_functional_call_and_func_grad(name):
                     params[key].grad = gradient
             optimizer.step()
         sides.append((optimizer, list(params.values())))
+    assert_same_outcome(*sides)
+
+
+# The order of states --------------------------------------------------------------------------------------------------
+
+
+def of_other_kind(kind):
+    p = torch.nn.Parameter(torch.randn(4, 5, dtype=torch.complex128 if kind == "complex" else torch.float64))
+    return torch.nn.Parameter(p.detach().as_subclass(Loud)) if kind == "subclass" else p
+
+
+@each_class
+@pytest.mark.parametrize("kind", ["complex", "subclass"])
+@pytest.mark.parametrize("late", [False, True])
+def test_states_come_in_the_parameters_order_whoever_makes_them(name, kind, late):
+    orders = []
+    for cls in CLASSES[name]:
+        torch.manual_seed(0)
+        params = [of_other_kind(kind) if i % 2 else of_other_kind("") for i in range(6)]
+        optimizer = cls(params, **OPTIONS[name])
+        for step in range(2):
+            for i, p in enumerate(params):
+                p.grad = None if late and step == 0 and i in (0, 3) else torch.randn(4, 5, dtype=p.dtype)
+            optimizer.step()
+        orders.append(list(optimizer.state_dict()["state"]))
+    assert orders[0] == orders[1] and sorted(orders[0]) == list(range(6))
+    assert late or orders[0] == list(range(6))
+
+
+def test_a_refused_step_leaves_no_empty_states():
+    params = [torch.nn.Parameter(torch.ones(4, 5)) for _ in range(3)]
+    optimizer = trainopt.AdamW(params)
+    for p in params:
+        p.grad = torch.ones(4, 5)
+    params[1].grad = torch.ones(4, 5).to_sparse()
+    error_of(optimizer.step)
+    assert len(optimizer.state) == 0
+
+
+# Groups without trainopt's own options --------------------------------------------------------------------------------
+
+
+@each_class
+@pytest.mark.parametrize("kind", ["", "complex", "sparse"])
+@pytest.mark.parametrize("how", ["appended", "replaced"])
+@pytest.mark.parametrize("path", ["engine", "torch's path"])
+def test_a_group_of_torchs_own(name, kind, how, path, monkeypatch):
+    if kind == "sparse" and name != "SGD":
+        return
+    monkeypatch.setenv("TRAINOPT_REFERENCE", "0" if path == "engine" else "1")
+    options = {"lr": 0.1, "momentum": 0.9} if kind == "sparse" else OPTIONS[name]
+    sides = []
+    for cls in CLASSES[name]:
+        torch.manual_seed(0)
+        params = [of_other_kind(kind) for _ in range(2)]
+        optimizer = cls(params[:1], **options)
+        theirs = CLASSES[name][1](params[1:] if how == "appended" else params, **options).param_groups[0]
+        optimizer.param_groups[:] = [*(optimizer.param_groups if how == "appended" else []), theirs]
+        optimizer.init_state() if hasattr(optimizer, "init_state") and kind == "" else None
+        for step in range(3):
+            for p in params:
+                p.grad = sparse_gradient(p, step) if kind == "sparse" else torch.randn_like(p)
+            optimizer.step()
+        trainopt.explain(optimizer)
+        sides.append((optimizer, params))
+    if kind == "sparse":
+        for side in sides:
+            for state in side[0].state.values():
+                state["momentum_buffer"] = state["momentum_buffer"].to_dense()
     assert_same_outcome(*sides)

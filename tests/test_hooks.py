@@ -1,6 +1,7 @@
 """Hooks, the profiler, closures, GradScaler and threads see a step as they see torch.optim's."""
 
 import contextlib
+import inspect
 import sys
 import threading
 import time
@@ -108,6 +109,49 @@ def test_a_pre_hook_can_change_the_arguments(name, kind):
     assert error_of(optimizer.step)[0] is error_of(torchs.step)[0] is RuntimeError
 
 
+CALLS = {
+    "step()": lambda o, c: o.step(),
+    "step(None)": lambda o, c: o.step(None),
+    "step(closure=None)": lambda o, c: o.step(closure=None),
+    "step(closure)": lambda o, c: o.step(c),
+    "step(closure=closure)": lambda o, c: o.step(closure=c),
+    "the class's": lambda o, c: type(o).step(o, c),
+}
+
+
+@each_class
+@pytest.mark.parametrize("kind", ["itself", "a subclass"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_hooks_get_the_calls_own_arguments(name, kind, call):
+    heard = []
+    for cls in CLASSES[name]:
+        optimizer, _ = one(SUBCLASSES[kind](cls))
+        closure = lambda: 1.0  # noqa: E731
+        seen = []
+        hook = lambda o, args, kwargs, seen=seen, closure=closure: seen.append(  # noqa: E731
+            (
+                [a if a is None else a is closure or type(a).__mro__[-3].__name__ for a in args],
+                {k: v if v is None else v is closure for k, v in kwargs.items()},
+            )
+        )
+        optimizer.register_step_pre_hook(hook)
+        optimizer.register_step_post_hook(hook)
+        with global_hooks(hook, hook):
+            call(optimizer, closure)
+        heard.append(seen)
+    assert heard[0] == heard[1] and len(heard[0]) == 4
+
+
+@each_class
+def test_arguments_that_step_does_not_take(name):
+    for call in (lambda o: o.step(1, 2), lambda o: o.step(loss=3), lambda o: o.step(None, closure=None)):
+        errors = [error_of(lambda cls=cls, call=call: call(one(cls)[0])) for cls in CLASSES[name]]
+        assert errors[0][0] is errors[1][0] is TypeError
+    ours, torchs = (inspect.signature(cls.step) for cls in CLASSES[name])
+    assert list(ours.parameters) == list(torchs.parameters)
+    assert ours.parameters["closure"].default is None
+
+
 @each_class
 def test_a_pre_hook_that_edits_gradients_is_seen(name):
     twins = Twins(name)
@@ -154,8 +198,9 @@ def test_a_closure_runs_once_with_gradients_and_its_loss_comes_back(name, grad_m
     with grad_mode():
         loss = optimizer.step(closure)
         again = optimizer.step(closure=closure)
+        assert optimizer.step() is None
     assert calls == [True, True] and loss.item() == 6.0 and again.item() < 6.0
-    assert (p < 1).all() and optimizer.step() is None
+    assert (p < 1).all()
 
 
 @each_class

@@ -1,5 +1,7 @@
 """What the losses say to input that is wrong: torch's own words, or the argument, its value and where."""
 
+import inspect
+import itertools
 import warnings
 
 import pytest
@@ -34,8 +36,8 @@ def test_a_class_out_of_range(value, reduction):
     target = torch.tensor([[0, 1, 2], [3, 4, value]])
     with pytest.raises(IndexError, match=rf"target {value} at position \(1, 2\) is out of range for 5 classes"):
         functional.cross_entropy(logits(2, 5, 3), target, reduction=reduction)
-    with pytest.raises(IndexError, match=rf"target {value} at position \(1, 2\) is out of range for 5 classes"):
-        functional.linear_cross_entropy(logits(2, 3, 8), logits(5, 8), target, reduction=reduction)
+    with pytest.raises(IndexError, match=rf"target {value} at position \(5\) is out of range for 5 classes"):
+        functional.linear_cross_entropy(logits(6, 8), logits(5, 8), target.flatten(), reduction=reduction)
     with pytest.raises(IndexError, match=rf"target {value} "):
         functional.cross_entropy(logits(5), torch.tensor(value))
 
@@ -165,6 +167,12 @@ TORCHS = {
     "no probability": lambda side: side.binary_cross_entropy(X + 1, P),
     "no probability, below": lambda side: side.binary_cross_entropy(X - 1, P),
     "no number": lambda side: side.binary_cross_entropy(X * torch.nan, P),
+    "no probability as target": lambda side: side.binary_cross_entropy(X, P + 7),
+    "no probability as target, below": lambda side: side.binary_cross_entropy(X, P - 1, reduction="none"),
+    "no number as target": lambda side: side.binary_cross_entropy(X, P * torch.nan, reduction="sum"),
+    "no probability among targets": lambda side: side.binary_cross_entropy(X, P.index_fill(1, torch.tensor([2]), 1.5)),
+    "no probability of either": lambda side: side.binary_cross_entropy(X + 1, P + 7),
+    "a weight of 0 on no probability": lambda side: side.binary_cross_entropy(X, P + 7, torch.zeros(5)),
     "weight of a larger shape": lambda side: side.binary_cross_entropy(X, P, torch.ones(3, 4, 5)),
     "weight of a larger shape, logits": lambda side: side.binary_cross_entropy_with_logits(X, P, torch.ones(3, 4, 5)),
     "weight of another shape": lambda side: side.binary_cross_entropy_with_logits(X, P, torch.ones(4)),
@@ -201,6 +209,103 @@ def test_elementwise_mean_is_deprecated_as_in_torch():
     torch.testing.assert_close(loss, F.mse_loss(X, P))
 
 
+# What is no tensor, and no number -------------------------------------------------------------------------------------
+
+TENSORS = {
+    "cross_entropy": {"input": X, "target": LABELS, "weight": torch.ones(5)},
+    "mse_loss": {"input": X, "target": P, "weight": torch.ones(4, 5)},
+    "l1_loss": {"input": X, "target": P, "weight": torch.ones(4, 5)},
+    "smooth_l1_loss": {"input": X, "target": P},
+    "huber_loss": {"input": X, "target": P, "weight": torch.ones(4, 5)},
+    "binary_cross_entropy": {"input": X, "target": P, "weight": torch.ones(5)},
+    "binary_cross_entropy_with_logits": {
+        "input": X,
+        "target": P,
+        "weight": torch.ones(5),
+        "pos_weight": torch.ones(5),
+    },
+    "kl_div": {"input": X.log(), "target": P},
+}
+OPTIONS = {
+    "reduction": ("mean", None, 1, ["mean"], "x"),
+    "ignore_index": (-100, None, 1.5, "x", [1], True),
+    "label_smoothing": (0.1, None, "x", [0.1], torch.tensor(0.1), 1),
+    "beta": (0.5, None, "x", [0.1], torch.tensor(0.5), 1, True, float("nan")),
+    "delta": (0.5, None, "x", [0.1], torch.tensor(0.5), 1, True, float("nan")),
+    "log_target": (True, None, "x", 1),
+    "size_average": (True, "x", 0, []),
+    "reduce": (True, "x", 0, []),
+}
+NO_TENSORS = (None, 1.0, 2, [0.5], (0.5,), "x", {}, object())
+
+
+def outcome(side, name, arguments):
+    """What a loss says, or gives, forward and back."""
+
+    def call():
+        leaves = {key: value.clone().requires_grad_() if value is X else value for key, value in arguments.items()}
+        loss = getattr(side, name)(**leaves)
+        loss.sum().backward()
+        return loss.detach()
+
+    error = error_of(call)
+    return error if error is not None else call()
+
+
+def assert_same_outcome(name, arguments):
+    ours, torchs = (outcome(side, name, arguments) for side in (functional, F))
+    if isinstance(ours, torch.Tensor) and isinstance(torchs, torch.Tensor):
+        torch.testing.assert_close(ours, torchs, equal_nan=True)
+    else:
+        assert ours == torchs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TENSORS)
+def test_what_is_no_tensor(name):
+    tensors = TENSORS[name]
+    for keys in ([key] for key in tensors):
+        for value in NO_TENSORS:
+            assert_same_outcome(name, {**tensors, **dict.fromkeys(keys, value)})
+    for value in NO_TENSORS:
+        assert_same_outcome(name, {**tensors, "input": value, "target": value})
+        assert_same_outcome(name, {**tensors, "input": value, "target": [1]})
+    assert_same_outcome(name, tensors)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TENSORS)
+def test_what_is_no_option(name):
+    accepted = inspect.signature(getattr(F, name)).parameters
+    for key, values in OPTIONS.items():
+        if key in accepted:
+            for value in values:
+                assert_same_outcome(name, {**TENSORS[name], key: value})
+
+
+def test_uint8_classes_where_torch_takes_them():
+    for shape, target in (((4, 5), (4,)), ((5,), ()), ((2, 5, 3), (2, 3)), ((2, 5, 3, 2), (2, 3, 2))):
+        for weight, smoothing in itertools.product((None, torch.ones(5)), (0.0, 0.1)):
+            arguments = {"input": logits(*shape), "target": torch.ones(target, dtype=torch.uint8)}
+            arguments |= {"weight": weight, "label_smoothing": smoothing}
+            assert_same_outcome("cross_entropy", arguments)
+
+
+@pytest.mark.parametrize("left", [0, 8])
+@pytest.mark.parametrize("name", TENSORS)
+def test_memory_that_is_not_there(name, left):
+    """torch's own losses end the process, or read what is not theirs."""
+    for key in TENSORS[name]:
+        if key == "weight" and name in ("mse_loss", "l1_loss", "huber_loss"):
+            continue  # torch's own code
+        tensors = {name: tensor.clone() for name, tensor in TENSORS[name].items() if name == key or name != "weight"}
+        if name not in ("cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits"):
+            tensors.pop("weight", None)
+        tensors[key].untyped_storage().resize_(left)
+        with pytest.raises(RuntimeError, match=f"{key} needs .* bytes of memory, and its storage has {left}"):
+            getattr(functional, name)(**tensors)
+
+
 # trainopt's own options -----------------------------------------------------------------------------------------------
 
 
@@ -234,58 +339,3 @@ def test_options_out_of_range(option, value):
 def test_the_extras_are_keywords():
     with pytest.raises(TypeError):
         functional.cross_entropy(X, LABELS, None, None, -100, None, "mean", 0.0, 0.1)
-
-
-# linear_cross_entropy -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"weight": torch.empty(0)}, r"weight is empty, it has shape \(0,\).*gather"),
-        ({"weight": torch.empty(0, 5)}, r"weight is empty, it has shape \(0, 5\).*summon_full_params"),
-        ({"weight": torch.rand(35)}, r"weight must have shape \(classes, features\), not \(35,\).*gather"),
-        ({"weight": torch.rand(7, 3)}, r"input has shape \(4, 5\) and weight has shape \(7, 3\).*gather"),
-        ({"input": torch.tensor(1.0)}, r"input has shape \(\)"),
-        ({"bias": torch.rand(6)}, r"bias must have shape \(7,\).*not \(6,\)"),
-        ({"class_weight": torch.rand(6)}, r"class_weight must have shape \(7,\).*not \(6,\)"),
-        ({"target": torch.tensor([0, 1, 2])}, r"input has shape \(4, 5\).*must have shape \(4,\), not \(3,\)"),
-        ({"target": torch.rand(4, 5)}, r"target of probabilities must have shape \(4, 7\), not \(4, 5\)"),
-        ({"memory_budget": 0}, "memory_budget must be .* greater than 0, not 0"),
-        ({"memory_budget": -5}, "memory_budget must be .* not -5"),
-    ],
-)
-def test_operands_of_linear_cross_entropy(changes, message):
-    operands = {"input": X, "weight": logits(7, 5), "target": LABELS, **changes}
-    with pytest.raises(ValueError, match=message):
-        functional.linear_cross_entropy(**operands)
-
-
-def test_a_sharded_weight_says_what_to_gather(tmp_path):
-    from torch import distributed
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        weight = distribute_tensor(logits(7, 5), init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(ValueError, match=r"weight is a DTensor.*weight\.full_tensor\(\)"):
-            functional.linear_cross_entropy(X, weight, LABELS)
-        torch.testing.assert_close(
-            functional.linear_cross_entropy(X, weight.full_tensor(), LABELS),
-            F.cross_entropy(X @ logits(7, 5).t(), LABELS),
-        )
-    finally:
-        distributed.destroy_process_group()
-
-
-def test_unlike_types_in_linear_cross_entropy_are_refused_as_in_torch():
-    for weight, bias in ((logits(7, 5).double(), None), (logits(7, 5), logits(7).double())):
-        with pytest.raises(RuntimeError, match="dtype"):
-            functional.linear_cross_entropy(X, weight, LABELS, bias)
-    with pytest.raises(ValueError, match="foo is not a valid value for reduction"):
-        functional.linear_cross_entropy(X, logits(7, 5), LABELS, reduction="foo")
-    with pytest.raises(RuntimeError, match="label_smoothing must be between"):
-        functional.linear_cross_entropy(X, logits(7, 5), LABELS, label_smoothing=2.0)
-    with pytest.raises(RuntimeError, match="ignore_index is not supported"):
-        functional.linear_cross_entropy(X, logits(7, 5), torch.rand(4, 7), ignore_index=2)

@@ -42,7 +42,7 @@ def linear():
 
     def make(dtype):
         def loss(h, w, b, **given):
-            return functional.linear_cross_entropy(h, w, target, b, memory_budget=40 * 301 * 4, **given)
+            return functional.linear_cross_entropy(h, w, target, linear_bias=b, memory_budget=40 * 301 * 4, **given)
 
         return loss, [hidden.to(dtype), weight.to(dtype), bias.to(dtype)]
 

@@ -1,9 +1,11 @@
 """The losses as operators: opcheck, torch.compile, torch.export, fake tensors, autocast."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
+from loss_fuzz import loss_operators
 from loss_judge import REDUCTIONS, assert_no_worse, classes, random, run
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
@@ -78,14 +80,33 @@ def test_opcheck_of_linear_cross_entropy(reduction):
             )
 
 
+@pytest.mark.parametrize("reduction", NUMBERS.values(), ids=NUMBERS)
+def test_opcheck_of_what_autograd_calls(reduction):
+    """The operators that have no derivative themselves."""
+    x, weight, bias, target = logits().detach(), logits(11, 9).detach(), logits(11).detach(), classes((6,), 11)
+    options = (0.1, 0.2, 3.0, True)
+    _, _, lse = OPS.cross_entropy(x, TARGET, None, reduction, -100, *options[:3], False, True)
+    upstream = torch.rand(6) if reduction == 0 else torch.rand(())
+    opcheck(OPS.cross_entropy_backward.default, (upstream, x, TARGET, torch.rand(9), lse, reduction, -100, *options))
+    for wanted in ([False] * 3, [reduction != 0] * 3):
+        linear = (x, weight, target, bias, torch.rand(11), reduction, -100, *options, 100, wanted)
+        opcheck(OPS.linear_cross_entropy_forward.default, linear)
+        lse = OPS.linear_cross_entropy_forward(*linear)[2]
+        linear = (upstream, *linear[:5], lse, *linear[5:])
+        opcheck(OPS.linear_cross_entropy_backward.default, linear)
+    upstream = torch.rand(6, 9) if reduction == 0 else torch.rand(())
+    for wanted in ([True, True], [True, False]):
+        pair = (upstream, x.sigmoid(), PROBABILITIES, None, None, reduction, 0.5, wanted)
+        opcheck(OPS.pointwise_loss_backward.default, ("smooth_l1_loss", *pair))
+
+
 def test_every_operator_is_checked():
     """A new operator needs a check above."""
     known = {"cross_entropy", "pointwise_loss", "linear_cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss"}
     known |= {"huber_loss", "kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits"}
-    names = {name.removeprefix("trainopt::") for name in torch._C._dispatch_get_all_op_names() if "trainopt::" in name}
-    losses = ("loss", "entropy", "with_logits", "kl_div")
-    differentiable = {name for name in names if name.endswith(losses)}
-    assert differentiable == known
+    known |= {"cross_entropy_backward", "pointwise_loss_backward"}
+    known |= {"linear_cross_entropy_forward", "linear_cross_entropy_backward"}
+    assert set(loss_operators()) == known
 
 
 # torch.compile --------------------------------------------------------------------------------------------------------
@@ -145,6 +166,75 @@ def test_compiled_extras():
 
     for mine, theirs in zip(gradient(compiled(loss), logits()), gradient(loss, logits()), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_permission_costs_nothing_where_it_cannot_be_used(backend, reduction):
+    def loss(x):
+        return functional.cross_entropy(2 * x, TARGET, inplace_backward=True, reduction=reduction).sum()
+
+    torch._dynamo.reset()
+    function = torch.compile(loss, fullgraph=True, backend=backend)
+    for mine, theirs in zip(gradient(function, logits()), gradient(loss, logits()), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+WARNING = {
+    "KLDivLoss": lambda side: side.KLDivLoss(),
+    "KLDivLoss of logs": lambda side: side.KLDivLoss(log_target=True),
+    "KLDivLoss, size_average": lambda side: side.KLDivLoss(size_average=True),
+    "KLDivLoss, reduce": lambda side: side.KLDivLoss(reduce=False),
+    "MSELoss": lambda side: side.MSELoss(),
+    "L1Loss": lambda side: side.L1Loss(),
+    "HuberLoss": lambda side: side.HuberLoss(),
+    "SmoothL1Loss": lambda side: side.SmoothL1Loss(),
+    "CrossEntropyLoss, size_average": lambda side: side.CrossEntropyLoss(size_average=False),
+}
+DEPRECATED = ("cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "kl_div", "binary_cross_entropy")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("make", WARNING.values(), ids=WARNING)
+def test_modules_that_warn_compile(make, backend):
+    """A warning in Python ends a graph; torch's modules have one and compile whole."""
+    for shape in ((6, 9), (6, 1)) if isinstance(make(trainopt), torch.nn.MSELoss | torch.nn.L1Loss) else ((6, 9),):
+        target = random(*shape, seed=1).softmax(1).float()
+        results = []
+        for side in (trainopt, torch.nn):
+            torch._dynamo.reset()
+            function = torch.compile(make(side), fullgraph=True, backend=backend)
+            results.append(gradient(lambda x, f=function, t=target: f(x.log_softmax(1), t).sum(), logits()))
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{"size_average": False}, {"reduce": False}, {"reduction": "elementwise_mean"}])
+@pytest.mark.parametrize("name", DEPRECATED)
+def test_deprecated_arguments_compile(name, options):
+    results = []
+    for side in (functional, F):
+        loss = partial(getattr(side, name), target=PROBABILITIES, **options)
+        function = compiled(lambda x, loss=loss: loss(x.sigmoid()).sum())
+        results.append(gradient(function, logits()))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"])
+def test_broadcasting_compiles_and_warns(name):
+    def loss(x):
+        return getattr(functional, name)(x, PROBABILITIES[:, :1])
+
+    function = compiled(loss)
+    with pytest.warns(UserWarning, match="Using a target size"):
+        mine = gradient(function, logits())
+    with pytest.warns(UserWarning, match="Using a target size"):
+        theirs = gradient(loss, logits())
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -1,12 +1,23 @@
 """cross_entropy over the whole grid of its options, dtypes and shapes, judged against float64."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_judge import DTYPES, REDUCTIONS, assert_no_worse, classes, judge, random, run
+from loss_judge import (
+    DTYPES,
+    REDUCTIONS,
+    assert_no_worse,
+    classes,
+    exact_cross_entropy,
+    judge,
+    large_logits,
+    random,
+    run,
+)
 from torch.nn import functional as F
 
 from trainopt import functional
@@ -202,6 +213,57 @@ def test_extras(dtype, extras, kind):
         )
 
 
+BY_SOFTCAP = {
+    "rows": lambda x, t, **options: functional.cross_entropy(x, t, **options),
+    "columns": lambda x, t, **options: functional.cross_entropy(x.t().contiguous().t(), t, **options),
+    "a linear layer": lambda x, t, **options: functional.linear_cross_entropy(
+        torch.eye(len(x), dtype=x.dtype), x.t(), t, **options
+    ),
+    "the reference": lambda x, t, **options: by_formula(x, t, None, **options),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("by", "create_graph"),
+    [*((by, False) for by in BY_SOFTCAP), ("rows", True)],
+    ids=[*BY_SOFTCAP, "differentiable twice"],
+)
+def test_soft_caps_beyond_all_numbers(dtype, by, create_graph):
+    """A huge cap caps nothing; a tiny one makes every logit 0, and lets through the gradient of what is 0 already."""
+
+    def gradient(loss, **options):
+        x = logits.clone().requires_grad_()
+        value = loss(x, target, reduction="none", **options)
+        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=create_graph)
+        return value.detach(), slope.detach()
+
+    for count in (5, 100):
+        logits, target = random(3, count, scale=3).to(dtype), classes((3,), count)
+        logits[:, 2] = 0
+        for huge in (1e30, 3e38, 1e39, 1e300, 1.7e308):
+            plain = run(lambda x, t=target: F.cross_entropy(x, t, reduction="sum"), [logits.double()])[1]
+            loss, slope = gradient(BY_SOFTCAP[by], softcap=huge)
+            torch.testing.assert_close(loss, F.cross_entropy(logits.double(), target, reduction="none").to(dtype))
+            torch.testing.assert_close(slope, plain.to(dtype))
+        flat = torch.zeros_like(logits)
+        for tiny in (1e-30, 1e-39, 1e-45, 1e-46, 1e-300, 1e-310, 5e-324):
+            loss, slope = gradient(BY_SOFTCAP[by], softcap=tiny)
+            torch.testing.assert_close(loss, F.cross_entropy(flat.double(), target, reduction="none").to(dtype))
+            (expected,) = run(lambda x, t=target: F.cross_entropy(x, t, reduction="sum"), [flat.double()])[1:]
+            torch.testing.assert_close(slope[:, 2], expected[:, 2].to(dtype))
+            assert slope[:, [0, 1, 3, 4]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_large_soft_cap_keeps_the_digits_of_small_logits(dtype):
+    """x / cap is subnormal there."""
+    logits, cap = random(4, 6) * 1e-4, torch.finfo(dtype).max / 4
+    found = run(lambda x: functional.cross_entropy(x, classes((4,), 6), softcap=cap), [logits.to(dtype)])
+    plain = run(lambda x: functional.cross_entropy(x, classes((4,), 6)), [logits.to(dtype)])
+    assert all(map(torch.equal, found, plain))
+
+
 def test_the_formula_is_what_the_page_says():
     logits, target = problem((6,), "classes", ignored=-100)
     capped = 5 * (logits / 5).tanh()
@@ -279,6 +341,55 @@ def test_huge_logits(dtype):
     logits = random(6, 9).sign() * 1e4
     compare(logits, classes((6,), 9), dtype, reduction="none")
     compare(logits, classes((6,), 9), dtype, reduction="mean", label_smoothing=0.1)
+
+
+BY_LAYOUT = {
+    "rows": functional.cross_entropy,
+    "columns": lambda x, t, **options: functional.cross_entropy(x.t().contiguous().t(), t, **options),
+    "a linear layer": lambda x, t, **options: functional.linear_cross_entropy(
+        torch.eye(len(x), dtype=x.dtype), x.t(), t, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("by_layout", BY_LAYOUT.values(), ids=BY_LAYOUT)
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e6, 1e17, -1e17])
+@pytest.mark.parametrize("count", [5, 100, 1500])
+def test_large_logits_lose_no_digits(count, size, by_layout):
+    """One double of peak + log_sum loses log_sum: the loss of 1,000 ties at 1e17 was 0, and is log(1000)."""
+    logits, target = large_logits(count, size), classes((3,), count)
+    found = run(lambda x: by_layout(x, target, reduction="sum"), [logits])[1:]
+    found = [by_layout(logits, target, reduction="none"), *found]
+    for mine, exact in zip(found, exact_cross_entropy(logits, target), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=2e-15, atol=2e-15)
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(logits, target, dtype, reduction="none", ours=lambda x, t, w, **given: by_layout(x, t, **given))
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e17])
+def test_large_logits_with_other_options(size):
+    logits = large_logits(40, size)
+    for target in (classes((3,), 40), random(3, 40, seed=1).softmax(1)):
+        compare(logits, target, torch.float64, True, label_smoothing=0.1)
+
+
+BY_TORCH = {
+    "the reference": lambda x, t, **options: by_formula(x, t, None, **options),
+    "differentiable twice": lambda x, t, **options: functional.cross_entropy(x, t, **options),
+}
+
+
+@pytest.mark.parametrize("by", [*BY_LAYOUT, *BY_TORCH])
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e6, 1e17])
+def test_large_logits_with_z_loss(size, by):
+    """torch.logsumexp keeps peak and log_sum in one number too."""
+    logits, target = large_logits(40, size), classes((3,), 40)
+    loss = partial({**BY_LAYOUT, **BY_TORCH}[by], z_loss=0.1)
+    x = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x, target, reduction="sum"), x, create_graph=by == "differentiable twice")
+    found = [loss(logits, target, reduction="none"), gradient.detach()]
+    for mine, exact in zip(found, exact_cross_entropy(logits, target, 0.1), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=4e-15, atol=2e-15)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

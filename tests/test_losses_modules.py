@@ -115,10 +115,12 @@ def test_the_training_loop_counts_by_class_weights_and_not_by_the_layers_weight(
     target, twos = torch.tensor([0, 1, 2, -100]), torch.full((7,), 2.0)
     plain = trainopt.LinearCrossEntropyLoss(5, 7)
     assert default_count(plain)(target) == 3
-    assert default_count(trainopt.LinearCrossEntropyLoss(5, 7, class_weight=twos))(target) == 6
-    assert default_count(partial(functional.linear_cross_entropy, weight=torch.ones(7, 5)))(target) == 3
-    both = partial(functional.linear_cross_entropy, weight=torch.ones(7, 5), class_weight=twos)
+    assert default_count(trainopt.LinearCrossEntropyLoss(5, 7, weight=twos))(target) == 6
+    assert default_count(trainopt.LinearCrossEntropyLoss(5, 7, ignore_index=2))(torch.tensor([0, 1, 2, 3])) == 3
+    assert default_count(partial(functional.linear_cross_entropy, linear_weight=torch.ones(7, 5)))(target) == 3
+    both = partial(functional.linear_cross_entropy, linear_weight=torch.ones(7, 5), weight=twos)
     assert default_count(both)(target) == 6
+    assert default_count(partial(both, ignore_index=None))(target) == 6
     assert default_count(trainopt.CrossEntropyLoss(twos))(target) == 6
     assert default_count(partial(functional.cross_entropy, weight=twos))(target) == 6
 

@@ -12,6 +12,7 @@ from trainopt import functional
 
 NAMES = ("cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div")
 NAMES += ("binary_cross_entropy", "binary_cross_entropy_with_logits")
+NAMES += ("linear_cross_entropy",) if hasattr(F, "linear_cross_entropy") else ()
 DB = {
     info.name.rpartition(".")[2]: info
     for info in op_db

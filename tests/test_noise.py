@@ -345,3 +345,103 @@ def test_switched_on_and_off(row):
     optimizer.param_groups[0]["noise"] = 0.0
     optimizer.step()
     assert torch.equal(params[0].detach(), before)
+
+
+# The count that it is keyed by ----------------------------------------------------------------------------------------
+
+LATE = 2**24
+
+
+def run_late(row, steps, count=LATE, **options):
+    """An optimizer whose count says that so many steps are done, and what each of its next steps added."""
+    params = zeros(64)
+    optimizer = noise_only(row, params, seed=21, **options)
+    optimizer.step()
+    optimizer.state[params[0]]["step"].fill_(count)
+    added = []
+    for _ in range(steps):
+        params[0].data.zero_()
+        optimizer.step()
+        added.append(params[0].detach().clone())
+    return optimizer, added
+
+
+@ROWS
+@pytest.mark.parametrize("path", ["engine", "torch"])
+def test_it_goes_on_after_the_largest_count_of_float32(row, path, monkeypatch):
+    """2**24 + 1 is no float32: the count stopped there, and the noise was the same vector in every step."""
+    monkeypatch.setenv("TRAINOPT_REFERENCE", "1" if path == "torch" else "0")
+    optimizer, added = run_late(row, 4)
+    for i, noise in enumerate(added):
+        assert torch.equal(noise, gaussian(64, 21, LATE + 1 + i))
+    (state,) = optimizer.state.values()
+    assert state["step"] == LATE + 4
+
+
+@ROWS
+def test_a_float32_count_is_widened_when_it_is_met(row):
+    """From torch's state dict, or from a run before noise was switched on."""
+    (p,) = zeros(64)
+    optimizer = noise_only(row, [p], seed=21, noise=0.0)
+    optimizer.step()
+    if "step" in optimizer.state[p]:
+        assert optimizer.state[p]["step"].dtype == torch.float32
+    optimizer.state[p]["step"] = torch.tensor(float(LATE))
+    optimizer.param_groups[0]["noise"] = 1.0
+    for i in range(3):
+        p.data.zero_()
+        optimizer.step()
+        assert torch.equal(p.detach(), gaussian(64, 21, LATE + 1 + i))
+
+
+@ROWS
+def test_without_noise_nothing_is_kept_that_torch_does_not_keep(row):
+    states = []
+    for make in (row.make, row.make_torchs_loop):
+        (p,) = zeros(8)
+        p.grad = torch.ones(8)
+        optimizer = make([p], **row.settings["all"])
+        optimizer.step()
+        states.append({key: value.dtype for key, value in optimizer.state[p].items()})
+    assert states[0] == states[1]
+
+
+@ROWS
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("copied", ["state dict", "deepcopy"])
+def test_a_late_count_survives_a_resume(row, fused, copied):
+    """torch rounds the counts of fused optimizers to float32 when it loads them."""
+    optimizer, _ = run_late(row, 3, fused=fused)
+    (p,) = zeros(64)
+    if copied == "deepcopy":
+        resumed = copy.deepcopy(optimizer)
+        (p,) = resumed.param_groups[0]["params"]
+        p.data.zero_()
+    else:
+        resumed = noise_only(row, [p], seed=21, fused=fused)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.step()
+    assert torch.equal(p.detach(), gaussian(64, 21, LATE + 4))
+
+
+def test_counts_beyond_32_bits_have_noise_of_their_own():
+    seen = [gaussian(64, 5, step) for step in (3, 2**32 + 3, 2**33 + 3, 2**52 + 3)]
+    for i, noise in enumerate(seen):
+        assert not any(torch.equal(noise, other) for other in seen[:i])
+    _, (noise,) = run_late(TABLE["SGD"], 1, count=2**33 + 2)
+    assert torch.equal(noise, gaussian(64, 21, 2**33 + 3))
+
+
+def test_noise_that_is_switched_on_late_leaves_the_momentum():
+    """Making a count is no first step: the buffer was replaced by the gradient."""
+    found = []
+    for late in (True, False):
+        (p,) = zeros(8)
+        optimizer = noise_only(TABLE["SGD"], [p], momentum=0.5, noise=0.0 if late else 1e-30)
+        for i in range(4):
+            if i == 2:
+                optimizer.param_groups[0]["noise"] = 1e-30
+            p.grad = torch.full((8,), float(i + 1))
+            optimizer.step()
+        found.append(optimizer.state[p]["momentum_buffer"])
+    assert torch.equal(*found)

@@ -138,7 +138,7 @@ def test_options_take_effect_when_set(row):
         names["bias_correction"] = False
     p, q = (start[0].clone().requires_grad_() for _ in range(2))
     late, early = row.make([p]), row.make([q], **names)
-    assert names.keys() <= late.param_groups[0].keys()
+    assert names.keys() <= row.ours.EXTRAS.keys() and not names.keys() & late.param_groups[0].keys()
     for name, value in names.items():
         late.param_groups[0][name] = value
     for (g,) in gradients:

@@ -1,5 +1,6 @@
 """Installing, loading and reporting: what happens on machines that are not like the developer's."""
 
+import json
 import os
 import re
 import shutil
@@ -42,7 +43,7 @@ def source_tree(tmp_path):
 @pytest.fixture
 def built_tree(source_tree):
     """The same after a build; what ROOT/build has is not compiled again. torch without CUDA: no nvcc is called."""
-    for objects in ROOT.glob("build/torch-*"):
+    for objects in [ROOT / "build" / "kernels", *ROOT.glob("build/torch-*")]:
         shutil.copytree(objects, source_tree / "build" / objects.name)
     path, log = os.environ["PATH"], source_tree.parent / "log"
     if torch.version.cuda is None:
@@ -151,7 +152,7 @@ def test_simd_objects_share_no_code(built_tree):
     """A weak symbol is one copy for the whole binary: compiled for AVX-512, it would crash every older processor."""
     if sys.platform != "linux" or not shutil.which("nm"):
         pytest.skip("reads ELF objects with nm")
-    objects = list(built_tree.glob("build/torch-*/csrc-cpu-kernels_*.o"))
+    objects = list(built_tree.glob("build/kernels/csrc-cpu-kernels_*.o"))
     assert objects
     for built in objects:
         symbols = subprocess.run(["nm", "-C", built], capture_output=True, text=True, check=True).stdout
@@ -161,7 +162,7 @@ def test_simd_objects_share_no_code(built_tree):
 @needs_source_tree
 @pytest.mark.slow
 def test_nothing_is_compiled_for_the_machine_that_builds(built_tree):
-    commands = [path.read_text() for path in built_tree.glob("build/torch-*/*.command")]
+    commands = [path.read_text() for path in built_tree.glob("build/*/*.command")]
     assert commands
     assert not [command for command in commands if re.search(r"-march=|-mtune=|-ffast-math|-Ofast", command)]
 
@@ -210,6 +211,50 @@ def test_another_torch_is_told_in_one_line(tmp_path):
     line = last_line(result.stderr)
     assert line.startswith("ImportError: trainopt was built for torch 2.5.1+cu118")
     assert torch.__version__ in line and INSTALL in line
+
+
+def installed(folder, origin):
+    """A folder as pip leaves it: the package, built for another torch, with the record of what it came from."""
+    shutil.copytree(PACKAGE, folder / "trainopt", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    build = folder / "trainopt/_build.py"
+    build.write_text(re.sub("TORCH = .*", "TORCH = '2.5.1+cu118'", (PACKAGE / "_build.py").read_text()))
+    metadata = folder / "trainopt-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: trainopt\nVersion: 0.1.0\n")
+    if origin is not None:
+        (metadata / "direct_url.json").write_text(origin if isinstance(origin, str) else json.dumps(origin))
+
+
+TORCH_AS_BUILT = "run `pip install torch==2.5.1`, or build trainopt for this torch: "
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (lambda home: {"url": f"file://{home}/my%20sources", "dir_info": {}}, f"run `{INSTALL} '{{home}}/my sources'`"),
+        (lambda home: {"url": f"file://{home}/gone", "dir_info": {}}, TORCH_AS_BUILT),
+        (lambda home: {"url": f"file://{home}/a.tar.gz", "archive_info": {}}, f"run `{INSTALL} {{home}}/a.tar.gz`"),
+        (lambda home: {"url": f"file://{home}/a.whl", "archive_info": {}}, TORCH_AS_BUILT),
+        (
+            lambda home: {"url": "https://somewhere.org/t.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
+            f"run `{INSTALL} git+https://somewhere.org/t.git`",
+        ),
+        (lambda home: None, TORCH_AS_BUILT),
+        (lambda home: "no json", TORCH_AS_BUILT),
+        (lambda home: "[]", TORCH_AS_BUILT),
+    ],
+    ids=["folder", "a folder that is gone", "archive", "wheel", "git", "index", "no json", "list"],
+)
+def test_what_mends_another_torch_can_be_run(origin, command, tmp_path):
+    """There is no trainopt in any index: it is built from where it came from, or torch is put back."""
+    home = tmp_path / "home"
+    (home / "my sources").mkdir(parents=True)
+    for file in ("my sources/setup.py", "a.tar.gz", "a.whl"):
+        (home / file).touch()
+    installed(tmp_path / "site", origin(home))
+    line = last_line(python_in(tmp_path / "site", "-c", "import trainopt").stderr)
+    assert line.startswith("ImportError: trainopt was built for torch 2.5.1+cu118")
+    assert command.replace("{home}", str(home)) in line and " trainopt`" not in line
 
 
 def test_a_later_patch_release_of_torch_is_accepted():

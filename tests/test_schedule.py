@@ -131,6 +131,70 @@ def test_without_a_saved_schedule_the_step_can_be_given(make):
     assert run(second, schedule_of(second, completed=5), STEPS - 5) == straight[5:]
 
 
+COUNTING = ("trainopt.AdamW", "AdamW", "AdamW fused", "RMSprop", "Adagrad", "NAdam")
+
+
+def heard_of(act):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        act()
+    return [str(each.message) for each in heard if "Schedule:" in str(each.message)]
+
+
+@pytest.mark.parametrize("name", COUNTING)
+@pytest.mark.parametrize("order", ["optimizer first", "schedule first"])
+def test_restored_without_its_own_state_it_says_so_once(name, order):
+    first = two_groups(OPTIMIZERS[name])
+    run(first, schedule_of(first), 5)
+
+    def resume(**more):
+        second = two_groups(OPTIMIZERS[name])
+        if order == "optimizer first":
+            second.load_state_dict(first.state_dict())
+        schedule = schedule_of(second, **more)
+        if order == "schedule first":
+            second.load_state_dict(first.state_dict())
+        run(second, schedule, 3)
+
+    (text,) = heard_of(resume)
+    assert "has made 6 steps and this schedule has counted 1" in text and "completed=5" in text
+    assert not heard_of(lambda: resume(completed=5)) and not heard_of(lambda: resume(completed=0))
+
+
+@each_optimizer
+def test_what_is_not_behind_says_nothing(make):
+    def straight(**more):
+        optimizer = two_groups(make)
+        run(optimizer, schedule_of(optimizer, **more), 4)
+        return optimizer
+
+    def restored(order):
+        saved, second = straight(), two_groups(make)
+        schedule = schedule_of(second)
+        for part in order:
+            if part == "optimizer":
+                second.load_state_dict(saved.state_dict())
+            else:
+                schedule.load_state_dict({"last_epoch": 4, "bases": {"lr": [0.1, 0.01], "weight_decay": [0.2, 0.0]}})
+        run(second, schedule, 2)
+
+    def constant_only():
+        second = two_groups(make)
+        second.load_state_dict(straight().state_dict())
+        run(second, Schedule(second, override={"lr": 0.5}), 2)
+
+    def once_an_epoch():
+        optimizer = two_groups(make)
+        schedule = schedule_of(optimizer)
+        for _ in range(5):
+            optimizer.step()
+        schedule.step()
+
+    assert not heard_of(straight) and not heard_of(constant_only) and not heard_of(once_an_epoch)
+    for order in (("optimizer", "schedule"), ("schedule", "optimizer")):
+        assert not heard_of(lambda order=order: restored(order))
+
+
 def test_the_state_is_plain_numbers():
     schedule = schedule_of(two_groups(torch.optim.SGD, momentum=torch.tensor(0.5)))
     state = schedule.state_dict()
@@ -424,6 +488,8 @@ def test_a_group_added_later_is_scheduled_from_its_own_base(make):
     straight = run(optimizer, schedule, 5)
     [param] = parameters(1)
     optimizer.add_param_group({"params": [param], "lr": 3.0, "weight_decay": 0.5})
+    if isinstance(optimizer, torch.optim.Adagrad) and param not in optimizer.state:
+        pytest.skip(f"torch {torch.__version__}'s Adagrad makes no states for a group that is added")
     straight += run(optimizer, schedule, STEPS - 5)
     for k in range(5, STEPS):
         assert straight[k][2] == (3.0 * CURVE(k), 0.5 * linear(10)(k))
@@ -562,6 +628,82 @@ def test_a_factor_that_is_not_finite_is_refused():
     schedule = Schedule(optimizer, lr=lambda step: float("nan") if step else 1.0)
     optimizer.step()
     with pytest.raises(ValueError, match="factor of lr after 1 steps is nan"):
+        schedule.step()
+
+
+BETAS = {
+    "beta2 of 1": ({"beta2": lambda k: 1 + k / 999}, ["beta2", "1.0"]),
+    "beta1 above 1": ({"beta1": lambda k: 1 + k}, ["beta1", "1.8"]),
+    "momentum is beta1": ({"momentum": lambda k: 1 + k}, ["momentum", "1.8"]),
+    "below 0": ({"beta1": lambda k: 1 - 2 * k}, ["beta1", "-0.9"]),
+    "a negative rate": ({"lr": lambda k: 1 - 2 * k}, ["lr", "-0.1"]),
+    "a negative decay": ({"weight_decay": lambda k: 1 - 2 * k}, ["weight_decay", "-0.5"]),
+}
+
+
+@pytest.mark.parametrize("factors, words", BETAS.values(), ids=BETAS)
+@pytest.mark.parametrize("make", [trainopt.AdamW, torch.optim.AdamW], ids=["ours", "torch's"])
+@pytest.mark.parametrize("tensors", [False, True])
+def test_a_value_that_the_option_cannot_have_is_refused(factors, words, make, tensors):
+    betas = (0.9, 0.999)
+    if tensors and make is trainopt.AdamW:
+        betas = tuple(torch.tensor(beta, dtype=torch.float64) for beta in betas)
+    optimizer = make(parameters(), lr=0.1, betas=betas, weight_decay=0.5)
+    schedule = Schedule(optimizer, eps=constant(), **factors)
+    before = copy.deepcopy({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+    optimizer.step()
+    with pytest.raises(ValueError, match="after 1 steps would be") as refusal:
+        schedule.step()
+    assert all(word in str(refusal.value) for word in words), refusal.value
+    assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == before
+    assert schedule.last_epoch == 0
+
+    fresh = make(parameters(), lr=0.1, betas=betas, weight_decay=0.5)
+    groups = [dict(group) for group in fresh.param_groups]
+    with pytest.raises(ValueError, match="after 1 steps would be"):
+        Schedule(fresh, completed=1, **factors)
+    assert fresh.param_groups == groups and "_schedule_watch" not in fresh.__dict__
+    with pytest.raises(ValueError, match="after 1 steps would be"):
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": 1})
+    assert schedule.last_epoch == 0
+
+
+def test_a_beta_that_its_tensor_would_round_to_1_is_refused():
+    optimizer = trainopt.Adam(parameters(), betas=(torch.tensor(0.9), torch.tensor(0.5)))
+    with pytest.raises(ValueError, match="beta2"):
+        Schedule(optimizer, beta2=constant(2 * (1 - 1e-9)))
+    Schedule(trainopt.Adam(parameters(), betas=(0.9, 0.5)), beta2=constant(2 * (1 - 1e-9)))
+
+
+def test_sgds_momentum_may_be_1():
+    optimizer = trainopt.SGD(parameters(), momentum=0.5)
+    Schedule(optimizer, momentum=constant(2.0))
+    assert optimizer.param_groups[0]["momentum"] == 1.0
+
+
+def test_an_option_of_ours_that_no_group_has_yet():
+    optimizer = trainopt.AdamW(parameters())
+    assert "noise" not in optimizer.param_groups[0]
+    schedule = Schedule(optimizer, noise=linear(10), override={"noise": 0.5})
+    for k in range(3):
+        assert optimizer.param_groups[0]["noise"] == 0.5 * linear(10)(k)
+        optimizer.step()
+        schedule.step()
+    optimizer.load_state_dict(trainopt.AdamW(parameters()).state_dict())
+    assert optimizer.param_groups[0]["noise"] == 0.5 * linear(10)(3)
+
+
+@pytest.mark.parametrize("make", [trainopt.AdamW, torch.optim.AdamW], ids=["ours", "torch's"])
+def test_a_groups_lr_scale_is_applied_as_timms_schedulers_do(make):
+    first, second = parameters()
+    optimizer = make([{"params": [first], "lr_scale": 0.5}, {"params": [second]}], lr=0.1)
+    schedule = Schedule(optimizer, lr=linear(10), weight_decay=linear(10))
+    for k in range(3):
+        assert options_of(optimizer, "lr", "weight_decay") == [
+            (0.1 * linear(10)(k) * 0.5, 0.01 * linear(10)(k)),
+            (0.1 * linear(10)(k), 0.01 * linear(10)(k)),
+        ]
+        optimizer.step()
         schedule.step()
 
 

@@ -306,7 +306,9 @@ def test_a_step_may_be_any_whole_number():
         (lambda: warmup(9, start=2), "warmup: start", "2"),
         (lambda: cosine_restarts(0), "cosine_restarts: period", "0"),
         (lambda: cosine_restarts(9, 0), "cosine_restarts: mult", "0"),
-        (lambda: cosine_restarts(9, 1.5), "cosine_restarts: mult", "1.5"),
+        (lambda: cosine_restarts(9, -1.5), "cosine_restarts: mult", "-1.5"),
+        (lambda: cosine_restarts(9, "2"), "cosine_restarts: mult", "'2'"),
+        (lambda: cosine_restarts(9, 0.5), "cosine_restarts: mult", "0.5"),
         (lambda: cosine_restarts(9, floor=2), "cosine_restarts: floor", "2"),
         (lambda: cosine_restarts(9, cycles=0), "cosine_restarts: cycles", "0"),
         (lambda: constant(-1), "constant: factor", "-1"),
@@ -342,3 +344,30 @@ def test_what_makes_no_sense_is_refused_by_name_and_value(make, name, value):
 def test_only_a_curve_follows_a_curve():
     with pytest.raises(TypeError, match=r"then: 0\.1"):
         warmup(10).then(0.1)
+
+
+@pytest.mark.parametrize("period, mult", [(10, 1.5), (7, 1.1), (3, 2.5), (5, 1.0), (4, 2.0)])
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+def test_restarts_with_a_fractional_mult(period, mult, floor):
+    """timm's closed form (CosineLRScheduler with cycle_mul): cycles may end between two steps."""
+    curve = cosine_restarts(period, mult, floor=floor)
+    for t in range(300):
+        if mult == 1:
+            cycle, length, into = t // period, period, t % period
+        else:
+            cycle = math.floor(math.log(1 - t / period * (1 - mult), mult) + 1e-12)
+            length = mult**cycle * period
+            into = t - (1 - mult**cycle) / (1 - mult) * period
+        assert curve(t) == pytest.approx(floor + (1 - floor) * (1 + math.cos(math.pi * into / length)) / 2, abs=1e-9)
+
+
+def test_restarts_with_a_whole_mult_are_the_same_as_floats():
+    assert [cosine_restarts(3, 2.0)(t) for t in range(200)] == [cosine_restarts(3, 2)(t) for t in range(200)]
+
+
+def test_fractional_restarts_end_at_the_step_after_their_last_cycle():
+    curve = cosine_restarts(3, 1.5, floor=0.1, cycles=2)  # 3 and 4.5 steps
+    assert curve.ends(0) == 8 and curve(7) > 0.1 and curve(8) == pytest.approx(0.1)
+    assert curve.then(constant(0.5))(8) == 0.5 and curve.then(constant(0.5))(7) == curve(7)
+    shorter = cosine_restarts(8, 0.5, cycles=3)  # 8, 4 and 2 steps
+    assert shorter.ends(0) == 14 and shorter(8) == 1 == shorter(12) and shorter(13) == pytest.approx(0.5)

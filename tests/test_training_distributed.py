@@ -8,11 +8,13 @@ import pytest
 import torch
 from test_training_loop import Recorder
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from training_runs import Stopping
 
 import trainopt
 from trainopt.training import fit
+from trainopt.training.distributed import Processes, whole
 
 SAMPLES, TAIL = 29, 5  # the last batch of an epoch has one sample: too few for two
 
@@ -31,8 +33,31 @@ def network():
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
 
 
+class Scaled(nn.Module):
+    """A loss with a parameter and a buffer; it says itself what it counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, output, target):
+        if self.training:
+            self.calls += 1
+        keep = target != -100
+        losses = nn.functional.cross_entropy(output * self.scale, target, reduction="none")
+        return losses.sum(), keep.sum()
+
+
+#: Runs that the person has given a loss with parameters, or a model in a wrapper.
+OWNED = ("owned loss", "own wrapper", "sharded", "sharded bad batch")
+SEVERAL = {"epochs": 2, "batch_size": 4, "accumulation": 3, "clip": 0.5, "average": 0.9}
 CASES = {
-    "tensors": {"epochs": 2, "batch_size": 4, "accumulation": 3, "clip": 0.5, "average": 0.9},
+    "owned loss": SEVERAL,
+    "own wrapper": SEVERAL,
+    "sharded": {**SEVERAL, "early_stopping": 100},
+    "sharded bad batch": {"epochs": 1, "batch_size": 4, "shuffle": False},
+    "tensors": SEVERAL,
     "loader": {"epochs": 2, "accumulation": 2},
     "workers": {"epochs": 1},
     "bad batch": {"epochs": 1, "batch_size": 4, "shuffle": False},
@@ -42,16 +67,23 @@ CASES = {
 def train(case, directory, **choices):
     """One case, in each process; returns the model and what was said."""
     torch.set_num_threads(1)
-    model = network()
-    optimizer = trainopt.AdamW(model.parameters(), lr=0.02)
+    model, loss = network(), Scaled() if case in OWNED else nn.CrossEntropyLoss()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and case in OWNED[1:]:
+        Processes.join(torch.device("cpu"))
+        if "sharded" in case:
+            for layer in (model[0], model[2], model):
+                fully_shard(layer)
+        else:
+            model = nn.parallel.DistributedDataParallel(model)
+    optimizer = trainopt.AdamW([*model.parameters(), *loss.parameters()], lr=0.02)
     inputs, target = data()
-    if case == "bad batch":
+    if "bad batch" in case:
         inputs[5] = float("nan")
     source = (inputs, target)
     if case in ("loader", "workers"):
         workers = 2 if case == "workers" else 0
         source = DataLoader(TensorDataset(inputs, target), batch_size=4, shuffle=True, num_workers=workers)
-    recorder, loss = Recorder(), nn.CrossEntropyLoss()
+    recorder = Recorder()
     metrics = {"accuracy": lambda output, target: (output.argmax(1) == target).double().mean()}
     choices = {
         "seed": 3,
@@ -68,24 +100,29 @@ def train(case, directory, **choices):
         optimizer,
         validation=data(),
         metrics=metrics,
-        count=lambda target: int((target != -100).sum()),
+        count=None if case in OWNED else lambda target: int((target != -100).sum()),
         schedule=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95),
         report=recorder,
         **choices,
     )
-    return model, recorder, result
+    return model, loss, recorder, result
 
 
 def main(case, folder):
     """What each process of torchrun runs."""
     rank = os.environ["RANK"]
-    model, recorder, result = train(case, os.path.join(folder, "run"))
+    model, loss, recorder, result = train(case, os.path.join(folder, "run"))
     shown = [(event.step, event.loss) for event in recorder.named("Progress") + recorder.named("Validated")]
     texts = [event.text for event in recorder.named("Message")]
     accuracy = [event.metrics["accuracy"] for event in recorder.named("Validated")]
-    found = {"model": dict(model.state_dict()), "shown": shown, "texts": texts, "accuracy": accuracy}
-    found.update(step=result.step, reason=result.reason)
+    weights = {name.removeprefix("module."): whole(value) for name, value in model.state_dict().items()}
+    found = {"model": weights, "owned": dict(loss.state_dict()), "average": result.average}
+    found.update(shown=shown, texts=texts, accuracy=accuracy, step=result.step, reason=result.reason)
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    if "sharded" in case:
+        # torch's FSDP2 over gloo leaves a thread that now and then, one process in fifty, aborts at exit.
+        torch.distributed.barrier()
+        os._exit(0)
 
 
 def torchrun(case, folder, processes=2):
@@ -99,14 +136,22 @@ def torchrun(case, folder, processes=2):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
+def assert_close(found, expected):
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_the_weights_of_one(case, tmp_path):
-    model, recorder, result = train(case, tmp_path / "alone")
+    model, loss, recorder, result = train(case, tmp_path / "alone")
     first, second = torchrun(case, tmp_path)
     assert first["step"] == second["step"] == result.step > 0
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(first["model"][name], tensor, rtol=1e-11, atol=1e-13)
-        assert torch.equal(first["model"][name], second["model"][name])
+    assert_close(first["model"], model.state_dict())
+    assert_close(first["owned"], loss.state_dict())
+    assert_close(first["average"] or {}, result.average or {})
+    assert all(torch.equal(tensor, second["model"][name]) for name, tensor in first["model"].items())
+    assert all(torch.equal(first["owned"][name], second["owned"][name]) for name, _ in loss.named_parameters())
     shown = [(event.step, event.loss) for event in recorder.named("Progress") + recorder.named("Validated")]
     assert [step for step, _ in first["shown"]] == [step for step, _ in shown]
     assert [loss for _, loss in first["shown"]] == pytest.approx([loss for _, loss in shown], rel=1e-10)
@@ -115,23 +160,31 @@ def test_two_processes_give_the_weights_of_one(case, tmp_path):
     assert second["shown"] == [] and second["texts"] == []  # the first alone speaks
     files = [sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) for run in ("alone", "run")]
     assert files[0] == files[1]
-    if case == "bad batch":
+    if "bad batch" in case:
         assert result.step == 5
         (text,) = first["texts"]
-        assert "the batch's inputs" in text and "in process 1" in text
+        where = "the gradient of parameter" if "sharded" in case else "the batch's inputs"
+        assert where in text and ("in process 1" in text or "sharded" in case)
 
 
-def test_a_run_of_two_processes_goes_on_in_one_and_back(tmp_path):
-    """The position in the data is that of all processes together."""
-    straight, _, _ = train("tensors", tmp_path / "straight", epochs=2)
-    train("tensors", tmp_path / "run", epochs=1)
-    first, _ = torchrun("tensors", tmp_path)
-    for name, tensor in straight.state_dict().items():
-        torch.testing.assert_close(first["model"][name], tensor, rtol=1e-11, atol=1e-13)
+@pytest.mark.parametrize("case", ["tensors", "owned loss", "sharded"])
+def test_a_run_of_one_process_goes_on_in_two_and_back(case, tmp_path):
+    """The position in the data is that of all processes together, and the file is the same for sharded models."""
+    straight, loss, _, _ = train(case, tmp_path / "straight", epochs=3)
+    train(case, tmp_path / "run", epochs=1)
+    first, second = torchrun(case, tmp_path)
+    assert first["step"] == second["step"] == 6
+    saved = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
+    for name, tensor in saved.items():
+        assert type(tensor) is torch.Tensor and tensor.shape == first["model"][name].shape
+    again, other, _, result = train(case, tmp_path / "run", epochs=3)
+    assert result.step == 9
+    assert_close(again.state_dict(), straight.state_dict())
+    assert_close(other.state_dict(), loss.state_dict())
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_update(tmp_path):
-    straight, _, _ = train("tensors", tmp_path / "straight")
+    straight, _, _, _ = train("tensors", tmp_path / "straight")
     first, second = torchrun("stopped", tmp_path)
     assert first["reason"] == second["reason"] == "SIGTERM" and first["step"] == second["step"] < 6
     assert "start the same run again" in first["texts"][-1]

@@ -35,13 +35,32 @@ def network():
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
 
 
-class Stopping:
+class Tempered(nn.Module):
+    """A loss that learns, keeps count, and draws: all of it must come back with the run."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_temperature = nn.Parameter(torch.zeros(3))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, output, target):
+        loss = nn.functional.cross_entropy(self.dropout(output) * self.log_temperature.exp(), target)
+        if self.training:
+            self.mean.lerp_(loss.detach(), 0.1)
+            self.calls += 1
+        return loss + 0.01 * self.mean
+
+
+class Stopping(nn.Module):
     """A loss that sends this process a signal at its n-th call."""
 
     def __init__(self, loss, call, number=signal.SIGTERM):
+        super().__init__()
         self.loss, self.call, self.number, self.calls = loss, call, number, 0
 
-    def __call__(self, output, target):
+    def forward(self, output, target):
         if torch.is_grad_enabled():
             self.calls += 1
             if self.calls == self.call:
@@ -49,16 +68,15 @@ class Stopping:
         return self.loss(output, target)
 
 
-def train(directory, result=None, stop_at=None, seed=0, workers=0, **choices):
+def train(directory, result=None, stop_at=None, seed=0, workers=0, number=signal.SIGTERM, **choices):
     """The run of the resume tests, to its end or to the signal; writes the final state to `result` if it ends."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
-    model = network()
-    optimizer = trainopt.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    model, loss = network(), Tempered()
+    optimizer = trainopt.AdamW([*model.parameters(), *loss.parameters()], lr=0.01, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=10_000)
-    loss = nn.CrossEntropyLoss()
     choices = {
         "epochs": 3,
         "accumulation": 3,
@@ -71,7 +89,7 @@ def train(directory, result=None, stop_at=None, seed=0, workers=0, **choices):
     outcome = fit(
         model,
         DataLoader(Augmented(), batch_size=8, shuffle=True, num_workers=workers),
-        Stopping(loss, stop_at) if stop_at else loss,
+        Stopping(loss, stop_at or -1, number),
         optimizer,
         schedule=schedule,
         validation=(Augmented(seed=1).inputs, Augmented(seed=1).targets.clamp(min=0)),
@@ -83,9 +101,11 @@ def train(directory, result=None, stop_at=None, seed=0, workers=0, **choices):
     if result is not None and outcome.reason == "finished":
         final = {
             "model": dict(model.state_dict()),
+            "criterion": dict(loss.state_dict()),
             "optimizer": optimizer.state_dict()["state"],
             "lr": schedule.get_last_lr(),
             "average": outcome.average,
+            "criterion average": outcome.criterion_average,
             "random": [torch.get_rng_state(), torch.tensor(random.random()), torch.tensor(np.random.rand())],
             "loss": outcome.loss,
             "best": outcome.best,

@@ -15,6 +15,7 @@ __all__ = [
     "KLDivLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
+    "LinearCrossEntropyOptions",
     "MSELoss",
     "Schedule",
     "SmoothL1Loss",
@@ -24,7 +25,10 @@ __all__ = [
     "functional",
     "fuse",
     "get_total_norm",
+    "nonfinite_report",
     "param_groups",
+    "patch",
+    "patched",
     "schedules",
 ]
 
@@ -39,10 +43,13 @@ try:
         KLDivLoss,
         L1Loss,
         LinearCrossEntropyLoss,
+        LinearCrossEntropyOptions,
         MSELoss,
         SmoothL1Loss,
     )
-    from trainopt.optim import SGD, Adam, AdamW, Schedule, explain, fuse, param_groups
+    from trainopt.optim import SGD, Adam, AdamW, Schedule, fuse, nonfinite_report, param_groups
+    from trainopt.patching import patch, patched
+    from trainopt.paths import explain
 except ImportError:
     # Python imports this package before it runs `python -m trainopt` or `trainopt`, which report this very error.
     if not (sys.argv[:1] == ["-m"] and "trainopt" in sys.orig_argv) and Path(sys.argv[0]).stem != "trainopt":

@@ -3,6 +3,10 @@
 Where torch reads each gradient and then multiplies each, these read all in one call, and multiply only if the norm is
 over the limit. Sums are in float64, in an order that does not depend on the number of threads. On CUDA the norm and
 the factor stay on the device, and nothing waits for it.
+
+The norm of float16 and bfloat16 gradients is returned in float32. Torch documents no dtype, and returns the gradients'
+own: there float16 gradients whose norm is above 65,504 have the norm infinity, and are set to 0, and a bfloat16 norm in
+a log moves in steps of 1/256 of itself.
 """
 
 import math
@@ -13,8 +17,10 @@ import torch
 from torch import Tensor
 
 from trainopt._extension import _C
+from trainopt.originals import clip as torchs
 
 _ORDERS = (1.0, 2.0, math.inf)  # any other goes through torch
+_SHORT = (torch.float16, torch.bfloat16)
 
 
 def _norm(tensors: list[Tensor], order: float, of_gradients: bool) -> tuple[float | Tensor, Tensor] | None:
@@ -27,7 +33,21 @@ def _norm(tensors: list[Tensor], order: float, of_gradients: bool) -> tuple[floa
 def _check_finite(total: Tensor, order: float) -> None:
     """Torch's own error for a norm that is infinite or NaN."""
     if not math.isfinite(total.item()):
-        torch.nn.utils.get_total_norm([total], order, error_if_nonfinite=True)
+        torchs._get_total_norm([total], order, error_if_nonfinite=True)
+
+
+@torch.no_grad()
+def _norm_by_torch(
+    tensors: list[Tensor], order: float, error_if_nonfinite: bool = False, foreach: bool | None = None
+) -> Tensor:
+    """Torch's norm of the tensors' norms, those of 16-bit tensors in float32."""
+    norms = [
+        torch.linalg.vector_norm(t, order, dtype=torch.float32)
+        if t.dtype in _SHORT and t.layout == torch.strided
+        else t
+        for t in tensors
+    ]
+    return torchs._get_total_norm(norms, order, error_if_nonfinite, foreach)
 
 
 def get_total_norm(
@@ -46,14 +66,15 @@ def get_total_norm(
         foreach: for tensors that torch takes care of: sparse ones, those of several devices, subclasses.
 
     Returns:
-        A 0-dimensional tensor of the tensors' dtype (if they differ, of the dtype that torch promotes them to) on their
-        device, rounded once from float64; 0 in the default dtype if there are no tensors.
+        A 0-dimensional tensor on the tensors' device, rounded once from float64 to their dtype (if they differ, to the
+        one that torch promotes them to), but to float32 for float16 and bfloat16; 0 in the default dtype if there are
+        no tensors.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     order = float(norm_type)
     found = _norm(tensors, order, of_gradients=False)
     if found is None:
-        return torch.nn.utils.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+        return _norm_by_torch(tensors, order, error_if_nonfinite, foreach)
     _, total = found
     if error_if_nonfinite:
         _check_finite(total, order)
@@ -83,8 +104,9 @@ def clip_grad_norm_(
         foreach: for gradients that torch takes care of: sparse ones, those of several devices, subclasses.
 
     Returns:
-        The norm before clipping: a 0-dimensional tensor of the gradients' dtype (if they differ, of the dtype that
-        torch promotes them to) on their device; 0 in the default dtype if there are no gradients.
+        The norm before clipping: a 0-dimensional tensor on the gradients' device, of their dtype (if they differ, of
+        the one that torch promotes them to), but float32 for float16 and bfloat16; 0 in the default dtype if there are
+        no gradients. Where it is beyond its dtype it is infinity; the gradients are scaled by what it is in float64.
     """
     if isinstance(parameters, Tensor):
         given = [parameters]
@@ -92,15 +114,20 @@ def clip_grad_norm_(
         given = list(parameters)
         if not given and isinstance(parameters, GeneratorType):
             # Torch warns of an empty generator, which is nearly always one that has been used up.
-            return torch.nn.utils.clip_grad_norm_((p for p in given), max_norm, norm_type, error_if_nonfinite, foreach)
+            return torchs.clip_grad_norm_((p for p in given), max_norm, norm_type, error_if_nonfinite, foreach)
     order = float(norm_type)
     found = _norm(given, order, of_gradients=True)
     if found is None:
-        return torch.nn.utils.clip_grad_norm_(given, max_norm, norm_type, error_if_nonfinite, foreach)
+        gradients = [p.grad for p in given if p.grad is not None]
+        if not any(g.dtype in _SHORT for g in gradients):
+            return torchs.clip_grad_norm_(given, max_norm, norm_type, error_if_nonfinite, foreach)
+        total = _norm_by_torch(gradients, order, error_if_nonfinite, foreach)
+        torchs._clip_grads_with_norm_(given, float(max_norm), total, foreach)
+        return total
     norm, total = found
     if error_if_nonfinite:
         _check_finite(total, order)
     if not _C.clip_gradients(given, float(max_norm), norm):
         # Gradients that share memory are scaled one after the other: torch's foreach kernels on CUDA race for it.
-        torch.nn.utils.clip_grads_with_norm_(given, max_norm, total, foreach=False)
+        torchs._clip_grads_with_norm_(given, max_norm, total, foreach=False)
     return total

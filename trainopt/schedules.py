@@ -271,19 +271,22 @@ class cosine_restarts(Curve):
 
     Args:
         period: length of the first cycle in steps, at least 1.
-        mult: a whole number of at least 1 (default 1).
+        mult: a number greater than 0 (default 1). One that is not whole makes cycles that end between two steps, and
+            one below 1 shorter and shorter ones, so that `cycles` must say when to stop.
         floor: the factor that each cycle falls to, from 0 to 1 (default 0).
         cycles: how many there are, at least 1; None (default) for no end.
     """
 
     period: int
-    mult: int = 1
+    mult: float = 1
     floor: float = 0.0
     cycles: int | None = None
 
     def __post_init__(self) -> None:
         whole(self, "period", self.period, low=1)
-        whole(self, "mult", self.mult, low=1)
+        number(self, "mult", self.mult, above=0)
+        if self.mult < 1 and self.cycles is None:
+            raise ValueError(f"cosine_restarts: mult={self.mult!r} is less than 1, so cycles must be given")
         number(self, "floor", self.floor, to=1)
         if self.cycles is not None:
             whole(self, "cycles", self.cycles, low=1)
@@ -292,7 +295,8 @@ class cosine_restarts(Curve):
         end = self.ends(start)
         if end is not None and step >= end:
             return self.floor
-        elapsed, period = step - start, self.period
+        elapsed: float = step - start
+        period: float = self.period
         if self.mult == 1:
             elapsed %= period
         while elapsed >= period:
@@ -303,7 +307,7 @@ class cosine_restarts(Curve):
     def ends(self, start: int) -> int | None:
         if self.cycles is None:
             return None
-        return start + self.period * sum(self.mult**cycle for cycle in range(self.cycles))
+        return start + math.ceil(self.period * sum(self.mult**cycle for cycle in range(self.cycles)))
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,51 @@ constexpr int64_t kNormChunk = 16384;
 // At least one, so that every tensor has a sum.
 TRAINOPT_FUNCTION int64_t norm_chunks(int64_t numel) { return numel == 0 ? 1 : (numel - 1) / kNormChunk + 1; }
 
+// Float64 gradients of 1e200 or 1e-200 have squares that a double cannot hold. So a sum of squares that is too large or
+// too small is kept as minus its root: the sign tells the two apart. Sums of float32 and smaller types are never so.
+TRAINOPT_FUNCTION bool holds_squares(double sum) { return 0x1p-900 < sum && sum < 0x1p1000; }
+
+// What elements are multiplied by before they are squared, where the sum of their plain squares is not held.
+TRAINOPT_FUNCTION double square_scale(double plain_sum) { return plain_sum < 1 ? 0x1p600 : 0x1p-600; }
+
+// How the squares of elements that were multiplied by `scale` are kept.
+TRAINOPT_FUNCTION double keep_scaled_squares(double sum, double scale) {
+  const double norm = __builtin_sqrt(sum) / scale;
+  return norm == 0 ? 0 : -norm;
+}
+
+TRAINOPT_FUNCTION double add_squares(double a, double b) {
+  const double sum = (a < 0 ? a * a : a) + (b < 0 ? b * b : b);
+  if (holds_squares(sum) || (a == 0 && b == 0)) return sum;
+  const double scale = square_scale(sum);
+  const double x = (a < 0 ? -a : __builtin_sqrt(a)) * scale, y = (b < 0 ? -b : __builtin_sqrt(b)) * scale;
+  return keep_scaled_squares(x * x + y * y, scale);
+}
+
 TRAINOPT_FUNCTION double combine(Norm norm, double a, double b) {
   if (norm == Norm::kLargest) return b > a || b != b ? b : a;
-  return a + b;
+  return norm == Norm::kSquares ? add_squares(a, b) : a + b;
 }
 
 // The norm from the sum of all chunks.
-TRAINOPT_FUNCTION double root(Norm norm, double sum) { return norm == Norm::kSquares ? __builtin_sqrt(sum) : sum; }
+TRAINOPT_FUNCTION double root(Norm norm, double sum) {
+  if (norm != Norm::kSquares) return sum;
+  return sum < 0 ? -sum : __builtin_sqrt(sum);
+}
 
 // What gradients of norm `total` are multiplied by, so that their norm is at most `max_norm`: as torch's
-// clip_grad_norm_ has it, 1e-6 included. NaN stays NaN.
-TRAINOPT_FUNCTION double clip_coefficient(double total, double max_norm) {
-  const double wanted = max_norm / (total + 1e-6);
-  return wanted > 1 ? 1 : wanted;
+// clip_grad_norm_ has it, min(1, max_norm / (total + 1e-6)). NaN stays NaN. A coefficient below 2^-100, which would
+// lose digits in float32, is the product of two factors, one after the other.
+struct ClipFactors {
+  double first, second;
+
+  TRAINOPT_INLINE bool change_nothing() const { return first == 1 && second == 1; }
+};
+TRAINOPT_FUNCTION ClipFactors clip_factors(double total, double max_norm) {
+  constexpr double kSmall = 0x1p-100;
+  const double coefficient = max_norm / (total + 1e-6);
+  if (-kSmall < coefficient && coefficient < kSmall) return {kSmall, max_norm / ((total + 1e-6) * kSmall)};
+  return {1, coefficient > 1 ? 1 : coefficient};
 }
 
 }  // namespace trainopt

@@ -34,6 +34,18 @@ TRAINOPT_FUNCTION RandomWords philox(uint64_t seed, uint32_t c0, uint32_t c1, ui
   return {{c0, c1, c2, c3}};
 }
 
+// What the random numbers of a step are keyed by.
+struct RandomKey {
+  uint64_t seed;
+  uint32_t step;
+};
+
+// `count` is the number of the step, a whole one. Its bits beyond 32 go into the seed: no step has another's numbers.
+TRAINOPT_FUNCTION RandomKey random_key(uint64_t seed, double count) {
+  const uint64_t whole = count >= 0 && count < 9007199254740992.0 ? static_cast<uint64_t>(count) : 0;
+  return {seed + (whole >> 32) * 0x9E3779B97F4A7C15u, static_cast<uint32_t>(whole)};
+}
+
 // The four random words of elements 4*quad ... 4*quad+3 of a tensor at a step.
 TRAINOPT_FUNCTION RandomWords random_words(uint64_t seed, uint32_t step, uint32_t tensor, RandomStream stream,
                                            uint64_t quad) {

@@ -55,7 +55,11 @@ template <class S>
 class ColumnGroup {
  public:
   ColumnGroup(const CrossEntropyTask& task, const Columns& logits, const Columns& probabilities, int count)
-      : task_(task), logits_(logits, count), probabilities_(probabilities, count), width_(padded(count)) {}
+      : task_(task),
+        cap_(softcap_in<S>(task.softcap)),
+        logits_(logits, count),
+        probabilities_(probabilities, count),
+        width_(padded(count)) {}
 
   // Calls use(c, x, mass) for each class; `mass` is null without one beside the spike.
   template <class Use>
@@ -64,9 +68,9 @@ class ColumnGroup {
   }
   const S* logits(int64_t c) {
     const S* x = logits_.load(c);
-    if (task_.softcap == 0) return x;
+    if (cap_ == 0) return x;
     for (int i = 0; i < width_; i += Vec<S>::kSize)
-      store(capped_ + i, SoftmaxCrossEntropy::capped(load(x + i), Vec<S>(static_cast<S>(task_.softcap))));
+      store(capped_ + i, SoftmaxCrossEntropy::capped(load(x + i), Vec<S>(cap_)));
     return capped_;
   }
   const S* masses(int64_t c) {
@@ -83,6 +87,7 @@ class ColumnGroup {
 
  private:
   const CrossEntropyTask& task_;
+  const S cap_;
   ColumnTiles<S> logits_, probabilities_;
   const int width_;
   S capped_[kBlock], masses_[kBlock];
@@ -138,10 +143,11 @@ void columns_forward(const CrossEntropyTask& task, const Columns& logits, const 
   });
   for (int i = 0; i < count; ++i) {
     const int64_t row = first_row + i;
-    const double peak = static_cast<double>(largest[i]), above = __builtin_log(exponentials.total[i]);
-    task.lse[row] = peak + above;
-    double loss = mass.total[i] * above - products.total[i];
-    if (task.labels != nullptr) loss += spike_of(task, row) * (peak - static_cast<double>(label_logit[i]) + above);
+    const double peak = static_cast<double>(largest[i]), log_sum = __builtin_log(exponentials.total[i]);
+    task.lse.peak[row] = peak;
+    task.lse.log_sum[row] = log_sum;
+    double loss = mass.total[i] * log_sum - products.total[i];
+    if (task.labels != nullptr) loss += spike_of(task, row) * ((peak - static_cast<double>(label_logit[i])) + log_sum);
     task.loss[row] = is_ignored(task, row) ? 0 : loss;
   }
 }
@@ -153,7 +159,7 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
   const int width = padded(count);
   ColumnGroup<S> group(task, logits, probabilities, count);
   ColumnTiles<S> gradients(gradient, count);
-  S high[kBlock] = {}, low[kBlock] = {}, upstream[kBlock] = {}, share[kBlock] = {}, spike[kBlock] = {};
+  S peak[kBlock] = {}, log_sums[kBlock] = {}, upstream[kBlock] = {}, share[kBlock] = {}, spike[kBlock] = {};
   ColumnSums<S> mass;
   if (has_mass(task))
     for (int64_t c = 0; c < task.classes; ++c) {
@@ -163,27 +169,28 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
     }
   for (int i = 0; i < count; ++i) {
     const int64_t row = first_row + i;
-    const double lse = task.lse[row], scale = task.scale[row];
+    const double log_sum = task.lse.log_sum[row], scale = task.scale[row];
     const double at_label = spike_of(task, row);
-    high[i] = static_cast<S>(lse);
-    low[i] = static_cast<S>(lse - static_cast<double>(high[i]));
+    peak[i] = static_cast<S>(task.lse.peak[row]);
+    log_sums[i] = static_cast<S>(log_sum);
     upstream[i] = static_cast<S>(scale);
     spike[i] = static_cast<S>(scale * at_label);
-    share[i] = static_cast<S>(scale * (mass.total[i] + at_label) + task.lse_scale[row]);
+    share[i] = static_cast<S>((scale * (mass.total[i] + at_label) + task.lse_scale[row]) *
+                              SoftmaxCrossEntropy::rounding_of<S>(log_sum));
   }
-  const Vec<S> cap(static_cast<S>(task.softcap));
+  const S cap = softcap_in<S>(task.softcap);
   group.for_each_class([&](int64_t c, const S* x, const S* m) {
     S at_label[kBlock];
     if (task.labels != nullptr)
       for (int i = 0; i < width; ++i) {
-        const S slope = task.softcap == 0 ? S(1) : SoftmaxCrossEntropy::cap_slope(x[i], static_cast<S>(task.softcap));
+        const S slope = cap == 0 ? S(1) : SoftmaxCrossEntropy::cap_slope(x[i], cap);
         at_label[i] = i < count && task.labels[first_row + i] == c ? spike[i] * slope : S(0);
       }
     S* out = gradients.start_writing(c);
     for (int i = 0; i < width; i += kSize) {
       const Vec<S> tile = load(x + i), masses = m == nullptr ? Vec<S>(S(0)) : load(m + i) * load(upstream + i);
-      Vec<S> slope = SoftmaxCrossEntropy::slope(tile, load(high + i), load(low + i), load(share + i), masses);
-      if (task.softcap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(tile, cap);
+      Vec<S> slope = SoftmaxCrossEntropy::slope(tile, load(peak + i), load(log_sums + i), load(share + i), masses);
+      if (cap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(tile, Vec<S>(cap));
       if (task.labels != nullptr) slope = slope - load(at_label + i);
       store(out + i, slope);
     }

@@ -31,19 +31,19 @@ TRAINOPT_FUNCTION double spike_of(const CrossEntropyTask& task, int64_t row) {
 template <class S>
 class CrossEntropyRows {
  public:
-  explicit CrossEntropyRows(const CrossEntropyTask& task) : task_(task), spread_(spread_of(task)) {}
+  explicit CrossEntropyRows(const CrossEntropyTask& task)
+      : task_(task), cap_(softcap_in<S>(task.softcap)), spread_(spread_of(task)) {}
 
   // Up to kRowTile logits, capped, and `padding` up to a whole number of lanes.
   const S* logits(int64_t row, int64_t at, int count, S padding) {
     S* tile = load_row_tile(task_.logits, row, at, count, logits_buffer_);
     const int end = padded(count);
-    if (end == count && task_.softcap == 0) return tile;
+    if (end == count && cap_ == 0) return tile;
     if (tile != logits_buffer_) __builtin_memcpy(logits_buffer_, tile, count * sizeof(S));
     pad_logits(count, padding);
-    if (task_.softcap == 0) return logits_buffer_;
+    if (cap_ == 0) return logits_buffer_;
     for (int i = 0; i < end; i += Vec<S>::kSize)
-      store(logits_buffer_ + i,
-            SoftmaxCrossEntropy::capped(load(logits_buffer_ + i), Vec<S>(static_cast<S>(task_.softcap))));
+      store(logits_buffer_ + i, SoftmaxCrossEntropy::capped(load(logits_buffer_ + i), Vec<S>(cap_)));
     pad_logits(count, padding);
     return logits_buffer_;
   }
@@ -56,7 +56,7 @@ class CrossEntropyRows {
   double logit(int64_t row, int64_t at) {
     S one;
     const S x = *load_row_tile(task_.logits, row, at, 1, &one);
-    return task_.softcap == 0 ? x : SoftmaxCrossEntropy::capped(x, static_cast<S>(task_.softcap));
+    return cap_ == 0 ? x : SoftmaxCrossEntropy::capped(x, cap_);
   }
 
   // The masses of a tile beside the spike, and zeros.
@@ -97,6 +97,7 @@ class CrossEntropyRows {
 
  private:
   const CrossEntropyTask& task_;
+  const S cap_;
   const double spread_;
   S logits_buffer_[kRowTile], mass_buffer_[kRowTile];
 };
@@ -160,14 +161,15 @@ void wide_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_
       if (count != padded(count)) rows.pad_logits(count, S(0));
       sums.add_masses(x, rows.masses(row, at, count), padded(count));
     });
-    const double lse = static_cast<double>(sums.largest) + __builtin_log(sums.exponentials.total());
-    task.lse[row] = lse;
+    const double peak = static_cast<double>(sums.largest), log_sum = __builtin_log(sums.exponentials.total());
+    task.lse.peak[row] = peak;
+    task.lse.log_sum[row] = log_sum;
     if (is_ignored(task, row)) {
       task.loss[row] = 0;
       continue;
     }
-    double loss = has_mass(task) ? sums.mass * (lse - sums.shift) - sums.mass_times_logit : 0;
-    if (task.labels != nullptr) loss += spike_of(task, row) * (lse - rows.logit(row, task.labels[row]));
+    double loss = has_mass(task) ? sums.mass * log_sum - sums.mass_times_logit : 0;
+    if (task.labels != nullptr) loss += spike_of(task, row) * ((peak - rows.logit(row, task.labels[row])) + log_sum);
     task.loss[row] = loss;
   }
 }
@@ -186,13 +188,15 @@ void wide_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last
   S buffer[kRowTile];
   const TensorView gradient{task.gradient.data, nullptr, task.gradient.dtype};
   const int64_t source_size = size_of(task.logits.dtype), target_size = size_of(gradient.dtype);
-  const Vec<S> cap(static_cast<S>(task.softcap));
+  const S cap = softcap_in<S>(task.softcap);
   for (int64_t row = first_row; row < last_row; ++row) {
     const bool ignored = is_ignored(task, row);
-    const double upstream = task.scale[row], lse = task.lse[row];
+    const double upstream = task.scale[row], log_sum = task.lse.log_sum[row];
     const double spike = upstream * spike_of(task, row);
-    const Vec<S> high(static_cast<S>(lse)), low(static_cast<S>(lse - static_cast<double>(static_cast<S>(lse))));
-    const Vec<S> share(ignored ? S(0) : static_cast<S>(upstream * rows.total_mass(row) + task.lse_scale[row]));
+    const Vec<S> peak(static_cast<S>(task.lse.peak[row])), log_sums(static_cast<S>(log_sum));
+    const Vec<S> share(ignored ? S(0)
+                               : static_cast<S>((upstream * rows.total_mass(row) + task.lse_scale[row]) *
+                                                SoftmaxCrossEntropy::rounding_of<S>(log_sum)));
     const Vec<S> mass_scale(static_cast<S>(upstream));
     rows.for_each_tile([&](int64_t at, int count) {
       const int64_t place = row * task.gradient.stride + at;
@@ -206,15 +210,14 @@ void wide_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last
         const bool has_label = task.labels != nullptr && task.labels[row] >= at && task.labels[row] < at + count;
         const int label = has_label ? static_cast<int>(task.labels[row] - at) : 0;
         S label_slope = S(1);
-        if (has_label && task.softcap != 0)
-          label_slope = SoftmaxCrossEntropy::cap_slope(x[label], static_cast<S>(task.softcap));
+        if (has_label && cap != 0) label_slope = SoftmaxCrossEntropy::cap_slope(x[label], cap);
         const char* source = static_cast<const char*>(task.logits.data) + (row * task.logits.stride + at) * source_size;
         const char* target = static_cast<const char*>(gradient.data) + place * target_size;
         for (int i = 0; i < padded(count); i += kSize) {
           const Vec<S> tile = load(x + i);
           const Vec<S> masses = mass == nullptr ? Vec<S>(S(0)) : load(mass + i) * mass_scale;
-          Vec<S> slope = SoftmaxCrossEntropy::slope(tile, high, low, share, masses);
-          if (task.softcap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(tile, cap);
+          Vec<S> slope = SoftmaxCrossEntropy::slope(tile, peak, log_sums, share, masses);
+          if (cap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(tile, Vec<S>(cap));
           store(out + i, slope);
           ask_ahead(source + i * source_size, target + i * target_size);
         }

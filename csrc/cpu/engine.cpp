@@ -1,5 +1,6 @@
 #include "cpu/engine.h"
 
+#include <atomic>
 #include <cstring>
 
 #include "cpu/kernel_table.h"
@@ -26,6 +27,7 @@ constexpr Rule describe(int index) {
           sizeof(R::kStates) / sizeof(R::kStates[0]),
           R::kCountsSteps,
           R::states_needed,
+          R::takes,
           R::decay,
           [](const double* options, const Moment& now, bool wide, Scalars* out) {
             wide ? prepare_as<double, R>(options, now, out->rule) : prepare_as<float, R>(options, now, out->rule);
@@ -72,8 +74,10 @@ void prefetch_start(const Task& task) {
     if (state.data != nullptr) ask(state.data);
 }
 
-Variant variant_in_use = best_variant();
-const KernelTable* table_in_use = &table_of(variant_in_use);
+// Chosen in one thread while others may step.
+std::atomic<Variant> variant_in_use = best_variant();
+
+const KernelTable& table_in_use() { return table_of(current_variant()); }
 
 }  // namespace
 
@@ -86,7 +90,7 @@ const Rule* find_rule(const char* name) {
 const Rule* rule_at(int index) { return index < kRules ? &kRuleList[index] : nullptr; }
 
 void run_blocks(const Run& run, int64_t first, int64_t last) {
-  const Kernel kernel = table_in_use->rule[run.rule->index][run.wide];
+  const Kernel kernel = table_in_use().rule[run.rule->index][run.wide];
   // The task that block `first` belongs to: the last one that starts at or before it.
   size_t low = 0, high = run.count;
   while (high - low > 1) {
@@ -103,15 +107,15 @@ void run_blocks(const Run& run, int64_t first, int64_t last) {
 }
 
 void gaussian(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor) {
-  table_in_use->gaussian(out, begin, count, seed, step, tensor);
+  table_in_use().gaussian(out, begin, count, seed, step, tensor);
 }
 
 double norm_of_chunk(Norm norm, const TensorView& view, int64_t begin, int64_t end) {
-  return table_in_use->norm_of_chunk(norm, view, begin, end);
+  return table_in_use().norm_of_chunk(norm, view, begin, end);
 }
 
-void scale(const TensorView& view, int64_t begin, int64_t end, double factor) {
-  table_in_use->scale(view, begin, end, factor);
+void scale(const TensorView& view, int64_t begin, int64_t end, const ClipFactors& factors) {
+  table_in_use().scale(view, begin, end, factors);
 }
 
 const char* name_of(Variant variant) {
@@ -132,11 +136,8 @@ bool supported(Variant variant) {
 #endif
 }
 
-Variant current_variant() { return variant_in_use; }
+Variant current_variant() { return variant_in_use.load(std::memory_order_relaxed); }
 
-void set_variant(Variant variant) {
-  variant_in_use = variant;
-  table_in_use = &table_of(variant);
-}
+void set_variant(Variant variant) { variant_in_use.store(variant, std::memory_order_relaxed); }
 
 }  // namespace trainopt::cpu

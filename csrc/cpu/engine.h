@@ -34,6 +34,7 @@ struct Rule {
   int state_count;
   bool counts_steps;
   int (*states_needed)(const double* options);
+  bool (*takes)(const double* options);
   Decay (*decay)(const double* options);
   void (*prepare)(const double* options, const Moment&, bool wide, Scalars*);
   int index;  // in the kernel tables

@@ -12,15 +12,17 @@
 namespace trainopt::cpu {
 namespace {
 
-// Elements of one quad in a tile, first all words, then all values: two loops that become vector code.
-void gaussian_tile(float* out, int64_t begin, uint64_t seed, uint32_t step, uint32_t tensor) {
-  constexpr int kQuads = kBlock / 4;
+// Elements of one quad in a tile, first all words, then all values: two loops that become vector code. `begin` is a
+// multiple of 4.
+constexpr int kQuads = kBlock / 4;
+TRAINOPT_FUNCTION void gaussian_quads(float* out, int64_t begin, int quads, uint64_t seed, uint32_t step,
+                                      uint32_t tensor) {
   uint32_t words[4][kQuads];
-  for (int q = 0; q < kQuads; ++q) {
+  for (int q = 0; q < quads; ++q) {
     const RandomWords r = random_words(seed, step, tensor, RandomStream::kNoise, static_cast<uint64_t>(begin / 4 + q));
     for (int w = 0; w < 4; ++w) words[w][q] = r.word[w];
   }
-  for (int q = 0; q < kQuads; ++q) {
+  for (int q = 0; q < quads; ++q) {
     const GaussianPair one = gaussian_pair(words[0][q], words[1][q]);
     const GaussianPair two = gaussian_pair(words[2][q], words[3][q]);
     out[4 * q] = one.first;
@@ -30,12 +32,34 @@ void gaussian_tile(float* out, int64_t begin, uint64_t seed, uint32_t step, uint
   }
 }
 
+void gaussian_tile(float* out, int64_t begin, uint64_t seed, uint32_t step, uint32_t tensor) {
+  gaussian_quads(out, begin, kQuads, seed, step, tensor);
+}
+
 void gaussian_range(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor) {
   float tile[kBlock];
   for (int64_t i = begin, end = begin + count; i < end;) {
-    const int64_t first = i / kBlock * kBlock;
-    gaussian_tile(tile, first, seed, step, tensor);
+    const int64_t first = i / 4 * 4, quads = (end - first + 3) / 4;
+    gaussian_quads(tile, first, static_cast<int>(quads < kQuads ? quads : kQuads), seed, step, tensor);
     for (; i < end && i < first + kBlock; ++i) *out++ = tile[i - first];
+  }
+}
+
+// The noise of a shard's elements is that of their places in the whole: run by run of its innermost dimension.
+void gaussian_shard(float* out, const ShardLayout& shard, int64_t begin, int count, uint64_t seed, uint32_t step,
+                    uint32_t tensor) {
+  const Layout& layout = shard.layout;
+  for (int done = 0; done < count;) {
+    int64_t place = shard.offset, rest = begin + done, run = count - done;
+    for (int d = layout.ndim; d-- > 0; rest /= layout.sizes[d]) {
+      const int64_t index = rest % layout.sizes[d];
+      place += index * layout.strides[d];
+      if (d < layout.ndim - 1) continue;
+      const int64_t left = layout.strides[d] == 1 ? layout.sizes[d] - index : 1;
+      if (left < run) run = left;
+    }
+    gaussian_range(out + done, place, run, seed, step, tensor);
+    done += static_cast<int>(run);
   }
 }
 
@@ -129,7 +153,11 @@ TRAINOPT_FUNCTION void run_buffered(const Task& task, const Stages<S>& stages,
         load_tile(task.param, at, count, buffer[0]), load_tile(task.gradient, at, count, buffer[1]), {}, nullptr};
     for (int s = 0; s < kPresent; ++s) tile.state[s] = load_tile(task.state[s], at, count, buffer[3 + s]);
     if (stages.noisy) {
-      gaussian_tile(gaussians, at, stages.seed, stages.step, task.tensor);
+      if (task.shard == nullptr) {
+        gaussian_tile(gaussians, at, stages.seed, stages.step, task.tensor);
+      } else {
+        gaussian_shard(gaussians, *task.shard, at, count, stages.seed, stages.step, task.tensor);
+      }
       for (int i = 0; i < kBlock; ++i) buffer[2][i] = gaussians[i];
       tile.noise = buffer[2];
     }

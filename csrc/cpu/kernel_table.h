@@ -15,7 +15,7 @@ struct KernelTable {
   Kernel rule[kRules][2];  // [..][0] float arithmetic, [..][1] double
   void (*gaussian)(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor);
   double (*norm_of_chunk)(Norm, const TensorView&, int64_t begin, int64_t end);
-  void (*scale)(const TensorView&, int64_t begin, int64_t end, double factor);
+  void (*scale)(const TensorView&, int64_t begin, int64_t end, const ClipFactors&);
 };
 
 extern const KernelTable kBaselineKernels;

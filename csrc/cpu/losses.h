@@ -30,8 +30,8 @@ struct CrossEntropyTask : CrossEntropyBatch {  // with labels that are classes, 
   const double* weight;                        // of each class; or absent
   double total_weight;                         // of all classes
 
-  double* lse;   // for each row: written by forward, read by backward
-  double* loss;  // forward: the loss of each row, without z-loss
+  LogSumExp lse;  // for each row: written by forward, read by backward
+  double* loss;   // forward: the loss of each row, without z-loss
 
   Rows gradient;            // backward; may be the logits themselves
   const double* scale;      // the upstream gradient of each row's loss

@@ -11,7 +11,7 @@ namespace trainopt::cpu {
 // The sum of elements [begin, end) for a norm; begin is a multiple of kNormChunk. The same bits for every SIMD variant.
 double norm_of_chunk(Norm, const TensorView&, int64_t begin, int64_t end);
 
-// Multiplies elements [begin, end) by `factor`, rounded to the arithmetic's type; begin is a multiple of kNormChunk.
-void scale(const TensorView&, int64_t begin, int64_t end, double factor);
+// Multiplies elements [begin, end) by the factors, rounded to the arithmetic's type; begin is a multiple of kNormChunk.
+void scale(const TensorView&, int64_t begin, int64_t end, const ClipFactors&);
 
 }  // namespace trainopt::cpu

@@ -56,6 +56,12 @@ struct Sums<0> {
   TRAINOPT_INLINE void store_to(double*) const {}
 };
 
+TRAINOPT_FUNCTION double sum_of_lanes(double (&lanes)[kLanes]) {
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] + lanes[i + width];
+  return lanes[0];
+}
+
 template <Norm kNorm, class S>
 double sum_of_chunk(const TensorView& view, int64_t begin, int64_t end) {
   S buffer[kBlock], padded[kLanes];
@@ -71,9 +77,7 @@ double sum_of_chunk(const TensorView& view, int64_t begin, int64_t end) {
   }
   double lanes[kLanes];
   sums.store_to(lanes);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = combine(kNorm, lanes[i], lanes[i + width]);
-  return lanes[0];
+  return sum_of_lanes(lanes);
 }
 
 // Without the sign, the bits of numbers are in the order of their sizes, infinity above the rest and NaN above
@@ -98,36 +102,49 @@ double largest_of_chunk(const TensorView& view, int64_t begin, int64_t end) {
   return result;
 }
 
+// For float64, whose squares a double may not hold.
+double squares_of_chunk(const TensorView& view, int64_t begin, int64_t end) {
+  const double plain = sum_of_chunk<Norm::kSquares, double>(view, begin, end);
+  if (holds_squares(plain)) return plain;
+  if (plain == 0 && largest_of_chunk<double, int64_t>(view, begin, end) == 0) return 0;  // quick: there may be many
+  const double scale = square_scale(plain);
+  double buffer[kBlock], lanes[kLanes] = {};
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
+    const double* tile = load_tile(view, at, count, buffer);
+    for (int i = 0; i < count; ++i) lanes[i % kLanes] += (tile[i] * scale) * (tile[i] * scale);
+  }
+  return keep_scaled_squares(sum_of_lanes(lanes), scale);
+}
+
 double norm_of_chunk_kernel(Norm norm, const TensorView& view, int64_t begin, int64_t end) {
   const bool wide = view.dtype == DType::kFloat64;
   double (*of_chunk)(const TensorView&, int64_t, int64_t) = nullptr;
   switch (norm) {
     case Norm::kSizes: of_chunk = wide ? sum_of_chunk<Norm::kSizes, double> : sum_of_chunk<Norm::kSizes, float>; break;
-    case Norm::kSquares:
-      of_chunk = wide ? sum_of_chunk<Norm::kSquares, double> : sum_of_chunk<Norm::kSquares, float>;
-      break;
+    case Norm::kSquares: of_chunk = wide ? squares_of_chunk : sum_of_chunk<Norm::kSquares, float>; break;
     case Norm::kLargest: of_chunk = wide ? largest_of_chunk<double, int64_t> : largest_of_chunk<float, int32_t>; break;
   }
   return of_chunk(view, begin, end);
 }
 
 template <class S>
-void scale_as(const TensorView& view, int64_t begin, int64_t end, S factor) {
+void scale_as(const TensorView& view, int64_t begin, int64_t end, const ClipFactors& factors) {
   constexpr int kSize = Vec<S>::kSize;
+  const S first = static_cast<S>(factors.first), second = static_cast<S>(factors.second);
   S buffer[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
     S* tile = load_tile(view, at, count, buffer);
     int i = 0;
-    for (; i + kSize <= count; i += kSize) store(tile + i, load(tile + i) * Vec<S>(factor));
-    for (; i < count; ++i) tile[i] = tile[i] * factor;
+    for (; i + kSize <= count; i += kSize) store(tile + i, load(tile + i) * Vec<S>(first) * Vec<S>(second));
+    for (; i < count; ++i) tile[i] = tile[i] * first * second;
     store_tile(view, at, count, tile);
   }
 }
 
-void scale_kernel(const TensorView& view, int64_t begin, int64_t end, double factor) {
-  if (view.dtype == DType::kFloat64) return scale_as<double>(view, begin, end, factor);
-  scale_as<float>(view, begin, end, static_cast<float>(factor));
+void scale_kernel(const TensorView& view, int64_t begin, int64_t end, const ClipFactors& factors) {
+  (view.dtype == DType::kFloat64 ? scale_as<double> : scale_as<float>)(view, begin, end, factors);
 }
 
 }  // namespace

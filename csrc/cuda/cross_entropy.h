@@ -29,7 +29,7 @@ struct CrossEntropyTask : CrossEntropyBatch {
   bool wide;           // float64 arithmetic
   const void* weight;  // of each class, in the type of the arithmetic; or absent
   double z_loss;
-  double* lse;  // for each row: written by forward, read by backward
+  LogSumExp lse;  // for each row: written by forward, read by backward
 };
 
 // Totals ------------------------------------------------------------------------------------------------------------

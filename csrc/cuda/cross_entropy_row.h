@@ -96,7 +96,7 @@ struct Constants {
   double exact_spread;
 
   explicit Constants(const CrossEntropyBatch& batch)
-      : cap(static_cast<S>(batch.softcap)),
+      : cap(softcap_in<S>(batch.softcap)),
         spread(static_cast<S>(spread_of(batch))),
         keep(static_cast<S>(1 - batch.smoothing)),
         has_mass(trainopt::has_mass(batch)),
@@ -232,28 +232,27 @@ __device__ __forceinline__ void finish_row(const ForwardWork& work, const Consta
                                            const RowSums<S, A>& sums, LossSums& all) {
   const CrossEntropyTask& task = work.task;
   const double peak = static_cast<double>(sums.largest);
-  const double above = static_cast<double>(logarithm(static_cast<S>(sums.exponentials)));
-  const double lse = peak + above;
-  task.lse[row] = lse;
+  const double log_sum = static_cast<double>(logarithm(static_cast<S>(sums.exponentials)));
+  task.lse.peak[row] = peak;
+  task.lse.log_sum[row] = log_sum;
   const Label label = label_of(task, row);
   double loss = 0, z = 0;
   if (!label.ignored) {
     if (constants.has_mass)
-      loss = static_cast<double>(sums.mass) * (lse - static_cast<double>(sums.shift)) -
-             static_cast<double>(sums.mass_times_logit);
+      loss = static_cast<double>(sums.mass) * log_sum - static_cast<double>(sums.mass_times_logit);
     double weight = 1;
     if (label.index >= 0) {
       weight = static_cast<double>(weight_of<S>(task, label.index));
       const double logit =
           static_cast<double>(load_logit(task, constants, start_of(task, task.logits, row), label.index));
-      loss += (1 - task.smoothing) * weight * ((peak - logit) + above);
+      loss += (1 - task.smoothing) * weight * ((peak - logit) + log_sum);
     }
     if (label.bad) {
       loss = __builtin_nan("");
       const int64_t place = work.first_row + row;
       all.bad = place < all.bad ? place : all.bad;
     }
-    z = task.z_loss * lse * lse;
+    z = task.z_loss * (peak + log_sum) * (peak + log_sum);
     all.denominator += weight;
     all.rows += 1;
   }
@@ -289,7 +288,7 @@ __device__ __forceinline__ void write_partial(const ForwardWork& work, LossSums 
 // What the gradient of a row's logits is made of.
 template <class S>
 struct RowSlopes {
-  S high, low;        // lse, in two parts
+  S peak, log_sum;    // lse
   S upstream, share;  // of the masses, and of the probabilities
   S spike;
   int64_t label;  // -1: none
@@ -302,18 +301,19 @@ struct RowSlopes {
     const Label found = label_of(task, row);
     const double above =
         work.upstream == nullptr ? 1 : load_one<double>(work.upstream, work.upstream_dtype, row * work.upstream_stride);
-    const double scale = above * totals.loss_factor, lse = task.lse[row];
+    const double scale = above * totals.loss_factor, exact_log_sum = task.lse.log_sum[row];
     double at_label = 0, all = mass;
     if (task.labels != nullptr) {
       if (found.index >= 0) at_label = (1 - task.smoothing) * static_cast<double>(weight_of<S>(task, found.index));
       all = at_label + (constants.has_mass ? constants.exact_spread * totals.weight : 0);
     }
-    const double of_lse = task.z_loss == 0 ? 0 : 2 * task.z_loss * lse * (above * totals.z_factor);
-    high = static_cast<S>(lse);
-    low = static_cast<S>(lse - static_cast<double>(high));
+    const double of_lse = task.z_loss == 0 ? 0 : 2 * task.z_loss * task.lse.of(row) * (above * totals.z_factor);
+    peak = static_cast<S>(task.lse.peak[row]);
+    log_sum = static_cast<S>(exact_log_sum);
     upstream = static_cast<S>(scale);
     spike = static_cast<S>(scale * at_label);
-    share = found.bad ? static_cast<S>(__builtin_nan("")) : static_cast<S>(scale * all + of_lse);
+    share = found.bad ? static_cast<S>(__builtin_nan(""))
+                      : static_cast<S>((scale * all + of_lse) * SoftmaxCrossEntropy::rounding_of<S>(exact_log_sum));
     label = found.index;
     ignored = found.ignored;
   }
@@ -329,7 +329,7 @@ struct RowSlopes {
 #pragma unroll
       for (int k = 0; k < Item::kCount; ++k) {
         const S taken = constants.has_mass ? mass[k] * upstream : S(0);
-        S slope = SoftmaxCrossEntropy::slope(x[k], high, low, share, taken);
+        S slope = SoftmaxCrossEntropy::slope(x[k], peak, log_sum, share, taken);
         if (k == label_place) slope = slope - spike;
         if (constants.cap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(x[k], constants.cap);
         x[k] = slope;

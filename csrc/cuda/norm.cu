@@ -67,7 +67,13 @@ __device__ __forceinline__ double sum_item(Norm norm, const float (&value)[kItem
   return combine_item(norm, wide);
 }
 __device__ __forceinline__ double sum_item(Norm norm, const double (&value)[kItem]) {
-  return combine_item(norm, value);
+  const double plain = combine_item(norm, value);
+  if (norm != Norm::kSquares || holds_squares(plain)) return plain;
+  const double scale = square_scale(plain);
+  double scaled[kItem];
+#pragma unroll
+  for (int i = 0; i < kItem; ++i) scaled[i] = value[i] * scale;
+  return keep_scaled_squares(combine_item(norm, scaled), scale);
 }
 
 struct Chunk {
@@ -104,7 +110,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < kItem; ++k)
         if (i + k < chunk.end) value[k] = load_one<S>(row.data, row.dtype, place_of<kStrided>(row, i + k));
     }
-    sum = combine(norm, sum, sum_item(norm, value));
+    const double of_item = sum_item(norm, value);
+    sum = sizeof(S) == sizeof(float) && norm != Norm::kLargest ? sum + of_item : combine(norm, sum, of_item);
   }
   TRAINOPT_SHARED(double, of_warp, kWarps);
   sum = combine_block<kWarps>(sum, of_warp, [norm](double a, double b) { return combine(norm, a, b); });
@@ -143,9 +150,9 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
 // One block scales one chunk.
 template <class S, bool kStrided>
 __global__ void __launch_bounds__(kThreads) clip_kernel(const TableOf<ClipHeader, kStrided> __grid_constant__ table) {
-  const double coefficient = clip_coefficient(*table.header.total, table.header.max_norm);
-  if (coefficient == 1) return;
-  const S factor = static_cast<S>(coefficient);
+  const ClipFactors factors = clip_factors(*table.header.total, table.header.max_norm);
+  if (factors.change_nothing()) return;
+  const S first = static_cast<S>(factors.first), second = static_cast<S>(factors.second);
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const RowOf<kStrided>& row = table.rows[index];
   const Chunk chunk = chunk_of(row, table.first_chunk[index], static_cast<int32_t>(blockIdx.x));
@@ -156,13 +163,13 @@ __global__ void __launch_bounds__(kThreads) clip_kernel(const TableOf<ClipHeader
       S value[kItem];
       widen_words(fetch(row.data, row.dtype, i, S()), row.dtype, value);
 #pragma unroll
-      for (int k = 0; k < kItem; ++k) value[k] = value[k] * factor;
+      for (int k = 0; k < kItem; ++k) value[k] = value[k] * first * second;
       store_item(row.data, row.dtype, i, value);
     }
   }
   for (int64_t i = rest + threadIdx.x; i < chunk.end; i += kThreads) {
     const int64_t place = place_of<kStrided>(row, i);
-    store_one(row.data, row.dtype, place, load_one<S>(row.data, row.dtype, place) * factor);
+    store_one(row.data, row.dtype, place, load_one<S>(row.data, row.dtype, place) * first * second);
   }
 }
 

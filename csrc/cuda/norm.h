@@ -31,8 +31,8 @@ struct NormWork {
 // One launch for each list that fits in a kernel's parameters, and one that combines.
 void norm(const NormWork&, Stream);
 
-// Multiplies all tensors by clip_coefficient(*total, max_norm), `total` on the device. Where that is 1, nothing is read
-// or written.
+// Multiplies all tensors by clip_factors(*total, max_norm), `total` on the device. Where they are 1, nothing is read or
+// written.
 void clip(const NormTensor* tensors, size_t count, const double* total, double max_norm, Stream);
 
 }  // namespace trainopt::cuda

@@ -134,9 +134,11 @@ __device__ __forceinline__ double add_over_block(double value) {
   return combine_block<kBlockThreads / 32>(value, of_warp, [](double a, double b) { return a + b; });
 }
 
+// What is no probability: 1 for the input, 2 for the target, 3 for both.
 template <class Loss, class S>
-__device__ __forceinline__ bool is_refused(S x) {
-  return std::is_same_v<Loss, BinaryCrossEntropy> && !(x >= S(0) && x <= S(1));
+__device__ __forceinline__ int refusal_of(S x, S t) {
+  if constexpr (!std::is_same_v<Loss, BinaryCrossEntropy>) return 0;
+  return (x >= S(0) && x <= S(1) ? 0 : 1) | (t >= S(0) && t <= S(1) ? 0 : 2);
 }
 
 // Whether eight elements are loaded at once or one by one, a thread sums the same ones in the same order.
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
   const int64_t end = end_of_run(pass);
   const S k = static_cast<S>(pass.parameter);
   double sum = 0;
-  bool refused = false;
+  int refused = 0;
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * pass.run + static_cast<int64_t>(threadIdx.x) * kItem; at < end;
        at += kThreads * kItem) {
     S item_sum = S(0);
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
       for (int i = 0; i < kItem; ++i) {
         value[i] = Loss::value(x[i], t[i], positive[i], k) * weight[i];
         item_sum += value[i];
-        refused = refused || is_refused<Loss>(x[i]);
+        refused |= refusal_of<Loss>(x[i], t[i]);
       }
       if (pass.value.data != nullptr) store_item(pass.value.data, pass.value.dtype, at, value);
     } else {
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
         const S x = load<S>(pass.input, pass.numel, i), t = load<S>(pass.target, pass.numel, i);
         const S value = Loss::value(x, t, load_factor<S>(pass.positive, pass.numel, i), k) *
                         load_factor<S>(pass.weight, pass.numel, i);
-        refused = refused || is_refused<Loss>(x);
+        refused |= refusal_of<Loss>(x, t);
         item_sum += value;
         if (pass.value.data != nullptr)
           store_one(pass.value.data, pass.value.dtype, place_of(pass.value, pass.numel, i), value);
@@ -178,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
     }
     sum += static_cast<double>(item_sum);
   }
-  if (refused && pass.bad_probability != nullptr) *pass.bad_probability = 1;
+  if (refused != 0 && pass.bad_probability != nullptr) *pass.bad_probability = refused;
   if (pass.result.data == nullptr) return;
   sum = add_over_block<kThreads>(sum);
   if (threadIdx.x != 0) return;

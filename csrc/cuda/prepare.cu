@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareT
       prepare_stages<S>(settings, now, Rule::decay(options), scale != nullptr ? static_cast<double>(*scale) : 1.0);
   const typename Rule::template Scalars<S> scalars = Rule::template prepare<S>(options, now);
   __builtin_memcpy(out.scalars.rule, &scalars, sizeof scalars);
-  out.step = static_cast<uint32_t>(step);
+  out.step = random_key(settings.seed, step).step;
 }
 
 template <class Rule, class S>

@@ -1,6 +1,7 @@
 """Decides whether the CUDA kernels are compiled, and with what, before anything is: for setup.py.
 
-Knows neither torch nor setuptools, and asks no GPU: what is built does not depend on the machine that builds it.
+Knows neither torch nor setuptools. What is built does not depend on the machine that builds it, but where
+TORCH_CUDA_ARCH_LIST=native asks for the GPUs at hand.
 
 Environment: TRAINOPT_CUDA (0: never; 1: or fail; unset: where there is all that it takes), CUDACXX (nvcc), CUDA_HOME or
 CUDA_PATH (where the toolkit is), TORCH_CUDA_ARCH_LIST (what the kernels are compiled for).
@@ -10,7 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,13 +86,20 @@ class Toolkit:
         return flags
 
 
-def choose(torch: str, cuda: str | None, packages: Path, environment: Mapping[str, str]) -> Toolkit | str:
+def choose(
+    torch: str,
+    cuda: str | None,
+    packages: Path,
+    environment: Mapping[str, str],
+    seen_by_torch: Callable[[], Iterable[str]] = tuple,
+) -> Toolkit | str:
     """The toolkit to compile the CUDA kernels with, or why they are not compiled.
 
     Args:
         torch: the installed torch's version.
         cuda: the CUDA that it was built with, as torch.version.cuda has it; None: without.
         packages: the site-packages that torch lies in.
+        seen_by_torch: the compute capabilities of the GPUs that torch finds, asked where nvidia-smi does not tell.
 
     Raises:
         Refused: TRAINOPT_CUDA is neither 0 nor 1, or is 1 and something is missing; nvcc's major version is not that
@@ -105,14 +113,16 @@ def choose(torch: str, cuda: str | None, packages: Path, environment: Mapping[st
     try:
         if cuda is None:
             raise Missing(f"torch {torch} has no CUDA")
-        return _toolkit(cuda, packages, environment)
+        return _toolkit(cuda, packages, environment, seen_by_torch)
     except Missing as missing:
         if asked == "1":
             raise Refused(f"TRAINOPT_CUDA=1 asks for CUDA kernels, and {missing}") from None
         return str(missing)
 
 
-def _toolkit(cuda: str, packages: Path, environment: Mapping[str, str]) -> Toolkit:
+def _toolkit(
+    cuda: str, packages: Path, environment: Mapping[str, str], seen_by_torch: Callable[[], Iterable[str]]
+) -> Toolkit:
     nvcc, release, build = find_nvcc(cuda, packages, environment)
     wanted = release_of(cuda)
     said = f"nvcc {dotted(release)} ({nvcc})"
@@ -123,7 +133,10 @@ def _toolkit(cuda: str, packages: Path, environment: Mapping[str, str]) -> Toolk
         )
     warning = f"{said} is not torch's CUDA {cuda}; the same major version will do" if release != wanted else ""
     known = run(nvcc, "--list-gpu-arch").split()
-    architectures = parse_architectures(environment.get("TORCH_CUDA_ARCH_LIST", ""), known, said)
+    wanted_architectures = environment.get("TORCH_CUDA_ARCH_LIST", "")
+    if wanted_architectures.strip() == "native":
+        wanted_architectures = " ".join(gpus_at_hand(environment) or seen_by_torch())
+    architectures = parse_architectures(wanted_architectures, known, said)
     return Toolkit(nvcc, release, build, find_headers(nvcc, packages, release[0]), architectures, warning)
 
 
@@ -216,10 +229,23 @@ def own_headers(nvcc: Path) -> Iterator[Path]:
 # Architectures --------------------------------------------------------------------------------------------------------
 
 
+def gpus_at_hand(environment: Mapping[str, str]) -> list[str]:
+    """The compute capabilities of this machine's GPUs, by nvidia-smi; none where that has no answer."""
+    path = shutil.which("nvidia-smi", path=environment.get("PATH"))
+    if path is None:
+        return []
+    try:
+        command = [path, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted(set(re.findall(r"^\d+\.\d$", said, re.MULTILINE)))
+
+
 def parse_architectures(text: str, known: Iterable[str], nvcc: str) -> tuple[str, ...]:
     """The architectures of a TORCH_CUDA_ARCH_LIST such as "8.0;9.0+PTX", "8.6 9.0a" or "Hopper", in ascending order.
 
-    Empty and "native" stand for the default list. That and the named ones are cut to what the compiler knows; the last
+    Empty stands for the default list. That and the named ones are cut to what the compiler knows; the last
     that is left has the PTX then.
 
     Args:
@@ -230,7 +256,7 @@ def parse_architectures(text: str, known: Iterable[str], nvcc: str) -> tuple[str
         Refused: an entry is no architecture, or the compiler does not know it.
     """
     numbers = sorted({int(digits) for name in known if (digits := name.removeprefix("compute_")).isdigit()})
-    if text.strip() in ("", "native"):
+    if not text.strip():
         text = DEFAULT_ARCHITECTURES
         chosen = _known_of(text.split(), numbers)
     else:

@@ -23,6 +23,7 @@ struct Row {
 template <int kRoles>
 struct StridedRow : Row<kRoles> {
   Layout layout[kRoles];  // of no dimensions: one run
+  ShardLayout shard;      // where the elements lie in the whole; of no dimensions: that they are
 };
 
 // What the host has prepared travels with the table, so many sets at most in one launch.
@@ -98,12 +99,12 @@ __device__ __forceinline__ void update_item(const Row& row, const Stages<S>& sta
 template <class Rule, int kPresent, class S, class Row, class Place>
 __device__ __forceinline__ void update_one(const Row& row, const Stages<S>& stages,
                                            const typename Rule::template Scalars<S>& scalars, uint32_t step, int64_t at,
-                                           Place place) {
+                                           int64_t in_whole, Place place) {
   S p = load_one<S>(row.data[0], row.dtype[0], place(0, at)), g = load_one<S>(row.data[1], row.dtype[1], place(1, at));
   S state[kStateCount<Rule>] = {};
 #pragma unroll
   for (int s = 0; s < kPresent; ++s) state[s] = load_one<S>(row.data[2 + s], row.dtype[2 + s], place(2 + s, at));
-  const S noise = stages.noisy ? static_cast<S>(gaussian_one(stages.seed, step, row.tensor, at)) : S(0);
+  const S noise = stages.noisy ? static_cast<S>(gaussian_one(stages.seed, step, row.tensor, in_whole)) : S(0);
   step_elements<Rule, false>(stages, scalars, p, g, state, noise);
   store_one(row.data[0], row.dtype[0], place(0, at), p);
   if (stages.write_gradient) store_one(row.data[1], row.dtype[1], place(1, at), g);
@@ -137,7 +138,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
     const auto place = [&](int role, int64_t i) {
       return row.layout[role].ndim == 0 ? i : offset_of(row.layout[role], i);
     };
-    for (at += threadIdx.x; at < end; at += kThreads) update_one<Rule, kPresent>(row, stages, scalars, step, at, place);
+    for (at += threadIdx.x; at < end; at += kThreads) {
+      const int64_t in_whole = row.shard.layout.ndim == 0 ? at : row.shard.offset + offset_of(row.shard.layout, at);
+      update_one<Rule, kPresent>(row, stages, scalars, step, at, in_whole, place);
+    }
   } else {
     if (row.vectorisable) {
       const int64_t whole = at + (end - at) / kItem * kItem;
@@ -146,7 +150,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
       at = whole;
     }
     const auto place = [](int, int64_t i) { return i; };
-    for (at += threadIdx.x; at < end; at += kThreads) update_one<Rule, kPresent>(row, stages, scalars, step, at, place);
+    for (at += threadIdx.x; at < end; at += kThreads)
+      update_one<Rule, kPresent>(row, stages, scalars, step, at, at, place);
   }
 }
 
@@ -157,6 +162,7 @@ const TensorView& role_of(const Task& task, int role) {
 }
 
 bool is_strided(const Task& task, int roles) {
+  if (task.shard != nullptr) return true;
   for (int r = 0; r < roles; ++r)
     if (role_of(task, r).layout != nullptr) return true;
   return false;
@@ -210,6 +216,7 @@ void update_those(const Update& work, Stream stream) {
       row.vectorisable = row.vectorisable && is_vectorisable(view);
       if constexpr (kStrided) row.layout[r] = view.layout != nullptr ? *view.layout : Layout{};
     }
+    if constexpr (kStrided) row.shard = task.shard != nullptr ? *task.shard : ShardLayout{};
   }
   filler.flush();
 }

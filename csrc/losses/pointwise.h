@@ -64,7 +64,7 @@ struct SmoothAbsoluteError : OfDifference<SmoothAbsoluteError> {
   template <class T>
   static TRAINOPT_INLINE T value(T x, T t, T, T k) {
     const T d = magnitude(x - t);
-    return select_less(d, k, T(0.5f) * d * d / k, d - T(0.5f) * k);
+    return select_less(d, k, T(0.5f) * d * (d / k), d - T(0.5f) * k);  // d * d may be no number where the loss is one
   }
   template <class T>
   static TRAINOPT_INLINE T slope(T x, T t, T, T k) {
@@ -88,8 +88,8 @@ struct Huber : OfDifference<Huber> {
   }
 };
 
-// x is a probability. The loss takes no logarithm below -100, and the slope's denominator is not below 1e-12, as in
-// torch.
+// x and t are probabilities; the loss is NaN where one of them is none. The loss takes no logarithm below -100, and the
+// slope's denominator is not below 1e-12, as in torch.
 struct BinaryCrossEntropy {
   static constexpr const char* kName = "binary_cross_entropy";
   template <class T>
@@ -98,8 +98,9 @@ struct BinaryCrossEntropy {
   }
   template <class T>
   static TRAINOPT_INLINE T value(T x, T t, T, T) {
-    const T low(-100.0f);
-    return (t - T(1.0f)) * at_least(log_one_minus(x), low) - t * at_least(logarithm(x), low);
+    const T low(-100.0f), none(__builtin_nanf(""));
+    const T loss = (t - T(1.0f)) * at_least(log_one_minus(x), low) - t * at_least(logarithm(x), low);
+    return select_less(t, T(0.0f), none, select_less(T(1.0f), t, none, loss));
   }
   template <class T>
   static TRAINOPT_INLINE T slope(T x, T t, T, T) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <deque>
 #include <utility>
@@ -10,6 +11,7 @@
 #include "cpu/engine.h"
 #include "python/cuda_batch.h"
 #include "python/group.h"
+#include "python/layout.h"
 #include "python/version.h"
 
 namespace trainopt::python {
@@ -19,12 +21,18 @@ enum class Path {
   kFused,
   kSubclass,
   kDifferentiable,
+  kOptions,
   kDevice,
   kDtype,
   kGradient,
   kStateForm,
+  kStateValue,
+  kPlacement,
+  kPending,  // none: there is no step of a sum that is still to be taken
   kMemory,
+  kInference,
   kMode,
+  kNoMemory,  // none: torch's kernels would end the process
 };
 const char* describe(Path);
 
@@ -32,13 +40,18 @@ using Indices = std::vector<int64_t>;
 
 constexpr int kMaxOperands = kMaxStates + 3;  // parameter, gradient, states, step count
 
-// The tensors of one parameter; null where there is none.
+// The tensors of one parameter; null where there is none. Those of a DTensor are its local tensors.
 struct Operands {
   const c10::TensorImpl* param = nullptr;
   const c10::TensorImpl* gradient = nullptr;
   const c10::TensorImpl* steps = nullptr;
-  const c10::TensorImpl* states[kMaxStates] = {};  // in the rule's order
-  bool states_are_tensors = true;                  // else there is a state that is none, or is a subclass of one
+  const c10::TensorImpl* states[kMaxStates] = {};      // in the rule's order
+  bool states_are_tensors = true;                      // else there is a state that is a subclass of one
+  bool states_are_known = true;                        // else there is a state that is something else
+  const Shard* shard = nullptr;                        // of a DTensor
+  bool lies_alike = true;                              // so do the gradient and the states
+  c10::SmallVector<const c10::TensorImpl*, 0> outers;  // the DTensors that are written to, the parameter first
+  const c10::TensorImpl* outer_gradient = nullptr;
 };
 
 // One parameter in a step.
@@ -66,19 +79,30 @@ class Batch {
   // order. `group` must live as long as the step.
   Path add(const Operands&, const GroupValues* group, uint32_t tensor, bool first, bool writes_gradient);
 
-  // Likewise for a parameter whose states are still to be made: only its own memory is noted.
+  // Likewise for a parameter whose states are still to be made: only its memory is noted.
   Path announce(const Operands&, const GroupValues&, uint32_t tensor, bool writes_gradient);
 
-  // To be called when all are added: the parameters that write memory which another one writes too.
+  // Notes memory that a parameter's step reads besides (of an option), or that torch's step of it reads and writes.
+  void note_read(const c10::TensorImpl*, uint32_t tensor);
+  void note_operands(const Operands&, uint32_t tensor, bool writes_gradient);
+
+  // To be called when all are noted: the parameters that write memory which another one, or they themselves, read or
+  // write as well. Their steps are torch's, one after the other.
   const Indices& sharing();
+
+  // Whether the steps of the parameters that were added last write nothing that this tensor reads.
+  bool is_clear(const c10::TensorImpl* gradient) const;
 
   // What would become of a parameter, with or without a gradient. For kFused, fills the task and the entry.
   Path look(const Operands&, const GroupValues&, bool writes_gradient, Task*, Entry*);
 
-  // The step. `prepare` reads the groups' values, `run` counts, tells autograd, and touches nothing but tensors.
-  // RuntimeError for a step that a CUDA graph could not repeat, where one is being captured.
+  // The step. `prepare` reads the groups' values. `count` moves version counters and step counts, and `update` changes
+  // the elements and touches nothing else, so that it may run without Python's interpreter if the tensors' memory is
+  // kept. `run` does both. RuntimeError for a step that a CUDA graph could not repeat, where one is being captured.
   void prepare(double gradient_scale, const DeviceScaling& scaling = {});
-  void run();
+  void run() { work(true, true); }
+  void count() { work(true, false); }
+  void update() { work(false, true); }
 
   // Whether the host need not know if the step is skipped.
   bool is_for_devices_alone() const { return cuda_entries_ == entries.size() && !cuda.counts_on_host(); }
@@ -99,6 +123,10 @@ class Batch {
     uint32_t tensor;
   };
 
+  struct Reading : Span {
+    bool alone;  // no other storage has this memory, unless it lies in memory that torch has not allocated
+  };
+
   // Neighbours of the same options at the same step, which share their scalars.
   struct Run {
     const GroupValues* group;
@@ -112,17 +140,30 @@ class Batch {
   std::vector<cpu::Scalars> scalars_;                                     // of the runs
   std::vector<std::pair<const GroupValues*, const GroupValues*>> alike_;  // different groups in one run
   std::deque<Layout> layouts_;
+  std::deque<ShardLayout> shard_layouts_;
+  std::vector<VersionCounter*> outer_written_;  // of DTensors
+
   std::vector<Span> written_;  // the memory of this step, over that of the last
   size_t spans_ = 0;           // how many are this step's
-  bool sharing_is_known_ = false;
+  bool owns_written_ = true;   // all of it is memory that torch has allocated for one storage
+  std::vector<Reading> read_;
+
+  bool sorted_is_current_ = false;
+  std::vector<Span> sorted_;           // what is written, by where it begins
+  std::vector<const char*> furthest_;  // the furthest end of each and all before it
+  Indices writers_;                    // parameters that write what another one writes
   Indices sharing_;
 
   size_t cuda_entries_ = 0;
   double gradient_scale_ = 1;  // with which `prepare` was called
   DeviceScaling scaling_;      // likewise
 
-  void note(const void* begin, const char* end, uint32_t tensor);
-  void find_sharing();
+  void note_span(const Span&);
+  void note_written(const c10::TensorImpl*, uint32_t tensor);
+  void sort_written();
+  template <class Use>
+  void for_each_written(const Span&, Use use) const;
+  void work(bool counts, bool updates);
   cpu::Scalars scalars_of(const Run& run, double gradient_scale) const;
 };
 

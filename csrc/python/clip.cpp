@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "cpu/norm.h"
@@ -101,6 +102,8 @@ pybind11::object wrap(const at::Tensor& tensor) {
 }  // namespace
 
 pybind11::object norm_of(const pybind11::list& tensors, double order, bool of_gradients) {
+  if (order != 1 && order != 2 && !(std::isinf(order) && order > 0))
+    throw pybind11::value_error("norm_of: the order must be 1, 2 or infinity, not " + std::to_string(order));
   const Norm norm = order == 1 ? Norm::kSizes : order == 2 ? Norm::kSquares : Norm::kLargest;
   TensorList list;
   if (!list.collect(tensors, of_gradients, false)) return pybind11::none();
@@ -110,15 +113,16 @@ pybind11::object norm_of(const pybind11::list& tensors, double order, bool of_gr
     return pybind11::make_tuple(wrap(found.exact), wrap(found.rounded));
   }
 #endif
+  // The tensors may be gone afterwards: while the interpreter is let go, only their memory is kept.
+  const at::ScalarType dtype = list.items.empty() ? c10::get_default_dtype_as_scalartype() : list.norm_dtype();
   const double exact = norm_on_cpu(norm, list);
-  const at::ScalarType dtype = list.items.empty() ? c10::get_default_dtype_as_scalartype() : list.common_dtype();
   return pybind11::make_tuple(exact, wrap(tensor_of(exact, dtype)));
 }
 
 bool clip_gradients(const pybind11::list& parameters, double max_norm, const pybind11::object& norm) {
   const bool is_tensor = THPVariable_Check(norm.ptr());
-  const double factor = is_tensor ? 0 : clip_coefficient(norm.cast<double>(), max_norm);
-  if (factor == 1) return true;
+  const ClipFactors factors = is_tensor ? ClipFactors{} : clip_factors(norm.cast<double>(), max_norm);
+  if (factors.change_nothing()) return true;
   TensorList list;
   if (!list.collect(parameters, true, true) || list.device().is_cpu() == is_tensor || list.share_memory()) return false;
 #if defined(TRAINOPT_WITH_CUDA)
@@ -132,7 +136,7 @@ bool clip_gradients(const pybind11::list& parameters, double max_norm, const pyb
 #endif
   bump_versions(list);
   Chunks(list).for_each(true, [&](const TensorList::Item& item, int64_t begin, int64_t end, int64_t) {
-    cpu::scale(item.view, begin, end, factor);
+    cpu::scale(item.view, begin, end, factors);
   });
   return true;
 }

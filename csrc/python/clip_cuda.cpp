@@ -28,7 +28,7 @@ CudaNorm norm_on_cuda(Norm norm, const TensorList& list) {
   int64_t chunks = 0;
   for (const cuda::NormTensor& tensor : tensors) chunks += norm_chunks(tensor.numel);
   const at::TensorOptions there = at::TensorOptions().device(list.device());
-  const CudaNorm result{at::empty({}, there.dtype(at::kDouble)), at::empty({}, there.dtype(list.common_dtype()))};
+  const CudaNorm result{at::empty({}, there.dtype(at::kDouble)), at::empty({}, there.dtype(list.norm_dtype()))};
   const at::Tensor sums = at::empty({chunks + count}, there.dtype(at::kDouble));
   const at::Tensor first_chunk = at::empty({count}, there.dtype(at::kLong));
   double* partials = sums.mutable_data_ptr<double>();

@@ -54,7 +54,7 @@ cpu::CrossEntropyTask HostTarget::complete(const CrossEntropyBatch& batch) const
   return task;
 }
 
-void HostTarget::scales(const at::Tensor& upstream, const double* lse, int64_t first, int64_t count,
+void HostTarget::scales(const at::Tensor& upstream, const LogSumExp& lse, int64_t first, int64_t count,
                         std::vector<double>* loss_scale, std::vector<double>* lse_scale) const {
   loss_scale->resize(count);
   lse_scale->resize(count);
@@ -74,14 +74,14 @@ void HostTarget::scales(const at::Tensor& upstream, const double* lse, int64_t f
     (*loss_scale)[row] = by_row ? above : whole;
     (*lse_scale)[row] = options_.z_loss == 0 || !is_counted(first + row)
                             ? 0
-                            : 2 * options_.z_loss * lse[first + row] * (by_row ? above : of_lse);
+                            : 2 * options_.z_loss * lse.of(first + row) * (by_row ? above : of_lse);
   }
 }
 
-std::pair<at::Tensor, at::Tensor> HostTarget::reduce(const std::vector<double>& loss, const double* lse,
+std::pair<at::Tensor, at::Tensor> HostTarget::reduce(const std::vector<double>& loss, const LogSumExp& lse,
                                                      c10::IntArrayRef shape, const at::TensorOptions& options) const {
   const bool has_z = options_.z_loss != 0;
-  const auto z_of = [&](int64_t row) { return is_counted(row) ? options_.z_loss * lse[row] * lse[row] : 0; };
+  const auto z_of = [&](int64_t row) { return is_counted(row) ? options_.z_loss * lse.of(row) * lse.of(row) : 0; };
   if (options_.reduction == kNone) {
     at::Tensor each = at::empty({rows_}, at::kDouble), z = at::empty({has_z ? rows_ : 0}, at::kDouble);
     for (int64_t row = 0; row < rows_; ++row) {

@@ -23,12 +23,12 @@ class HostTarget : public CrossEntropyTarget {
 
   // The factors of the loss and the lse of rows [first, first + count) in the gradient, for upstream gradients of the
   // loss.
-  void scales(const at::Tensor& upstream, const double* lse, int64_t first, int64_t count,
+  void scales(const at::Tensor& upstream, const LogSumExp& lse, int64_t first, int64_t count,
               std::vector<double>* loss_scale, std::vector<double>* lse_scale) const;
 
   // The loss and the z-loss of all rows, reduced.
-  std::pair<at::Tensor, at::Tensor> reduce(const std::vector<double>& loss, const double* lse, c10::IntArrayRef shape,
-                                           const at::TensorOptions& options) const;
+  std::pair<at::Tensor, at::Tensor> reduce(const std::vector<double>& loss, const LogSumExp& lse,
+                                           c10::IntArrayRef shape, const at::TensorOptions& options) const;
 
  private:
   double total_weight_;

@@ -56,7 +56,7 @@ cuda::CrossEntropyTask DeviceCrossEntropy::task(const CrossEntropyBatch& batch, 
   task.wide = wide_;
   task.weight = target_.weight_data();
   task.z_loss = target_.options().z_loss;
-  task.lse = lse.defined() ? data_of<double>(lse) + first : nullptr;
+  if (lse.defined()) task.lse = lse_in(lse, target_.rows()).from(first);
   return task;
 }
 
@@ -64,7 +64,7 @@ void DeviceCrossEntropy::start(c10::ScalarType loss_dtype) {
   const CrossEntropyOptions& options = target_.options();
   const at::TensorOptions as_loss = on_device_.dtype(loss_dtype);
   const bool by_row = options.reduction == kNone;
-  lse = at::empty({target_.rows()}, on_device_.dtype(at::kDouble));
+  lse = empty_lse(target_.rows(), on_device_);
   loss_ = by_row ? at::empty(target_.row_sizes(), as_loss) : at::empty({}, as_loss);
   z_ = options.z_loss == 0 ? at::empty({0}, as_loss) : at::empty_like(loss_);
   const auto blocks = [](int64_t rows) { return std::min(rows, cuda::kMostForwardBlocks); };

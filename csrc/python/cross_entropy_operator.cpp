@@ -8,12 +8,18 @@
 #include "python/cross_entropy.h"
 #include "python/cross_entropy_cuda.h"
 #include "python/fresh_memory.h"
+#include "python/loss_arguments.h"
 
 namespace trainopt::python {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+void check(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction) {
+  check_arguments({{"input", input}, LossArgument::classes_or_probabilities(target), {"weight", weight}});
+  check_reduction(reduction);
+}
 
 int64_t class_dim_of(const at::Tensor& input) {
   TORCH_CHECK_VALUE(input.dim() > 0, "input must have a dimension of classes, and has shape ", input.sizes());
@@ -22,14 +28,15 @@ int64_t class_dim_of(const at::Tensor& input) {
 
 Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
               int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool, bool empty_is_zero) {
+  check(input, target, weight, reduction);
   const int64_t class_dim = class_dim_of(input);
   HostTarget targets(input.sizes(), class_dim, target, weight,
                      {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
   const Logits logits = Logits::of(input, class_dim);
-  at::Tensor lse = at::empty({targets.rows()}, input.options().dtype(at::kDouble));
+  at::Tensor lse = empty_lse(targets.rows(), input.options());
   std::vector<double> loss(targets.rows());
   cpu::CrossEntropyTask task = targets.task(logits);
-  task.lse = lse.mutable_data_ptr<double>();
+  task.lse = lse_in(lse, targets.rows());
   task.loss = loss.data();
   for_each_row(targets.rows(), task.classes, [&](int64_t first, int64_t last) {
     cpu::cross_entropy_forward(input.scalar_type() == at::kDouble, task, first, last);
@@ -44,6 +51,7 @@ Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalT
 Three forward_on_cuda(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                       int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
                       bool, bool empty_is_zero) {
+  check(input, target, weight, reduction);
   const OnDevice on(input.device());
   const int64_t class_dim = class_dim_of(input);
   const c10::ScalarType dtype = input.scalar_type();
@@ -58,24 +66,30 @@ Three forward_on_cuda(const at::Tensor& input, const at::Tensor& target, const O
 }
 #endif
 
-// What backward is given beside logits and gradient, which may be copies of the caller's.
+// What backward is given.
 struct Given {
-  const at::Tensor& upstream;
-  c10::IntArrayRef input_sizes;
-  int64_t class_dim;
-  const at::Tensor& target;
+  const at::Tensor &upstream, &input, &target;
   const OptionalTensor& weight;
   const at::Tensor& lse;
   CrossEntropyOptions options;
+  int64_t class_dim = class_dim_of(input);
+
+  void check() const {
+    python::check(input, target, weight, options.reduction);
+    check_arguments({{"input", input}, {"upstream", upstream}, {"lse", lse}});
+    c10::DimVector shape(input.sizes().begin(), input.sizes().end());
+    shape.erase(shape.begin() + class_dim);
+    check_upstream(upstream, shape, options.reduction);
+  }
 };
 
-// Writes the gradient into `gradient`, which lies in memory as the logits do.
+// Writes the gradient into `gradient`, which lies in memory as `logits`, the input or a copy of it, do.
 void write_gradient(const Given& given, const Logits& logits, const Logits& gradient) {
-  const c10::ScalarType dtype = logits.tensor.scalar_type();
+  const c10::ScalarType dtype = given.input.scalar_type();
 #if defined(TRAINOPT_WITH_CUDA)
   if (!logits.tensor.is_cpu()) {
     const OnDevice on(logits.tensor.device());
-    CrossEntropyTarget targets(given.input_sizes, given.class_dim, given.target, given.weight,
+    CrossEntropyTarget targets(given.input.sizes(), given.class_dim, given.target, given.weight,
                                DeviceCrossEntropy::weight_dtype(dtype), given.options);
     DeviceCrossEntropy work(targets, logits.tensor.device(), dtype, targets.rows(), on.stream);
     work.lse = given.lse;
@@ -83,11 +97,11 @@ void write_gradient(const Given& given, const Logits& logits, const Logits& grad
     return work.backward(targets.batch(logits), 0, targets.rows(), given.upstream, gradient.rows);
   }
 #endif
-  HostTarget targets(given.input_sizes, given.class_dim, given.target, given.weight, given.options);
+  HostTarget targets(given.input.sizes(), given.class_dim, given.target, given.weight, given.options);
   std::vector<double> scale, lse_scale;
-  targets.scales(given.upstream, given.lse.const_data_ptr<double>(), 0, targets.rows(), &scale, &lse_scale);
   cpu::CrossEntropyTask task = targets.task(logits);
-  task.lse = const_cast<double*>(given.lse.const_data_ptr<double>());
+  task.lse = lse_in(given.lse, targets.rows());
+  targets.scales(given.upstream, task.lse, 0, targets.rows(), &scale, &lse_scale);
   task.scale = scale.data();
   task.lse_scale = lse_scale.data();
   task.gradient = gradient.rows;
@@ -96,62 +110,76 @@ void write_gradient(const Given& given, const Logits& logits, const Logits& grad
   });
 }
 
-at::Tensor backward(const at::Tensor& upstream, const at::Tensor& input, const at::Tensor& target,
-                    const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
-                    double label_smoothing, double z_loss, double softcap, bool empty_is_zero) {
-  const int64_t class_dim = class_dim_of(input);
+at::Tensor gradient_of(const Given& given) {
+  const at::Tensor& input = given.input;
   at::Tensor result = input.is_cpu() ? fresh_like(input, input.scalar_type()) : at::empty_like(input);
-  const Logits gradient = Logits::of(result, class_dim);
+  const Logits gradient = Logits::of(result, given.class_dim);
   if (gradient.tensor.is_alias_of(result)) {
-    write_gradient({upstream,
-                    input.sizes(),
-                    class_dim,
-                    target,
-                    weight,
-                    lse,
-                    {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}},
-                   Logits::of(input, class_dim, gradient.inner), gradient);
+    write_gradient(given, Logits::of(input, given.class_dim, gradient.inner), gradient);
     return result;
   }
   // An order in memory that the engine does not know: by way of one that it does.
-  return result.copy_(backward(upstream, input.contiguous(), target, weight, lse, reduction, ignore_index,
-                               label_smoothing, z_loss, softcap, empty_is_zero));
+  return result.copy_(
+      gradient_of({given.upstream, input.contiguous(), given.target, given.weight, given.lse, given.options}));
 }
 
-// The same, over the logits' own memory, if they lie in memory as the engine walks them.
-at::Tensor backward_in_place(const at::Tensor& upstream, const at::Tensor& input, const at::Tensor& target,
-                             const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction,
-                             int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-                             bool empty_is_zero) {
-  const int64_t class_dim = class_dim_of(input);
-  const Logits logits = Logits::of(input, class_dim);
-  if (!input.is_non_overlapping_and_dense() || !logits.tensor.is_alias_of(input))
-    return backward(upstream, input, target, weight, lse, reduction, ignore_index, label_smoothing, z_loss, softcap,
-                    empty_is_zero);
-  write_gradient({upstream,
-                  input.sizes(),
-                  class_dim,
-                  target,
-                  weight,
-                  lse,
-                  {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}},
-                 logits, logits);
-  return input.detach();
+at::Tensor backward(const at::Tensor& upstream, const at::Tensor& input, const at::Tensor& target,
+                    const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
+                    double label_smoothing, double z_loss, double softcap, bool empty_is_zero) {
+  const Given given{upstream, input, target,
+                    weight,   lse,   {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}};
+  given.check();
+  return gradient_of(given);
 }
 
-// torch's own, with what trainopt adds, for the second derivative.
-at::Tensor torchs(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                  int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
-  const at::Tensor x = softcap == 0 ? input : softcap * at::tanh(input / softcap);
-  at::Tensor loss = at::cross_entropy_loss(x, target, weight, reduction, ignore_index, label_smoothing);
-  if (z_loss == 0) return loss;
-  at::Tensor z = z_loss * at::logsumexp(x, class_dim_of(x)).square();
+// Writes the gradient over the logits' own memory. False, and nothing is done, where somebody could tell, and where
+// they do not lie in memory as the engine walks them.
+bool write_over_logits(const Given& given) {
+  const at::Tensor weight = given.weight.value_or(at::Tensor());
+  if (!may_write_over(given.input, {&given.upstream, &given.target, &weight, &given.lse})) return false;
+  const Logits logits = Logits::of(given.input, given.class_dim);
+  if (!given.input.is_non_overlapping_and_dense() || !logits.tensor.is_alias_of(given.input)) return false;
+  given.check();
+  write_gradient(given, logits, logits);
+  return true;
+}
+
+// at::logsumexp over the classes, with a gradient that has all its digits: torch's is e^(x - lse), and where logits are
+// large lse has none left for what is beyond the largest one.
+at::Tensor log_sum_exp(const at::Tensor& x, int64_t class_dim) {
+  if (x.size(class_dim) == 0) return at::logsumexp(x, class_dim);
+  at::Tensor peak = x.detach().amax(class_dim, true);
+  peak = peak.masked_fill(~peak.isfinite(), 0);
+  return peak.squeeze(class_dim) + at::logsumexp(x - peak, class_dim);
+}
+
+// softcap tanh(x / softcap), with the cap that softcap_in makes of it.
+at::Tensor capped(const at::Tensor& x, double softcap) {
+  const bool wide = x.scalar_type() == at::kDouble;
+  const double cap = wide ? softcap_in<double>(softcap) : static_cast<double>(softcap_in<float>(softcap));
+  return cap == 0 ? x : cap * at::tanh(x / cap);
+}
+
+// torch's own, with what trainopt adds, for the second derivative; in float32 inside, as the operators.
+at::Tensor torchs(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                  const CrossEntropyOptions& options) {
+  const int64_t reduction = options.reduction;
+  if (options.softcap == 0 && options.z_loss == 0)
+    return at::cross_entropy_loss(input, target, weight, reduction, options.ignore_index, options.label_smoothing);
+  const c10::ScalarType type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor x = capped(input.to(type), options.softcap);
+  const OptionalTensor factors = weight.has_value() ? OptionalTensor(weight->to(type)) : std::nullopt;
+  at::Tensor loss =
+      at::cross_entropy_loss(x, target, factors, reduction, options.ignore_index, options.label_smoothing);
+  if (options.z_loss == 0) return loss.to(input.scalar_type());
+  at::Tensor z = options.z_loss * log_sum_exp(x, class_dim_of(x)).square();
+  at::Tensor reduced = reduction == kNone ? z : reduction == kSum ? z.sum() : z.mean();
   if (!target.is_floating_point()) {
-    const at::Tensor counted = target.ne(ignore_index);
+    const at::Tensor counted = target.ne(options.ignore_index);
     z = z.masked_fill(~counted, 0);
-    return loss + (reduction == kNone ? z : reduction == kSum ? z.sum() : z.sum() / counted.sum());
+    reduced = reduction == kNone ? z : reduction == kSum ? z.sum() : z.sum() / counted.sum();
   }
-  return loss + (reduction == kNone ? z : reduction == kSum ? z.sum() : z.mean());
+  return (loss + reduced).to(input.scalar_type());
 }
 
 using Forward = Three(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double, double,
@@ -173,29 +201,21 @@ const c10::TypedOperatorHandle<Backward>& backward_operator() {
 
 // What backward must know of the call, in one piece.
 struct Call : torch::CustomClassHolder {
-  int64_t reduction, ignore_index;
-  double label_smoothing, z_loss, softcap;
-  bool inplace_backward, empty_is_zero;
+  Call(const CrossEntropyOptions& of, bool inplace) : options(of), inplace_backward(inplace) {}
+  CrossEntropyOptions options;
+  bool inplace_backward;
 };
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const at::Tensor& input,
                                                 const at::Tensor& target, const OptionalTensor& weight,
-                                                int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                                double z_loss, double softcap, bool inplace_backward,
-                                                bool empty_is_zero) {
-    auto call = c10::make_intrusive<Call>();
-    call->reduction = reduction;
-    call->ignore_index = ignore_index;
-    call->label_smoothing = label_smoothing;
-    call->z_loss = z_loss;
-    call->softcap = softcap;
-    call->inplace_backward = inplace_backward;
-    call->empty_is_zero = empty_is_zero;
-    context->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
+                                                const CrossEntropyOptions& options, bool inplace_backward) {
+    context->saved_data["call"] =
+        c10::IValue::make_capsule(c10::make_intrusive<Call>(options, inplace_backward && !has_saved_tensor_hooks()));
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, z, lse] = forward_operator().call(input, target, weight, reduction, ignore_index, label_smoothing,
-                                                  z_loss, softcap, inplace_backward, empty_is_zero);
+    auto [loss, z, lse] =
+        forward_operator().call(input, target, weight, options.reduction, options.ignore_index, options.label_smoothing,
+                                options.z_loss, options.softcap, inplace_backward, options.empty_is_zero);
     context->save_for_backward({input, target, weight.has_value() ? *weight : at::Tensor(), lse});
     context->mark_non_differentiable({z, lse});
     context->set_materialize_grads(false);  // they are never read
@@ -208,22 +228,19 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const at::Tensor &input = saved[0], &target = saved[1], &lse = saved[3];
     const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
     const Call& call = static_cast<const Call&>(*context->saved_data["call"].toCapsule());
-    torch::autograd::variable_list gradients(10);
+    const CrossEntropyOptions& options = call.options;
+    torch::autograd::variable_list gradients(5);
     if (!upstream[0].defined()) return gradients;
     if (at::GradMode::is_enabled()) {
-      gradients[0] = differentiable_gradients({input}, upstream[0], [&](const auto& inputs) {
-        return torchs(inputs[0], target, weight, call.reduction, call.ignore_index, call.label_smoothing, call.z_loss,
-                      call.softcap);
-      })[0];
-    } else if (call.inplace_backward) {
-      gradients[0] =
-          backward_in_place(upstream[0], input.detach(), target, weight, lse, call.reduction, call.ignore_index,
-                            call.label_smoothing, call.z_loss, call.softcap, call.empty_is_zero);
-      if (gradients[0].is_alias_of(input)) input.unsafeGetTensorImpl()->bump_version();
+      gradients[0] = differentiable_gradients(
+          {input}, upstream[0], [&](const auto& inputs) { return torchs(inputs[0], target, weight, options); })[0];
+    } else if (call.inplace_backward && write_over_logits({upstream[0], input, target, weight, lse, options})) {
+      gradients[0] = input.detach();
+      input.unsafeGetTensorImpl()->bump_version();
     } else {
       gradients[0] =
-          backward_operator().call(upstream[0], input, target, weight, lse, call.reduction, call.ignore_index,
-                                   call.label_smoothing, call.z_loss, call.softcap, call.empty_is_zero);
+          backward_operator().call(upstream[0], input, target, weight, lse, options.reduction, options.ignore_index,
+                                   options.label_smoothing, options.z_loss, options.softcap, options.empty_is_zero);
     }
     return gradients;
   }
@@ -232,8 +249,9 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
 Three with_gradient(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
                     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool inplace_backward,
                     bool empty_is_zero) {
-  auto outputs = CrossEntropyFunction::apply(input, target, weight, reduction, ignore_index, label_smoothing, z_loss,
-                                             softcap, inplace_backward, empty_is_zero);
+  auto outputs = CrossEntropyFunction::apply(
+      input, target, weight,
+      CrossEntropyOptions{reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}, inplace_backward);
   return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2])};
 }
 

@@ -52,6 +52,19 @@ Logits Logits::of(const at::Tensor& input, int64_t class_dim, int64_t inner) {
   return {turned, rows_in(turned, 0, turned.stride(1)), inner};
 }
 
+at::Tensor empty_lse(int64_t rows, const at::TensorOptions& options) {
+  return at::empty({2, rows}, options.dtype(at::kDouble));
+}
+
+LogSumExp lse_in(const at::Tensor& tensor, int64_t rows) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kDouble && tensor.is_contiguous() && tensor.dim() == 2 &&
+                        tensor.size(0) == 2 && tensor.size(1) == rows,
+                    "lse must be what the forward pass returned: contiguous, float64, of shape [2, ", rows,
+                    "], and not ", tensor.scalar_type(), " of shape ", tensor.sizes());
+  double* data = const_cast<double*>(tensor.const_data_ptr<double>());
+  return {data, data + rows};
+}
+
 Logits Logits::of_matrix(const at::Tensor& matrix) { return by_row(matrix, 1); }
 
 CrossEntropyTarget::CrossEntropyTarget(c10::IntArrayRef input_sizes, int64_t class_dim, const at::Tensor& target,
@@ -61,6 +74,7 @@ CrossEntropyTarget::CrossEntropyTarget(c10::IntArrayRef input_sizes, int64_t cla
       row_sizes_(input_sizes.begin(), input_sizes.end()),
       classes_(input_sizes[class_dim]),
       class_dim_(class_dim) {
+  TORCH_CHECK_VALUE(options.softcap >= 0, "softcap must be at least 0, which is none, not ", options.softcap);
   row_sizes_.erase(row_sizes_.begin() + class_dim);
   rows_ = c10::multiply_integers(row_sizes_);
   if (class_weight.has_value() && class_weight->defined()) {

@@ -25,6 +25,11 @@ struct Logits {
   static Logits of_matrix(const at::Tensor& matrix);
 };
 
+// The log-sum-exp of `rows` rows, (2, rows): memory for it, and what the engines see of it. ValueError for a tensor
+// that is not such.
+at::Tensor empty_lse(int64_t rows, const at::TensorOptions& options);
+LogSumExp lse_in(const at::Tensor& tensor, int64_t rows);
+
 struct CrossEntropyOptions {
   int64_t reduction, ignore_index;
   double label_smoothing, z_loss, softcap;

@@ -87,7 +87,7 @@ void CudaBatch::run_on(c10::Device device, bool wide, double gradient_scale, con
       if (new_group || last_step != item.count.step || last_first != first) {
         part.groups.push_back(&group);
         part.prepared.push_back({group.scalars(rule_, item.count.step, first, wide, gradient_scale),
-                                 static_cast<uint32_t>(item.count.step)});
+                                 random_key(group.seed, item.count.step).step});
         last_step = item.count.step;
         last_first = first;
       }

@@ -6,6 +6,7 @@
 
 #include <c10/core/Device.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/TensorImpl.h>
 #include <c10/core/TensorOptions.h>
 
@@ -26,11 +27,13 @@ namespace trainopt::python {
 constexpr c10::DispatchKey kCudaKey = c10::DispatchKey::TRAINOPT_CUDA_KEY;
 
 // An ordinary tensor there has these dispatch keys and no others; see kOrdinaryKeys.
-inline const uint64_t kOrdinaryCudaKeys =
-    c10::TensorImpl(c10::DispatchKeySet(kCudaKey), caffe2::TypeMeta::Make<float>(),
-                    c10::Device(c10::dispatchKeyToDeviceType(kCudaKey), 0))
-        .key_set()
-        .raw_repr();
+inline const uint64_t kOrdinaryCudaKeys = [] {
+  const c10::InferenceMode off(false);
+  return c10::TensorImpl(c10::DispatchKeySet(kCudaKey), caffe2::TypeMeta::Make<float>(),
+                         c10::Device(c10::dispatchKeyToDeviceType(kCudaKey), 0))
+      .key_set()
+      .raw_repr();
+}();
 
 // A dense, real, materialised CUDA tensor and nothing else, as `is_plain_cpu` has it; false in a build without CUDA.
 TRAINOPT_INLINE bool is_plain_cuda(const c10::TensorImpl* tensor) {

@@ -33,15 +33,15 @@ class Watch {
   Findings* memory() { return findings_; }
 
   void check() {
-    if (take(&findings_->bad_target.found)) {
+    if (take(&findings_->bad_target.found) != 0) {
       const cuda::BadTarget bad = findings_->bad_target;
       TORCH_CHECK_INDEX(false, "target ", bad.value, " at position ",
                         position({bad.position, static_cast<size_t>(bad.ndim)}), " is out of range for ", bad.classes,
                         " classes (found by an earlier call on ", device_, ")");
     }
-    TORCH_CHECK(!take(&findings_->bad_probability),
-                "all elements of input should be between 0 and 1 (found by an earlier binary_cross_entropy on ",
-                device_, ")");
+    const int64_t bad = take(&findings_->bad_probability);
+    TORCH_CHECK(bad == 0, "all elements of ", bad == 2 ? "target" : "input",
+                " should be between 0 and 1 (found by an earlier binary_cross_entropy on ", device_, ")");
   }
 
  private:
@@ -49,12 +49,13 @@ class Watch {
   at::Tensor memory_;
   Findings* findings_;
 
-  // Whether a kernel has set it; then it is cleared.
-  static bool take(volatile int64_t* found) {
-    if (*found == 0) return false;
+  // What a kernel has written, or 0; then it is cleared.
+  static int64_t take(volatile int64_t* found) {
+    const int64_t value = *found;
+    if (value == 0) return 0;
     std::atomic_thread_fence(std::memory_order_acquire);
     *found = 0;
-    return true;
+    return value;
   }
 };
 

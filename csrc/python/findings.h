@@ -12,8 +12,8 @@
 namespace trainopt::python {
 
 // Raises if a loss on any device has met what it does not take since it was last told of: IndexError for a target that
-// is no class, RuntimeError for an input of binary_cross_entropy that is no probability. Looks at what the devices have
-// done so far, and forgets.
+// is no class, RuntimeError for an input or a target of binary_cross_entropy that is no probability. Looks at what the
+// devices have done so far, and forgets.
 void check_findings();
 
 #if defined(TRAINOPT_WITH_CUDA)
@@ -21,7 +21,7 @@ void check_findings();
 // Memory of the host's that a device's kernels write to.
 struct Findings {
   cuda::BadTarget bad_target;
-  int64_t bad_probability;  // 0: none
+  int64_t bad_probability;  // 0: none; 1: an input; 2: a target; 3: both
 };
 
 // Null while a first call is being captured into a graph, when no such memory can be made.

@@ -109,7 +109,8 @@ c10::Storage kept_storage(size_t bytes) {
 }  // namespace
 
 at::Tensor fresh(c10::IntArrayRef sizes, c10::ScalarType dtype) {
-  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype);
+  const size_t bytes =
+      at::detail::computeStorageNbytesContiguous(sizes, c10::elementSize(dtype));  // raises if too many
   if (bytes >= kLarge)
     if (c10::Storage storage = kept_storage(bytes)) {
       at::Tensor tensor = at::detail::empty_cpu({0}, dtype);

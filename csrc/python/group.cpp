@@ -1,9 +1,12 @@
 #include "python/group.h"
 
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <cstring>
 #include <map>
+#include <optional>
 #include <string>
 
 #include "python/cuda_device.h"
@@ -14,22 +17,41 @@ namespace {
 
 [[noreturn]] void raise_python_error() { throw pybind11::error_already_set(); }
 
-double number(PyObject* value) {
-  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  if (value == Py_None || value == Py_False) return 0;
-  if (value == Py_True) return 1;
-  if (!PyLong_CheckExact(value) && THPVariable_Check(value)) return THPVariable_Unpack(value).item().toDouble();
-  const double result = PyFloat_AsDouble(value);
-  if (result == -1 && PyErr_Occurred()) raise_python_error();
-  return result;
+[[noreturn]] void raise_type_error(const std::string& message) { throw pybind11::type_error(message); }
+
+// A number of numpy's that is no Python float: its types are not made by Python code, which cannot take their names.
+bool is_real_of_numpy(PyObject* value) {
+  const PyTypeObject* type = Py_TYPE(value);
+  return !PyType_HasFeature(Py_TYPE(value), Py_TPFLAGS_HEAPTYPE) && std::strncmp(type->tp_name, "numpy.", 6) == 0 &&
+         std::strstr(type->tp_name, "complex") == nullptr && type->tp_as_number != nullptr &&
+         type->tp_as_number->nb_float != nullptr && type->tp_as_sequence == nullptr;
 }
 
-// Likewise, and 0 for one that stays on its device.
-double number_or_device(PyObject* value, int64_t option, GroupValues* group) {
-  if (!PyFloat_CheckExact(value) && THPVariable_CheckExact(value) &&
-      group->leave_on_device(THPVariable_Unpack(value), option))
-    return 0;
-  return number(value);
+// A tensor that the host can read without anybody's looking on.
+bool is_readable(const c10::TensorImpl* tensor) {
+  return (is_plain_cpu(tensor) || is_plain_cuda(tensor)) && tensor->numel() == 1 &&
+         !c10::isComplexType(c10::typeMetaToScalarType(tensor->dtype())) &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+double value_in(const at::Tensor& number) {
+  TORCH_CHECK(has_memory(number.unsafeGetTensorImpl()), "an option", no_memory(number.unsafeGetTensorImpl()));
+  return number.item().toDouble();
+}
+
+// What a number says; nothing where it is none, or where only Python code knows.
+std::optional<double> number(PyObject* value) {
+  if (PyFloat_Check(value)) return PyFloat_AS_DOUBLE(value);
+  if (PyLong_Check(value)) {  // or a truth value
+    int overflow = 0;
+    const long long whole = PyLong_AsLongLongAndOverflow(value, &overflow);
+    return overflow == 0 ? std::optional<double>(static_cast<double>(whole)) : std::nullopt;
+  }
+  if (THPVariable_CheckExact(value)) {
+    const at::Tensor& tensor = THPVariable_Unpack(value);
+    return is_readable(tensor.unsafeGetTensorImpl()) ? std::optional<double>(value_in(tensor)) : std::nullopt;
+  }
+  return is_real_of_numpy(value) ? std::optional<double>(PyFloat_AsDouble(value)) : std::nullopt;
 }
 
 // A key of the group's dict; it lives as long as the interpreter.
@@ -56,10 +78,13 @@ const std::vector<OptionKey>& keys_of(const cpu::Rule& rule) {
   return found;
 }
 
-// Reads values from a group's dict, and remembers which.
+// How many elements of a pair an option has: more or fewer are an error of torch's.
+constexpr Py_ssize_t kPair = 2;
+
+// Reads values from a group's dict, whose keys are all strings, and remembers which.
 class Reader {
  public:
-  explicit Reader(PyObject* dict) : dict_(dict) {}
+  Reader(PyObject* dict, Group* group) : dict_(dict), group_(group) {}
 
   PyObject* find(PyObject* key) {
     PyObject* value = PyDict_GetItemWithError(dict_, key);
@@ -77,28 +102,72 @@ class Reader {
     return value;
   }
 
-  // For trainopt's own options, which a group that torch made does not have.
-  double option(PyObject* key, double otherwise) {
-    PyObject* value = find(key);
-    return value == nullptr ? otherwise : number(value);
+  // One of torch's options: 0 where only torch can judge it.
+  double torchs(PyObject* value) {
+    const std::optional<double> found = read(value);
+    if (!found) group_->unreadable = 1;
+    return found.value_or(0);
   }
 
-  // The rule's option `index`, which may stay on its device.
-  double option(const OptionKey& key, int index, GroupValues* group) {
+  // Likewise, and 0 for one that stays on its device; `option` is its place in the rule.
+  double number_or_device(PyObject* value, int64_t option) {
+    if (!PyFloat_CheckExact(value) && THPVariable_CheckExact(value)) {
+      const at::Tensor& tensor = THPVariable_Unpack(value);
+      if (is_readable(tensor.unsafeGetTensorImpl()) && group_->leave_on_device(tensor, option)) {
+        group_->tensors.push_back(tensor.unsafeGetTensorImpl());
+        return 0;
+      }
+    }
+    return torchs(value);
+  }
+
+  bool truth(PyObject* value) { return value != Py_None && torchs(value) != 0; }
+
+  // For trainopt's own options, which a group that torch made does not have.
+  double own(PyObject* key, double otherwise) {
+    PyObject* value = find(key);
+    if (value == nullptr) return otherwise;
+    const std::optional<double> found = read(value);
+    if (!found) raise_type_error(pybind11::str(key).cast<std::string>() + " must be a number" + not_a(value));
+    return *found;
+  }
+
+  uint64_t seed(PyObject* key) {
+    PyObject* value = find(key);
+    if (value == nullptr) return 0;
+    if (!PyLong_Check(value) && !(is_real_of_numpy(value) && PyIndex_Check(value)))
+      raise_type_error("seed must be an integer" + not_a(value));
+    return PyLong_AsUnsignedLongLongMask(value);
+  }
+
+  // The rule's option `index`.
+  double option(const OptionKey& key, int index) {
     static PyObject* const kBiasCorrection = trainopt::python::key("bias_correction");
-    if (key.name == kBiasCorrection) return option(key.name, 1);
+    if (key.name == kBiasCorrection) return own(key.name, 1);
     PyObject* value = require(key.name);
-    if (key.element < 0) return number_or_device(value, index, group);
-    const auto item = pybind11::reinterpret_steal<pybind11::object>(PySequence_GetItem(value, key.element));
-    if (!item) raise_python_error();
-    return number_or_device(item.ptr(), index, group);
+    if (key.element < 0) return number_or_device(value, index);
+    if (!is_plain_sequence(value) || PySequence_Fast_GET_SIZE(value) != kPair) {
+      group_->unreadable = 1;
+      return 0;
+    }
+    return number_or_device(PySequence_Fast_GET_ITEM(value, key.element), index);
   }
 
   bool has_read(PyObject* value) const { return std::find(values_.begin(), values_.end(), value) != values_.end(); }
 
  private:
   PyObject* dict_;
+  Group* group_;
   std::vector<PyObject*> values_;
+
+  static std::string not_a(PyObject* value) { return std::string(", not a ") + Py_TYPE(value)->tp_name; }
+
+  std::optional<double> read(PyObject* value) {
+    const std::optional<double> found = number(value);
+    if (found && THPVariable_CheckExact(value))
+      group_->tensors.push_back(THPVariable_Unpack(value).unsafeGetTensorImpl());
+    return found;
+  }
 };
 
 bool is_immutable(PyObject* value) {
@@ -111,20 +180,41 @@ bool is_immutable(PyObject* value) {
          PyUnicode_CheckExact(value);
 }
 
+// Other keys could have a hash and an __eq__ of their own.
+bool has_plain_keys(PyObject* dict) {
+  Py_ssize_t position = 0;
+  PyObject *name, *value;
+  while (PyDict_Next(dict, &position, &name, &value))
+    if (!PyUnicode_CheckExact(name)) return false;
+  return true;
+}
+
 }  // namespace
+
+bool is_plain_dict(PyObject* object) {
+  return PyDict_CheckExact(object) || (PyDict_Check(object) && Py_TYPE(object)->tp_as_mapping->mp_subscript ==
+                                                                   PyDict_Type.tp_as_mapping->mp_subscript);
+}
+
+bool is_plain_sequence(PyObject* object) {
+  return PyList_CheckExact(object) || PyTuple_CheckExact(object) ||
+         (PyList_Check(object) && Py_TYPE(object)->tp_iter == PyList_Type.tp_iter) ||
+         (PyTuple_Check(object) && Py_TYPE(object)->tp_iter == PyTuple_Type.tp_iter);
+}
 
 bool Group::unchanged(PyObject* dict) const {
   if (!immutable_ || PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(items_.size())) return false;
   Py_ssize_t position = 0;
   PyObject *name, *value;
   for (const Item& item : items_)
-    if (!PyDict_Next(dict, &position, &name, &value) || name != item.key || value != item.value) return false;
+    if (!PyDict_Next(dict, &position, &name, &value) || name != item.key.ptr() || value != item.value) return false;
   return true;
 }
 
-void Group::refresh(PyObject* dict, const cpu::Rule& rule) {
-  if (unchanged(dict)) return;
-  immutable_ = false;  // until all is read: a value may raise
+bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
+  if (unchanged(dict)) return is_plain_sequence(params);  // the list may be another object at the same address
+  immutable_ = false;                                     // until all is read: a value may raise
+  if (!has_plain_keys(dict)) return false;
   static const struct {
     PyObject* lr = key("lr");
     PyObject* weight_decay = key("weight_decay");
@@ -134,40 +224,43 @@ void Group::refresh(PyObject* dict, const cpu::Rule& rule) {
     PyObject* l1_proximal = key("l1_proximal");
     PyObject* noise = key("noise");
     PyObject* seed = key("seed");
+    PyObject* skip_nonfinite = key("skip_nonfinite");
     PyObject* params = key("params");
   } keys;
-  Reader reader(dict);
+  Reader reader(dict, this);
   const std::vector<OptionKey>& rule_keys = keys_of(rule);
   std::fill(std::begin(on_device), std::end(on_device), DeviceOption());
-  for (int i = 0; i < rule.option_count; ++i) options[i] = reader.option(rule_keys[i], i, this);
+  tensors.clear();
+  unreadable = 0;
+  for (int i = 0; i < rule.option_count; ++i) options[i] = reader.option(rule_keys[i], i);
+  if (!rule.takes(options)) unreadable = 1;
   states_needed = rule.states_needed(options);
   PyObject* lr_value = reader.require(keys.lr);
-  lr = number_or_device(lr_value, cuda::DeviceNumber::kLr, this);
-  single_lr = !PyFloat_CheckExact(lr_value) && THPVariable_Check(lr_value) &&
+  lr = reader.number_or_device(lr_value, cuda::DeviceNumber::kLr);
+  single_lr = !PyFloat_CheckExact(lr_value) && THPVariable_CheckExact(lr_value) &&
               THPVariable_Unpack(lr_value).scalar_type() == at::kFloat;
-  weight_decay = number(reader.require(keys.weight_decay));
-  maximize = number(reader.require(keys.maximize)) != 0;
-  differentiable = number(reader.require(keys.differentiable)) != 0;
-  l1 = reader.option(keys.l1, 0);
-  l1_proximal = reader.option(keys.l1_proximal, 0) != 0;
-  noise = reader.option(keys.noise, 0);
-  PyObject* seed_value = reader.find(keys.seed);
-  seed = seed_value == nullptr ? 0 : PyLong_AsUnsignedLongLongMask(seed_value);
-  if (PyErr_Occurred()) raise_python_error();
+  weight_decay = reader.torchs(reader.require(keys.weight_decay));
+  maximize = reader.truth(reader.require(keys.maximize));
+  differentiable = reader.truth(reader.require(keys.differentiable));
+  l1 = reader.own(keys.l1, 0);
+  l1_proximal = reader.own(keys.l1_proximal, 0) != 0;
+  noise = reader.own(keys.noise, 0);
+  skip_nonfinite = reader.own(keys.skip_nonfinite, 0) != 0;
+  seed = reader.seed(keys.seed);
 
   items_.clear();
   bool immutable = true;
   Py_ssize_t position = 0;
   PyObject *name, *value;
   while (PyDict_Next(dict, &position, &name, &value)) {
-    const bool matters = reader.has_read(value);
-    immutable = immutable && (!matters || is_immutable(value));
-    items_.push_back({name, value, pybind11::reinterpret_borrow<pybind11::object>(matters ? value : Py_None)});
+    const bool matters = reader.has_read(value), may_be_owned = matters && is_immutable(value);
+    immutable = immutable && matters == may_be_owned;
+    items_.push_back({pybind11::reinterpret_borrow<pybind11::object>(name), value,
+                      pybind11::reinterpret_borrow<pybind11::object>(may_be_owned ? value : Py_None)});
   }
-  params = Reader(dict).require(keys.params);
-  if (!PyList_Check(params) && !PyTuple_Check(params))
-    throw pybind11::type_error("a parameter group's 'params' must be a list or a tuple");
+  params = Reader(dict, this).require(keys.params);
   immutable_ = immutable;
+  return is_plain_sequence(params);
 }
 
 bool GroupValues::leave_on_device(const at::Tensor& number, int64_t option) {
@@ -181,9 +274,9 @@ bool GroupValues::leave_on_device(const at::Tensor& number, int64_t option) {
   return false;
 }
 
-void GroupValues::read_device_numbers() {
+void GroupValues::read_device_numbers(const cpu::Rule& rule) {
   for (const DeviceOption& place : on_device) {
-    if (place.tensor == nullptr) return;
+    if (place.tensor == nullptr) break;
     const at::Tensor number = tensor_from(place.tensor);
     const double value = number.item().toDouble();
     if (place.option == cuda::DeviceNumber::kLr) {
@@ -192,6 +285,7 @@ void GroupValues::read_device_numbers() {
       options[place.option] = value;
     }
   }
+  if (!rule.takes(options)) unreadable = 1;
 }
 
 cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first, bool wide,

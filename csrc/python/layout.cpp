@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "python/tensors.h"
+
 namespace trainopt::python {
 
 bool arrange(const std::vector<Arranged>& operands, bool logical_order, std::deque<Layout>* layouts) {
@@ -41,6 +43,32 @@ bool arrange(const std::vector<Arranged>& operands, bool logical_order, std::deq
     layouts->push_back(layout);
     operands[i].view->layout = &layouts->back();
   }
+  return true;
+}
+
+bool lay_shard(const Shard& shard, c10::IntArrayRef sizes, std::deque<ShardLayout>* layouts,
+               const ShardLayout** layout) {
+  *layout = nullptr;
+  if (are_equal(sizes, shard.sizes) || sizes.size() != shard.sizes.size()) return true;
+  ShardLayout found{};
+  std::vector<int64_t> lengths, strides;  // from the innermost dimension outwards
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= shard.sizes[d]) {
+    found.offset += shard.offset[d] * stride;
+    if (sizes[d] == 1) continue;
+    if (!lengths.empty() && lengths.back() * strides.back() == stride) {
+      lengths.back() *= sizes[d];
+    } else {
+      lengths.push_back(sizes[d]);
+      strides.push_back(stride);
+    }
+  }
+  if (lengths.empty()) lengths.push_back(1), strides.push_back(1);
+  if (lengths.size() > kMaxDims) return false;
+  found.layout.ndim = static_cast<int>(lengths.size());
+  std::reverse_copy(lengths.begin(), lengths.end(), found.layout.sizes);
+  std::reverse_copy(strides.begin(), strides.end(), found.layout.strides);
+  *layout = &layouts->emplace_back(found);
   return true;
 }
 

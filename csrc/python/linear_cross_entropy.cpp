@@ -16,10 +16,19 @@
 #include "python/cross_entropy.h"
 #include "python/cuda_device.h"
 #include "python/fresh_memory.h"
+#include "python/loss_arguments.h"
 
 namespace trainopt::python {
 
-void check_operands(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+void check_operands(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
+                    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& class_weight,
+                    int64_t reduction) {
+  check_arguments({{"input", input},
+                   {"weight", weight},
+                   LossArgument::classes_or_probabilities(target),
+                   {"bias", bias},
+                   {"class_weight", class_weight}});
+  check_reduction(reduction);
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must have shape (classes, width), not ",
                     weight.sizes(), ": where the layer is sharded, gather it whole first (weight.full_tensor())");
   TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == weight.size(1), "input has shape ", input.sizes(),
@@ -27,6 +36,11 @@ void check_operands(const at::Tensor& input, const at::Tensor& weight, const std
   TORCH_CHECK_VALUE(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias has shape ",
                     bias.has_value() ? bias->sizes() : c10::IntArrayRef(), ", and weight has ", weight.size(0),
                     " rows");
+}
+
+void check_backward(const at::Tensor& upstream, const at::Tensor& input, const at::Tensor& lse, int64_t reduction) {
+  check_arguments({{"input", input}, {"upstream", upstream}, {"lse", lse}});
+  check_upstream(upstream, input.sizes().slice(0, input.dim() - 1), reduction);
 }
 
 c10::DimVector logit_sizes(const at::Tensor& input, const at::Tensor& weight) {
@@ -70,16 +84,15 @@ struct Gradients {
 
 Problem make_problem(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
                      const OptionalTensor& bias, const OptionalTensor& class_weight, const CrossEntropyOptions& options,
-                     int64_t chunk_bytes) {
-  check_operands(input, weight, bias);
+                     int64_t chunk) {
+  check_operands(input, weight, target, bias, class_weight, options.reduction);
   const bool wide = input.scalar_type() == at::kDouble;
   const c10::ScalarType dtype = wide ? at::kDouble : at::kFloat;
-  const int64_t row_bytes = weight.size(0) * (wide ? 8 : 4);
   return {input.reshape({-1, weight.size(1)}).to(dtype),
           weight.to(dtype),
           bias.has_value() ? bias->to(dtype) : at::Tensor(),
           HostTarget(logit_sizes(input, weight), input.dim() - 1, target, class_weight, options),
-          std::max<int64_t>(chunk_bytes / row_bytes, 1),
+          std::max<int64_t>(chunk, 1),
           wide};
 }
 
@@ -131,11 +144,11 @@ void accumulate(const Problem& problem, int64_t first, int64_t count, const at::
 }
 
 // Puts the gradient of a chunk's logits in their place.
-void write_logit_gradient(const Problem& problem, cpu::CrossEntropyTask task, const at::Tensor& upstream, double* lse,
-                          int64_t first, int64_t count) {
+void write_logit_gradient(const Problem& problem, cpu::CrossEntropyTask task, const at::Tensor& upstream,
+                          const LogSumExp& lse, int64_t first, int64_t count) {
   std::vector<double> scale, lse_scale;
   problem.target.scales(upstream, lse, first, count, &scale, &lse_scale);
-  task.lse = lse + first;
+  task.lse = lse.from(first);
   task.scale = scale.data();
   task.lse_scale = lse_scale.data();
   task.gradient = task.logits;
@@ -156,25 +169,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> finish(const Gradients& gradients
 // Loss, z-loss, lse, and the gradients for an upstream gradient of 1, as far as they are wanted.
 Six forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target, const OptionalTensor& bias,
             const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
-            double z_loss, double softcap, bool empty_is_zero, int64_t chunk_bytes, std::array<bool, 3> wanted) {
+            double z_loss, double softcap, bool empty_is_zero, int64_t chunk, std::array<bool, 3> wanted) {
   const CrossEntropyOptions options{reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero};
-  const Problem problem = make_problem(input, weight, target, bias, class_weight, options, chunk_bytes);
+  const Problem problem = make_problem(input, weight, target, bias, class_weight, options, chunk);
   TORCH_CHECK(reduction != kNone || !(wanted[0] || wanted[1] || wanted[2]),
               "gradients come with the forward pass only for a loss that is reduced");
   const Gradients gradients = memory_for(problem, wanted);
-  at::Tensor lse = at::empty({problem.tokens()}, input.options().dtype(at::kDouble));
-  double* lse_data = lse.mutable_data_ptr<double>();
+  at::Tensor lse = empty_lse(problem.tokens(), input.options());
+  const LogSumExp of_rows = lse_in(lse, problem.tokens());
   std::vector<double> loss(problem.tokens());
   const at::Tensor one = at::ones({}, at::kDouble);
   for_each_chunk(problem, [&](cpu::CrossEntropyTask task, int64_t first, int64_t count, const at::Tensor& logits) {
-    task.lse = lse_data + first;
+    task.lse = of_rows.from(first);
     task.loss = loss.data() + first;
     run_rows(problem, task, count, false);
     if (!gradients.any()) return;
-    write_logit_gradient(problem, task, one, lse_data, first, count);
+    write_logit_gradient(problem, task, one, of_rows, first, count);
     accumulate(problem, first, count, logits, gradients);
   });
-  auto [reduced, z] = problem.target.reduce(loss, lse_data, input.sizes().slice(0, input.dim() - 1), input.options());
+  auto [reduced, z] =
+      problem.target.reduce(loss, of_rows, input.sizes().slice(0, input.dim() - 1), problem.input.options());
   auto [of_input, of_weight, of_bias] = finish(gradients, input, weight, bias);
   return {std::move(reduced),  std::move(z),         std::move(lse),
           std::move(of_input), std::move(of_weight), std::move(of_bias)};
@@ -186,15 +200,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& upstre
                                                         const OptionalTensor& bias, const OptionalTensor& class_weight,
                                                         const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
                                                         double label_smoothing, double z_loss, double softcap,
-                                                        bool empty_is_zero, int64_t chunk_bytes,
-                                                        std::array<bool, 3> wanted) {
+                                                        bool empty_is_zero, int64_t chunk, std::array<bool, 3> wanted) {
   const CrossEntropyOptions options{reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero};
-  const Problem problem = make_problem(input, weight, target, bias, class_weight, options, chunk_bytes);
+  const Problem problem = make_problem(input, weight, target, bias, class_weight, options, chunk);
+  check_backward(upstream, input, lse, reduction);
   const Gradients gradients = memory_for(problem, wanted);
-  double* lse_data = const_cast<double*>(lse.const_data_ptr<double>());
+  const LogSumExp of_rows = lse_in(lse, problem.tokens());
   for_each_chunk(problem,
                  [&](const cpu::CrossEntropyTask& task, int64_t first, int64_t count, const at::Tensor& logits) {
-                   write_logit_gradient(problem, task, upstream, lse_data, first, count);
+                   write_logit_gradient(problem, task, upstream, of_rows, first, count);
                    accumulate(problem, first, count, logits, gradients);
                  });
   return finish(gradients, input, weight, bias);
@@ -223,18 +237,36 @@ const c10::TypedOperatorHandle<Backward>& backward_operator() {
 
 // What backward must know of the call, in one piece, and the gradients that it may hand over once.
 struct Call : torch::CustomClassHolder {
-  int64_t reduction, ignore_index, chunk_bytes;
+  int64_t reduction, ignore_index, chunk;
   double label_smoothing, z_loss, softcap;
   bool empty_is_zero;
   torch::autograd::variable_list gradients;  // of input, weight and bias; empty when they are not there (any more)
 };
+
+// The loss of input, weight and bias with all logits stored: its gradients can be differentiated again.
+at::Tensor by_logits(const torch::autograd::variable_list& operands, const at::Tensor& target,
+                     const OptionalTensor& class_weight, const Call& call) {
+  static const auto cross_entropy = c10::Dispatcher::singleton()
+                                        .findSchemaOrThrow("trainopt::cross_entropy", "")
+                                        .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+                                            const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t,
+                                            int64_t, double, double, double, bool, bool)>();
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const c10::ScalarType dtype = operands[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor bias = operands[2].defined() ? operands[2].to(dtype) : at::Tensor();
+  const at::Tensor logits = at::linear(operands[0].to(dtype), operands[1].to(dtype), bias);
+  const auto as_logits = [&](const at::Tensor& t) { return t.is_floating_point() ? t.to(dtype) : t; };
+  return std::get<0>(cross_entropy.call(
+      logits, as_logits(target), class_weight.has_value() ? OptionalTensor(as_logits(*class_weight)) : std::nullopt,
+      call.reduction, call.ignore_index, call.label_smoothing, call.z_loss, call.softcap, false, call.empty_is_zero));
+}
 
 struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const at::Tensor& input,
                                                 const at::Tensor& weight, const at::Tensor& target,
                                                 const OptionalTensor& bias, const OptionalTensor& class_weight,
                                                 int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                                double z_loss, double softcap, bool empty_is_zero, int64_t chunk_bytes,
+                                                double z_loss, double softcap, bool empty_is_zero, int64_t chunk,
                                                 bool with_graph) {
     std::array<bool, 3> wanted{with_graph && input.requires_grad(), with_graph && weight.requires_grad(),
                                with_graph && bias.has_value() && bias->requires_grad()};
@@ -243,11 +275,11 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [loss, z, lse, of_input, of_weight, of_bias] =
         forward_operator().call(input, weight, target, bias, class_weight, reduction, ignore_index, label_smoothing,
-                                z_loss, softcap, empty_is_zero, chunk_bytes, now ? wanted : std::array<bool, 3>{});
+                                z_loss, softcap, empty_is_zero, chunk, now ? wanted : std::array<bool, 3>{});
     auto call = c10::make_intrusive<Call>();
     call->reduction = reduction;
     call->ignore_index = ignore_index;
-    call->chunk_bytes = chunk_bytes;
+    call->chunk = chunk;
     call->label_smoothing = label_smoothing;
     call->z_loss = z_loss;
     call->softcap = softcap;
@@ -263,31 +295,36 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list upstream) {
-    TORCH_CHECK(
-        !at::GradMode::is_enabled(),
-        "trainopt.functional.linear_cross_entropy can be differentiated once: create_graph=True is not supported."
-        " Use trainopt.functional.cross_entropy on the logits instead");
     torch::autograd::variable_list gradients(13);
     if (!upstream[0].defined()) return gradients;
     const auto saved = context->get_saved_variables();
     Call& call = static_cast<Call&>(*context->saved_data["call"].toCapsule());
+    const auto present = [](const at::Tensor& tensor) {
+      return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+    };
     // Edges count the tensors that were given: input, weight, target, then bias.
     const bool has_bias = saved[3].defined();
     const std::array<bool, 3> wanted{context->needs_input_grad(0), context->needs_input_grad(1),
                                      has_bias && context->needs_input_grad(3)};
+    if (at::GradMode::is_enabled()) {
+      const auto found = differentiable_gradients(
+          {saved[0], saved[1], saved[3]}, upstream[0],
+          [&](const auto& operands) { return by_logits(operands, saved[2], present(saved[4]), call); });
+      gradients[0] = found[0];
+      gradients[1] = found[1];
+      gradients[3] = found[2];
+      return gradients;
+    }
     torch::autograd::variable_list found = std::move(call.gradients);
     call.gradients.clear();
     if (!found.empty()) {
       for (size_t i = 0; i < found.size(); ++i)
-        if (wanted[i]) found[i].mul_(upstream[0]);
+        if (wanted[i])
+          found[i] = may_write_over(found[i], {&upstream[0]}) ? found[i].mul_(upstream[0]) : found[i] * upstream[0];
     } else {
-      const auto present = [](const at::Tensor& tensor) {
-        return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-      };
-      auto [of_input, of_weight, of_bias] =
-          backward_operator().call(upstream[0], saved[0], saved[1], saved[2], present(saved[3]), present(saved[4]),
-                                   saved[5], call.reduction, call.ignore_index, call.label_smoothing, call.z_loss,
-                                   call.softcap, call.empty_is_zero, call.chunk_bytes, wanted);
+      auto [of_input, of_weight, of_bias] = backward_operator().call(
+          upstream[0], saved[0], saved[1], saved[2], present(saved[3]), present(saved[4]), saved[5], call.reduction,
+          call.ignore_index, call.label_smoothing, call.z_loss, call.softcap, call.empty_is_zero, call.chunk, wanted);
       found = {of_input, of_weight, of_bias};
     }
     const size_t places[] = {0, 1, 3};
@@ -302,9 +339,9 @@ using Two = std::tuple<at::Tensor, at::Tensor>;
 Two linear_cross_entropy(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
                          const OptionalTensor& bias, const OptionalTensor& class_weight, int64_t reduction,
                          int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-                         bool empty_is_zero, int64_t chunk_bytes) {
+                         bool empty_is_zero, int64_t chunk) {
   auto outputs = LinearCrossEntropyFunction::apply(input, weight, target, bias, class_weight, reduction, ignore_index,
-                                                   label_smoothing, z_loss, softcap, empty_is_zero, chunk_bytes,
+                                                   label_smoothing, z_loss, softcap, empty_is_zero, chunk,
                                                    at::GradMode::is_enabled());
   return {std::move(outputs[0]), std::move(outputs[1])};
 }
@@ -312,10 +349,9 @@ Two linear_cross_entropy(const at::Tensor& input, const at::Tensor& weight, cons
 Two without_gradient(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
                      const OptionalTensor& bias, const OptionalTensor& class_weight, int64_t reduction,
                      int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool empty_is_zero,
-                     int64_t chunk_bytes) {
-  auto all =
-      forward_operator().call(input, weight, target, bias, class_weight, reduction, ignore_index, label_smoothing,
-                              z_loss, softcap, empty_is_zero, chunk_bytes, std::array<bool, 3>{});
+                     int64_t chunk) {
+  auto all = forward_operator().call(input, weight, target, bias, class_weight, reduction, ignore_index,
+                                     label_smoothing, z_loss, softcap, empty_is_zero, chunk, std::array<bool, 3>{});
   return {std::move(std::get<0>(all)), std::move(std::get<1>(all))};
 }
 
@@ -330,11 +366,11 @@ const c10::TypedOperatorHandle<decltype(linear_cross_entropy)>& whole_operator()
 // float32.
 Two in_single(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target, const OptionalTensor& bias,
               const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
-              double z_loss, double softcap, bool empty_is_zero, int64_t chunk_bytes) {
+              double z_loss, double softcap, bool empty_is_zero, int64_t chunk) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return whole_operator().call(to_single(input), to_single(weight), to_single(target), to_single(bias),
                                to_single(class_weight), reduction, ignore_index, label_smoothing, z_loss, softcap,
-                               empty_is_zero, chunk_bytes);
+                               empty_is_zero, chunk);
 }
 
 #if defined(TRAINOPT_WITH_CUDA)
@@ -342,12 +378,12 @@ Two in_single(const at::Tensor& input, const at::Tensor& weight, const at::Tenso
 // type of the input: float32.
 Two in_lower(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target, const OptionalTensor& bias,
              const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
-             double z_loss, double softcap, bool empty_is_zero, int64_t chunk_bytes) {
+             double z_loss, double softcap, bool empty_is_zero, int64_t chunk) {
   const c10::DeviceType device = input.device().type();
   const at::Tensor lower = at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), weight, device);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return whole_operator().call(to_single(input), lower, to_single(target), to_single(bias), to_single(class_weight),
-                               reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero, chunk_bytes);
+                               reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero, chunk);
 }
 #endif
 
@@ -357,15 +393,15 @@ TORCH_LIBRARY_FRAGMENT(trainopt, m) {
   m.def(
       "linear_cross_entropy(Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, "
       "int reduction, int ignore_index, float label_smoothing, float z_loss, float softcap, bool empty_is_zero, "
-      "int chunk_bytes) -> (Tensor loss, Tensor z_loss)");
+      "int chunk) -> (Tensor loss, Tensor z_loss)");
   m.def(
       "linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, "
       "int reduction, int ignore_index, float label_smoothing, float z_loss, float softcap, bool empty_is_zero, "
-      "int chunk_bytes, bool[3] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int chunk, bool[3] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_cross_entropy_backward(Tensor upstream, Tensor input, Tensor weight, Tensor target, Tensor? bias, "
       "Tensor? class_weight, Tensor lse, int reduction, int ignore_index, float label_smoothing, float z_loss, "
-      "float softcap, bool empty_is_zero, int chunk_bytes, bool[3] wanted) -> (Tensor, Tensor, Tensor)");
+      "float softcap, bool empty_is_zero, int chunk, bool[3] wanted) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(trainopt, CPU, m) {

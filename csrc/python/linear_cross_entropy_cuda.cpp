@@ -40,19 +40,16 @@ struct Problem {
 
   Problem(const at::Tensor& hidden, const at::Tensor& layer, const at::Tensor& classes,
           const OptionalTensor& layer_bias, const OptionalTensor& class_weight, const CrossEntropyOptions& options,
-          int64_t chunk_bytes, bool with_gradient)
+          int64_t most_tokens)
       : operand(layer.scalar_type()),
         result(operand == at::kDouble ? at::kDouble : at::kFloat),
         target(logit_sizes(hidden, layer), hidden.dim() - 1, classes, class_weight, result, options) {
     input = hidden.reshape({-1, layer.size(1)}).to(operand);
     weight = layer;
     if (layer_bias.has_value()) bias = layer_bias->to(result);
-    const int64_t copy = with_gradient && is_lower() ? elementSize(operand) : 0;
-    chunk = std::max<int64_t>(chunk_bytes / (weight.size(0) * (elementSize(result) + copy)), 1);
-    chunk = std::min(chunk, std::max<int64_t>(input.size(0), 1));
+    chunk = std::max<int64_t>(std::min(most_tokens, input.size(0)), 1);
   }
 
-  static int64_t elementSize(c10::ScalarType type) { return static_cast<int64_t>(c10::elementSize(type)); }
   int64_t tokens() const { return input.size(0); }
   bool is_lower() const { return operand != result; }
 
@@ -138,19 +135,18 @@ class Gradients {
 // Loss, z-loss, lse, and the gradients for an upstream gradient of 1, as far as they are wanted.
 Six forward(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target, const OptionalTensor& bias,
             const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
-            double z_loss, double softcap, bool empty_is_zero, int64_t chunk_bytes, std::array<bool, 3> wanted) {
+            double z_loss, double softcap, bool empty_is_zero, int64_t chunk, std::array<bool, 3> wanted) {
+  check_operands(input, weight, target, bias, class_weight, reduction);
   const OnDevice on(input.device());
-  check_operands(input, weight, bias);
   const bool with_gradient = wanted[0] || wanted[1] || wanted[2];
   TORCH_CHECK(reduction != kNone || !with_gradient,
               "gradients come with the forward pass only for a loss that is reduced");
   const Problem problem(input, weight, target, bias, class_weight,
-                        {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}, chunk_bytes,
-                        with_gradient);
+                        {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}, chunk);
   DeviceCrossEntropy work(problem.target, input.device(), problem.result, problem.chunk, on.stream);
   Gradients gradients(problem, wanted);
   const bool defer = gradients.any() && problem.is_lower() && reduction == kMean;
-  work.start(input.scalar_type());
+  work.start(problem.result);
   if (gradients.any()) work.count(defer);
   problem.for_each_chunk([&](const CrossEntropyBatch& batch, int64_t first, int64_t count, const at::Tensor& logits) {
     work.forward(batch, first, count);
@@ -172,12 +168,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& upstre
                                                         const OptionalTensor& bias, const OptionalTensor& class_weight,
                                                         const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
                                                         double label_smoothing, double z_loss, double softcap,
-                                                        bool empty_is_zero, int64_t chunk_bytes,
-                                                        std::array<bool, 3> wanted) {
+                                                        bool empty_is_zero, int64_t chunk, std::array<bool, 3> wanted) {
+  check_operands(input, weight, target, bias, class_weight, reduction);
+  check_backward(upstream, input, lse, reduction);
   const OnDevice on(input.device());
-  check_operands(input, weight, bias);
   const Problem problem(input, weight, target, bias, class_weight,
-                        {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}, chunk_bytes, true);
+                        {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}, chunk);
   DeviceCrossEntropy work(problem.target, input.device(), problem.result, problem.chunk, on.stream);
   work.lse = lse;
   Gradients gradients(problem, wanted);

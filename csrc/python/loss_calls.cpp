@@ -15,13 +15,18 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// A tensor that the fused losses take, on the device of the first one if there is one, or None; false for any other
-// object.
-bool read(const pybind11::handle& object, OptionalTensor* tensor, const OptionalTensor* first = nullptr) {
-  if (object.is_none()) return true;
+// A tensor that the fused losses take, on the device of the first one; false for any other object.
+bool read(const pybind11::handle& object, OptionalTensor* tensor, const OptionalTensor& first) {
   if (!THPVariable_CheckExact(object.ptr()) && !THPVariable_Check(object.ptr())) return false;
   *tensor = THPVariable_Unpack(object.ptr());
-  return takes(**tensor) && (first == nullptr || !first->has_value() || (*first)->device() == (*tensor)->device());
+  DType stored;
+  if ((*tensor)->is_floating_point() && !read_dtype((*tensor)->unsafeGetTensorImpl(), &stored)) return false;
+  return takes(**tensor) && (*tensor)->device() == first->device();
+}
+
+// The same, or None.
+bool read_optional(const pybind11::handle& object, OptionalTensor* tensor, const OptionalTensor& first) {
+  return object.is_none() || read(object, tensor, first);
 }
 
 pybind11::object wrap(const at::Tensor& tensor) {
@@ -32,8 +37,9 @@ pybind11::object pointwise_loss(const std::string& loss, const pybind11::handle&
                                 const pybind11::handle& weight, const pybind11::handle& pos_weight, int64_t reduction,
                                 double parameter) {
   OptionalTensor tensors[4];
-  if (!read(input, &tensors[0]) || !read(target, &tensors[1], tensors) || !read(weight, &tensors[2], tensors) ||
-      !read(pos_weight, &tensors[3], tensors) || !tensors[0]->is_floating_point() || !tensors[1]->is_floating_point())
+  if (!read(input, &tensors[0], tensors[0]) || !read(target, &tensors[1], tensors[0]) ||
+      !read_optional(weight, &tensors[2], tensors[0]) || !read_optional(pos_weight, &tensors[3], tensors[0]) ||
+      !tensors[0]->is_floating_point() || !tensors[1]->is_floating_point())
     return pybind11::none();
   static const auto operation = c10::Dispatcher::singleton()
                                     .findSchemaOrThrow("trainopt::pointwise_loss", "")
@@ -52,8 +58,8 @@ pybind11::object cross_entropy(const pybind11::handle& input, const pybind11::ha
                                double label_smoothing, double z_loss, double softcap, bool inplace_backward,
                                bool empty_is_zero) {
   OptionalTensor tensors[3];
-  if (!read(input, &tensors[0]) || !read(target, &tensors[1], tensors) || !read(weight, &tensors[2], tensors) ||
-      !tensors[0]->is_floating_point())
+  if (!read(input, &tensors[0], tensors[0]) || !read(target, &tensors[1], tensors[0]) ||
+      !read_optional(weight, &tensors[2], tensors[0]) || !tensors[0]->is_floating_point())
     return pybind11::none();
   static const auto operation = c10::Dispatcher::singleton()
                                     .findSchemaOrThrow("trainopt::cross_entropy", "")
@@ -84,7 +90,8 @@ void bind_loss_calls(pybind11::module_& m) {
       "not take these tensors as they are now.");
   m.def("check_targets", check_findings,
         "IndexError if a cross-entropy on a device other than the CPU has met a target that is no class since it was "
-        "last told of, RuntimeError if a binary_cross_entropy has met an input that is no probability. Looks at what "
+        "last told of, RuntimeError if a binary_cross_entropy has met an input or a target that is no probability. "
+        "Looks at what "
         "the devices have done so far, and does not wait for them.");
 }
 

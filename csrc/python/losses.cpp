@@ -2,7 +2,9 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/SavedTensorHooks.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include "python/cuda_device.h"
@@ -33,6 +35,19 @@ bool takes(const at::Tensor& tensor) {
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return false;
   return !tensor._fw_grad(/*level=*/0).defined();
 }
+
+bool may_write_over(const at::Tensor& memory, std::initializer_list<const at::Tensor*> others) {
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set() || !takes(memory)) return false;
+  const auto begin_of = [](const at::Tensor& tensor) { return static_cast<const char*>(tensor.storage().data()); };
+  const auto end_of = [&](const at::Tensor& tensor) { return begin_of(tensor) + tensor.storage().nbytes(); };
+  for (const at::Tensor* other : others) {
+    if (!other->defined()) continue;
+    if (!takes(*other) || (begin_of(*other) < end_of(memory) && begin_of(memory) < end_of(*other))) return false;
+  }
+  return true;
+}
+
+bool has_saved_tensor_hooks() { return !at::SavedTensorDefaultHooks::get_tls_state().stack.empty(); }
 
 at::Tensor tensor_of(double value, c10::ScalarType dtype) {
   at::Tensor tensor = at::detail::empty_cpu({}, dtype);

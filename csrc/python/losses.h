@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <functional>
+#include <initializer_list>
 
 #include "core/tensor_view.h"
 #include "python/tensors.h"
@@ -26,6 +27,15 @@ torch::autograd::variable_list differentiable_gradients(
 // Whether the fused losses take this tensor as it is now: a plain dense one on the CPU or on a CUDA device that
 // trainopt has kernels for, outside of function transforms and of forward-mode differentiation.
 bool takes(const at::Tensor& tensor);
+
+// Whether a backward pass may write its result over `memory` while it reads the others: only where nobody can tell,
+// with plain tensors that share no memory with it, and no mode or transform that must see what is done. Writing past
+// the dispatcher would overlook a lazy negative bit, a tensor of zeros without memory, a compiler's stand-ins.
+bool may_write_over(const at::Tensor& memory, std::initializer_list<const at::Tensor*> others);
+
+// Whether tensors that are saved for backward now come back as the caller's hooks make them: as copies that another
+// backward pass is given again.
+bool has_saved_tensor_hooks();
 
 // The view of a tensor that an engine reads or writes; RuntimeError for a type that it does not store.
 TensorView view_of(const at::Tensor& tensor);

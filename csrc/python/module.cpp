@@ -13,13 +13,16 @@
 #include <utility>
 #include <vector>
 
+#include "core/random.h"
 #include "cpu/engine.h"
 #include "python/clip.h"
 #include "python/cuda_architectures.h"
 #include "python/cuda_device.h"
+#include "python/loss_arguments.h"
 #include "python/loss_calls.h"
 #include "python/losses.h"
 #include "python/plan.h"
+#include "python/tensors.h"
 
 #if defined(TRAINOPT_SIMT)
 #include "device.h"
@@ -86,12 +89,14 @@ std::map<std::string, std::vector<std::string>> rules() {
 bool is_observed() { return at::hasCallbacks(); }
 
 // Fills a contiguous float32 CPU tensor with the noise of one parameter at one step, in the logical order of elements.
-void gaussian_(const pybind11::handle& object, uint64_t seed, uint32_t step, uint32_t tensor) {
+void gaussian_(const pybind11::handle& object, uint64_t seed, uint64_t step, uint32_t tensor) {
   if (!THPVariable_Check(object.ptr())) throw pybind11::type_error("gaussian_: not a tensor");
   const at::Tensor& out = THPVariable_Unpack(object.ptr());
-  if (!out.device().is_cpu() || out.scalar_type() != at::kFloat || !out.is_contiguous())
+  if (!is_plain_cpu(out.unsafeGetTensorImpl()) || out.scalar_type() != at::kFloat || !out.is_contiguous())
     throw pybind11::value_error("gaussian_: the tensor must be a contiguous float32 one on the CPU");
-  cpu::gaussian(static_cast<float*>(out.mutable_data_ptr()), 0, out.numel(), seed, step, tensor);
+  check_memory("out", out);
+  const RandomKey key = random_key(seed, static_cast<double>(step));
+  cpu::gaussian(static_cast<float*>(out.mutable_data_ptr()), 0, out.numel(), key.seed, key.step, tensor);
 }
 
 // Whether the fused losses take all of these tensors (or None) together as they are now.
@@ -105,6 +110,17 @@ bool take(const pybind11::args& tensors) {
     device = tensor.device();
   }
   return true;
+}
+
+// The plan in an object of Python's. Where that was made without __init__ (Plan.__new__), pybind11 would hand out
+// memory in which there is none.
+Plan& plan_in(const pybind11::object& object) {
+  const bool is_plan = pybind11::isinstance<Plan>(object);
+  const auto* type = pybind11::detail::get_type_info(typeid(Plan));
+  if (!is_plan ||
+      !reinterpret_cast<pybind11::detail::instance*>(object.ptr())->get_value_and_holder(type).holder_constructed())
+    throw pybind11::type_error("not a Plan, or one that was made without __init__");
+  return object.cast<Plan&>();
 }
 
 // The device types that there are kernels for.
@@ -153,10 +169,24 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("norm"));
   pybind11::class_<Plan>(m, "Plan")
       .def(pybind11::init<const std::string&>(), pybind11::arg("rule"))
-      .def("step", &Plan::step, pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),
-           pybind11::arg("fresh") = Indices(), pybind11::arg("torchs") = Indices(),
-           pybind11::arg("device_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none())
-      .def("paths", &Plan::paths, pybind11::arg("groups"), pybind11::arg("state"));
+      .def(
+          "step",
+          [](const pybind11::object& plan, const pybind11::object& groups, const pybind11::object& state,
+             double gradient_scale, Indices fresh, Indices torchs, const pybind11::object& device_scale,
+             const pybind11::object& found_inf, bool were_seen) {
+            return plan_in(plan).step(groups, state, gradient_scale, std::move(fresh), std::move(torchs), device_scale,
+                                      found_inf, were_seen);
+          },
+          pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),
+          pybind11::arg("fresh") = Indices(), pybind11::arg("torchs") = Indices(),
+          pybind11::arg("device_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
+          pybind11::arg("were_seen") = false)
+      .def(
+          "paths",
+          [](const pybind11::object& plan, const pybind11::object& groups, const pybind11::object& state) {
+            return plan_in(plan).paths(groups, state);
+          },
+          pybind11::arg("groups"), pybind11::arg("state"));
 #if defined(TRAINOPT_SIMT)
   simt::bind_device(m);
 #endif

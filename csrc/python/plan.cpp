@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <unordered_map>
+#include <utility>
 
 #include "python/cuda_device.h"
 #include "python/tensors.h"
@@ -22,41 +24,41 @@ constexpr int64_t kSightingsAhead = 4;
 // Parameters below which one thread compares them all before another has been woken.
 constexpr int64_t kFewTensors = 64;
 
-// Finds each parameter's entry in torch's state dict. The dict's order is nearly always that of the parameters, so the
-// next entry is looked at before anything is hashed.
+using StateEntries = std::vector<std::pair<PyObject*, PyObject*>>;
+
+// Finds each parameter's entry in torch's state dict. Tensors equal but themselves there, so they are looked for by
+// address: to hash one runs Python code. The dict's order is nearly always that of the parameters.
 class StateCursor {
  public:
-  explicit StateCursor(PyObject* dict) : dict_(dict) { advance(); }
+  explicit StateCursor(const StateEntries& entries) : entries_(entries) {}
 
   PyObject* find(PyObject* param) {
     if (PyObject* found = pass(param)) return found;
-    if (PyDict_GET_SIZE(dict_) == 0) return nullptr;
-    PyObject* found = PyDict_GetItemWithError(dict_, param);
-    if (found == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();
-    return found;
+    if (places_.empty())
+      for (const auto& [key, value] : entries_) places_[key] = value;
+    const auto found = places_.find(param);
+    return found == places_.end() ? nullptr : found->second;
   }
 
   // Moves on if the next entry is this parameter's; its value then.
   PyObject* pass(PyObject* param) {
-    if (param != key_) return nullptr;
-    PyObject* found = value_;
-    advance();
-    return found;
+    if (next_ == entries_.size() || entries_[next_].first != param) return nullptr;
+    return entries_[next_++].second;
   }
 
  private:
-  PyObject* dict_;
-  Py_ssize_t position_ = 0;
-  PyObject* key_ = nullptr;
-  PyObject* value_ = nullptr;
-
-  void advance() {
-    if (!PyDict_Next(dict_, &position_, &key_, &value_)) key_ = value_ = nullptr;
-  }
+  const StateEntries& entries_;
+  size_t next_ = 0;
+  std::unordered_map<PyObject*, PyObject*> places_;
 };
 
 bool contains(const Indices& ascending, int64_t index) {
   return !ascending.empty() && std::binary_search(ascending.begin(), ascending.end(), index);
+}
+
+void sort(Indices* indices) {
+  std::sort(indices->begin(), indices->end());
+  indices->erase(std::unique(indices->begin(), indices->end()), indices->end());
 }
 
 const cpu::Rule& rule_named(const std::string& name) {
@@ -65,17 +67,32 @@ const cpu::Rule& rule_named(const std::string& name) {
   return *rule;
 }
 
-at::Tensor tensor_or_none(const pybind11::object& object) {
-  return object.is_none() ? at::Tensor() : THPVariable_Unpack(object.ptr());
-}
-
-PyObject* dict_of(PyObject* groups, size_t index) {
-  PyObject* dict = PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(index));
-  if (!PyDict_Check(dict)) throw pybind11::type_error("a parameter group must be a dict");
-  return dict;
+// A number that kernels read where it lies.
+at::Tensor number_or_none(const char* name, const pybind11::object& object) {
+  if (object.is_none()) return {};
+  if (!THPVariable_Check(object.ptr()))
+    throw pybind11::type_error(std::string(name) + " must be a tensor or None, not a " +
+                               Py_TYPE(object.ptr())->tp_name);
+  const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  TORCH_CHECK_VALUE((is_plain_cpu(impl) || is_plain_cuda(impl)) && tensor.scalar_type() == at::kFloat &&
+                        tensor.numel() == 1 && has_memory(impl),
+                    name, " must be a float32 tensor of one element on the CPU or on a device of the parameters");
+  return tensor;
 }
 
 }  // namespace
+
+Plan::GroupForm::GroupForm(const Group& group)
+    : count(PySequence_Fast_GET_SIZE(group.params)),
+      states_needed(group.states_needed),
+      noisy(group.noise != 0),
+      differentiable(group.differentiable != 0),
+      unreadable(group.unreadable != 0) {
+  for (const c10::TensorImpl* tensor : group.tensors)
+    options.push_back(static_cast<const char*>(storage_of(tensor)->data()) +
+                      tensor->storage_offset() * static_cast<int64_t>(tensor->dtype().itemsize()));
+}
 
 Plan::Plan(const std::string& rule) : rule_(rule_named(rule)), batch_(rule_) {
   for (int i = 0; i <= rule_.state_count; ++i) {
@@ -84,100 +101,139 @@ Plan::Plan(const std::string& rule) : rule_(rule_named(rule)), batch_(rule_) {
   }
 }
 
+// Reads the groups. False where a container answers by code of its own.
+bool Plan::refresh(PyObject* groups, PyObject* state) {
+  if (!is_plain_sequence(groups) || !is_plain_dict(state)) return false;
+  const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(groups));
+  can_recall_ = can_recall_ && count == groups_.size();
+  groups_.resize(count);
+  for (size_t g = 0; g < count; ++g) {
+    PyObject* dict = PySequence_Fast_GET_ITEM(groups, static_cast<Py_ssize_t>(g));
+    if (!is_plain_dict(dict) || !groups_[g].refresh(dict, rule_)) return can_recall_ = false;
+  }
+  return true;
+}
+
 bool Plan::lacks_states(const Operands& operands, const Group& group) const {
   const auto found = std::count_if(std::begin(operands.states), std::end(operands.states),
                                    [](const c10::TensorImpl* state) { return state != nullptr; });
+  if (found != group.states_needed) return true;
   const bool needs_steps = rule_.counts_steps || group.noise != 0;
-  return found != group.states_needed || (needs_steps && operands.steps == nullptr);
+  if (needs_steps && operands.steps == nullptr) return true;
+  // A float32 count stops at 2^24, and noise that is keyed by it would be the same from then on.
+  return group.noise != 0 && operands.steps->dtype() == caffe2::TypeMeta::Make<float>();
+}
+
+// Asks Python of the DTensors' specs that the walk has met for the first time. Whether there were any.
+bool Plan::learn() {
+  is_running_ = true;
+  const auto finish = [this](void*) { is_running_ = false; };
+  const std::unique_ptr<void, decltype(finish)> finished(this, finish);
+  return specs_.learn();
 }
 
 // Looks at everything, as if there had been no step before.
-void Plan::walk(PyObject* groups, PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs,
-                Indices* missing, Indices* rest) {
+Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs) {
   const bool mode = c10::impl::TorchDispatchModeTLS::any_modes_set();
+  bool can_recall = !writes_gradient && torchs.empty();
+  can_recall_ = has_dtensors_ = false;  // until all is seen: there may be an error
+  Unfinished found;
   batch_.clear();
-  groups_.resize(PyList_GET_SIZE(groups));
+  entries_.clear();
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(state, &position, &key, &value)) entries_.emplace_back(key, value);
+  StateCursor cursor(entries_);
   forms_.resize(groups_.size());
-  can_recall_ = !writes_gradient && torchs.empty();
-  StateCursor cursor(state);
   uint32_t tensor = 0;
   for (size_t g = 0; g < groups_.size(); ++g) {
     Group& group = groups_[g];
-    group.refresh(dict_of(groups, g), rule_);
     forms_[g] = GroupForm(group);
     const Py_ssize_t count = forms_[g].count;
     bool host_knows = group.on_device[0].tensor == nullptr;
+    bool is_doubted = false;
     if (sightings_.size() < static_cast<size_t>(tensor + count)) sightings_.resize(tensor + count);
     places_.resize(tensor + count);
     for (Py_ssize_t i = 0; i < count; ++i, ++tensor) {
       PyObject* object = PySequence_Fast_GET_ITEM(group.params, i);
       Sighting& sighting = sightings_[tensor];
-      const bool is_tensor = THPVariable_CheckExact(object);
+      const bool is_known = THPVariable_CheckExact(object) || is_dtensor(object);
       sighting.see_idle(object);
       places_[tensor] = {object, nullptr, false};
-      if (is_tensor && !has_gradient(object)) {
+      if (is_known && gradient_of(impl_of(object)) == nullptr) {
         cursor.pass(object);
         continue;
       }
       PyObject* param_state = cursor.find(object);
       places_[tensor] = {object, param_state, true};
       if (contains(torchs, tensor)) continue;
-      if (!is_tensor || mode) {
-        rest->push_back(tensor);
+      for (const c10::TensorImpl* option : group.tensors) batch_.note_read(option, tensor);
+      Operands operands;
+      const bool is_tensor = THPVariable_Check(object);
+      const bool is_stepped =
+          is_tensor && sighting.see(object, param_state, state_names_, group.states_needed, &specs_, &operands);
+      if (!is_stepped || mode) {
+        if (is_tensor) batch_.note_operands(operands, tensor, writes_gradient);
+        sighting.see_idle(object);
+        found.rest.push_back(tensor);
         continue;
       }
-      Operands operands;
-      sighting.see(object, param_state, state_names_, group.states_needed, &operands);
+      has_dtensors_ = has_dtensors_ || operands.shard != nullptr;
       if (!host_knows && !is_plain_cuda(operands.param)) {
-        group.read_device_numbers();
+        group.read_device_numbers(rule_);
         host_knows = true;
       }
       const bool lacks = lacks_states(operands, group);
       const Path path = lacks ? batch_.announce(operands, group, tensor, writes_gradient)
                               : batch_.add(operands, &group, tensor, contains(fresh, tensor), writes_gradient);
-      if (path != Path::kFused) {
-        rest->push_back(tensor);
+      if (path == Path::kNoMemory || path == Path::kPending) {
+        found.refuse(tensor, path);
+      } else if (path != Path::kFused) {
+        found.rest.push_back(tensor);
+        if (path == Path::kStateValue || (path == Path::kOptions && !is_doubted)) found.doubtful.push_back(tensor);
+        is_doubted = is_doubted || path == Path::kOptions;
       } else if (lacks) {
-        missing->push_back(tensor);
+        found.missing.push_back(tensor);
       } else {
-        can_recall_ = sighting.note(operands, batch_) && can_recall_;
+        can_recall = sighting.note(operands, batch_) && can_recall;
       }
     }
   }
   sightings_.resize(tensor);
-  const Indices& sharing = batch_.sharing();
-  if (!sharing.empty()) {
-    for (const int64_t index : sharing)
-      if (!contains(torchs, index)) rest->push_back(index);
-    std::sort(rest->begin(), rest->end());
-    const auto shares = [&](int64_t index) { return contains(sharing, index); };
-    missing->erase(std::remove_if(missing->begin(), missing->end(), shares), missing->end());
+  found.sharing = batch_.sharing();
+  if (!found.sharing.empty()) {
+    found.rest.insert(found.rest.end(), found.sharing.begin(), found.sharing.end());
+    sort(&found.rest);
+    const auto shares = [&](int64_t index) { return contains(found.sharing, index); };
+    found.missing.erase(std::remove_if(found.missing.begin(), found.missing.end(), shares), found.missing.end());
   }
-  can_recall_ = can_recall_ && missing->empty() && rest->empty();
+  can_recall_ = can_recall && found.empty() && !found.refused;
+  return found;
 }
 
 // Whether the groups hold the parameters of the last step, with the same states and the same kinds of options.
-bool Plan::same_places(PyObject* groups, PyObject* state) {
-  if (static_cast<size_t>(PyList_GET_SIZE(groups)) != groups_.size()) return false;
-  StateCursor cursor(state);
+bool Plan::same_places(PyObject* state) const {
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  if (PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(entries_.size())) return false;
+  for (const auto& entry : entries_)
+    if (!PyDict_Next(state, &position, &key, &value) || key != entry.first || value != entry.second) return false;
   const Place* place = places_.data();
   for (size_t g = 0; g < groups_.size(); ++g) {
-    Group& group = groups_[g];
-    group.refresh(dict_of(groups, g), rule_);
+    const Group& group = groups_[g];
     if (!(GroupForm(group) == forms_[g]) || group.on_device[0].tensor != nullptr) return false;
-    for (Py_ssize_t i = 0; i < forms_[g].count; ++i, ++place) {
-      PyObject* object = PySequence_Fast_GET_ITEM(group.params, i);
-      if (object != place->object) return false;
-      PyObject* param_state = place->has_gradient ? cursor.find(object) : (cursor.pass(object), nullptr);
-      if (param_state != place->state) return false;
-    }
+    for (Py_ssize_t i = 0; i < forms_[g].count; ++i, ++place)
+      if (PySequence_Fast_GET_ITEM(group.params, i) != place->object) return false;
   }
   return true;
 }
 
 // Whether the batch of the last step is this step's too, but for the gradients' memory and the counts.
-bool Plan::recall(PyObject* groups, PyObject* state, bool* all_next) {
-  if (!can_recall_ || c10::impl::TorchDispatchModeTLS::any_modes_set() || !same_places(groups, state)) return false;
+bool Plan::recall(PyObject* state, bool* all_next) {
+  if (!can_recall_ || c10::impl::TorchDispatchModeTLS::any_modes_set() || !same_places(state)) return false;
+  if (has_dtensors_)
+    for (Sighting& sighting : sightings_)
+      if (!sighting.unwrap()) return false;
   const int64_t count = static_cast<int64_t>(sightings_.size());
   const int64_t parts = count < kFewTensors ? 1 : threads_for(batch_.elements + kTensorElements * count);
   std::atomic<bool> all_hold = true, all_are_next = true;
@@ -200,6 +256,16 @@ bool Plan::recall(PyObject* groups, PyObject* state, bool* all_next) {
   return all_hold;
 }
 
+// Whether it depends on the gradients' elements what this step is.
+bool Plan::depends_on_gradients(PyObject* state) const {
+  const auto skips = [](const Group& group) { return group.skip_nonfinite != 0; };
+  const auto stands_still = [](const Group& group) {
+    return group.lr == 0 && group.unreadable == 0 && group.on_device[0].tensor == nullptr;
+  };
+  return std::any_of(groups_.begin(), groups_.end(), skips) ||
+         (PyDict_GET_SIZE(state) == 0 && std::all_of(groups_.begin(), groups_.end(), stands_still));
+}
+
 // A graph that is captured without a parameter's gradient would never step that parameter.
 void Plan::check_capture() const {
   if (batch_.cuda.empty() || !batch_.cuda.is_captured()) return;
@@ -209,54 +275,75 @@ void Plan::check_capture() const {
                 " or requires_grad=False");
 }
 
-pybind11::object Plan::step(pybind11::list groups, pybind11::dict state, double gradient_scale, const Indices& fresh,
-                            const Indices& torchs, const pybind11::object& device_scale,
-                            const pybind11::object& found_inf) {
+pybind11::object Plan::step(const pybind11::object& groups, const pybind11::object& state, double gradient_scale,
+                            Indices fresh, Indices torchs, const pybind11::object& device_scale,
+                            const pybind11::object& found_inf, bool were_seen) {
   // Two threads in one optimizer's step race for its values, as with any in-place operation, but not for the plan.
-  if (is_running_) return Plan(rule_.name).step(groups, state, gradient_scale, fresh, torchs, device_scale, found_inf);
-  const DeviceScaling scaling{tensor_or_none(device_scale), tensor_or_none(found_inf)};
+  if (is_running_)
+    return Plan(rule_.name).step(groups, state, gradient_scale, fresh, torchs, device_scale, found_inf, were_seen);
+  const DeviceScaling scaling{number_or_none("device_scale", device_scale), number_or_none("found_inf", found_inf)};
   const bool writes_gradient = gradient_scale != 1 || scaling.gradient_scale.defined();
   bool all_next = false;
-  if (!writes_gradient && fresh.empty() && torchs.empty() && recall(groups.ptr(), state.ptr(), &all_next)) {
+  sort(&fresh);
+  sort(&torchs);
+  if (!refresh(groups.ptr(), state.ptr())) return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
+  if (!were_seen && depends_on_gradients(state.ptr())) return pybind11::bool_(true);
+  const bool is_recalled = !writes_gradient && fresh.empty() && torchs.empty() && recall(state.ptr(), &all_next);
+  if (is_recalled) {
     if (scaling.exists()) return pybind11::bool_(false);
     batch_.prepare_again(gradient_scale, all_next);
   } else {
-    Indices missing, rest;
-    walk(groups.ptr(), state.ptr(), writes_gradient, fresh, torchs, &missing, &rest);
-    if (scaling.exists() && (!batch_.is_for_devices_alone() || !rest.empty())) return pybind11::bool_(false);
+    const Unfinished unfinished = walk(state.ptr(), writes_gradient, fresh, torchs);
+    if (learn()) return step(groups, state, gradient_scale, fresh, torchs, device_scale, found_inf, were_seen);
+    if (const auto& refused = unfinished.refused)
+      TORCH_CHECK(false, "parameter ", refused->first, ": ", describe(refused->second));
+    const bool can_recall = std::exchange(can_recall_, false);  // only what has been prepared
+    if (scaling.exists() && (!batch_.is_for_devices_alone() || !unfinished.rest.empty())) return pybind11::bool_(false);
     check_capture();
-    if (!missing.empty() || !rest.empty()) return pybind11::make_tuple(missing, rest);
+    if (!unfinished.empty())
+      return pybind11::make_tuple(unfinished.missing, unfinished.rest, unfinished.sharing, unfinished.doubtful);
     batch_.prepare(gradient_scale, scaling);
+    can_recall_ = can_recall;
   }
   if (batch_.elements < kReleaseElements && batch_.cuda.empty()) {
     batch_.run();
   } else {
     run_unlocked();
   }
+  if (!is_recalled) specs_.forget_unused();
   return pybind11::none();
 }
 
-// Another thread may drop a tensor, or give it other memory, while the interpreter is free: this memory stays until the
-// step is done.
+// Another thread may drop a tensor, or give it other memory, while the interpreter is free. What the step writes beside
+// elements is written before that: a version counter or a step count that goes with its tensor would be written to
+// after its end. The memory of the elements stays until the step is done.
 void Plan::run_unlocked() {
   is_running_ = true;
   const auto finish = [this](void*) {
     kept_.clear();
+    kept_options_.clear();
     is_running_ = false;
   };
   const std::unique_ptr<void, decltype(finish)> finished(this, finish);
   const auto keep = [&](const c10::TensorImpl* tensor) { kept_.push_back(tensor->storage()); };
   for (const Sighting& sighting : sightings_) sighting.for_each_tensor(keep);
+  for (const Group& group : groups_)
+    for (const DeviceOption& option : group.on_device)
+      if (option.tensor != nullptr) kept_options_.push_back(tensor_from(option.tensor));
+  batch_.count();
   pybind11::gil_scoped_release release;
-  batch_.run();
+  batch_.update();
 }
 
-std::vector<std::string> Plan::paths(pybind11::list groups, pybind11::dict state) {
-  Indices missing, rest;
-  walk(groups.ptr(), state.ptr(), false, {}, {}, &missing, &rest);
+std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& groups, const pybind11::object& state) {
+  if (is_running_) return Plan(rule_.name).paths(groups, state);
   can_recall_ = false;
+  if (!refresh(groups.ptr(), state.ptr())) return std::nullopt;
+  walk(state.ptr(), false, {}, {});
+  can_recall_ = false;
+  if (learn()) return paths(groups, state);
   std::vector<std::string> result;
-  StateCursor cursor(state.ptr());
+  StateCursor cursor(entries_);
   uint32_t tensor = 0;
   const bool mode = c10::impl::TorchDispatchModeTLS::any_modes_set();
   for (const Group& group : groups_) {
@@ -265,12 +352,12 @@ std::vector<std::string> Plan::paths(pybind11::list groups, pybind11::dict state
       Path path = Path::kSubclass;
       if (mode) {
         path = Path::kMode;
-      } else if (THPVariable_CheckExact(object)) {
+      } else if (THPVariable_Check(object)) {
         Operands operands;
         Task task;
         Entry entry;
-        Sighting().see(object, cursor.find(object), state_names_, group.states_needed, &operands);
-        path = batch_.look(operands, group, false, &task, &entry);
+        if (Sighting().see(object, cursor.find(object), state_names_, group.states_needed, &specs_, &operands))
+          path = batch_.look(operands, group, false, &task, &entry);
       }
       if (path == Path::kFused && contains(batch_.sharing(), tensor)) path = Path::kMemory;
       result.emplace_back(describe(path));

@@ -2,19 +2,45 @@
 //
 // A plan owns nothing that torch's dicts do not say: every step looks at the groups, the gradients and the states as
 // they are now. What is kept from the last step is compared with the present, and used again where they are the same.
+//
+// Two rules keep it safe from what other threads and users' objects do meanwhile.
+// 1. While it looks, no Python code runs: nothing of a user's is hashed, compared, converted or let go of. So no other
+//    thread gets the interpreter, and all that is borrowed stays. What only Python code could tell is left to torch's
+//    path.
+// 2. Before the interpreter is let go, all that is written besides elements is written (version counters, step counts),
+//    and the memory of the elements is owned.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/engine.h"
 #include "python/batch.h"
+#include "python/distributed.h"
 #include "python/group.h"
 #include "python/sighting.h"
 
 namespace trainopt::python {
+
+// What keeps a step from being done: indices of parameters, over all groups, ascending.
+struct Unfinished {
+  Indices missing;   // their states are to be made
+  Indices rest;      // they have a gradient, but the engine does not take them
+  Indices sharing;   // of the rest: memory is shared, so that one has to be stepped after the other
+  Indices doubtful;  // of the rest: torch may refuse a state's value, or an option of the group whose first this is
+
+  // The first parameter that nobody can step, and why.
+  std::optional<std::pair<uint32_t, Path>> refused;
+
+  void refuse(uint32_t tensor, Path path) {
+    if (!refused) refused.emplace(tensor, path);
+  }
+  bool empty() const { return missing.empty() && rest.empty(); }
+};
 
 class Plan {
  public:
@@ -22,37 +48,38 @@ class Plan {
 
   // One step over `groups` (torch's param_groups) and `state` (torch's state dict). Gradients are divided by
   // `gradient_scale` and written back unless it is 1. `fresh` holds the indices of parameters whose states were made
-  // in this very step.
+  // in this very step, `torchs` of those that torch has stepped already.
   //
-  // Returns None when all is done. Else (missing, rest): the indices of the parameters that need states made, and of
-  // those whose gradient is there but that the engine does not take; then nothing has been changed. `torchs` names the
-  // parameters that torch has stepped already. Indices count over all groups; lists of them ascend.
+  // Returns None when all is done. Else nothing has been changed, and it returns the fields of an `Unfinished` as a
+  // tuple; or NotImplemented where groups, parameters or states are in containers that answer by code of their own.
   //
   // `device_scale` and `found_inf` (float32 tensors of one element on a CUDA device, or None) say the same as
   // `gradient_scale` and a step that is not to be made, without the host's knowing. False where it must know: then
   // nothing has been changed.
-  pybind11::object step(pybind11::list groups, pybind11::dict state, double gradient_scale, const Indices& fresh,
-                        const Indices& torchs, const pybind11::object& device_scale, const pybind11::object& found_inf);
+  //
+  // True, and nothing has been changed, if the gradients must be looked at first, unless they `were_seen`: a group
+  // skips steps that are not finite, or there is neither a state nor a learning rate, so that the step may only ask for
+  // states.
+  pybind11::object step(const pybind11::object& groups, const pybind11::object& state, double gradient_scale,
+                        Indices fresh, Indices torchs, const pybind11::object& device_scale,
+                        const pybind11::object& found_inf, bool were_seen);
 
-  // The path of every parameter, were it to have an ordinary gradient now.
-  std::vector<std::string> paths(pybind11::list groups, pybind11::dict state);
+  // The path of every parameter, were it to have an ordinary gradient now. Nothing for containers as above.
+  std::optional<std::vector<std::string>> paths(const pybind11::object& groups, const pybind11::object& state);
 
  private:
   // What a group decides of the batch.
   struct GroupForm {
     Py_ssize_t count = 0;
     int64_t states_needed = 0;
-    bool noisy = false, differentiable = false;
+    bool noisy = false, differentiable = false, unreadable = false;
+    std::vector<const void*> options;  // where the options that are tensors lie
 
     GroupForm() = default;
-    explicit GroupForm(const Group& group)
-        : count(PySequence_Fast_GET_SIZE(group.params)),
-          states_needed(group.states_needed),
-          noisy(group.noise != 0),
-          differentiable(group.differentiable != 0) {}
+    explicit GroupForm(const Group& group);
     bool operator==(const GroupForm& other) const {
       return count == other.count && states_needed == other.states_needed && noisy == other.noisy &&
-             differentiable == other.differentiable;
+             differentiable == other.differentiable && unreadable == other.unreadable && options == other.options;
     }
   };
 
@@ -66,19 +93,25 @@ class Plan {
   const cpu::Rule& rule_;
   std::vector<pybind11::str> state_names_;  // the rule's, then "step"
   std::vector<Group> groups_;
-  std::vector<GroupForm> forms_;     // of the last walk
-  std::vector<Place> places_;        // of every parameter, in order
-  std::vector<Sighting> sightings_;  // likewise
+  std::vector<GroupForm> forms_;                          // of the last walk
+  std::vector<Place> places_;                             // of every parameter, in order
+  std::vector<std::pair<PyObject*, PyObject*>> entries_;  // of the state dict, in its order
+  std::vector<Sighting> sightings_;                       // of every parameter, in order
+  Specs specs_;
   Batch batch_;
   std::vector<c10::Storage> kept_;  // while the interpreter is let go
-  bool can_recall_ = false;         // whether the next step can be compared with the last one
-  bool is_running_ = false;         // with the interpreter let go
+  std::vector<at::Tensor> kept_options_;
+  bool has_dtensors_ = false;  // in the last walk
+  bool can_recall_ = false;    // whether the next step can be compared with the last one
+  bool is_running_ = false;    // with the interpreter let go, or Python code asked
 
-  bool recall(PyObject* groups, PyObject* state, bool* all_next);
-  bool same_places(PyObject* groups, PyObject* state);
-  void walk(PyObject* groups, PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs,
-            Indices* missing, Indices* rest);
+  bool refresh(PyObject* groups, PyObject* state);
+  bool recall(PyObject* state, bool* all_next);
+  bool same_places(PyObject* state) const;
+  Unfinished walk(PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs);
+  bool learn();
   bool lacks_states(const Operands& operands, const Group& group) const;
+  bool depends_on_gradients(PyObject* state) const;
   void check_capture() const;
   void run_unlocked();
 };

@@ -16,12 +16,15 @@ namespace {
 
 constexpr int64_t kChunk = 16384;  // elements whose losses are one partial sum
 
-[[noreturn]] void refuse_non_probability() { TORCH_CHECK(false, "all elements of input should be between 0 and 1"); }
+void check_probabilities(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK(((tensor >= 0) & (tensor <= 1)).all().item<bool>(), "all elements of ", name,
+              " should be between 0 and 1");
+}
 
 at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Tensor& target,
                    const OptionalTensor& weight, const OptionalTensor& positive, int64_t reduction, double parameter) {
   const cpu::PointwiseLoss& loss = find_pointwise_loss(name);
-  PointwiseOperands operands(input, target, weight, positive, parameter);
+  PointwiseOperands operands(input, target, weight, positive, reduction, parameter);
   const at::Tensor values = reduction == kNone ? operands.add_value() : at::Tensor();
   operands.arrange();
   const PointwiseTask& task = operands.task;
@@ -34,10 +37,12 @@ at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Ten
   });
   double sum = 0;
   for (const double part : partial) sum += part;
-  // An input outside of [0, 1] makes the sum NaN; whether it was that is worth a second look then.
-  if (std::isnan(sum) && name == "binary_cross_entropy" && !((input >= 0) & (input <= 1)).all().item<bool>())
-    refuse_non_probability();
-  if (reduction == kNone) return values;
+  // An input or a target outside of [0, 1] makes the sum NaN; whether it was that is worth a second look then.
+  if (std::isnan(sum) && name == "binary_cross_entropy") {
+    check_probabilities("input", input);
+    check_probabilities("target", target);
+  }
+  if (reduction == kNone) return operands.finished(values);
   return tensor_of(reduction == kMean ? sum / static_cast<double>(task.numel) : sum, operands.dtype);
 }
 
@@ -46,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor> backward(c10::string_view name, const at::Ten
                                             const OptionalTensor& positive, int64_t reduction, double parameter,
                                             std::array<bool, 2> wanted) {
   const cpu::PointwiseLoss& loss = find_pointwise_loss(name);
-  PointwiseOperands operands(input, target, weight, positive, parameter);
+  PointwiseOperands operands(input, target, weight, positive, reduction, parameter);
   PointwiseTask& task = operands.task;
   const PointwiseGradients gradients = operands.add_gradients(wanted);
   if (!operands.add_upstream(upstream)) task.scale = number_in(upstream);

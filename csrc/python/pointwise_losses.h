@@ -23,15 +23,18 @@ const cpu::PointwiseLoss& find_pointwise_loss(std::string_view name);
 // Of input and of target, in the shape of the loss; undefined where it is not wanted.
 using PointwiseGradients = std::array<at::Tensor, 2>;
 
-// The tensors of a task in the shape that they broadcast to, and in one order of elements.
+// The tensors of a task in the shape that they broadcast to, and in one order of elements: for more dimensions than an
+// engine has, as contiguous copies.
 class PointwiseOperands {
  public:
+  // RuntimeError or ValueError for what no engine may see (loss_arguments.h).
   PointwiseOperands(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                    const OptionalTensor& positive, double parameter);
+                    const OptionalTensor& positive, int64_t reduction, double parameter);
 
   PointwiseTask task{};
   const c10::ScalarType dtype;  // of the loss
-  bool wide() const { return dtype == at::kDouble; }
+  // Whether the arithmetic is float64: float32 does not have every beta and delta.
+  bool wide() const;
 
   // Fresh memory for what is to be written.
   at::Tensor add_value();
@@ -43,17 +46,22 @@ class PointwiseOperands {
   // Once all have been added: fills in the task's views.
   void arrange();
 
-  // The gradients in the shapes of input and target; an empty tensor for one that is not wanted.
+  // What was written, as it goes out: the losses; the gradients in the shapes of input and target, an empty tensor for
+  // one that is not wanted.
+  at::Tensor finished(const at::Tensor& value) const { return in_order_of(input_, value); }
   std::tuple<at::Tensor, at::Tensor> summed(const PointwiseGradients&) const;
 
  private:
   const at::Tensor input_, target_;
+  const int64_t reduction_;
   at::DimVector shape_;
+  bool copies_;
   std::deque<at::Tensor> tensors_;
   std::vector<TensorView*> views_;
   std::deque<Layout> layouts_;
 
   at::Tensor memory_for(const at::Tensor& operand, c10::ScalarType type) const;
+  at::Tensor in_order_of(const at::Tensor& operand, const at::Tensor& result) const;
   void add(const at::Tensor& tensor, TensorView* view);
 };
 

@@ -15,40 +15,26 @@
 namespace trainopt::python {
 namespace {
 
-void check_device(const char* what, const OptionalTensor& tensor, const at::Tensor& input) {
-  if (!tensor.has_value() || !tensor->defined()) return;
-  TORCH_CHECK(tensor->device() == input.device(), "expected all tensors to be on one device, but ", what, " is on ",
-              tensor->device(), " and input on ", input.device());
-}
-
-void check_devices(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                   const OptionalTensor& positive) {
-  check_device("target", target, input);
-  check_device("weight", weight, input);
-  check_device("pos_weight", positive, input);
-}
-
 double divisor_of(int64_t reduction, const PointwiseTask& task) {
   return reduction == kMean ? static_cast<double>(task.numel) : 1;
 }
 
 at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Tensor& target,
                    const OptionalTensor& weight, const OptionalTensor& positive, int64_t reduction, double parameter) {
-  check_devices(input, target, weight, positive);
   const int loss = find_pointwise_loss(name).index;
+  PointwiseOperands operands(input, target, weight, positive, reduction, parameter);
   const OnDevice on(input.device());
   int64_t* bad_probability = nullptr;
   if (name == "binary_cross_entropy") {
     check_findings_on(input.device());
     if (Findings* findings = findings_of(input.device())) bad_probability = &findings->bad_probability;
   }
-  PointwiseOperands operands(input, target, weight, positive, parameter);
   const PointwiseTask& task = operands.task;
   if (reduction == kNone) {
     const at::Tensor values = operands.add_value();
     operands.arrange();
     cuda::pointwise_forward(loss, operands.wide(), task, {}, bad_probability, on.stream);
-    return values;
+    return operands.finished(values);
   }
   operands.arrange();
   const at::Tensor result = at::empty({}, input.options().dtype(operands.dtype));
@@ -62,11 +48,9 @@ std::tuple<at::Tensor, at::Tensor> backward(c10::string_view name, const at::Ten
                                             const at::Tensor& target, const OptionalTensor& weight,
                                             const OptionalTensor& positive, int64_t reduction, double parameter,
                                             std::array<bool, 2> wanted) {
-  check_devices(input, target, weight, positive);
-  check_device("upstream", upstream, input);
   const int loss = find_pointwise_loss(name).index;
+  PointwiseOperands operands(input, target, weight, positive, reduction, parameter);
   const OnDevice on(input.device());
-  PointwiseOperands operands(input, target, weight, positive, parameter);
   const PointwiseGradients gradients = operands.add_gradients(wanted);
   cuda::Upstream from_above{};
   if (!operands.add_upstream(upstream)) from_above = {view_of(upstream), divisor_of(reduction, operands.task)};

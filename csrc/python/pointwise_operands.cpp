@@ -1,11 +1,15 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/result_type.h>
 
+#include <cmath>
+#include <limits>
 #include <string>
 
 #include "python/fresh_memory.h"
 #include "python/layout.h"
+#include "python/loss_arguments.h"
 #include "python/losses.h"
 #include "python/pointwise_losses.h"
 
@@ -18,17 +22,27 @@ const cpu::PointwiseLoss& find_pointwise_loss(std::string_view name) {
 }
 
 PointwiseOperands::PointwiseOperands(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                                     const OptionalTensor& positive, double parameter)
-    : dtype(at::result_type(input, target)), input_(input), target_(target) {
+                                     const OptionalTensor& positive, int64_t reduction, double parameter)
+    : dtype(at::result_type(input, target)), input_(input), target_(target), reduction_(reduction) {
+  check_arguments({{"input", input}, {"target", target}, {"weight", weight}, {"pos_weight", positive}});
+  check_reduction(reduction);
   shape_ = at::infer_size_dimvector(input.sizes(), target.sizes());
   for (const OptionalTensor& other : {weight, positive})
     if (other.has_value() && other->defined()) shape_ = at::infer_size_dimvector(shape_, other->sizes());
+  copies_ = shape_.size() > kMaxDims;
   add(input, &task.input);
   add(target, &task.target);
   if (weight.has_value()) add(*weight, &task.weight);
   if (positive.has_value()) add(*positive, &task.positive);
   task.numel = c10::multiply_integers(shape_);
   task.parameter = parameter;
+}
+
+bool PointwiseOperands::wide() const {
+  const double size = std::fabs(task.parameter);
+  const bool is_single = size == 0 || (size >= static_cast<double>(std::numeric_limits<float>::min()) &&
+                                       size <= static_cast<double>(std::numeric_limits<float>::max()));
+  return dtype == at::kDouble || !is_single;
 }
 
 at::Tensor PointwiseOperands::add_value() {
@@ -47,6 +61,8 @@ PointwiseGradients PointwiseOperands::add_gradients(std::array<bool, 2> wanted) 
 }
 
 bool PointwiseOperands::add_upstream(const at::Tensor& upstream) {
+  check_arguments({{"input", input_}, {"upstream", upstream}});
+  check_upstream(upstream, shape_, reduction_);
   bool is_one_number = true;  // as after .sum()
   for (const int64_t stride : upstream.strides()) is_one_number = is_one_number && stride == 0;
   if (task.numel == 0) return true;
@@ -63,27 +79,34 @@ void PointwiseOperands::arrange() {
     operands.push_back({tensors_[i].unsafeGetTensorImpl(), views_[i]});
   }
   if (contiguous) return;
-  TORCH_CHECK(python::arrange(operands, false, &layouts_), "tensors of more than ", kMaxDims,
-              " dimensions that do not lie in memory alike are not supported");
+  TORCH_INTERNAL_ASSERT(python::arrange(operands, false, &layouts_));
 }
 
 std::tuple<at::Tensor, at::Tensor> PointwiseOperands::summed(const PointwiseGradients& gradients) const {
-  const auto in_shape_of = [](const at::Tensor& gradient, const at::Tensor& operand) {
-    return gradient.defined() ? at::sum_to(gradient, operand.sizes()) : at::empty({0}, operand.options());
+  const auto in_shape_of = [&](const at::Tensor& gradient, const at::Tensor& operand) {
+    return gradient.defined() ? in_order_of(operand, at::sum_to(gradient, operand.sizes()))
+                              : at::empty({0}, operand.options());
   };
   return {in_shape_of(gradients[0], input_), in_shape_of(gradients[1], target_)};
 }
 
 // Of the whole shape, in the order of `operand` if it has that shape itself.
 at::Tensor PointwiseOperands::memory_for(const at::Tensor& operand, c10::ScalarType type) const {
-  if (operand.sizes().equals(shape_)) return fresh_like(operand, type);
+  if (operand.sizes().equals(shape_) && !copies_) return fresh_like(operand, type);
   return operand.is_cpu() ? fresh(shape_, type) : at::empty(shape_, operand.options().dtype(type));
+}
+
+// A result that was written row-major, in the order in memory that it would have had.
+at::Tensor PointwiseOperands::in_order_of(const at::Tensor& operand, const at::Tensor& result) const {
+  if (!copies_ || !operand.sizes().equals(result.sizes())) return result;
+  return at::empty_like(operand, operand.options().dtype(result.scalar_type())).copy_(result);
 }
 
 // A tensor to read is expanded; one to write has the shape already.
 void PointwiseOperands::add(const at::Tensor& tensor, TensorView* view) {
   if (!tensor.defined()) return;
   tensors_.push_back(tensor.sizes().equals(shape_) ? tensor : tensor.expand(shape_));
+  if (copies_) tensors_.back() = tensors_.back().contiguous();
   views_.push_back(view);
 }
 

@@ -5,9 +5,11 @@
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <vector>
 
 #include "python/batch.h"
+#include "python/distributed.h"
 
 namespace trainopt::python {
 
@@ -17,26 +19,31 @@ struct SeenTensor {
   const c10::StorageImpl* storage = nullptr;
   const VersionCounter* version = nullptr;
   const void* storage_data = nullptr;
+  size_t storage_bytes = 0;
   int64_t storage_offset = 0;  // in elements
   caffe2::TypeMeta dtype;
 };
 
-// Whether a tensor, of no subclass, has a gradient.
-bool has_gradient(PyObject* param);
+// Of a tensor of Python's, whatever its class.
+const c10::TensorImpl* impl_of(PyObject* tensor);
+const c10::TensorImpl* gradient_of(const c10::TensorImpl* param);  // null if there is none
 
 class Sighting {
  public:
   // A parameter that takes no part in the step.
   void see_idle(PyObject* param);
 
-  // Unpacks a parameter, a tensor and of no subclass. `names` are the rule's states, then "step"; the first
-  // `states_needed` count.
-  void see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, int64_t states_needed,
-           Operands* operands);
+  // Unpacks a parameter, a tensor. `names` are the rule's states, then "step"; the first `states_needed` count. False
+  // if the parameter is of a class that the engine knows nothing of; then its own tensors are unpacked all the same.
+  bool see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, int64_t states_needed,
+           Specs* specs, Operands* operands);
 
   // Notes where the memory is, once the batch has taken the parameter as its last entry. False if the next step cannot
   // be compared with this one.
   bool note(const Operands& operands, const Batch& batch);
+
+  // To be called before `still_holds`, by one thread: looks into DTensors. False if they are not those that were noted.
+  bool unwrap() { return distributed_ == nullptr || look_into_dtensors(); }
 
   // Whether everything that a step asks of these objects has the same answer as when they were noted, but for the
   // gradient's memory, which is put into the task, and the count of steps, which is put into the entry; `all_next`
@@ -64,10 +71,21 @@ class Sighting {
 
   // Of the parameter's state dict.
   struct Item {
-    pybind11::object key;  // owned, so that its address stays its own
+    pybind11::object key;  // a string; owned, so that its address stays its own
     PyObject* value;
     Role role;
     SeenTensor tensor;
+  };
+
+  // A DTensor as it was noted, and the tensor that is in it now.
+  struct Outer {
+    PyObject* spec = nullptr;                 // `Specs` owns it
+    const VersionCounter* version = nullptr;  // null: the step does not write to it
+    const c10::TensorImpl* local = nullptr;
+  };
+  struct Distributed {
+    Outer param, gradient;
+    c10::SmallVector<Outer, 3> items;  // as items_
   };
 
   PyObject* object_ = nullptr;
@@ -78,8 +96,15 @@ class Sighting {
   int64_t entry_ = 0;
   bool contiguous_ = false;
   c10::SmallVector<Item, 3> items_;
+  std::unique_ptr<Distributed> distributed_;  // of a DTensor
 
-  bool gradient_holds(const c10::TensorImpl* param, const c10::TensorImpl* gradient, cpu::Task* task);
+  bool is_in_dtensor(size_t item) const;
+  const c10::TensorImpl* tensor_of(size_t item) const;
+  bool see_param(PyObject* param, Specs* specs, Operands* operands);
+  const c10::TensorImpl* see_state(PyObject* value, bool is_count, Specs* specs, Operands* operands);
+  bool look_into_dtensors();
+  bool gradient_holds(const c10::TensorImpl* param, const c10::TensorImpl* gradient, const Batch& batch,
+                      cpu::Task* task);
   bool items_hold(const c10::TensorImpl* param, Entry& entry, bool* all_next) const;
 };
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "python/cuda_device.h"
+#include "python/loss_arguments.h"
 #include "python/tensors.h"
 
 namespace trainopt::python {
@@ -39,13 +40,13 @@ bool TensorList::collect(const pybind11::list& objects, bool of_gradients, bool 
     PyObject* object = PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(i));
     if (!THPVariable_CheckExact(object)) return false;
     const at::Tensor& tensor = THPVariable_Unpack(object);
-    if (!of_gradients) {
-      if (!add(tensor, writes)) return false;
-      continue;
-    }
     // A plain tensor's gradient may still be of a subclass: that is no plain tensor.
-    const at::Tensor& gradient = tensor.grad();
-    if (gradient.defined() && !add(gradient, writes)) return false;
+    const at::Tensor& item = of_gradients ? tensor.grad() : tensor;
+    if (!item.defined()) continue;
+    const c10::TensorImpl* impl = item.unsafeGetTensorImpl();
+    TORCH_CHECK(!(is_plain_cpu(impl) || is_plain_cuda(impl)) || has_memory(impl),
+                of_gradients ? "the gradient of parameter " : "tensor ", i, no_memory(impl));
+    if (!add(item, writes)) return false;
   }
   return true;
 }
@@ -73,8 +74,8 @@ bool TensorList::share_memory() const {
   return false;
 }
 
-at::ScalarType TensorList::common_dtype() const {
-  at::ScalarType result = c10::typeMetaToScalarType(items[0].tensor->dtype());
+at::ScalarType TensorList::norm_dtype() const {
+  at::ScalarType result = at::kFloat;
   for (const Item& item : items) {
     const at::ScalarType other = c10::typeMetaToScalarType(item.tensor->dtype());
     if (other != result) result = c10::promoteTypes(result, other);

@@ -30,8 +30,9 @@ struct TensorList {
 
   bool share_memory() const;
 
-  // The dtype of torch.stack over the tensors' norms.
-  at::ScalarType common_dtype() const;
+  // The dtype of the norm of all: what torch promotes theirs to, but float32 for 16-bit tensors, in whose dtype it may
+  // be infinite (float16) or moves in steps of 1/256 of itself (bfloat16).
+  at::ScalarType norm_dtype() const;
 
  private:
   std::deque<Layout> layouts_;

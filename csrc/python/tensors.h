@@ -3,6 +3,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/TensorImpl.h>
 
 #include "core/macros.h"
@@ -12,9 +13,12 @@ namespace trainopt::python {
 
 // A dense, real, materialised CPU tensor and nothing else: no subclass with a dispatch of its own, no lazy conjugate or
 // negation, no functorch wrapper. The check is one mask over the dispatch keys: an ordinary tensor has all of them but
-// those that a tensor made in inference mode lacks.
-inline const uint64_t kOrdinaryKeys =
-    at::detail::empty_cpu({0}, at::kFloat).unsafeGetTensorImpl()->key_set().raw_repr();
+// those that a tensor made in inference mode lacks. The mask must have autograd's keys wherever the module was loaded:
+// in inference mode the tensor that it is read from would have none.
+inline const uint64_t kOrdinaryKeys = [] {
+  const c10::InferenceMode off(false);
+  return at::detail::empty_cpu({0}, at::kFloat).unsafeGetTensorImpl()->key_set().raw_repr();
+}();
 
 TRAINOPT_INLINE bool is_plain_cpu(const c10::TensorImpl* tensor) {
   const c10::DispatchKeySet keys = tensor->key_set();
@@ -43,6 +47,37 @@ TRAINOPT_INLINE c10::StorageImpl* storage_of(const c10::TensorImpl* tensor) {
   return tensor->unsafe_storage().unsafeGetStorageImpl();
 }
 
+// From the first element in memory to the last, counted in elements.
+inline int64_t extent_of(const c10::TensorImpl* tensor) {
+  const int64_t numel = tensor->numel();
+  if (numel == 0 || tensor->is_non_overlapping_and_dense()) return numel;
+  int64_t extent = 1;
+  for (int64_t d = 0; d < tensor->dim(); ++d) extent += (tensor->sizes()[d] - 1) * tensor->strides()[d];
+  return extent;
+}
+
+// Whether a storage of so many bytes at `data` holds elements up to `end`. Python can take a storage's memory away from
+// under its tensors (untyped_storage().resize_), and torch's own kernels end the process then.
+TRAINOPT_INLINE bool holds(const void* data, size_t bytes, int64_t end, size_t itemsize) {
+  return data != nullptr && static_cast<size_t>(end) * itemsize <= bytes;
+}
+
+// Whether all elements of a tensor are in its storage.
+inline bool has_memory(const c10::TensorImpl* tensor) {
+  const c10::StorageImpl* storage = storage_of(tensor);
+  return tensor->numel() == 0 || holds(storage->data(), storage->nbytes(), tensor->storage_offset() + extent_of(tensor),
+                                       tensor->dtype().itemsize());
+}
+
+// What is said of a tensor that has none, after its name.
+inline std::string no_memory(const c10::TensorImpl* tensor) {
+  const int64_t end = tensor->storage_offset() + extent_of(tensor);
+  const c10::StorageImpl* storage = storage_of(tensor);
+  return " needs " + std::to_string(end * static_cast<int64_t>(tensor->dtype().itemsize())) +
+         " bytes of memory, and its storage has " + std::to_string(storage->data() == nullptr ? 0 : storage->nbytes()) +
+         " (a tensor of shape " + c10::str(tensor->sizes()) + "; untyped_storage().resize_?)";
+}
+
 // The tensor's memory; a lazily copied tensor is given memory of its own if it is to be written.
 inline void* data_of(const c10::TensorImpl* tensor, DType dtype, bool writes) {
   c10::StorageImpl* storage = storage_of(tensor);
@@ -50,8 +85,10 @@ inline void* data_of(const c10::TensorImpl* tensor, DType dtype, bool writes) {
   return base + tensor->storage_offset() * size_of(dtype);
 }
 
+// False for a type that the engine does not store; RuntimeError for a tensor whose memory is gone.
 inline bool read_view(const c10::TensorImpl* tensor, bool writes, TensorView* out) {
   if (!read_dtype(tensor, &out->dtype)) return false;
+  TORCH_CHECK(has_memory(tensor), "a tensor", no_memory(tensor));
   out->layout = nullptr;
   out->data = data_of(tensor, out->dtype, writes);
   return true;
@@ -72,18 +109,6 @@ inline bool same_order_in_memory(const c10::TensorImpl* param, const c10::Tensor
 
 inline const char* end_of(const TensorView& view, int64_t numel) {
   return static_cast<const char*>(view.data) + numel * size_of(view.dtype);
-}
-
-// Whether a gradient's memory, which may have gaps or repeat itself, is clear of a dense view's.
-inline bool is_clear_of(const c10::TensorImpl* gradient, const TensorView& gradient_view, const TensorView& view,
-                        int64_t numel) {
-  const char* begin = static_cast<const char*>(gradient_view.data);
-  const char* end = end_of(gradient_view, numel);
-  if (!gradient->is_non_overlapping_and_dense()) {
-    begin = static_cast<const char*>(storage_of(gradient)->data());
-    end = begin + storage_of(gradient)->nbytes();
-  }
-  return end <= static_cast<const char*>(view.data) || end_of(view, numel) <= begin;
 }
 
 }  // namespace trainopt::python

@@ -16,6 +16,10 @@ struct Adam {
   static constexpr bool kCountsSteps = true;
 
   TRAINOPT_INLINE static int states_needed(const double* options) { return options[kAmsgrad] != 0 ? 3 : 2; }
+  // Beyond this range torch's bias corrections are negative, or complex numbers, which it refuses.
+  TRAINOPT_INLINE static bool takes(const double* options) {
+    return options[kBeta1] >= 0 && options[kBeta1] < 1 && options[kBeta2] >= 0 && options[kBeta2] < 1;
+  }
   TRAINOPT_INLINE static Decay decay(const double* options) {
     return options[kDecoupled] != 0 ? Decay::kParameter : Decay::kGradient;
   }

@@ -9,6 +9,9 @@
 //   kStates                   the names of its states in torch's state dict, in the order of `state` below
 //   kCountsSteps              whether it needs the number of steps of each parameter
 //   states_needed(options)    how many of its states these options need: all, or all but the last
+//   takes(options)            whether the arithmetic is torch's for these options; where it is not, torch's own path
+//   has to
+//                             find the result, or the error
 //   decay(options)            where weight decay belongs
 //   Scalars<S>, prepare<S>    what it needs once for each parameter and step, computed in double
 //   update(scalars, p, g, s)  one element: changes parameter p and states s by gradient g. T is float or double, or a

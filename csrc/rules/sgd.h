@@ -13,6 +13,7 @@ struct Sgd {
   static constexpr bool kCountsSteps = false;
 
   TRAINOPT_INLINE static int states_needed(const double* options) { return options[kMomentum] != 0 ? 1 : 0; }
+  TRAINOPT_INLINE static bool takes(const double*) { return true; }
   TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kGradient; }
 
   template <class S>

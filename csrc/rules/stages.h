@@ -7,6 +7,7 @@
 
 #include "core/macros.h"
 #include "core/math.h"
+#include "core/random.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -29,8 +30,8 @@ struct Stages {
   S l1;              // added to the gradient, times the parameter's sign
   S threshold;       // the proximal form: the parameter is moved to 0 by this
   S noise;           // standard deviation
-  uint64_t seed;     // of the noise, and
-  uint32_t step;     // the step that it belongs to
+  uint64_t seed;     // of the noise, with
+  uint32_t step;     // the step that it belongs to: see random_key
 };
 
 constexpr size_t kRuleScalarBytes = 128;
@@ -67,8 +68,9 @@ TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const Moment& 
   stages.l1 = static_cast<S>(group.l1);
   stages.threshold = static_cast<S>(now.lr * group.l1);
   stages.noise = static_cast<S>(group.noise);
-  stages.seed = group.seed;
-  stages.step = static_cast<uint32_t>(now.step);
+  const RandomKey key = random_key(group.seed, now.step);
+  stages.seed = key.seed;
+  stages.step = key.step;
   return stages;
 }
 

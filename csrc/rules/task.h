@@ -8,11 +8,19 @@
 
 namespace trainopt {
 
+// Where the elements of a shard lie in the whole that it is a part of: the one of index (i_0, ...) in a row-major array
+// of the layout's sizes is number offset + i_0 * strides[0] + ... of the whole.
+struct ShardLayout {
+  int64_t offset;
+  Layout layout;
+};
+
 struct Task {
   int64_t numel;
   TensorView param, gradient;
-  TensorView state[kMaxStates];  // without data where the rule needs none
-  uint32_t tensor;               // its index in the optimizer, for the random numbers
+  TensorView state[kMaxStates];        // without data where the rule needs none
+  uint32_t tensor;                     // its index in the optimizer, for the random numbers
+  const ShardLayout* shard = nullptr;  // likewise: null for a whole
 };
 
 }  // namespace trainopt

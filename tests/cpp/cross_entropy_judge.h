@@ -57,6 +57,16 @@ inline std::vector<double> numbers(size_t count, uint64_t seed, const std::funct
   return result;
 }
 
+// Memory for the log-sum-exp of each row.
+struct StoredLse {
+  std::vector<double> peak, log_sum;
+
+  explicit StoredLse(int64_t rows)
+      : peak(static_cast<size_t>(rows), std::nan("")), log_sum(static_cast<size_t>(rows), std::nan("")) {}
+  LogSumExp parts() { return {peak.data(), log_sum.data()}; }
+  double of(int64_t row) const { return peak[row] + log_sum[row]; }
+};
+
 struct Case {
   int64_t classes, outer, inner;  // inner > 1: rows side by side
   bool probabilities, weighted;
@@ -111,25 +121,28 @@ struct CrossEntropyProblem {
   }
 
   struct Row {
-    double lse, loss, all_mass;
+    double peak, log_sum, lse, loss, all_mass;
     std::vector<double> logit, mass;
   };
 
   Row exact(int64_t row) const {
-    Row result{0, 0, 0, std::vector<double>(c.classes), std::vector<double>(c.classes)};
-    double sum = 0, peak = -HUGE_VAL;
+    Row result{-HUGE_VAL, 0, 0, 0, 0, std::vector<double>(c.classes), std::vector<double>(c.classes)};
+    long double sum = 0, mass = 0, loss = 0;  // the judge's own roundings, of thousands of ties, are no small ones
     for (int64_t k = 0; k < c.classes; ++k) {
       const double raw = x[place(row, k)], w = c.weighted ? weight[k] : 1;
       const double target = c.probabilities ? t[place(row, k)] : labels[row] == k;
       result.logit[k] = c.softcap == 0 ? raw : c.softcap * std::tanh(raw / c.softcap);
       result.mass[k] =
           is_ignored(row) ? 0 : w * ((1 - c.smoothing) * target + c.smoothing / static_cast<double>(c.classes));
-      result.all_mass += result.mass[k];
-      peak = std::max(peak, result.logit[k]);
+      mass += result.mass[k];
+      result.peak = std::max(result.peak, result.logit[k]);
     }
-    for (int64_t k = 0; k < c.classes; ++k) sum += std::exp(result.logit[k] - peak);
-    result.lse = peak + std::log(sum);
-    for (int64_t k = 0; k < c.classes; ++k) result.loss += result.mass[k] * (result.lse - result.logit[k]);
+    for (int64_t k = 0; k < c.classes; ++k) sum += std::exp(result.logit[k] - result.peak);
+    result.log_sum = static_cast<double>(std::log(sum));
+    result.lse = result.peak + result.log_sum;
+    for (int64_t k = 0; k < c.classes; ++k) loss += result.mass[k] * ((result.peak - result.logit[k]) + result.log_sum);
+    result.all_mass = static_cast<double>(mass);
+    result.loss = static_cast<double>(loss);
     return result;
   }
 
@@ -137,7 +150,8 @@ struct CrossEntropyProblem {
   double slope(const Row& row, bool ignored, int64_t k, double scale, double lse_scale) const {
     if (ignored) return 0;
     const double u = row.logit[k] / c.softcap, cap = c.softcap == 0 ? 1 : 1 - u * u;
-    return ((scale * row.all_mass + lse_scale) * std::exp(row.logit[k] - row.lse) - scale * row.mass[k]) * cap;
+    const double probability = std::exp((row.logit[k] - row.peak) - row.log_sum);
+    return ((scale * row.all_mass + lse_scale) * probability - scale * row.mass[k]) * cap;
   }
 
   std::string describe() const {

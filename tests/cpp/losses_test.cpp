@@ -119,11 +119,13 @@ void test_pointwise(const Formula& formula, DType dtype, size_t count, bool weig
 // Cross-entropy
 // --------------------------------------------------------------------------------------------------------
 
-void test_cross_entropy(const Case& c, DType dtype) {
+void test_cross_entropy(const Case& c, DType dtype, double offset = 0) {
   CrossEntropyProblem problem(c, dtype);
-  const std::string what = problem.describe();
+  const std::string what = problem.describe() + ", logits about " + std::to_string(offset);
   const bool wide = dtype == DType::kFloat64;
   const int64_t rows = problem.rows;
+  // As many digits for large logits as for small ones: those of a row are alike, or far apart.
+  if (offset != 0) problem.x = Stored(dtype, numbers(problem.count(), 7, [&](double v) { return v + offset; }));
   const std::vector<double> scale = numbers(static_cast<size_t>(rows), 10, as_it_is);
   const std::vector<double> lse_scale = numbers(static_cast<size_t>(rows), 11, [&](double v) { return c.z * v; });
 
@@ -131,13 +133,14 @@ void test_cross_entropy(const Case& c, DType dtype) {
   std::vector<double> first_loss;
   for (const cpu::Variant variant : variants()) {
     cpu::set_variant(variant);
-    std::vector<double> lse(rows), loss(rows);
+    StoredLse lse(rows);
+    std::vector<double> loss(rows);
     Stored gradient(dtype, std::vector<double>(problem.count()));
     cpu::CrossEntropyTask task{};
     problem.describe_to(task);
     task.weight = c.weighted ? problem.weight.data() : nullptr;
     task.total_weight = problem.total_weight;
-    task.lse = lse.data();
+    task.lse = lse.parts();
     task.loss = loss.data();
     task.gradient = problem.rows_in(gradient);
     task.scale = scale.data();
@@ -178,6 +181,14 @@ void test_cross_entropy() {
                 {classes, inner == 300 ? 1 : 3 + 37 * (inner == 1 && classes < 100), inner, probabilities,
                  option % 2 == 1, option < 2 ? 0.0 : 0.2, option == 3 ? 3.0 : 0.0, option == 1 ? 0.5 : 0.0},
                 dtype);
+  for (const int64_t classes : {5, 100, 1500})
+    for (const int64_t inner : {1, 37})
+      for (const int option : {0, 1, 2})
+        for (const double offset : {1e3, 1e6, 1e17, -1e17}) {
+          const Case large{classes, 3, inner, option == 1, false, option == 2 ? 0.2 : 0.0, 0, 0};
+          test_cross_entropy(large, DType::kFloat64, offset);
+          if (offset == 1e3) test_cross_entropy(large, DType::kFloat32, offset);
+        }
 }
 
 }  // namespace

@@ -25,9 +25,20 @@ def test_one_that_does_something_else_is_left_out(device):
 
 
 def test_the_command_line(device, capsys, tmp_path):
-    file = tmp_path / "figures.json"
-    assert gpu.main(["--device", device, "--quick", "--markdown", "--json", str(file)]) == 0
+    assert gpu.main(["--device", device, "--quick", "--markdown", "--results", str(tmp_path)]) == 0
     output = capsys.readouterr().out
-    assert "### cross_entropy, 7 × 5, float32" in output and f"written to {file}" in output
-    kinds = {result["kind"] for result in json.loads(file.read_text())["results"]}
-    assert kinds == set(gpu.KINDS)
+    assert "### cross_entropy, 7 × 5, float32" in output and f"written to {tmp_path / 'bench.jsonl'}" in output
+    machine, *results = map(json.loads, (tmp_path / "bench.jsonl").read_text().splitlines())
+    assert machine["rounds"] == 2 and {result["kind"] for result in results} == set(gpu.KINDS)
+    # The last table has a row for each task, and every task was measured.
+    table = output[output.index("| task |") :]
+    assert all(f"| {result['title']} |" in table and gpu.OURS in result["seconds"] for result in results)
+
+
+def test_what_is_measured_when_the_time_is_up_is_kept(device, capsys, tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 40))  # forty seconds a look
+    monkeypatch.setattr(gpu, "measure", lambda task, *_: gpu.Result(task.kind, task.title, 0, task.reference))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    gpu.main(["--device", device, "--quick", "--minutes", "2", "--results", str(tmp_path)])
+    assert "stopped after 2 minutes: 4 of 7 tasks are left" in capsys.readouterr().out
+    assert len((tmp_path / "bench.jsonl").read_text().splitlines()) == 4

@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 from helpers import error_of
-from test_clip import DTYPES, ORDERS, SHAPES, copy_of, exact_norm, gradients, make_parameters
+from test_clip import (
+    DTYPES,
+    EXTREMES,
+    ORDERS,
+    SHAPES,
+    assert_clipped,
+    copy_of,
+    exact_norm,
+    gradients,
+    make_extreme,
+    make_parameters,
+    returned,
+)
 from torch.nn.utils import clip_grad_norm_ as torch_clip
 from torch.nn.utils import get_total_norm as torch_norm
 
@@ -31,7 +43,7 @@ def here(params):
 
 def tolerance(dtype):
     """Of a norm: rounded once, and below float64 eight elements at a time are summed in float32."""
-    return 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps / 2 + 1e-7
+    return 1e-13 if dtype == torch.float64 else 2e-7
 
 
 @each_order
@@ -40,7 +52,7 @@ def test_the_norm_is_that_of_float64(device, dtype, order):
     params = moved(make_parameters(dtype=dtype, scale=0.1), device)
     found = trainopt.get_total_norm(gradients(params), order)
     exact = exact_norm(here(params), order)
-    assert found.dtype == dtype and found.shape == () and found.device == params[0].device
+    assert found.dtype == returned(dtype) and found.shape == () and found.device == params[0].device
     assert float(found) == pytest.approx(exact, rel=tolerance(dtype))
     assert torch.equal(trainopt.get_total_norm(gradients(params), order), found)
 
@@ -58,6 +70,30 @@ def test_clipped_gradients_are_those_of_float64(device, dtype, order):
         roundings = 4 * eps if dtype == torch.float64 else eps / 2 + 4e-7
         bound = roundings * wanted.abs() + (torch.finfo(dtype).smallest_normal * eps if dtype == torch.float16 else 0)
         assert bool(((new.double() - wanted).abs() <= bound).all())
+
+
+@each_order
+@pytest.mark.parametrize("kind", EXTREMES)
+def test_gradients_at_the_ends_of_their_dtype(device, kind, order):
+    dtype, scales, limit = EXTREMES[kind]
+    params = moved(make_extreme(dtype, scales), device)
+    before = here(params)
+    exact = exact_norm(before, order)
+    found = trainopt.clip_grad_norm_(params, limit, order)
+    wanted = float(torch.tensor(exact, dtype=found.dtype))
+    assert float(found) == pytest.approx(wanted, rel=1e-12 if dtype == torch.float64 else 3e-7, abs=5e-324)
+    for old, new in zip(before, here(params), strict=True):
+        assert_clipped(old, new, exact, limit)
+
+
+@pytest.mark.parametrize("bad", (math.inf, -math.inf, math.nan))
+@pytest.mark.parametrize("scale", (1e200, 1e-200))
+def test_what_is_not_finite_reaches_the_norm_of_scaled_squares(device, scale, bad):
+    for place in (0, 7, 299, 16_384):
+        gradient = torch.full((16_400,), scale, dtype=torch.float64)
+        gradient[place] = bad
+        found = float(trainopt.get_total_norm([gradient.to(device), torch.zeros(5, device=device)]))
+        assert found == math.inf if math.isinf(bad) else math.isnan(found)
 
 
 @each_dtype
@@ -96,7 +132,7 @@ def test_mixed_dtypes_and_missing_gradients(device):
     params[3].grad = None
     mine, theirs = moved(params, device), copy_of(params)
     ours, torchs = trainopt.clip_grad_norm_(mine, 3.0), torch_clip(theirs, 3.0)
-    assert ours.dtype == torchs.dtype
+    assert ours.dtype == torchs.dtype == torch.float64
     assert float(ours) == pytest.approx(exact_norm(gradients(params), 2.0), rel=1e-6)
     assert exact_norm(here(mine), 2.0) == pytest.approx(3.0, rel=1e-3)
     assert mine[3].grad is None

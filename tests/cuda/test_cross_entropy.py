@@ -4,7 +4,17 @@ import itertools
 
 import pytest
 import torch
-from loss_judge import DTYPES, REDUCTIONS, assert_no_worse, classes, judge, random, run
+from loss_judge import (
+    DTYPES,
+    REDUCTIONS,
+    assert_no_worse,
+    classes,
+    exact_cross_entropy,
+    judge,
+    large_logits,
+    random,
+    run,
+)
 from losses import on
 from torch.nn import functional as F
 
@@ -137,6 +147,19 @@ def test_extras(device, dtype, kind, extras):
         )
 
 
+@pytest.mark.parametrize("count", [5, 100, 1500])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_soft_caps_beyond_all_numbers(device, dtype, count):
+    logits, target = problem((3,), count=count)
+    logits[:, 2] = 0
+    ours, logits = on(device, functional.cross_entropy), logits.to(dtype)
+    for softcap in (1e39, 1e300, 1e-39, 1e-300):
+        found = run(lambda x, s=softcap: ours(x, target, softcap=s), [logits])
+        expected = run(lambda x, s=softcap: functional.cross_entropy(x, target, softcap=s), [logits])
+        for mine, cpus in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, cpus)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_z_loss_comes_separately(device, reduction):
     logits, target = problem((6,), ignored=-100)
@@ -167,6 +190,31 @@ def test_logits_that_are_extreme(device):
     logits[2, 5] = torch.nan
     logits[3, 5] = torch.inf
     compare(device, logits, target, torch.float32, reduction="none")
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e6, 1e17, -1e17])
+@pytest.mark.parametrize("count", [5, 100, 1500])
+def test_large_logits_lose_no_digits(device, count, size):
+    """One double of peak + log_sum loses log_sum: the loss of 1,000 ties at 1e17 was 0, and is log(1000)."""
+    logits, target = large_logits(count, size), classes((3,), count)
+    for by_layout in (
+        functional.cross_entropy,
+        lambda x, t, **options: functional.cross_entropy(x.t().contiguous().t(), t, **options),
+        lambda x, t, **options: functional.linear_cross_entropy(
+            torch.eye(len(x), dtype=x.dtype, device=x.device), x.t(), t, **options
+        ),
+    ):
+        ours = on(device, by_layout)
+        found = run(lambda x, ours=ours: ours(x, target, reduction="sum"), [logits])[1:]
+        found = [ours(logits, target, reduction="none"), *found]
+        for mine, exact in zip(found, exact_cross_entropy(logits, target), strict=True):
+            torch.testing.assert_close(mine, exact, rtol=2e-15, atol=2e-15)
+        loss, gradient = run(lambda x, ours=ours: ours(x, target, reduction="sum", z_loss=0.1), [logits])
+        losses, exact = exact_cross_entropy(logits, target, z_loss=0.1)
+        torch.testing.assert_close(loss, losses.sum(), rtol=4e-15, atol=0)
+        torch.testing.assert_close(gradient, exact, rtol=4e-15, atol=2e-15)
+    compare(device, logits, target, torch.float32, reduction="none")
+    compare(device, logits, target, torch.bfloat16, reduction="none")
 
 
 # Without waiting ------------------------------------------------------------------------------------------------------

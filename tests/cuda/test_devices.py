@@ -147,16 +147,29 @@ def test_a_sparse_gradient(device):
         assert table.weight.detach().cpu()[:4].sum(1).tolist() == [3.0, 1.5, 1.5, 3.0]
 
 
-def test_memory_that_two_parameters_share(device):
+def overlapping(params, whole):
+    for p in params:
+        p.grad = torch.arange(6.0, device=p.device)
+
+
+def gradient_of_the_others_memory(params, whole):
+    params[0].grad, params[1].grad = params[1].detach(), torch.arange(6.0, device=whole.device)
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("share", [overlapping, gradient_of_the_others_memory], ids=lambda share: share.__name__)
+def test_memory_that_two_parameters_share(device, flags, share):
+    """By torch's plain loop, whatever is asked for: its foreach kernels race for such memory."""
     for name, row in TABLE.items():
         results = []
-        for make in (row.ours, row.make_torchs_loop):  # torch's foreach kernels race for such memory
-            whole = torch.ones(10, device=device)
-            params = [torch.nn.Parameter(whole[:6]), torch.nn.Parameter(whole[4:])]
-            optimizer = make(params, lr=0.1)
-            for p in params:
-                p.grad = torch.arange(6.0, device=device)
-            optimizer.step()
+        for make, chosen in ((row.ours, flags), (row.make_torchs_loop, {})):
+            whole = torch.linspace(-1, 1, 20, device=device)
+            parts = [whole[:6], whole[4:10]] if share is overlapping else [whole[:6], whole[10:16]]
+            params = [torch.nn.Parameter(part) for part in parts]
+            optimizer = make(params, lr=0.1, **chosen)
+            for _ in range(2):
+                share(params, whole)
+                optimizer.step()
             results.append(whole.cpu())
         torch.testing.assert_close(*results, msg=name)
 

@@ -182,6 +182,39 @@ def test_what_is_no_probability_has_a_loss_of_nan_and_is_told_of(device, no_sync
     functional.check_targets()
 
 
+def test_a_target_that_is_no_probability_has_a_loss_of_nan_and_is_told_of(device):
+    input = torch.tensor([0.5, 0.0, 1.0, 0.5, 0.5, 0.5], device=device)
+    target = torch.tensor([1.0, 0.0, 1.0, -0.1, 7.5, math.nan], device=device)
+    values = functional.binary_cross_entropy(input, target, reduction="none")
+    assert values.cpu().isnan().tolist() == [False, False, False, True, True, True]
+    message = "all elements of target should be between 0 and 1 .found by an earlier binary_cross_entropy on"
+    with pytest.raises(RuntimeError, match=message):
+        functional.check_targets()
+    functional.binary_cross_entropy(input + 1, target, torch.zeros(6, device=device))
+    with pytest.raises(RuntimeError, match="all elements of input should be between 0 and 1"):
+        functional.check_targets()
+    functional.check_targets()
+
+
+@each_loss
+def test_more_dimensions_than_the_engine_has(device, function, make, options):
+    first, second = (operand.float() for operand in make((2, 1, 3) + (2,) * 6))
+    operands = [first.permute(*range(8, -1, -1)), second.permute(*range(0, 9, 2), *range(1, 9, 2))]
+    operands[1] = operands[1].reshape(operands[0].shape)
+    found = elements(function, leaves_of(operands, device), **options)
+    assert_same_bits(found, elements(function, leaves_of(operands), **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", [1e-300, 1e-39, 1e39, 1e300])
+def test_betas_and_deltas_that_another_type_does_not_have(device, dtype, number):
+    input = torch.tensor([0.0, 1e-20, 1e-3, 2.0, -3.0, 6e4, -1e15], dtype=torch.float64).to(dtype)
+    for function, option in (("smooth_l1_loss", "beta"), ("huber_loss", "delta")):
+        operands = [input, torch.zeros_like(input)]
+        found = elements(function, leaves_of(operands, device), **{option: number})
+        assert_same_bits(found, elements(function, leaves_of(operands), **{option: number}))
+
+
 # Autograd -------------------------------------------------------------------------------------------------------------
 
 

@@ -199,3 +199,21 @@ def test_explain_says_so(device):
     params = [torch.nn.Parameter(torch.ones(3, device=where)) for where in (device, "cpu")]
     paths = [row.path for row in trainopt.explain(trainopt.SGD(params))]
     assert paths == [f"fused ({device})", f"fused (cpu, {_C.cpu_variant()})"]
+
+
+@each_row
+def test_noise_goes_on_after_the_largest_count_of_float32(device, name):
+    """Wherever the steps are counted."""
+    late = 2**24
+    for counting in ({}, counts_on_device(name)):
+        param = torch.nn.Parameter(torch.zeros(300, device=device))
+        optimizer = TABLE[name].make([param], lr=0.0, weight_decay=0.0, noise=1.0, seed=5, **counting)
+        param.grad = torch.ones(300, device=device)
+        optimizer.step()
+        optimizer.state[param]["step"].fill_(late)
+        for i in (1, 2):
+            param.data.zero_()
+            optimizer.step()
+            expected = torch.empty(300)
+            _C.gaussian_(expected, 5, late + i, 0)
+            assert torch.equal(param.detach().cpu(), expected)

@@ -167,6 +167,72 @@ def test_under_torchs_gradscaler(device, name, fused):
     assert scaler.get_scale() == 128.0
 
 
+# skip_nonfinite -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["default", "fused", "counts on the device", "numbers on the device", "noise"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [0, 2])
+@each_row
+def test_the_device_leaves_out_a_step_that_is_not_finite(device, name, at, value, kind, no_synchronisation):
+    options = {**kinds_of(name, device)[kind], "skip_nonfinite": True}
+    optimizer, params = make(name, device, **options)
+    truth, peers = make(name, "cpu", **{k: v for k, v in kinds_of(name, "cpu")[kind].items() if k != "capturable"})
+    for i, now in enumerate(PROBLEM[1]):
+        gradients = moved([g.clone() for g in now], device)
+        if i == at:
+            gradients[-1].view(-1)[3] = value
+        before = copied(optimizer, params)
+        set_gradients(params, gradients)
+        with no_synchronisation():
+            optimizer.step()
+        if i != at:
+            set_gradients(peers, now)
+            truth.step()
+        else:
+            assert optimizer.last_step_skipped
+            if at > 0:
+                for was, tensor in zip(before, copied(optimizer, params), strict=True):
+                    assert torch.equal(was.cpu(), tensor.cpu())
+    assert not optimizer.last_step_skipped and optimizer.completed_steps == len(PROBLEM[1]) - 1
+    assert_near(here(judge.outcome(optimizer, params)), judge.outcome(truth, peers))
+
+
+@each_adam
+def test_counts_that_lie_on_the_host_move_to_the_device_that_decides(device, name, no_synchronisation):
+    """As those of a checkpoint of torch's class, that is not capturable."""
+    optimizer, params = make(name, device)
+    set_gradients(params, moved(PROBLEM[1][0], device))
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"].is_cpu
+    optimizer.param_groups[0]["skip_nonfinite"] = True
+    with no_synchronisation():
+        optimizer.step()
+        params[0].grad.fill_(float("nan"))
+        optimizer.step()
+    assert all(optimizer.state[p]["step"].device == p.device and optimizer.state[p]["step"] == 2 for p in params)
+    assert optimizer.completed_steps == 2 and optimizer.last_step_skipped
+
+
+@each_row
+def test_a_step_that_is_not_finite_on_two_kinds_of_devices(device, name):
+    """The host must know then, for the step of its own parameter."""
+    here_too = torch.nn.Parameter(torch.ones(3))
+    there = torch.nn.Parameter(torch.ones(5, device=device))
+    optimizer = TABLE[name].make([here_too, there], **TABLE[name].usual, skip_nonfinite=True)
+    for bad in (None, here_too, there, None):
+        for p in (here_too, there):
+            p.grad = torch.ones_like(p)
+        if bad is not None:
+            bad.grad[1] = float("inf")
+        before = [p.detach().cpu().clone() for p in (here_too, there)]
+        optimizer.step()
+        assert optimizer.last_step_skipped == (bad is not None)
+        for was, p in zip(before, (here_too, there), strict=True):
+            assert torch.equal(was, p.detach().cpu()) == (bad is not None)
+    assert optimizer.completed_steps == 2
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 

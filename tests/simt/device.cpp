@@ -95,7 +95,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override {}
   void synchronizeDevice(c10::DeviceIndex) const override {}
-  bool isStreamCapturing(const c10::Stream&) const override { return capturing; }
+  // No "override": torch 2.11 has no such function, and does not ask.
+  virtual bool isStreamCapturing(const c10::Stream&) const { return capturing; }
 
   void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}

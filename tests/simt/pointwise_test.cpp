@@ -298,7 +298,7 @@ void test_specials() {
   check_no_faults("special numbers");
 }
 
-// An input that is no probability is told of, wherever it is, and nothing else is.
+// An input or a target that is no probability is told of, wherever it is, and nothing else is.
 void test_bad_probabilities() {
   const int loss = cpu::find_pointwise_loss("binary_cross_entropy")->index;
   constexpr int64_t kCount = 4100;
@@ -310,21 +310,23 @@ void test_bad_probabilities() {
   task.target = target.view();
   double result;
   std::vector<double> partials(static_cast<size_t>(cuda::pointwise_partials(kCount)));
-  const auto is_told = [&](int which) {
+  const auto told_of = [&](int which) {
     int64_t told = 0;
     cuda::pointwise_forward(which, false, task, {{&result, nullptr, DType::kFloat64}, 1, partials.data()}, &told,
                             nullptr);
-    return told != 0;
+    return told;
   };
-  check(!is_told(loss), "0 and 1 are probabilities");
+  check(told_of(loss) == 0, "0 and 1 are probabilities");
   for (const int64_t at : {int64_t{0}, int64_t{2047}, int64_t{2048}, kCount - 1})
     for (const double bad : {-0.001, 1.001, HUGE_VAL, std::nan("")}) {
-      const double before = input.get(at);
-      input.set(at, bad);
-      check(is_told(loss), "element " + std::to_string(at) + " is no probability");
-      check(std::isnan(result), "the loss of what is no probability");
-      check(!is_told(cpu::find_pointwise_loss("mse_loss")->index), "any number has a squared error");
-      input.set(at, before);
+      for (Array* array : {&input, &target}) {
+        const double before = array->get(at);
+        array->set(at, bad);
+        check(told_of(loss) == (array == &input ? 1 : 2), "element " + std::to_string(at) + " is no probability");
+        check(std::isnan(result), "the loss of what is no probability");
+        check(told_of(cpu::find_pointwise_loss("mse_loss")->index) == 0, "any number has a squared error");
+        array->set(at, before);
+      }
     }
   check_no_faults("bad probabilities");
 }

@@ -18,6 +18,26 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 Parse = Callable[[str], Any]
+TOO_MANY = 2**63
+LONG = 60  # characters of a value that are shown
+
+#: What other programs call an option, beside what `trainopt.training.Options` knows.
+OTHER_NAMES = {
+    **dict.fromkeys(("learning_rate", "learningrate", "lr_max", "max_lr", "base_lr", "alpha", "eta"), "lr"),
+    **dict.fromkeys(("wd", "decay", "l2", "weight_decay_rate"), "weight_decay"),
+    **dict.fromkeys(("opt", "optim"), "optimizer"),
+    **dict.fromkeys(("scheduler", "lr_scheduler", "lr_schedule", "sched"), "schedule"),
+    **dict.fromkeys(("warmup_steps", "warmup_updates", "num_warmup_steps", "warm_up"), "warmup"),
+    **dict.fromkeys(("min_lr", "lr_min", "min_lr_ratio"), "floor"),
+    **dict.fromkeys(("num_threads", "n_threads", "num_workers", "workers", "jobs"), "threads"),
+    **dict.fromkeys(("run_name", "experiment_name", "exp_name"), "name"),
+    **dict.fromkeys(("output_dir", "out_dir", "save_dir", "log_dir", "run_dir", "directory", "output"), "runs"),
+    **dict.fromkeys(("block_size", "seq_len", "sequence_length", "context_length"), "context"),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim"), "width"),
+    **dict.fromkeys(("n_layer", "num_layers", "depth"), "layers"),
+    **dict.fromkeys(("n_head", "num_heads"), "heads"),
+    **dict.fromkeys(("gpu", "accelerator"), "device"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +83,13 @@ def number(kind: type[int] | type[float], low: float, high: float = math.inf, ab
             value = kind(text)
         except ValueError:
             value = math.nan
+        if kind is int and value >= TOO_MANY:  # torch, range and islice count in 64 bits
+            raise ValueError(f"{short(text)} is too large: it must be below 2**63")
         if not low <= value <= high or value == math.inf or (above and value == low):
             noun = "a whole number" if kind is int else "a number"
             bound = f"greater than {low:g}" if above else f"of at least {low:g}"
-            raise ValueError(f"{text!r} is not {noun} {bound if high == math.inf else f'from {low:g} to {high:,}'}")
+            bounds = bound if high == math.inf else f"from {low:g} to {high:,}"
+            raise ValueError(f"{short(text)} is not {noun} {bounds}")
         return value
 
     return parse
@@ -111,9 +134,22 @@ def folder_name(text: str) -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """'; did you mean …?' if there is something alike."""
+    """'; did you mean …?' if there is something that others call so, or something alike."""
+    from trainopt.training import options  # not above: the command must start where trainopt cannot be imported
+
+    name = word.lstrip("-")
+    dashes = word[: len(word) - len(name)]
+    key = name.replace("-", "_")
+    other = OTHER_NAMES.get(key, options.OTHER_NAMES.get(key, "")).replace("_", "-")
+    if other and dashes + other in known:
+        return f"; did you mean {dashes}{other}?"
     alike = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {alike[0]}?" if alike else ""
+
+
+def short(text: str) -> str:
+    """A value as a message shows it."""
+    return repr(text) if len(text) <= LONG else f"{text[:LONG]!r}…"
 
 
 # Reading them ---------------------------------------------------------------------------------------------------------
@@ -177,16 +213,19 @@ def _from_file(path: Path, table: dict[str, Option], parser: Parser) -> dict[str
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         parser.error(f"argument --config: {str(path)!r} cannot be read: {error.strerror}")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        parser.error(f"argument --config: {str(path)!r} is nested too deeply")
+    except ValueError as error:  # also of a number of too many digits, which is none of tomllib's own errors
         parser.error(f"argument --config: {str(path)!r} is not TOML: {error}")
     values = {}
     for key, value in entries.items():
         option = table.get(key.replace("_", "-"))
         if option is None:
-            parser.error(f"{path}: unknown key {key}{nearest(key.replace('_', '-'), list(table))}")
+            name = key if len(key) <= LONG else f"{key[:LONG]}…"
+            parser.error(f"{path}: unknown key {name}{nearest(key.replace('_', '-'), list(table))}")
         try:
             values[option.key] = _value_of(option, value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             parser.error(f"{path}: {key}: {error}")
     return values
 
@@ -194,8 +233,8 @@ def _from_file(path: Path, table: dict[str, Option], parser: Parser) -> dict[str
 def _value_of(option: Option, value: Any) -> Any:
     if option.parse is None:
         if not isinstance(value, bool):
-            raise ValueError(f"{value!r} is neither true nor false")
+            raise ValueError(f"{short(str(value))} is neither true nor false")
         return value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{str(value).lower()!r} is not {option.metavar}")
+        raise ValueError(f"{short(str(value).lower())} is not {option.metavar}")
     return option.parse(str(value))

@@ -20,15 +20,14 @@ from trainopt.experiments import Experiment, Task
 from trainopt.training import Options, fit
 from trainopt.training.console import Several, console
 from trainopt.training.folder import Folder
-from trainopt.training.loop import Result
+from trainopt.training.loop import STATUS, Result
 
 #: What goes to `Options` as it is.
 PASSED_ON = (
     *("epochs", "steps", "batch_size", "accumulation", "precision", "clip", "average", "validate_every"),
-    *("early_stopping", "nonfinite", "resume", "checkpoint_every", "keep", "log_every", "seed"),
+    *("early_stopping", "nonfinite", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "seed"),
 )
 EXTRAS = {"plot": "matplotlib", "tensorboard": "tensorboard"}  # option: package
-STATUS = {"finished": 0, "early stopping": 0, "SIGINT": 130, "SIGTERM": 143}
 
 
 def main(name: str, arguments: Sequence[str]) -> int:

@@ -28,7 +28,6 @@ DEFAULTS = {
     "clip": 1.0,
     "average": 0.99,
     "validate-every": 400,
-    "checkpoint-every": 400,
     "log-every": 50,
 }
 OPTIONS = (

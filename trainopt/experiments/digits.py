@@ -84,7 +84,9 @@ def reporter(task: Task, settings: SimpleNamespace, optimizer: torch.optim.Optim
     """The table of both twins, if they are to be compared."""
     if not settings.compare:
         return None
-    settings.log_every = setup.total_steps(task, settings) // settings.epochs  # one mean loss an epoch
+    total = setup.total_steps(task, settings)
+    settings.log_every = total // settings.epochs  # one mean loss an epoch
+    settings.checkpoint_every = total  # what the twin does not do is no part of the run's time
     source = TensorSource(task.data, settings.batch_size, True, Share(), "data")
 
     def batches(epoch: int) -> Iterator[Any]:

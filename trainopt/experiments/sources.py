@@ -13,15 +13,13 @@ VOCABULARY = "\t\n" + "".join(map(chr, range(32, 127))) + "\N{REPLACEMENT CHARAC
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 HELD_OUT_CHARACTERS = 200_000
 
-_CODES = torch.full((256,), len(VOCABULARY) - 1, dtype=torch.uint8)
-_CODES[torch.tensor([ord(character) for character in VOCABULARY[:-1]])] = torch.arange(
-    len(VOCABULARY) - 1, dtype=torch.uint8
-)
+# No tensor: one that is made at import would be of the device and the mode that are in force there.
+_CODES = bytes(VOCABULARY.index(c) if (c := chr(code)) in VOCABULARY else len(VOCABULARY) - 1 for code in range(256))
 
 
 def encode(text: str) -> Tensor:
     """The characters' places in the vocabulary, uint8."""
-    return _CODES[torch.frombuffer(bytearray(text.encode("latin-1", "replace")), dtype=torch.uint8).long()]
+    return torch.frombuffer(bytearray(text.encode("latin-1", "replace").translate(_CODES)), dtype=torch.uint8)
 
 
 def decode(codes: Tensor) -> str:

@@ -8,6 +8,7 @@ from trainopt.losses.modules import (
     KLDivLoss,
     L1Loss,
     LinearCrossEntropyLoss,
+    LinearCrossEntropyOptions,
     MSELoss,
     SmoothL1Loss,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "KLDivLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
+    "LinearCrossEntropyOptions",
     "MSELoss",
     "SmoothL1Loss",
 ]

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function
 
 import trainopt.losses.fake  # noqa: F401  (torch.compile needs it)
 from trainopt._extension import _C
+from trainopt.losses.chunks import only_torch_honours, tokens_in_chunk
 from trainopt.optim.reference import is_forced
 
 #: TRAINOPT_REFERENCE as it was when trainopt was imported: reading the environment takes as long as a small loss.
@@ -73,6 +74,8 @@ def cross_entropy(
         REFERENCE_FORCED
         or not _has_labels(input, target, ignore_index)
         or (weight is not None and not _is_constant_of(weight, input))
+        # torch reads uint8 as classes of a matrix alone, and not where it gathers their weights.
+        or (target.dtype is torch.uint8 and (input.dim() > 2 or (weight is not None and label_smoothing != 0)))
     ):
         return None
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap, inplace_backward, empty_is_zero)
@@ -86,39 +89,45 @@ def cross_entropy(
 
 def linear_cross_entropy(
     input: Tensor,
-    weight: Tensor,
+    linear_weight: Tensor,
     target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
     reduction: int,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
     empty_is_zero: bool,
-    chunk_bytes: int,
+    options: Any,
+    memory_budget: int | None,
 ) -> Any:
-    """The operator's loss, with z_loss the pair of it and its z-loss; None where it does not take these tensors."""
-    operands = (input, weight, target, bias, class_weight)
+    """The operator's loss, with z_loss the pair of it and its z-loss; None where it does not take these tensors.
+
+    Both are float32, or float64 for float64 operands.
+    """
+    operands = (input, linear_weight, target, linear_bias, weight)
     if (
         REFERENCE_FORCED
-        or input.dtype not in _FLOATING
         or not _has_labels(input, target, ignore_index)
-        or not needs_no_promotion(weight, input)
-        or (bias is not None and not needs_no_promotion(bias, input))
-        or (class_weight is not None and not _is_constant_of(class_weight, input))
-        or not (_are_traceable(input, weight, bias, class_weight) if is_compiling() else _C.takes(*operands))
+        or input.dtype not in _FLOATING
+        or not needs_no_promotion(linear_weight, input)
+        or (linear_bias is not None and not needs_no_promotion(linear_bias, input))
+        or (weight is not None and not _is_constant_of(weight, input))
+        or only_torch_honours(options, input)
+        or not (_are_traceable(input, linear_weight, linear_bias, weight) if is_compiling() else _C.takes(*operands))
     ):
         return None
+    chunk = tokens_in_chunk(input, linear_weight, options, memory_budget)
     loss, z = torch.ops.trainopt.linear_cross_entropy(
-        *operands, reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero, chunk_bytes
+        *operands, reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero, chunk
     )
     return (loss, z) if z_loss else loss
 
 
 def _has_labels(input: Tensor, target: Tensor, ignore_index: int) -> bool:
     """Whether the target is one that the operators read as torch does: classes, or constant probabilities."""
-    if not isinstance(target, Tensor) or not isinstance(input, Tensor):
+    if not is_pair(input, target) or not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         return False
     if target.dtype is torch.int64 or target.dtype is torch.uint8:
         return input.dim() != 1 or target.dim() == 0  # torch lets one row have a target of shape (1,) too
@@ -126,7 +135,12 @@ def _has_labels(input: Tensor, target: Tensor, ignore_index: int) -> bool:
 
 
 def _is_constant_of(tensor: Tensor, input: Tensor) -> bool:
-    return not tensor.requires_grad and needs_no_promotion(tensor, input)
+    return isinstance(tensor, Tensor) and not tensor.requires_grad and needs_no_promotion(tensor, input)
+
+
+def is_pair(input: Tensor, target: Tensor) -> bool:
+    """Whether both are tensors. What else they are given as, torch says what is wrong with it."""
+    return isinstance(input, Tensor) and isinstance(target, Tensor)
 
 
 def needs_no_promotion(tensor: Tensor, input: Tensor) -> bool:
@@ -138,7 +152,7 @@ def needs_no_promotion(tensor: Tensor, input: Tensor) -> bool:
 
 def alike(input: Tensor, target: Tensor) -> bool:
     """Whether both have one shape and one dtype, in a loss that broadcasts and promotes nothing."""
-    return target.size() == input.size() and needs_no_promotion(target, input)
+    return is_pair(input, target) and target.size() == input.size() and needs_no_promotion(target, input)
 
 
 def fits(factor: Tensor | None, input: Tensor) -> bool:

@@ -4,19 +4,27 @@ Signatures, results, warnings and errors are torch's. A tensor that the operator
 subclass, a function transform, an integer) goes through torch's own function in the same call.
 """
 
-import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
-from torch.nn import functional as F
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from trainopt._extension import _C
 from trainopt.losses import dispatch, reference
-from trainopt.losses.arguments import check_extras, check_linear, number_of
-from trainopt.losses.dispatch import alike, fits, is_only_a_mode, needs_no_promotion, overridden, pointwise_loss
+from trainopt.losses.arguments import (
+    check_extras,
+    is_number,
+    legacy_reduction,
+    number_of,
+    warn_of_broadcasting,
+    warn_of_mean,
+)
+from trainopt.losses.dispatch import alike, fits, is_only_a_mode, is_pair, overridden, pointwise_loss
+from trainopt.losses.linear import linear_cross_entropy
+from trainopt.originals import functional as F
 
 __all__ = [
     "binary_cross_entropy",
@@ -30,9 +38,6 @@ __all__ = [
     "mse_loss",
     "smooth_l1_loss",
 ]
-
-#: Bytes of logits that linear_cross_entropy holds at a time.
-MEMORY_BUDGET = 32 * 2**20
 
 
 def cross_entropy(
@@ -54,8 +59,8 @@ def cross_entropy(
     """Cross-entropy of logits against classes or probabilities: torch.nn.functional.cross_entropy, and more.
 
     With x the logits of a row, lse = log Σ exp(x) and y its class, the loss is weight[y]·(lse − x[y]); the rest of the
-    formula, with smoothing and probabilities, is torch.nn.CrossEntropyLoss's. Forward keeps one lse a row; backward
-    makes the gradient from the logits in one pass.
+    formula, with smoothing and probabilities, is torch.nn.CrossEntropyLoss's. Forward keeps each row's lse, as its
+    largest logit and what is beyond it; backward makes the gradient from the logits in one pass.
 
     Args:
         input: logits, (C), (N, C) or (N, C, d1, …), with any strides.
@@ -99,11 +104,11 @@ def cross_entropy(
             empty=empty,
         )
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     if z_loss != 0 or softcap is not None or empty != "nan":
         check_extras(z_loss, softcap, empty)
     result = None
-    if not is_overridden and 0 <= label_smoothing <= 1:
+    if not is_overridden and is_number(label_smoothing) and 0 <= label_smoothing <= 1:
         result = dispatch.cross_entropy(
             input,
             target,
@@ -113,7 +118,7 @@ def cross_entropy(
             label_smoothing,
             z_loss,
             softcap or 0.0,
-            inplace_backward,
+            bool(inplace_backward),
             empty == "zero",
         )
     if result is None:
@@ -125,91 +130,11 @@ def cross_entropy(
     return result if z_loss else (result, torch.zeros_like(result))
 
 
-def linear_cross_entropy(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    *,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    return_z_loss: bool = False,
-    softcap: float | None = None,
-    empty: str = "nan",
-    memory_budget: int = MEMORY_BUDGET,
-) -> Any:  # a pair with return_z_loss: a union would ask every caller which
-    """cross_entropy(linear(input, weight, bias), target) without the logits of more than a few tokens at a time.
-
-    The logits are made, used and forgotten chunk by chunk, in float32 (float64 for float64 operands); so are the sums
-    over chunks that make the gradients of weight and bias, whatever the dtype. With a reduction to one number forward
-    makes the gradients as well, if any is wanted; otherwise backward makes the logits again. It can be differentiated
-    once: a double backward raises. Tensors that the operator does not take go through torch, with all logits stored.
-
-    Args:
-        input: hidden states, (…, features).
-        weight: of the output layer, (classes, features).
-        target: classes (int64 or uint8), (…), or probabilities, (…, classes).
-        bias: of the output layer, (classes).
-        class_weight: a factor for each class, (classes): cross_entropy's weight.
-        ignore_index, reduction, label_smoothing, z_loss, return_z_loss, softcap, empty: as for cross_entropy.
-        memory_budget: bytes for a chunk of logits; at least one token is taken at a time.
-
-    Raises:
-        IndexError: a class out of range, with its value and position; on a GPU at the next call, see check_targets.
-        ValueError: shapes that do not match; a weight that is empty, flat or a DTensor, with what to gather; or an
-            option out of its range.
-    """
-    operands = (input, weight, target, bias, class_weight)
-    is_overridden = has_torch_function_variadic(*operands)
-    if is_overridden and is_only_a_mode(*operands):
-        return handle_torch_function(
-            linear_cross_entropy,
-            operands,
-            input,
-            weight,
-            target,
-            bias,
-            class_weight=class_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            return_z_loss=return_z_loss,
-            softcap=softcap,
-            empty=empty,
-            memory_budget=memory_budget,
-        )
-    check_extras(z_loss, softcap, empty)
-    check_linear(*operands, memory_budget)
-    result = None
-    if not is_overridden and 0 <= label_smoothing <= 1:
-        result = dispatch.linear_cross_entropy(
-            *operands,
-            number_of(reduction),
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            softcap or 0.0,
-            empty == "zero",
-            memory_budget,
-        )
-    if result is None:
-        result = reference.linear_cross_entropy(
-            *operands, ignore_index, reduction, label_smoothing, z_loss, softcap, empty
-        )
-    if not return_z_loss:
-        return result[0] if z_loss else result
-    return result if z_loss else (result, torch.zeros_like(result))
-
-
 def check_targets() -> None:
     """Raises if a loss on a GPU has met what it does not take since the last check.
 
-    IndexError for a class out of range in cross_entropy or linear_cross_entropy; RuntimeError for an input of
-    binary_cross_entropy outside of [0, 1].
+    IndexError for a class out of range in cross_entropy or linear_cross_entropy; RuntimeError for an input or a target
+    of binary_cross_entropy outside of [0, 1].
 
     On a GPU nothing waits to see the values: the loss of such a row or element is NaN, so is the gradient of such a
     row, nothing is read by the class, and the next call of one of these losses on that device raises, as does this
@@ -236,7 +161,7 @@ def mse_loss(
     if weight is not None:
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     input, target = _broadcast(input, target)
     loss = pointwise_loss("mse_loss", input, target, None, None, number_of(reduction))
     return F.mse_loss(input, target, reduction=reduction) if loss is None else loss
@@ -259,7 +184,7 @@ def l1_loss(
     if weight is not None:
         return F.l1_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     input, target = _broadcast(input, target)
     loss = pointwise_loss("l1_loss", input, target, None, None, number_of(reduction))
     return F.l1_loss(input, target, reduction=reduction) if loss is None else loss
@@ -281,10 +206,10 @@ def smooth_l1_loss(
     if has_torch_function_variadic(input, target):
         return overridden(smooth_l1_loss, F.smooth_l1_loss, input, target, size_average, reduce, reduction, beta)
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     input, target = _broadcast(input, target)
     loss = None
-    if beta >= 0:
+    if is_number(beta) and beta >= 0:
         name = "smooth_l1_loss" if beta else "l1_loss"
         loss = pointwise_loss(name, input, target, None, None, number_of(reduction), beta)
     return F.smooth_l1_loss(input, target, reduction=reduction, beta=beta) if loss is None else loss
@@ -304,7 +229,7 @@ def huber_loss(
         return F.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
     input, target = _broadcast(input, target)
     loss = None
-    if delta > 0 and needs_no_promotion(target, input):
+    if is_number(delta) and delta > 0 and alike(input, target):
         loss = pointwise_loss("huber_loss", input, target, None, None, number_of(reduction), delta)
     return F.huber_loss(input, target, reduction, delta) if loss is None else loss
 
@@ -319,15 +244,15 @@ def binary_cross_entropy(
 ) -> Tensor:
     """−weight·(target·log(input) + (1 − target)·log(1 − input)): torch.nn.functional.binary_cross_entropy.
 
-    As in torch the logarithms are at least −100, an input outside of [0, 1] is a RuntimeError, on a GPU at the next
-    call (see check_targets), and target must have input's shape. weight broadcasts to it.
+    As in torch the logarithms are at least −100, an input or a target outside of [0, 1] is a RuntimeError, on a GPU at
+    the next call (see check_targets), and target must have input's shape. weight broadcasts to it.
     """
     if has_torch_function_variadic(input, target, weight):
         return overridden(
             binary_cross_entropy, F.binary_cross_entropy, input, target, weight, size_average, reduce, reduction
         )
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     loss = None
     if alike(input, target) and fits(weight, input):
         loss = pointwise_loss("binary_cross_entropy", input, target, weight, None, number_of(reduction))
@@ -361,7 +286,7 @@ def binary_cross_entropy_with_logits(
             pos_weight,
         )
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     if alike(input, target) and fits(weight, input) and fits(pos_weight, input):
         name = "binary_cross_entropy_with_logits"
         loss = pointwise_loss(name, input, target, weight, pos_weight, number_of(reduction))
@@ -386,35 +311,29 @@ def kl_div(
     """
     if has_torch_function_variadic(input, target):
         return overridden(kl_div, F.kl_div, input, target, size_average, reduce, reduction, log_target)
-    if size_average is None and reduce is None:
+    is_deprecated = size_average is not None or reduce is not None
+    if is_deprecated and is_compiling():  # a compiler cannot trace how torch reads these
+        reduction, size_average, reduce = legacy_reduction(size_average, reduce), None, None
+    if size_average is None and reduce is None and is_pair(input, target) and isinstance(log_target, bool):
         number = number_of("sum" if reduction == "batchmean" else reduction)
         loss = pointwise_loss("kl_div_log_target" if log_target else "kl_div", input, target, None, None, number)
         if loss is not None:
-            if reduction == "mean":
-                _warn_of_mean()
+            if reduction == "mean" and not is_deprecated:
+                warn_of_mean()
             return loss / input.size(0) if reduction == "batchmean" and input.dim() != 0 else loss
     return F.kl_div(input, target, size_average, reduce, reduction, log_target)
 
 
 def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one shape, with torch's warning if they have two, in the name of the caller's caller."""
-    if input.size() == target.size():
+    if target.size() == input.size():
         return input, target
-    warnings.warn(
-        f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
-        "This will likely lead to incorrect results due to broadcasting. "
-        "Please ensure they have the same size.",
-        stacklevel=3,
-    )
+    warn_of_broadcasting(input, target)
     expanded_input, expanded_target = torch.broadcast_tensors(input, target)
     return expanded_input, expanded_target
 
 
-def _warn_of_mean() -> None:
-    """torch's warning, in the name of the caller's caller."""
-    warnings.warn(
-        "reduction: 'mean' divides the total loss by both the batch size and the support size."
-        "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
-        "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
-        stacklevel=3,
-    )
+# torch.jit.script compiles a function's Python, which ours is not made for: a scripted program calls torch's.
+for _name in __all__:
+    if hasattr(F, _name):
+        vars()[_name].__prepare_scriptable__ = partial(getattr, F, _name)

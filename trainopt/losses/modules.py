@@ -1,17 +1,50 @@
 """The losses as modules: torch.nn's, over trainopt.functional. Arguments, attributes and state dicts are torch's."""
 
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trainopt.losses import functional
+from trainopt import originals
+from trainopt.losses import functional, linear, older_torch
 from trainopt.losses.arguments import check_extras
+from trainopt.stand_in import StandIn
+
+if TYPE_CHECKING:
+    from torch.nn import LinearCrossEntropyLoss as TorchsLinearCrossEntropyLoss
+    from torch.nn import LinearCrossEntropyOptions as LinearCrossEntropyOptions
+else:
+    TorchsLinearCrossEntropyLoss = getattr(originals, "LinearCrossEntropyLoss", older_torch.LinearCrossEntropyLoss)
+    LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", older_torch.LinearCrossEntropyOptions)
 
 
-class CrossEntropyLoss(nn.CrossEntropyLoss):
+class _Ours(metaclass=StandIn):
+    """What the modules have in common."""
+
+    #: Options beyond torch's. Their defaults are the class's too, for an object that torch's class has pickled.
+    EXTRAS: ClassVar[tuple[str, ...]] = ()
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch's module for torch.jit.script, which compiles Python that ours is not; ours if torch's cannot do it."""
+        cls = type(self)
+        torchs = next((base for base in cls.__mro__[1:] if base.__name__ == cls.__name__), cls)
+        extras = any(getattr(self, name) != getattr(cls, name) for name in self.EXTRAS)
+        if extras or cls.__module__ != __name__ or not torchs.__module__.startswith("torch."):
+            return self
+        plain: Any = object.__new__(torchs)
+        plain.__dict__.update({name: value for name, value in vars(self).items() if name not in self.EXTRAS})
+        return plain
+
+
+class CrossEntropyLoss(_Ours, originals.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss over trainopt.functional.cross_entropy, which explains the options beyond torch's."""
+
+    EXTRAS = ("z_loss", "return_z_loss", "softcap", "inplace_backward", "empty")
+    z_loss: float = 0.0
+    return_z_loss: bool = False
+    softcap: float | None = None
+    inplace_backward: bool = False
+    empty: str = "nan"
 
     def __init__(
         self,
@@ -53,7 +86,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
 
-class MSELoss(nn.MSELoss):
+class MSELoss(_Ours, originals.MSELoss):
     """torch.nn.MSELoss over trainopt.functional.mse_loss."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -61,7 +94,7 @@ class MSELoss(nn.MSELoss):
         return functional.mse_loss(input, target, reduction=self.reduction)
 
 
-class L1Loss(nn.L1Loss):
+class L1Loss(_Ours, originals.L1Loss):
     """torch.nn.L1Loss over trainopt.functional.l1_loss."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -69,7 +102,7 @@ class L1Loss(nn.L1Loss):
         return functional.l1_loss(input, target, reduction=self.reduction)
 
 
-class SmoothL1Loss(nn.SmoothL1Loss):
+class SmoothL1Loss(_Ours, originals.SmoothL1Loss):
     """torch.nn.SmoothL1Loss over trainopt.functional.smooth_l1_loss."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -77,7 +110,7 @@ class SmoothL1Loss(nn.SmoothL1Loss):
         return functional.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
 
 
-class HuberLoss(nn.HuberLoss):
+class HuberLoss(_Ours, originals.HuberLoss):
     """torch.nn.HuberLoss over trainopt.functional.huber_loss."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -85,7 +118,7 @@ class HuberLoss(nn.HuberLoss):
         return functional.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
 
 
-class BCELoss(nn.BCELoss):
+class BCELoss(_Ours, originals.BCELoss):
     """torch.nn.BCELoss over trainopt.functional.binary_cross_entropy."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -93,7 +126,7 @@ class BCELoss(nn.BCELoss):
         return functional.binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
 
 
-class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+class BCEWithLogitsLoss(_Ours, originals.BCEWithLogitsLoss):
     """torch.nn.BCEWithLogitsLoss over trainopt.functional.binary_cross_entropy_with_logits."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -103,7 +136,7 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         )
 
 
-class KLDivLoss(nn.KLDivLoss):
+class KLDivLoss(_Ours, originals.KLDivLoss):
     """torch.nn.KLDivLoss over trainopt.functional.kl_div."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -111,88 +144,100 @@ class KLDivLoss(nn.KLDivLoss):
         return functional.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
-class LinearCrossEntropyLoss(nn.Module):
-    """The output layer and cross-entropy in one: trainopt.functional.linear_cross_entropy, which explains the options.
+class LinearCrossEntropyLoss(_Ours, TorchsLinearCrossEntropyLoss):
+    """torch.nn.LinearCrossEntropyLoss over trainopt.functional.linear_cross_entropy, which explains the options.
 
-    It owns the layer's weight, so that the hooks of wrappers that shard or offload parameters (FSDP, ZeRO) fire when it
-    is called. The weight can be tied: `loss.weight = embedding.weight`.
+    The output layer and cross-entropy in one. It owns the layer (`linear`, a torch.nn.Linear), so that the hooks of
+    wrappers that shard or offload parameters (FSDP, ZeRO) fire when it is called. The layer's weight can be tied:
+    `loss.linear.weight = embedding.weight`. Where torch is older than its class (2.13), this one has the same
+    arguments, attributes and state dict.
 
     Args:
         in_features: the width of the hidden states.
         num_classes: classes, or words of the vocabulary.
+        out_features: (d1, …), for a K-dimensional loss; through torch.
         bias: whether the layer has one.
-        device, dtype: of the parameters.
-        class_weight: a factor for each class, (num_classes); a buffer.
-
-    Attributes:
-        weight: (num_classes, in_features), started as torch.nn.Linear starts it.
-        bias: (num_classes), or None.
+        device, dtype: of the layer's parameters.
+        reduction, label_smoothing: as in CrossEntropyLoss.
+        weight: a factor for each class, (num_classes); a buffer.
+        ignore_index: targets of this class count for nothing; None is -100 for classes, and due for probabilities.
+        options: torch.nn.LinearCrossEntropyOptions.
+        z_loss, return_z_loss, softcap, empty, memory_budget, out_dtype: trainopt's own, as in the function.
     """
+
+    EXTRAS = ("z_loss", "return_z_loss", "softcap", "empty", "memory_budget", "out_dtype")
+    z_loss: float = 0.0
+    return_z_loss: bool = False
+    softcap: float | None = None
+    empty: str = "nan"
+    memory_budget: int | None = None
+    out_dtype: torch.dtype | None = None
 
     def __init__(
         self,
         in_features: int,
         num_classes: int,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         *,
-        class_weight: Tensor | None = None,
-        ignore_index: int = -100,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
         label_smoothing: float = 0.0,
+        options: Any = None,
         z_loss: float = 0.0,
         return_z_loss: bool = False,
         softcap: float | None = None,
         empty: str = "nan",
-        memory_budget: int = functional.MEMORY_BUDGET,
+        memory_budget: int | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> None:
-        check_extras(z_loss, softcap, empty)
-        super().__init__()
-        self.in_features = in_features
-        self.num_classes = num_classes
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
-        self.class_weight: Tensor | None
-        self.register_buffer("class_weight", class_weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
+        linear.check_options(z_loss, softcap, empty, memory_budget, out_dtype)
+        super().__init__(
+            in_features,
+            num_classes,
+            out_features=out_features,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            reduction=reduction,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
         self.z_loss = z_loss
         self.return_z_loss = return_z_loss
         self.softcap = softcap
         self.empty = empty
         self.memory_budget = memory_budget
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws the parameters anew from the uniform distribution on ±1/√in_features, as torch.nn.Linear does."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
-            nn.init.uniform_(self.bias, -bound, bound)
+        self.out_dtype = out_dtype
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
-        """The loss of hidden states (…, in_features); with return_z_loss the pair of it and its z-loss."""
+        """The loss of hidden states, (N, in_features); with return_z_loss the pair of it and its z-loss."""
+        linear_weight: Tensor = self.linear.weight
+        linear_bias: Tensor | None = self.linear.bias
+        linear.check_gathered(input, linear_weight)
+        if self.out_features:
+            linear_weight = linear_weight.reshape(self.num_classes, *self.out_features, self.linear.in_features)
+            if linear_bias is not None:
+                linear_bias = linear_bias.reshape(self.num_classes, *self.out_features)
         return functional.linear_cross_entropy(
             input,
-            self.weight,
+            linear_weight,
             target,
-            self.bias,
-            class_weight=self.class_weight,
-            ignore_index=self.ignore_index,
+            linear_bias=linear_bias,
+            weight=self.weight,
             reduction=self.reduction,
+            ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
+            options=self.options,
             z_loss=self.z_loss,
             return_z_loss=self.return_z_loss,
             softcap=self.softcap,
             empty=self.empty,
             memory_budget=self.memory_budget,
-        )
-
-    def extra_repr(self) -> str:
-        """The arguments of the layer and the reduction."""
-        return (
-            f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}, "
-            f"reduction={self.reduction!r}"
+            out_dtype=self.out_dtype,
         )

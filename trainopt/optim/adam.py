@@ -4,7 +4,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from trainopt import originals
 from trainopt.optim.base import Fused
+from trainopt.optim.extras import ADAM
 
 
 class AdamRule(Fused):
@@ -12,13 +14,13 @@ class AdamRule(Fused):
 
     _rule = "adam"
     _states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    EXTRAS: ClassVar[dict[str, Any]] = {"bias_correction": True, **Fused.EXTRAS}
+    EXTRAS: ClassVar[dict[str, Any]] = ADAM
 
     def _states_needed(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._states if group["amsgrad"] else self._states[:2]
 
 
-class Adam(AdamRule, torch.optim.Adam):
+class Adam(AdamRule, originals.Adam):
     """torch.optim.Adam with a fused step.
 
     Every argument, default, error and state key is that of `torch.optim.Adam`. Keyword-only, beyond torch, and in each
@@ -26,9 +28,10 @@ class Adam(AdamRule, torch.optim.Adam):
 
     Args:
         bias_correction: with False the moments are taken as they are, ``p -= lr * m / (sqrt(v) + eps)`` (default True).
-        l1, l1_proximal, noise, seed: as in `trainopt.SGD`.
+        l1, l1_proximal, noise, seed, skip_nonfinite: as in `trainopt.SGD`.
 
-    Moments have the parameter's dtype; arithmetic is float32, or float64 for float64 parameters. Source of the formula:
+    Moments have the parameter's dtype, and in float16 the second one underflows (docs/optimizers.md); arithmetic is
+    float32, or float64 for float64 parameters. Source of the formula:
     Kingma & Ba, Adam: a method for stochastic optimization, 2015, with torch's conventions.
     """
 
@@ -52,14 +55,8 @@ class Adam(AdamRule, torch.optim.Adam):
         l1_proximal: bool = False,
         noise: float = 0.0,
         seed: int = 0,
+        skip_nonfinite: bool = False,
     ) -> None:
-        self._extras = {
-            "bias_correction": bias_correction,
-            "l1": l1,
-            "l1_proximal": l1_proximal,
-            "noise": noise,
-            "seed": seed,
-        }
         super().__init__(
             params,
             lr=lr,
@@ -73,4 +70,12 @@ class Adam(AdamRule, torch.optim.Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
+            extras={
+                "bias_correction": bias_correction,
+                "l1": l1,
+                "l1_proximal": l1_proximal,
+                "noise": noise,
+                "seed": seed,
+                "skip_nonfinite": skip_nonfinite,
+            },
         )

@@ -4,15 +4,16 @@ from typing import Any
 
 import torch
 
+from trainopt import originals
 from trainopt.optim.adam import AdamRule
 
 
-class AdamW(AdamRule, torch.optim.AdamW):
+class AdamW(AdamRule, originals.AdamW):
     """torch.optim.AdamW with a fused step: Adam with decoupled weight decay.
 
     Every argument, default, error and state key is that of `torch.optim.AdamW`. Keyword-only beyond torch:
-    `bias_correction`, `l1`, `l1_proximal`, `noise` and `seed`, as in `trainopt.Adam`. Source of the formula: Loshchilov
-    & Hutter, Decoupled weight decay regularization, 2019, with torch's conventions.
+    `bias_correction`, `l1`, `l1_proximal`, `noise`, `seed` and `skip_nonfinite`, as in `trainopt.Adam`. Source of the
+    formula: Loshchilov & Hutter, Decoupled weight decay regularization, 2019, with torch's conventions.
     """
 
     def __init__(
@@ -34,14 +35,8 @@ class AdamW(AdamRule, torch.optim.AdamW):
         l1_proximal: bool = False,
         noise: float = 0.0,
         seed: int = 0,
+        skip_nonfinite: bool = False,
     ) -> None:
-        self._extras = {
-            "bias_correction": bias_correction,
-            "l1": l1,
-            "l1_proximal": l1_proximal,
-            "noise": noise,
-            "seed": seed,
-        }
         super().__init__(
             params,
             lr=lr,
@@ -54,4 +49,12 @@ class AdamW(AdamRule, torch.optim.AdamW):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
+            extras={
+                "bias_correction": bias_correction,
+                "l1": l1,
+                "l1_proximal": l1_proximal,
+                "noise": noise,
+                "seed": seed,
+                "skip_nonfinite": skip_nonfinite,
+            },
         )

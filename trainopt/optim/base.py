@@ -5,7 +5,9 @@ and errors are torch's own. The step is one call into the compiled plan, which r
 parameters that the engine does not take go through torch's own step (`trainopt.optim.reference`) in the same call.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -13,10 +15,17 @@ from torch.optim import optimizer as torch_optimizer
 
 from trainopt._extension import _C
 from trainopt.optim import compiled, reference
+from trainopt.optim.asking import asks_for_state
+from trainopt.optim.depth import apply_depth
+from trainopt.optim.extras import SHARED, check_extras, extra, not_default
+from trainopt.optim.finite import found_nonfinite
+from trainopt.optim.names import name_of, names_of
 from trainopt.optim.nonfinite import NonfiniteReport
+from trainopt.optim.record import Record
+from trainopt.stand_in import StandIn
 
 
-class Fused(torch.optim.Optimizer):
+class Fused(torch.optim.Optimizer, metaclass=StandIn):
     """The mixin that gives torch's optimizer class, next in the order of bases, a fused step.
 
     A class states `_rule`, the engine's rule; `_states`, the names of the param-shaped states in its state dict; and
@@ -26,40 +35,41 @@ class Fused(torch.optim.Optimizer):
     _rule: ClassVar[str]
     _states: ClassVar[tuple[str, ...]]
     _counts_steps: ClassVar[bool] = True
-    #: Options beyond torch's, with their defaults. They live in param_groups like any other.
-    EXTRAS: ClassVar[dict[str, Any]] = {"l1": 0.0, "l1_proximal": False, "noise": 0.0, "seed": 0}
-    _extras: dict[str, Any]  # the values that the constructor was given
+    #: Options beyond torch's, with their defaults. They are in param_groups where they are not at these.
+    EXTRAS: ClassVar[dict[str, Any]] = SHARED
     _plan: Any = None
+    _record: Record
 
-    _skipped: bool | torch.Tensor = False  # the last step; a tensor on its device until somebody asks
-    _steps: int = 0
-    _skipped_steps: torch.Tensor | None = None  # of those, on the device
-    _compiled_steps: torch.Tensor | None = None  # what a compiled program has counted: a number would be compiled in
+    def __init__(self, params: Any, *, extras: dict[str, Any], **options: Any) -> None:
+        self._extras = not_default(extras)
+        self._start_recording()
+        super().__init__(params, **options)
+
+    def _start_recording(self) -> None:
+        self._record = Record()
+        self._unstarted: set[torch.Tensor] = set()  # with states of zeros that only a real step makes a first one
 
     @property
     def last_step_skipped(self) -> bool:
-        """Whether the last step was skipped because GradScaler found a gradient that is not finite (``fused=True``).
+        """Whether the last step was skipped for a gradient that is not finite.
 
-        On a CUDA device the step does not wait to know it; to read it here does.
+        That GradScaler has found (``fused=True``), or the optimizer itself (``skip_nonfinite=True``). On a CUDA device
+        the step does not wait to know it; to read it here does.
         """
-        if self._skipped is not False and self._skipped is not True:
-            self._skipped = bool(self._skipped)
-        return self._skipped
+        return self._record.was_skipped()
 
     @property
     def completed_steps(self) -> int:
-        """How many steps this object has completed since it was made; skipped ones are not counted.
+        """How many steps this object has completed since it was made.
 
-        Waits for a CUDA device only where GradScaler has left the steps' fate to it (``fused=True``).
+        Not counted are skipped steps, and those that only ask for states to be made (`init_state`). Waits for a CUDA
+        device only where a step's fate was left to it (`last_step_skipped`).
         """
-        steps = self._steps
-        if self._skipped_steps is not None:
-            steps -= int(self._skipped_steps)
-        return steps if self._compiled_steps is None else steps + int(self._compiled_steps)
+        return self._record.completed()
 
     # Stepping ---------------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Performs one optimization step.
 
         Args:
@@ -68,14 +78,15 @@ class Fused(torch.optim.Optimizer):
         Returns:
             What `closure` returned, else None.
         """
-        self._opt_called = True
+        # Hooks are given the arguments as they came: ``step()``, ``step(None)`` and ``step(closure=None)`` differ.
         if torch.compiler.is_compiling():
-            return _compiled_step(self, closure)
+            return _compiled_step(self, *args, **kwargs)
+        self._opt_called = True  # while tracing, torch 2.11 lets nobody set what is an optimizer's: see `gather`
         if (self._has_hooks() or _C.is_observed()) and type(
             self
         ).step is Fused.step:  # an overriding step has been wrapped by torch already
-            return _observed_step(self, closure)
-        return self._step(closure)
+            return _observed_step(self, *args, **kwargs)
+        return self._step(*args, **kwargs)
 
     def _has_hooks(self) -> bool:
         return bool(
@@ -98,83 +109,179 @@ class Fused(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._plan
+        record, plan = self._record, self._plan
         if plan is None and not reference.is_forced():
             plan = self._plan = _C.Plan(self._rule)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         scale = 1.0
         if found_inf is not None or grad_scale is not None:
-            if plan is not None and lie_on_device(found_inf, grad_scale) and self._step_unread(grad_scale, found_inf):
+            unread = plan is not None and lie_on_device(found_inf, grad_scale)
+            if unread and self._step_unread(plan, grad_scale, found_inf):
                 return loss
-            self._skipped = found_inf is not None and bool(found_inf)
-            if self._skipped:
+            record.skipped = found_inf is not None and bool(found_inf)
+            if record.skipped:
                 return loss
             scale = 1.0 if grad_scale is None else float(grad_scale)
         else:
-            self._skipped = False
+            record.skipped = False
         if plan is None:
-            self._step_by_torch(None, scale)
-            self._steps += 1
-            return loss
-        unfinished = plan.step(self.param_groups, self.state, scale)
-        if unfinished is None or self._finish(unfinished, scale):
-            self._steps += 1
+            unfinished = True
+        elif self._unstarted:
+            unfinished = plan.step(self.param_groups, self.state, scale, self._indices_unstarted())
+        else:
+            unfinished = plan.step(self.param_groups, self.state, scale)
+        if unfinished is True or unfinished is NotImplemented:
+            unfinished = self._look_and_step(plan, scale)
+        if unfinished is None or (unfinished is not False and self._finish(plan, scale)):
+            record.steps += 1
+            if self._unstarted:
+                self._unstarted = {param for param in self._unstarted if param.grad is None}
         return loss
 
-    def _step_unread(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> bool:
-        """The step, with GradScaler's scale and flag left on their device; False if the host must read them first."""
-        done = self._plan.step(self.param_groups, self.state, 1.0, (), (), grad_scale, found_inf)
-        if done:
-            missing, _ = done
-            if self._is_dummy_step():
-                self.init_state()
+    def _look_and_step(self, plan: Any, scale: float) -> Any:
+        """The step, where it depends on the gradients' elements what it is: as `Plan.step` says how far it came.
+
+        False if it was not to be made, or if the device that decides on it has made it.
+        """
+        if self._asks_for_state():
+            self._make_states_asked_for()
+            return False
+        if self._skips_nonfinite():
+            found_inf = self._found_nonfinite(None)
+            can_stay = plan is not None and scale == 1 and lie_on_device(found_inf)
+            if can_stay and self._step_unread(plan, None, found_inf, were_seen=True):
+                return False
+            self._record.skipped = bool(found_inf)
+            if self._record.skipped:
+                return False
+        if plan is None:
+            reference.step(self, list(self._enumerate()), None, scale)
+            return None
+        fresh = self._indices_unstarted()
+        return plan.step(self.param_groups, self.state, scale, fresh, (), None, None, True)
+
+    def _step_unread(
+        self, plan: Any, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None, were_seen: bool = False
+    ) -> bool:
+        """The step, with its gradients' scale and its fate left on their device; False if the host must know first."""
+
+        def step(groups: Any = self.param_groups, fresh: Sequence[int] = ()) -> Any:
+            return plan.step(groups, self.state, 1.0, fresh, (), grad_scale, found_inf, were_seen)
+
+        self._count_unstarted()
+        done = step()
+        if done is True:
+            if self._asks_for_state():
+                self._make_states_asked_for()
                 return True
-            params = list(self._enumerate())
-            for index in missing:  # should the device skip this step, the next one is the first
-                self._start_before_first_step(params[index][2], params[index][1])
-            done = self._plan.step(self.param_groups, self.state, 1.0, missing, (), grad_scale, found_inf)
+            if self._skips_nonfinite():
+                found_inf = self._found_nonfinite(found_inf)
+                if not lie_on_device(found_inf):
+                    return False
+            were_seen = True
+            done = step()
+        if done is False and self._move_counts():
+            done = step()
+        if isinstance(done, tuple):
+            if self._asks_for_state():
+                self._make_states_asked_for()
+                return True
+            groups = list(map(self._snapshot, self.param_groups))
+            params = list(numbered(groups))
+            lacking = [i for i in done[0] if i < len(params) and not self._is_torchs(*params[i][1:])]
+            # Should the device skip this step, the next one is the first.
+            fresh = [i for i in lacking if self._start_before_first_step(params[i][2], params[i][1])]
+            done = step(groups, fresh)
         if done is not None:
             return False
-        self._steps += 1
-        self._skipped = found_inf if found_inf is not None else False
-        if found_inf is not None:
-            skipped = found_inf.ne(0)
-            self._skipped_steps = skipped.long() if self._skipped_steps is None else self._skipped_steps.add_(skipped)
+        self._record.count_unread(found_inf)
         return True
 
-    def _finish(self, unfinished: tuple[list[int], list[int]] | None, scale: float) -> bool:
-        """A step in which states are still to be made, or that torch has a part in; False if it only makes states."""
-        if unfinished and unfinished[0] and self._is_dummy_step():
-            self.init_state()
+    def _finish(self, plan: Any, scale: float) -> bool:
+        """A step in which states are still to be made, or that torch has a part in; False if it only makes states.
+
+        It works on the groups as they are at its beginning: what hooks or other threads change meanwhile takes effect
+        at the next step.
+        """
+        if self._asks_for_state():
+            self._make_states_asked_for()
             return False
-        params = list(self._enumerate())
-        fresh: set[int] = set()
+        groups = list(map(self._snapshot, self.param_groups))
+        params = list(numbered(groups))
+        started: set[int] = set()
+        fresh: set[int] = set(self._indices_unstarted())
         torchs: set[int] = set()
-        while unfinished is not None:
-            missing, rest = unfinished
-            # torch first: if it refuses a gradient, nothing has been made or changed for the others.
-            self._step_by_torch(rest, scale)
-            for index in missing:
-                if index in fresh:
-                    raise RuntimeError(
-                        f"the state of {self._names()[index]} cannot be made: {self.state[params[index][2]]}"
-                    )
-                self._start(params[index][2], params[index][1])
-            fresh.update(missing)
-            torchs.update(rest)
-            unfinished = self._plan.step(self.param_groups, self.state, scale, sorted(fresh), sorted(torchs))
+
+        def step() -> Any:
+            return plan.step(groups, self.state, scale, sorted(fresh), sorted(torchs), None, None, True)
+
+        unfinished = step()
+        if unfinished is NotImplemented:  # the states' dict answers by code of its own
+            reference.step(self, params, None, scale)
+            return True
+        with self._states_in_order(params, unfinished):
+            while unfinished is not None:
+                missing, rest, sharing, doubtful = unfinished
+                odd = [i for i in missing if i in started or self._is_torchs(*params[i][1:])]
+                # torch first: if it refuses anything, nothing has been made or changed for the others.
+                reference.rehearse(self, params, [*doubtful, *odd])
+                reference.step(self, params, sorted({*rest, *odd} - {*sharing}), scale)
+                reference.step(self, params, sharing, scale, plain=True)
+                for index in set(missing).difference(odd):
+                    started.add(index)
+                    if self._start(params[index][2], params[index][1]):
+                        fresh.add(index)
+                torchs.update(rest, odd)
+                unfinished = step()
         return True
 
-    def _step_by_torch(self, indices: Sequence[int] | None, scale: float) -> None:
-        reference.step(self, list(self._enumerate()), indices, scale)
+    @contextmanager
+    def _states_in_order(self, params: Sequence[reference.Numbered], unfinished: Any) -> Iterator[None]:
+        """New states come in the parameters' order, as torch's do, whether torch makes them or the engine."""
+        missing, rest = unfinished[:2] if unfinished is not None else ((), ())
+        new = [param for index in sorted({*missing, *rest}) if (param := params[index][2]) not in self.state]
+        for param in new:
+            self.state[param] = {}
+        try:
+            yield
+        finally:
+            for param in new:
+                if not self.state[param]:
+                    del self.state[param]
+
+    def _snapshot(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group as the plan reads it, whatever containers its user has put it in."""
+        copy = {key: group[key] for key in group}
+        copy["params"] = list(group["params"])
+        for key in compiled.pairs(self._rule):
+            if isinstance(copy.get(key), Iterable):
+                copy[key] = tuple(copy[key])
+        return copy
+
+    def _skips_nonfinite(self) -> bool:
+        return any(extra(group, "skip_nonfinite") for group in self.param_groups)
+
+    def _found_nonfinite(self, found_inf: torch.Tensor | None) -> Any:
+        """Whether this step is to be skipped; a tensor on the gradients' device where the kernels can read it."""
+        params = [param for group in self.param_groups if extra(group, "skip_nonfinite") for param in group["params"]]
+        return found_nonfinite(params, found_inf)
+
+    def _move_counts(self) -> bool:
+        """Moves counts of steps to the devices that decide on them (`skip_nonfinite`); whether there were any.
+
+        Counts loaded from torch's class lie on the host, which would have to wait at every step.
+        """
+        moved = False
+        for _, group, param in self._enumerate():
+            count = self.state.get(param, {}).get("step") if extra(group, "skip_nonfinite") else None
+            if isinstance(count, torch.Tensor) and count.is_cpu and param.device.type in _DEVICE_TYPES:
+                self.state[param]["step"] = count.to(param.device, torch.float32, non_blocking=True)
+                moved = True
+        return moved
 
     def _enumerate(self) -> Iterator[tuple[int, dict[str, Any], torch.Tensor]]:
         """(index over all groups, group, parameter), in order."""
-        index = 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                yield index, group, param
-                index += 1
+        return numbered(self.param_groups)
 
     # State ------------------------------------------------------------------------------------------------------------
 
@@ -188,9 +295,46 @@ class Fused(torch.optim.Optimizer):
             if param.requires_grad and not self.state.get(param):
                 self._start_before_first_step(param, group)
 
-    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        """Makes the states of a parameter that has none, so that its next step is a first one, whoever takes it."""
-        self._start(param, group)
+    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        """As `_start`, so that the next step is a first one also where it is not this one."""
+        return self._start(param, group)
+
+    def _asks_for_state(self) -> bool:
+        """Whether this step is made only to have states (`trainopt.optim.asking`)."""
+        if not asks_for_state(self, self._needs_state):
+            return False
+        # Noise that was switched on since is a reason to make a step after one that only asked.
+        is_noisy = any(extra(group, "noise") != 0 for group in self.param_groups)
+        return bool(self.state) or not is_noisy or self._record.asked_at != self._record.steps
+
+    def _needs_state(self, group: dict[str, Any]) -> bool:
+        return self._counts_steps or bool(self._states_needed(group))
+
+    def _first_step_differs(self, group: dict[str, Any]) -> bool:
+        """Whether a first step does something else with states of zeros than a later one, by no count in the state."""
+        return False
+
+    def _make_states_asked_for(self) -> None:
+        """As `init_state`, and leaves no other key in the state than torch would: checkpoints are read by keys."""
+        for _, group, param in self._enumerate():
+            if param.requires_grad and not self.state.get(param):
+                self._start(param, group)
+                if self._first_step_differs(group):
+                    self._unstarted.add(param)
+        self._record.skipped = False
+        self._record.asked_at = self._record.steps
+
+    def _indices_unstarted(self) -> list[int]:
+        if not self._unstarted:
+            return []
+        return [index for index, _, p in self._enumerate() if p in self._unstarted and p.grad is not None]
+
+    def _count_unstarted(self) -> None:
+        """Tells by a count of 0 which states are those of no step yet, where only the state can tell."""
+        for _, group, param in self._enumerate() if self._unstarted else ():
+            if param in self._unstarted and self.state.get(param):
+                self.state[param].setdefault("step", new_step_count(param, group))
+        self._unstarted.clear()
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
         if lists and lists[-1] == compiled.GATHER:
@@ -201,28 +345,22 @@ class Fused(torch.optim.Optimizer):
         """The param-shaped states that a group's options call for."""
         return self._states
 
-    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        """Makes the states that `param` needs for its next step; KeyError where only a part is there, as torch."""
+    def _is_torchs(self, group: dict[str, Any], param: torch.Tensor) -> bool:
+        """Whether a parameter that lacks states has others, which is an error of torch's."""
+        state = self.state.get(param, {})
+        return bool(state) and any(state.get(name) is None for name in ("step", *self._states_needed(group)))
+
+    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        """Makes the states that `param` needs for its next step; whether there were none, so that it is the first."""
         state = self.state[param]
-        needed = self._states_needed(group)
-        if state:
-            raise KeyError(next(name for name in ("step", *needed) if name not in state))
+        is_first = not state
         with torch.no_grad():
-            state["step"] = new_step_count(param, group)
-            for name in needed:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-
-    def _is_dummy_step(self) -> bool:
-        """Whether this is a step that only makes states: nothing has a state, no learning rate, no gradient but zeros.
-
-        Checkpoint tools make such a step (torch.distributed.checkpoint). torch counts it, so that the first real step
-        comes with the bias correction of the second; here it is not counted.
-        """
-        return (
-            not self.state
-            and all(is_zero(group["lr"]) and not group.get("noise") for group in self.param_groups)
-            and not any(param.grad is not None and bool(param.grad.any()) for _, _, param in self._enumerate())
-        )
+            if is_first:
+                state["step"] = new_step_count(param, group)
+                for name in self._states_needed(group):
+                    state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            reference.widen_count(state, group)
+        return is_first
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of torch's class of the same name.
@@ -232,12 +370,29 @@ class Fused(torch.optim.Optimizer):
         parameters and the names are the same in another order, names decide; options that torch's class does not know
         keep their present values if the state dict has none.
         """
+        adapted: dict[str, Any] = {}
+
+        def adapt(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            adapted.update(self._adapt(given))
+            return adapted
+
         # The last of the pre-hooks: whatever form the state dict came in, it has torch's form by then.
-        adapting = self.register_load_state_dict_pre_hook(lambda _, given: self._adapt(given))
+        adapting = self.register_load_state_dict_pre_hook(adapt)
         try:
             super().load_state_dict(state_dict)
         finally:
             adapting.remove()
+        self._restore_counts(adapted)
+
+    def _restore_counts(self, saved: dict[str, Any]) -> None:
+        """Gives counts that noise has made float64 back what torch has rounded to float32 (fused and capturable)."""
+        for saved_group, group in zip(saved["param_groups"], self.param_groups, strict=True):
+            if not extra(group, "noise"):
+                continue
+            for key, param in zip(saved_group["params"], group["params"], strict=True):
+                count = saved["state"][key].get("step") if key in saved["state"] else None
+                if isinstance(count, torch.Tensor) and count.dtype is torch.float64:
+                    self.state[param]["step"] = count.to(self.state[param]["step"].device, copy=True)
 
     def _adapt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         saved_groups = state_dict["param_groups"]
@@ -246,6 +401,9 @@ class Fused(torch.optim.Optimizer):
 
     def _adapt_group(self, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         adapted = {**{name: own[name] for name in self.EXTRAS if name in own}, **saved}
+        for name in self.EXTRAS.keys() & saved.keys() - own.keys():
+            if not not_default({name: saved[name]}):  # from a file of the days when every group had every option
+                del adapted[name]
         saved_names, names = saved.get("param_names"), own.get("param_names")
         if saved_names and names and saved_names != names and sorted(saved_names) == sorted(names):
             id_of = dict(zip(saved_names, saved["params"], strict=True))
@@ -259,15 +417,25 @@ class Fused(torch.optim.Optimizer):
             for key, param_state in state["state"].items():
                 if isinstance(param_state, dict):
                     state["state"][key] = {name: copy_of(value) for name, value in param_state.items()}
+            state = {**state, "param_groups": self._take_groups(state["param_groups"])}
         super().__setstate__(state)
+        widen_counts(self.state)
         self._plan = None
-        self._complete_groups()
+        if "_record" in self.__dict__:
+            self._unstarted.clear()
+        else:
+            self._start_recording()
 
-    def _complete_groups(self) -> None:
-        """Gives groups that torch made, or an older trainopt, the options that they lack."""
-        for group in self.param_groups:
-            for name, default in self.EXTRAS.items():
-                group.setdefault(name, self.defaults.get(name, default))
+    def _take_groups(self, loaded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Loads the groups into those that are there: a wrapper or a scheduler may hold them."""
+        own = self.param_groups
+        if not isinstance(own, list) or len(own) != len(loaded):
+            return loaded
+        for group, values in zip(own, loaded, strict=True):
+            if group is not values:
+                group.clear()
+                group.update(values)
+        return own
 
     def _check_shapes(self, state: dict[str, Any]) -> None:
         for group_index, group in enumerate(state["param_groups"]):
@@ -284,11 +452,18 @@ class Fused(torch.optim.Optimizer):
     # Options ----------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, as torch does; trainopt's own options get their defaults too."""
-        self.defaults = {**self.EXTRAS, **self.__dict__.get("_extras", {}), **self.defaults}
+        """Adds a group of parameters, as torch does."""
+        self.defaults = {**self.defaults, **self.__dict__.get("_extras", {})}
         if isinstance(param_group, dict):
-            check_extras({**self.defaults, **param_group})
+            check_extras({**self.EXTRAS, **self.defaults, **param_group})
+            apply_depth(param_group, self.defaults)
         super().add_param_group(param_group)
+
+    def __repr__(self) -> str:
+        """As torch's, with trainopt's own options even where they are at their defaults."""
+        shown = object.__new__(type(self))
+        shown.__dict__.update(self.__dict__, param_groups=[{**self.EXTRAS, **group} for group in self.param_groups])
+        return super(Fused, shown).__repr__()
 
     # Diagnosis --------------------------------------------------------------------------------------------------------
 
@@ -301,11 +476,9 @@ class Fused(torch.optim.Optimizer):
 
     def _names(self) -> list[str]:
         """A name for every parameter, in order."""
-        return [
-            name_of(group, group_index, i)
-            for group_index, group in enumerate(self.param_groups)
-            for i in range(len(group["params"]))
-        ]
+        return names_of(self)
+
+    step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
 
 
 # What a compiler cannot keep in its graph breaks it, as torch's own step does, and runs as it is.
@@ -313,17 +486,17 @@ _uncompiled_step = torch._disable_dynamo(Fused.step)
 _observed_step = torch.optim.Optimizer.profile_hook_step(Fused._step)
 
 
-def _compiled_step(optimizer: Fused, closure: Callable[[], Any] | None) -> Any:
+def _compiled_step(optimizer: Fused, *args: Any, **kwargs: Any) -> Any:
     """The step as the compiler traces it."""
     if (
-        closure is not None
+        any(argument is not None for argument in (*args, *kwargs.values()))
         or getattr(optimizer, "grad_scale", None) is not None
         or getattr(optimizer, "found_inf", None) is not None
         or optimizer._has_hooks()
         or optimizer.last_step_skipped  # to be set to False, which a graph cannot do
         or not compiled.step(optimizer)
     ):
-        return _uncompiled_step(optimizer, closure)
+        return _uncompiled_step(optimizer, *args, **kwargs)
     return None
 
 
@@ -339,33 +512,26 @@ def lie_on_device(*numbers: torch.Tensor | None) -> bool:
     )
 
 
-def is_zero(lr: float | torch.Tensor) -> bool:
-    """Whether a learning rate is known to be 0, without waiting for a device."""
-    return not (isinstance(lr, torch.Tensor) and lr.device.type != "cpu") and float(lr) == 0
-
-
-def check_extras(options: dict[str, Any]) -> None:
-    """ValueError for a value of trainopt's own options that makes no sense, in the words of torch's own errors."""
-    for name in ("l1", "noise"):
-        if not 0.0 <= options[name]:
-            raise ValueError(f"Invalid {name} value: {options[name]}")
-    seed = options["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"Invalid seed value: {seed} (an integer from 0 to 2**64 - 1)")
+def numbered(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any], torch.Tensor]]:
+    """(index over all groups, group, parameter), in order."""
+    return ((i, *both) for i, both in enumerate((group, param) for group in groups for param in group["params"]))
 
 
 def new_step_count(param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    """A step count of 0 where and as torch's optimizers keep it."""
-    on_device = group.get("capturable") or group.get("fused")
+    """A step count of 0 where and as torch's optimizers keep it; where a device decides on steps, it counts them."""
+    on_device = group.get("capturable") or group.get("fused") or extra(group, "skip_nonfinite")
     dtype = torch_optimizer._get_scalar_dtype(is_fused=group.get("fused"))
     return torch.zeros((), dtype=dtype, device=param.device if on_device else "cpu")
 
 
+def widen_counts(states: Any) -> None:
+    """Gives 16-bit counts of steps, of a state that somebody cast as a whole, the type in which they go on counting:
+    in bfloat16, 256 + 1 is 256."""
+    for state in states.values():
+        count = state.get("step") if isinstance(state, dict) else None
+        if isinstance(count, torch.Tensor) and count.is_floating_point() and count.element_size() < 4:
+            state["step"] = count.to(torch_optimizer._get_scalar_dtype())
+
+
 def copy_of(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def name_of(group: dict[str, Any], group_index: int, index: int) -> str:
-    """How messages call parameter `index` of a group."""
-    names = group.get("param_names")
-    return repr(names[index]) if names else f"parameter {index} of group {group_index}"

@@ -11,6 +11,7 @@ import torch
 
 from trainopt._extension import _C
 from trainopt.optim import reference
+from trainopt.optim.extras import extra
 
 if TYPE_CHECKING:
     from trainopt.optim.base import Fused
@@ -27,6 +28,12 @@ def _keys(names: list[str]) -> tuple[tuple[str, int], ...]:
 
 _OPTION_KEYS = {rule: _keys(names) for rule, names in _C.rules().items()}
 
+
+def pairs(rule: str) -> set[str]:
+    """The options of a rule whose elements it reads."""
+    return {key for key, element in _OPTION_KEYS[rule] if element >= 0}
+
+
 # Passed by name: what all rules share. trainopt's own are missing in a group that torch made.
 _SHARED_OPTIONS = {"weight_decay": 0.0, "maximize": False, "l1": 0.0, "l1_proximal": False}
 
@@ -35,7 +42,8 @@ def step(optimizer: "Fused") -> bool:
     """The whole step, traced; False if it must run uncompiled, and then nothing is done."""
     batches = []
     for group in optimizer.param_groups:
-        if group.get("noise", 0.0) != 0:  # it depends on a parameter's index and step
+        # Noise depends on a parameter's index and step; what is not finite, the host must see before it steps.
+        if extra(group, "noise") != 0 or extra(group, "skip_nonfinite"):
             return False
         lists: tuple[list[torch.Tensor], ...] = ([], [], [], [])
         params, gradients, states, steps = lists
@@ -50,13 +58,13 @@ def step(optimizer: "Fused") -> bool:
             options = [float(_option(optimizer, group, key, i)) for key, i in _OPTION_KEYS[optimizer._rule]]
             shared = {key: type(default)(group.get(key, default)) for key, default in _SHARED_OPTIONS.items()}
             torch.ops.trainopt.optimizer_step_(optimizer._rule, *lists, lr, options, **shared)
-        assert optimizer._compiled_steps is not None
-        optimizer._compiled_steps.add_(1)
+        assert optimizer._record.compiled_steps is not None
+        optimizer._record.compiled_steps.add_(1)
     return True
 
 
 def _option(optimizer: "Fused", group: dict[str, Any], key: str, element: int) -> Any:
-    value = group[key] if key in group else optimizer.EXTRAS[key]
+    value = extra(group, key) if key in optimizer.EXTRAS else group[key]
     return value if element < 0 else value[element]
 
 
@@ -76,18 +84,22 @@ def gather(
     scalars = [_option(optimizer, group, key, i) for key, i in _OPTION_KEYS[optimizer._rule]]
     if any(isinstance(value, torch.Tensor) for value in (*scalars, *(group.get(key) for key in _SHARED_OPTIONS))):
         return False
-    if reference.is_forced() or optimizer._is_dummy_step():
+    if reference.is_forced() or optimizer._asks_for_state():
         return False
     chosen = [param for param in group["params"] if param.grad is not None]
-    if any(_C.Plan(optimizer._rule).paths([{**group, "params": chosen}], optimizer.state)):
+    if any(type(param) not in (torch.Tensor, torch.nn.Parameter) for param in chosen):
+        return False  # a DTensor is stepped by what is in it, which the operator does not see
+    paths = _C.Plan(optimizer._rule).paths([{**group, "params": chosen}], optimizer.state)
+    if paths is None or any(paths):
         return False
     needed = optimizer._states_needed(group)
     for param in chosen:
         if not optimizer.state.get(param):
             optimizer._start_before_first_step(param, group)
     optimizer._opt_called = True  # what is set in a graph is lost
-    if optimizer._compiled_steps is None:
-        optimizer._compiled_steps = torch.zeros((), dtype=torch.int64)
+    optimizer._count_unstarted()
+    if optimizer._record.compiled_steps is None:
+        optimizer._record.compiled_steps = torch.zeros((), dtype=torch.int64)
     found = [optimizer.state.get(param, {}) for param in chosen]
     counts = [state.get("step") for state in found]
     each = [state.get(name) for name in needed for state in found]

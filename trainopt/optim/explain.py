@@ -1,12 +1,18 @@
 """Which path each parameter takes through a step, and why."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from trainopt._extension import _C, why_no_cuda
 from trainopt.optim import reference
 from trainopt.optim.base import Fused
+from trainopt.optim.extras import extra
+from trainopt.optim.names import names_of
+from trainopt.optim.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -17,9 +23,10 @@ class ParameterPath:
     path: str  # "fused (cpu, avx2)", "fused (cuda)" or "torch"
     reason: str  # why torch; empty for the fused path
     parameter: str  # dtype, shape and device
+    note: str = ""  # what else there is to know of its step
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.path}; {self.parameter}" + (f"; {self.reason}" if self.reason else "")
+        return "; ".join(filter(None, [f"{self.name}: {self.path}", self.parameter, self.reason, self.note]))
 
 
 class Explanation(tuple[ParameterPath, ...]):
@@ -28,39 +35,66 @@ class Explanation(tuple[ParameterPath, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        lines: dict[tuple[str, str], list[ParameterPath]] = {}
+        lines: dict[tuple[str, str, str], list[ParameterPath]] = {}
         for row in self:
-            lines.setdefault((row.path, row.reason), []).append(row)
+            lines.setdefault((row.path, row.reason, row.note), []).append(row)
         return "\n".join(
             f"{path}: {len(rows)} parameter{'s' * (len(rows) > 1)}"
             + (f" ({reason})" if reason else "")
+            + (f"; {note}" if note else "")
             + "".join(f"\n    {row.name}: {row.parameter}" for row in rows)
-            for (path, reason), rows in lines.items()
+            for (path, reason, note), rows in lines.items()
         )
 
     __repr__ = __str__
 
 
-def explain(optimizer: torch.optim.Optimizer) -> Explanation:
+def explain(optimizer: Any) -> Explanation:
     """Tells which path each parameter of an optimizer takes in `step`: the fused engine, or torch's own code, and why.
 
     Looks at the parameters, options, states and gradients as they are now; where there is no gradient yet, an ordinary
-    one is assumed. Changes nothing.
+    one is assumed. Also notes where moments are float16, in which small ones underflow, and where steps are left out
+    for gradients that are not finite (`skip_nonfinite`). Changes nothing.
+
+    Args:
+        optimizer: any torch optimizer, or a wrapper of one (Accelerate's, Fabric's, Lookahead).
     """
+    optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, Fused):
         rows = [p for group in optimizer.param_groups for p in group["params"]]
         why = f"{type(optimizer).__module__}.{type(optimizer).__qualname__} is not one of trainopt's"
         return Explanation(ParameterPath(f"parameter {i}", "torch", why, _outline(p)) for i, p in enumerate(rows))
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    groups = list(map(optimizer._snapshot, optimizer.param_groups))
+    params = [param for group in groups for param in group["params"]]
     if reference.is_forced():
         reasons = ["TRAINOPT_REFERENCE is set"] * len(params)
     else:
-        paths = _C.Plan(optimizer._rule).paths(optimizer.param_groups, optimizer.state)
+        paths = _C.Plan(optimizer._rule).paths(groups, optimizer.state)
+        if paths is None:
+            paths = ["states in a container that is no plain dict"] * len(params)
         reasons = [_reason(said, param.device) for said, param in zip(paths, params, strict=True)]
     return Explanation(
-        ParameterPath(name, "torch" if reason else _kernel(param.device), reason, _outline(param))
-        for name, reason, param in zip(optimizer._names(), reasons, params, strict=True)
+        ParameterPath(name, "torch" if reason else _kernel(param.device), reason, _outline(param), note)
+        for name, reason, param, note in zip(names_of(optimizer), reasons, params, _notes(optimizer), strict=True)
     )
+
+
+def _notes(optimizer: Fused) -> Iterator[str]:
+    for _, group, param in optimizer._enumerate():
+        notes = []
+        if extra(group, "skip_nonfinite"):
+            notes.append("a step whose gradients are not all finite is left out (skip_nonfinite)")
+        state = optimizer.state.get(param, {})
+        squares = [state.get(name, param) for name in optimizer._states_needed(group) if name.endswith("_sq")]
+        if any(isinstance(moment, torch.Tensor) and moment.dtype is torch.float16 for moment in squares):
+            beta2 = float(group["betas"][1])
+            if beta2 < 1:
+                least = math.sqrt(2**-25 / (1 - beta2))
+                notes.append(
+                    f"its second moment is float16, in which gradients below {least:.1e} leave nothing: their step is"
+                    " lr * m / eps (see docs/optimizers.md)"
+                )
+        yield "; ".join(notes)
 
 
 def _reason(said: str, device: torch.device) -> str:

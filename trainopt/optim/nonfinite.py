@@ -1,12 +1,12 @@
 """Which parameters are not finite, and where."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from trainopt.optim.base import Fused
+from trainopt.optim.names import names_of
+from trainopt.optim.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class NonfiniteReport(tuple[Nonfinite, ...]):
     __slots__ = ()
 
     @classmethod
-    def of(cls, optimizer: "Fused") -> "NonfiniteReport":
+    def of(cls, optimizer: Any) -> "NonfiniteReport":
         """Reads every gradient, state and value of an optimizer once."""
         found = []
-        names = iter(optimizer._names())
+        names = iter(names_of(optimizer))
         for group_index, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
                 name, state = next(names), optimizer.state.get(param, {})
@@ -52,6 +52,18 @@ class NonfiniteReport(tuple[Nonfinite, ...]):
         return "\n".join(map(str, self)) or "all gradients, states and values are finite"
 
     __repr__ = __str__
+
+
+def nonfinite_report(optimizer: Any) -> NonfiniteReport:
+    """The parameters with NaN or infinite elements in their gradient, states or value, by name and count.
+
+    Args:
+        optimizer: any torch optimizer, or a wrapper of one (Accelerate's, Fabric's, Lookahead).
+
+    Returns:
+        A report that prints itself, and is empty (false) if all is finite. Reads every tensor once.
+    """
+    return NonfiniteReport.of(unwrapped(optimizer))
 
 
 def count_nonfinite(tensor: Any) -> tuple[int, int, int]:

@@ -4,7 +4,6 @@ The arithmetic is torch's: the body of `step` of the torch class that an optimiz
 optimizer that holds only the parameters in question. What trainopt adds to torch is done round it, in plain torch.
 """
 
-import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainopt._extension import _C
+from trainopt.optim.extras import extra
+from trainopt.originals import step_of
 
 if TYPE_CHECKING:
     from trainopt.optim.base import Fused
@@ -28,12 +29,15 @@ def is_forced() -> bool:
     return os.environ.get("TRAINOPT_REFERENCE", "0") not in ("", "0")
 
 
-def step(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int] | None, scale: float) -> None:
+def step(
+    optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int] | None, scale: float, *, plain: bool = False
+) -> None:
     """Steps the parameters of these indices (all if None) that have a gradient, by torch's own code.
 
     Args:
         params: every parameter of the optimizer, in order.
         scale: what the gradients are divided by first, in place.
+        plain: by torch's plain loop on every device. torch's foreach kernels race for memory that parameters share.
     """
     wanted = params if indices is None else [params[i] for i in indices]
     chosen = [(index, group, param) for index, group, param in wanted if param.grad is not None]
@@ -43,46 +47,68 @@ def step(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int] 
         for _, _, param in chosen:
             assert param.grad is not None
             param.grad.div_(scale)
-    view = object.__new__(type(optimizer))
-    view.__dict__.update(optimizer.__dict__)
-    # The gradients are unscaled already, and a step that must be skipped does not come here.
-    view.__dict__.update(grad_scale=None, found_inf=None, param_groups=list(_narrowed(chosen)))
+    view = _view(optimizer, list(_narrowed(chosen, plain)))
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(optimizer.defaults["differentiable"]))
         for _, group, param in chosen:
-            if group["l1"] and not group["l1_proximal"]:
+            if extra(group, "l1") and not extra(group, "l1_proximal"):
                 stack.enter_context(_l1_in_gradient(param, group))
-            if not group.get("bias_correction", True):
+            if not extra(group, "bias_correction"):
                 if not optimizer.state[param]:
                     optimizer._start(param, group)
                 stack.enter_context(_steps_long_past(optimizer.state[param]))
             if not optimizer._counts_steps:
                 _count_step(optimizer, param, group)
-        _body_of_torchs_step(type(optimizer))(view)
+        step_of(type(optimizer))(view)
     with torch.no_grad():
         for index, group, param in chosen:
-            if group["l1"] and group["l1_proximal"]:
+            if extra(group, "l1") and extra(group, "l1_proximal"):
                 _soft_threshold_(param, float(group["lr"]) * float(group["l1"]))
-            if group["noise"]:
+            if extra(group, "noise"):
                 _add_noise_(param, index, group, optimizer.state[param])
 
 
-def _narrowed(chosen: Sequence[Numbered]) -> Iterator[dict[str, Any]]:
+def rehearse(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int]) -> None:
+    """Lets torch refuse options and states of these parameters before anything is changed.
+
+    torch finds out in the middle of its arithmetic, when it has counted the step or changed a state. So it steps a
+    parameter of one element first, with the options of the one in question and states like its own.
+    """
+    for index in indices:
+        _, group, param = params[index]
+        stand_in = torch.zeros(1, dtype=param.dtype, device=param.device, requires_grad=True)
+        stand_in.grad = torch.ones_like(stand_in)
+        state = optimizer.state.get(param) or {}
+        view = _view(optimizer, list(_narrowed([(index, group, stand_in)], True)))
+        view.state = {stand_in: {key: _first_element(value, param) for key, value in state.items()}}
+        with torch.no_grad():
+            step_of(type(optimizer))(view)
+
+
+def _first_element(value: Any, param: torch.Tensor) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.zeros(1, dtype=value.dtype, device=value.device) if value.shape == param.shape else value.clone()
+
+
+def _view(optimizer: "Fused", groups: list[dict[str, Any]]) -> Any:
+    """The optimizer with other groups. Gradients are unscaled already, and no step that must be skipped comes here."""
+    view = object.__new__(type(optimizer))
+    view.__dict__.update(optimizer.__dict__)
+    view.__dict__.update(grad_scale=None, found_inf=None, param_groups=groups)
+    return view
+
+
+def _narrowed(chosen: Sequence[Numbered], plain: bool) -> Iterator[dict[str, Any]]:
     """The groups with only these parameters. On the CPU torch's plain loop is the truth: its fused step is not."""
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for _, group, param in chosen:
         on_cpu = param.device.type == "cpu"
-        flags = {"foreach": False, "fused": False, **({"capturable": False} if "capturable" in group else {})}
-        groups.setdefault((id(group), on_cpu), {**group, **(flags if on_cpu else {}), "params": []})["params"].append(
-            param
-        )
+        flags: dict[str, Any] = {"foreach": False, "fused": False} if plain or on_cpu else {}
+        if on_cpu and "capturable" in group:
+            flags["capturable"] = False
+        groups.setdefault((id(group), on_cpu), {**group, **flags, "params": []})["params"].append(param)
     return iter(groups.values())
-
-
-def _body_of_torchs_step(cls: type) -> Any:
-    """`step` of the first torch class among the bases, without the decorators that hook, profile and set grad mode."""
-    torchs = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim.") and "step" in vars(base))
-    return inspect.unwrap(vars(torchs)["step"])
 
 
 @contextmanager
@@ -109,6 +135,12 @@ def _steps_long_past(state: dict[str, Any]) -> Iterator[None]:
         state["step"] = steps
 
 
+def widen_count(state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Makes the count of steps a float64 where there is noise: a float32 stops at 2**24, and the noise with it."""
+    if extra(group, "noise") and isinstance(state.get("step"), torch.Tensor):
+        state["step"] = state["step"].double()
+
+
 def _soft_threshold_(param: torch.Tensor, threshold: float) -> None:
     size = param.abs()
     param.copy_(torch.where(size <= threshold, torch.zeros_like(param), param - param.sgn() * threshold))
@@ -116,19 +148,22 @@ def _soft_threshold_(param: torch.Tensor, threshold: float) -> None:
 
 def _count_step(optimizer: Any, param: torch.Tensor, group: dict[str, Any]) -> None:
     """For a torch class that counts no steps: counts where trainopt does."""
-    if group["noise"]:
+    if extra(group, "noise"):
         optimizer._start_count(param, group)
     state = optimizer.state.get(param, {})
+    if param in optimizer._unstarted:
+        state.pop("momentum_buffer", None)  # a placeholder: torch's first step makes it
     if "step" in state:
         if state["step"] == 0:
-            state.pop("momentum_buffer", None)  # a placeholder: torch's first step makes it
+            state.pop("momentum_buffer", None)
         state["step"] += 1
 
 
 def _add_noise_(param: torch.Tensor, index: int, group: dict[str, Any], state: dict[str, Any]) -> None:
+    widen_count(state, group)
     target = torch.view_as_real(param) if param.is_complex() else param
     noise = torch.empty(target.shape, dtype=torch.float32)
-    _C.gaussian_(noise, group["seed"], int(state["step"]), index)
+    _C.gaussian_(noise, extra(group, "seed"), int(state["step"]), index)
     noise = noise.to(target.device, target.dtype)
     if placements := getattr(target, "placements", None):  # a DTensor: a rank makes all the noise and keeps its shard
         from torch.distributed.tensor import distribute_tensor

@@ -4,10 +4,13 @@ from typing import Any
 
 import torch
 
+from trainopt import originals
 from trainopt.optim.base import Fused, new_step_count
+from trainopt.optim.extras import extra
+from trainopt.optim.reference import widen_count
 
 
-class SGD(Fused, torch.optim.SGD):
+class SGD(Fused, originals.SGD):
     """torch.optim.SGD with a fused step: gradient descent with momentum, dampening and Nesterov's form.
 
     Every argument, default, error and state key is that of `torch.optim.SGD`; without momentum and over the full batch
@@ -21,6 +24,8 @@ class SGD(Fused, torch.optim.SGD):
             function of (seed, step, parameter, element): the same for any number of threads, after a resume, in every
             replica. The state dict then holds a "step" for each parameter.
         seed: of the noise (default 0), an integer from 0 to 2**64 - 1.
+        skip_nonfinite: with True (default False), a step is left out if an element of a gradient is NaN or infinite:
+            nothing changes, `last_step_skipped` says so, and schedules do not count it. Reads the gradients once more.
 
     The momentum buffer has the parameter's dtype; arithmetic is float32, or float64 for float64 parameters.
     """
@@ -46,8 +51,8 @@ class SGD(Fused, torch.optim.SGD):
         l1_proximal: bool = False,
         noise: float = 0.0,
         seed: int = 0,
+        skip_nonfinite: bool = False,
     ) -> None:
-        self._extras = {"l1": l1, "l1_proximal": l1_proximal, "noise": noise, "seed": seed}
         super().__init__(
             params,
             lr=lr,
@@ -59,23 +64,39 @@ class SGD(Fused, torch.optim.SGD):
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
+            extras={
+                "l1": l1,
+                "l1_proximal": l1_proximal,
+                "noise": noise,
+                "seed": seed,
+                "skip_nonfinite": skip_nonfinite,
+            },
         )
 
     def _states_needed(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._states if group["momentum"] != 0 else ()
 
-    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
-        if group["noise"] != 0:
+    def _first_step_differs(self, group: dict[str, Any]) -> bool:
+        return bool(group["momentum"] != 0 and group["dampening"] != 0)
+
+    def _is_torchs(self, group: dict[str, Any], param: torch.Tensor) -> bool:
+        return False  # torch's SGD makes whatever is missing
+
+    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        if extra(group, "noise") != 0:
             self._start_count(param, group)
-        if self._states_needed(group) and state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(param.detach(), memory_format=torch.preserve_format)
+        is_first = bool(self._states_needed(group)) and self.state[param].get("momentum_buffer") is None
+        if is_first:
+            buffer = torch.zeros_like(param.detach(), memory_format=torch.preserve_format)
+            self.state[param]["momentum_buffer"] = buffer
+        return is_first
 
     def _start_count(self, param: torch.Tensor, group: dict[str, Any]) -> None:
         """Counts this parameter's steps from now on. torch's SGD does not; the noise depends on the count."""
         state = self.state[param]
         if "step" not in state:
             state["step"] = new_step_count(param, group) + float(state.get("momentum_buffer") is not None)
+        widen_count(state, group)
 
     def init_state(self) -> None:
         for _, group, param in self._enumerate():
@@ -84,8 +105,8 @@ class SGD(Fused, torch.optim.SGD):
 
     init_state.__doc__ = Fused.init_state.__doc__
 
-    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
         # The first step takes the gradient undampened: a count of 0 tells a buffer of zeros that it is a first one.
         if group["dampening"] != 0 and not self.state.get(param):
             self._start_count(param, group)
-        self._start(param, group)
+        return self._start(param, group)

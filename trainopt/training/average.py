@@ -15,21 +15,24 @@ ExponentialMovingAverage with `num_updates`, forgets the first weights of a run 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainopt.training.distributed import is_dtensor, like, whole
+from trainopt.training.trained import Trained, plain_state
+
 
 class WeightAverage:
-    """The moving average of a model's parameters; its buffers are copied as they are, integers too.
+    """The moving average of a module's parameters; its buffers are copied as they are, integers too.
 
     16-bit parameters have their average in float32, where its small steps are not lost.
 
     Args:
-        model: the bare module.
+        model: the module: a model, or all that is trained.
         decay: in [0, 1).
         warmup: whether the decay starts small.
     """
@@ -39,7 +42,9 @@ class WeightAverage:
         self.count = 0  # t
         self.log_bias = 0.0  # log D_t: D_t itself is 0 at once where the decay is, and 1 - D_t is exact from it
         with torch.no_grad():
-            self.weights = {name: wide(param).clone() for name, param in model.named_parameters()}
+            names = model.names() if isinstance(model, Trained) else [name for name, _ in model.named_parameters()]
+            params = zip(names, model.parameters(), strict=True)
+            self.weights = {name: wide(param.detach()).clone() for name, param in params}
 
     def decay_at(self, t: int) -> float:
         """d_t."""
@@ -54,7 +59,11 @@ class WeightAverage:
         step = (1 - decay) / -math.expm1(self.log_bias)
         averages = list(self.weights.values())
         current = [wide(param.detach()) for param in self.model.parameters()]
-        torch._foreach_lerp_(averages, current, step)
+        if not any(map(is_dtensor, averages)):
+            torch._foreach_lerp_(averages, current, step)
+            return
+        for average, value in zip(averages, current, strict=True):  # a list must not hold tensors of both kinds
+            average.lerp_(value, step)
 
     def state_dict(self) -> dict[str, Any]:
         """The counter, the bias and the averages, by parameter name."""
@@ -65,30 +74,39 @@ class WeightAverage:
         self.count, self.log_bias = state["count"], state["log_bias"]
         with torch.no_grad():
             for name, average in self.weights.items():
-                average.copy_(state["weights"][name])
+                average.copy_(like(state["weights"][name], average))
 
-    def model_state(self) -> dict[str, Tensor]:
-        """A state dict for the model: the averages in its parameters' dtypes, and its buffers as they are; copies."""
+    def model_state(self, part: nn.Module | None = None) -> dict[str, Tensor]:
+        """A state dict for the module, or a part of it: the averages in its parameters' dtypes, and its buffers as they
+        are; copies."""
         with self.applied():
-            return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            state = plain_state(self.model if part is None else part)
+            return {name: whole(tensor.detach()).clone() for name, tensor in state.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model's parameters are the averages inside, and afterwards the same bits as before."""
-        params = dict(self.model.named_parameters())
         if not self.count:
             yield
             return
-        with torch.no_grad():
-            kept = {name: param.detach().clone() for name, param in params.items()}
-            for name, param in params.items():
-                param.copy_(self.weights[name])
-        try:
-            yield
-        finally:
+        params = list(self.model.parameters())
+        with kept(params):
             with torch.no_grad():
-                for name, param in params.items():
-                    param.copy_(kept[name])
+                for param, average in zip(params, self.weights.values(), strict=True):
+                    param.copy_(average)
+            yield
+
+
+@contextmanager
+def kept(params: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever happens to the parameters inside, afterwards they have the same bits as before."""
+    before = [param.detach().clone() for param in params]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for param, value in zip(params, before, strict=True):
+                param.copy_(value)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from trainopt.training.distributed import whole
+from trainopt.training.trained import State, Trained
 
 
 class Best:
@@ -20,10 +23,10 @@ class Best:
         self.value: float | None = None
         self.step: int | None = None
         self.since = 0  # validations since then
-        self.weights: dict[str, Tensor] | None = None
+        self.weights: dict[str, State] | None = None  # as `Trained.state` gives them
 
-    def offer(self, value: float, step: int, model: nn.Module) -> bool:
-        """Takes in a validation of the model as it is; whether it is the best. NaN never is."""
+    def offer(self, value: float, step: int, trained: Trained) -> bool:
+        """Takes in a validation of the weights as they are; whether it is the best. NaN never is."""
         is_better = value == value and (
             self.value is None or (value > self.value if self.maximize else value < self.value)
         )
@@ -32,11 +35,26 @@ class Best:
             return False
         self.value, self.step, self.since = value, step, 0
         if self.keeps_weights:
-            self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            self.weights = copied(trained.state())
         return True
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "step": self.step, "since": self.since, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        """Takes over what `state_dict` gave; begins anew where the weights are to be kept and are not there, since they
+        could not be brought back."""
+        self.value, self.step, self.since = state["value"], state["step"], state["since"]
+        self.weights = state["weights"] if self.keeps_weights else None
+        if self.keeps_weights and self.weights is None:
+            self.value, self.step, self.since = None, None, 0
+
+
+def copied(state: dict[str, State]) -> dict[str, State]:
+    """A copy of what `Trained.state` gave; of sharded tensors the whole, on every process."""
+    return {
+        part: {
+            name: whole(value.detach()).clone() if isinstance(value, Tensor) else value for name, value in own.items()
+        }
+        for part, own in state.items()
+    }

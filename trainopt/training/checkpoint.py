@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
@@ -19,6 +19,8 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
+
+from trainopt.training.distributed import is_dtensor, whole
 
 MARK = b"trainopt"
 TRAILER = len(MARK) + hashlib.sha256().digest_size
@@ -39,6 +41,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory, self.keep = directory, keep
+        self.corrupt: set[Path] = set()  # those that are known to be
 
     def check_writable(self) -> None:
         """ValueError, with nothing written, if files cannot be made there."""
@@ -54,31 +57,64 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """The checkpoints, whole or not, the newest first."""
-        found = [(int(match[1]), path) for path in self._files() if (match := NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(found, reverse=True)]
+        found = [path for path in self._files() if NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: (number_of(path), path), reverse=True)
 
     def save(self, state: Mapping[str, Any], step: int) -> Path:
-        """Writes a checkpoint and, once it is whole, removes the oldest beyond `keep`. OSError if that cannot be done;
-        what was there before is then still there."""
+        """Writes a checkpoint and, once it is whole, removes the oldest whole ones beyond `keep`. OSError if it cannot
+        be written; what was there before is then still there.
+
+        Of a higher number than the one just written are only files that the run could not begin from: neither they nor
+        others that are not whole count, and they are left alone.
+        """
         for left_over in self.directory.glob("*.partial"):  # by a run that was killed
             left_over.unlink(missing_ok=True)
         path = self.directory / f"step-{step:09}.pt"
         write(state, path)
-        for old in self.paths()[self.keep :]:
+        self.corrupt.discard(path)
+        older = [old for old in self.paths() if number_of(old) < step and old not in self.corrupt and seems_whole(old)]
+        for old in older[self.keep - 1 :]:
             old.unlink(missing_ok=True)
         return path
 
-    def newest(self, on_corrupt: Callable[[Path, str], None]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole checkpoint; each newer one that is not goes to `on_corrupt`, with what is wrong with it."""
+    def newest(
+        self, on_corrupt: Callable[[Path, str], None], check: Callable[[Any], None] = lambda state: None
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint; each newer one that is not goes to `on_corrupt`, with what is wrong with it.
+
+        Args:
+            check: CorruptCheckpoint for a file that is as it was written, but is no checkpoint of a run.
+        """
         for path in self.paths():
             try:
-                return path, read(path)
+                state = read(path)
+                check(state)
+                return path, state
             except CorruptCheckpoint as error:
+                self.corrupt.add(path)
                 on_corrupt(path, str(error))
         return None
 
     def _files(self) -> list[Path]:
         return list(self.directory.iterdir()) if self.directory.is_dir() else []
+
+
+def number_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def seems_whole(path: Path) -> bool:
+    """Whether a file ends as a checkpoint does; nothing else of it is read."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for somebody to write
+            return False
+        with open(path, "rb") as file:
+            file.seek(-TRAILER, os.SEEK_END)
+            return file.read(len(MARK)) == MARK
+    except OSError:
+        return False
 
 
 def write(state: Mapping[str, Any], path: Path) -> None:
@@ -104,6 +140,8 @@ def write(state: Mapping[str, Any], path: Path) -> None:
 def read(path: Path) -> dict[str, Any]:
     """What `write` wrote, on the CPU. CorruptCheckpoint if the file is not whole; nothing of it is loaded then."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CorruptCheckpoint("it is not a regular file")
         digest, expected = digests(path)
     except OSError as error:
         raise CorruptCheckpoint(f"it cannot be read: {error.strerror or error}") from error
@@ -112,9 +150,12 @@ def read(path: Path) -> dict[str, Any]:
     if digest != expected:
         raise CorruptCheckpoint("its checksum is wrong")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the unpickler makes of bytes that torch.save has not written
         raise CorruptCheckpoint(f"it cannot be loaded: {error}") from error
+    if not isinstance(state, dict):
+        raise CorruptCheckpoint(f"it holds a {type(state).__name__}, not a dict")
+    return state
 
 
 def digests(path: Path) -> tuple[bytes, bytes | None]:
@@ -157,9 +198,12 @@ class _HashingWriter:
 def plain(tree: Any, where: str = "the state") -> Any:
     """A tree of what `torch.load(weights_only=True)` takes: tensors, numbers, strings, None, dicts, lists, tuples.
 
-    NumPy's numbers become Python's, any mapping a dict, a small view of a large tensor a tensor of its own. TypeError
-    that says where for anything else.
+    NumPy's numbers become Python's, any mapping a dict, a small view of a large tensor a tensor of its own, and a
+    DTensor the whole tensor, on the CPU, for which all its processes must be here. TypeError that says where for
+    anything else.
     """
+    if is_dtensor(tree):
+        return whole(tree.detach()).cpu()
     if isinstance(tree, Tensor):
         is_small_view = tree.layout == torch.strided and type(tree) in (Tensor, torch.nn.Parameter)
         is_small_view = is_small_view and tree.untyped_storage().nbytes() > 2 * tree.nbytes

@@ -7,9 +7,11 @@ came there by training.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -283,13 +285,40 @@ class IterableSource:
 
 
 def move(tree: Any, device: torch.device) -> Any:
-    """A batch with its tensors on `device`; dicts, lists and tuples are gone into, everything else is left."""
+    """A batch with its tensors on `device`.
+
+    What knows itself how to be moved (Hugging Face's BatchEncoding, a PackedSequence) does it; mappings, lists and
+    tuples are gone into and keep their types; everything else is left.
+    """
     if isinstance(tree, Tensor):
         return tree.to(device, non_blocking=True)
-    if isinstance(tree, dict):
-        return {key: move(value, device) for key, value in tree.items()}
+    if not isinstance(tree, type) and callable(getattr(tree, "to", None)):
+        return tree.to(device)
+    if isinstance(tree, Mapping):
+        moved = {key: move(value, device) for key, value in tree.items()}
+        if type(tree) is dict or not isinstance(tree, MutableMapping):
+            return moved
+        same = copy.copy(tree)
+        for key, value in moved.items():
+            same[key] = value
+        return same
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(move(value, device) for value in tree))
     if isinstance(tree, list | tuple):
         return type(tree)(move(value, device) for value in tree)
     return tree
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors of nested mappings, lists and tuples, of dataclasses, and of objects with a `.loss`, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_in(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from tensors_in(value)
+    elif is_dataclass(tree) or isinstance(getattr(tree, "loss", None), Tensor):
+        for value in vars(tree).values() if hasattr(tree, "__dict__") else ():
+            yield from tensors_in(value)

@@ -1,7 +1,8 @@
 """The processes of a run: one, or several that torchrun has started.
 
 Each process goes through its share of every micro-batch, so that their number changes the speed and nothing else.
-DistributedDataParallel averages the gradients; a model that FSDP2 has sharded is left as it is.
+DistributedDataParallel averages the gradients; a model that FSDP2 has sharded is left as it is, and what is saved of it
+is whole: a checkpoint of four processes is one of two, or of one.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
+from torch.nn import Parameter
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,6 @@ class Processes:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model whose backward pass also averages the gradients over the processes."""
-        if self.world == 1 or isinstance(model, DistributedDataParallel) or is_sharded(model):
-            return model
-        return DistributedDataParallel(model)
-
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value, summed over the processes; exact for whole numbers up to 2**53."""
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -63,6 +58,13 @@ class Processes:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, operation)
         return tensor.tolist()
+
+    def average_gradients(self, params: Sequence[Tensor]) -> None:
+        """Each gradient becomes the mean over the processes, where one without it counts as zero."""
+        for param in params:
+            gradient = torch.zeros_like(param) if param.grad is None else param.grad
+            dist.all_reduce(gradient)
+            param.grad = gradient.div_(self.world)
 
     def broadcast(self, value: Any) -> Any:
         """The first process's value, in all of them."""
@@ -81,11 +83,26 @@ class Processes:
         return values
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The person's own module under DistributedDataParallel."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether the parameters are DTensors, as FSDP2's `fully_shard` makes them."""
-    return any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in model.parameters())
+    return any(is_dtensor(param) or is_dtensor(param.data) for param in model.parameters())
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a tensor that is spread over processes; without importing what makes such."""
+    return type(value).__name__ == "DTensor"
+
+
+def whole(value: Any) -> Any:
+    """A DTensor's whole tensor, on every process that has a part of it; anything else as it is. Collective."""
+    return value.full_tensor() if is_dtensor(value) else value
+
+
+def like(value: Any, own: Any) -> Any:
+    """A whole tensor as one that is spread like `own`, where that is spread; else as it is. Collective."""
+    own = own.data if isinstance(own, Parameter) else own
+    if not is_dtensor(own) or is_dtensor(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)

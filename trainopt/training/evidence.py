@@ -133,10 +133,11 @@ def search(
 
 def loss_of(run: Any, batches: Sequence[Any]) -> Callable[[], float]:
     """What gives the mean loss of some batches as `run` has it, each time with the same random numbers."""
-    moved = [run.task.split(move(batch, run.device)) for batch in batches]
+    trained = run.trained
+    moved = [trained.split(move(batch, run.device)) for batch in batches]
 
     def forward(inputs: Any, target: Any) -> Tensor:
-        return run.task.loss(run.task.output(run.module, inputs), target)
+        return trained.loss(trained.output(trained.model, inputs), target)
 
     def loss() -> float:
         torch.manual_seed(0)

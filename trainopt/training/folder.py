@@ -23,9 +23,9 @@ CONFIG, METRICS = "config.json", "metrics.jsonl"
 class Folder:
     """A reporter that writes `config.json` (options, model, versions) and `metrics.jsonl` (one event a line).
 
-    A run that carries on from a checkpoint drops the lines that its predecessor wrote after that: they are made anew. A
-    line that cannot be written (a full disk) is lost with a word on standard error, and the run goes on. Numbers that
-    are not finite are null.
+    A run that carries on from a checkpoint drops the lines that its predecessor wrote after that: they are made anew.
+    What cannot be written (a full disk) is lost with a word on standard error, and the run goes on. Numbers that are
+    not finite are null.
 
     Args:
         path: the folder; made, with those above it, when the run starts.
@@ -39,7 +39,6 @@ class Folder:
         self._lost = 0
 
     def started(self, event: Started) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         config = {
             "settings": self._settings,
             "options": event.options.plain(),
@@ -56,10 +55,15 @@ class Folder:
             },
             "threads": torch.get_num_threads(),
         }
-        replace(self.path / CONFIG, json.dumps(finite(config), indent=2) + "\n")
-        kept = [entry for entry in read_metrics(self.path) if entry["step"] <= event.step] if event.step else []
-        replace(self.path / METRICS, "".join(map(line_of, kept)))
         self.is_started = True
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            replace(self.path / CONFIG, json.dumps(finite(config), indent=2) + "\n")
+            entries = read_metrics(self.path) if event.step else []
+            kept = [entry for entry in entries if entry.get("step", math.inf) <= event.step]
+            replace(self.path / METRICS, "".join(map(line_of, kept)))
+        except OSError as error:
+            self._lose(self.path, error)
 
     def progress(self, event: Progress) -> None:
         self._write("progress", event)
@@ -79,20 +83,25 @@ class Folder:
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
                 file.write(line_of({"event": kind, **asdict(event)}))
         except OSError as error:
-            self._lost += 1
-            if self._lost == 1:
-                print(f"warning: {self.path / METRICS} loses lines: {error.strerror}", file=sys.stderr)
+            self._lose(self.path / METRICS, error)
+
+    def _lose(self, path: Path, error: OSError) -> None:
+        self._lost += 1
+        if self._lost == 1:
+            print(f"warning: {path} loses what is told: {error.strerror}", file=sys.stderr)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The events in a run's folder, in order. A line that was cut off is left out."""
+    """The events in a run's folder, in order. A line that was cut off, or is no event, is left out."""
     file = Path(path) / METRICS
     entries = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
             continue
+        if isinstance(entry, dict):
+            entries.append(entry)
     return entries
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainopt import originals
 from trainopt._extension import _C
+from trainopt.training.distributed import is_dtensor, whole
 
 LARGE = 4096  # elements from which on a dot product is quicker than a look at each
 DOTTED = (torch.float32, torch.float64)
@@ -34,6 +36,18 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
+def scale(params: list[Tensor], factor: float | Tensor) -> None:
+    """Multiplies the gradients by a factor, in place and without waiting for a device."""
+    if not isinstance(factor, Tensor) and factor == 1.0:
+        return
+    for gradients in alike(params):
+        if isinstance(factor, Tensor) or type(gradients[0]) is not Tensor:
+            for gradient in gradients:
+                gradient.mul_(factor)
+        else:
+            torch._foreach_mul_(gradients, factor)
+
+
 def global_norm(params: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, a 0-dim float64 tensor on the first one's device; nothing is read back.
 
@@ -44,7 +58,8 @@ def global_norm(params: list[Tensor]) -> Tensor:
         return fused if isinstance(fused, Tensor) else torch.tensor(fused, dtype=torch.float64)
     norms: list[Tensor] = []
     for gradients in alike(params):
-        norms += torch._foreach_norm(gradients, 2, torch.float32 if gradients[0].itemsize == 2 else None)
+        found = torch._foreach_norm(gradients, 2, torch.float32 if gradients[0].itemsize == 2 else None)
+        norms += [whole(torch.linalg.vector_norm(torch.stack(found)))] if is_dtensor(gradients[0]) else found
     if not norms:
         return torch.zeros((), dtype=torch.float64)
     device, dtype = norms[0].device, norms[0].dtype
@@ -54,7 +69,7 @@ def global_norm(params: list[Tensor]) -> Tensor:
 
 
 def are_finite(params: list[Tensor], norm: Tensor | None) -> bool:
-    """Whether no gradient holds NaN or infinity. Waits for the device.
+    """Whether no gradient, of a DTensor this process's part, holds NaN or infinity. Waits for the device.
 
     Args:
         norm: the global norm where it has been computed; it says so at once, unless it overflowed.
@@ -63,6 +78,8 @@ def are_finite(params: list[Tensor], norm: Tensor | None) -> bool:
     if value is not None and math.isfinite(value):
         return True
     for gradients in alike(params):
+        if is_dtensor(gradients[0]):  # the other processes look at their own parts
+            gradients = [gradient.to_local() for gradient in gradients]  # type: ignore[attr-defined]
         if type(gradients[0]) is not Tensor:
             if not all(bool(gradient.isfinite().all()) for gradient in gradients):
                 return False
@@ -87,7 +104,11 @@ def has_finite_square(gradient: Tensor) -> bool:
 def clip(params: list[Tensor], limit: float, norm: Tensor) -> None:
     """Scales the gradients by min(1, limit / (norm + 1e-6)), torch's formula, without waiting for a device."""
     if not _C.clip_gradients(params, limit, norm.item() if norm.is_cpu else norm):
-        torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
+        by_type = defaultdict(list)
+        for param in params:
+            by_type[type(param.grad)].append(param)
+        for alike_params in by_type.values():  # torch takes no list of both tensors and DTensors
+            originals.clip._clip_grads_with_norm_(alike_params, limit, norm)
 
 
 def _fused_norm(params: list[Tensor], order: float) -> float | Tensor | None:
@@ -104,19 +125,20 @@ def one_on(device: torch.device) -> Tensor:
 
 
 def alike(params: list[Tensor]) -> list[list[Tensor]]:
-    """The gradients, of a sparse one its values, in lists of one type, dtype and device."""
+    """The gradients, of a sparse one its values, in lists of one type, dtype, device, and mesh."""
     gradients = [param.grad for param in params if param.grad is not None]
     if not gradients:
         return []
     kind, dtype, device = type(gradients[0]), gradients[0].dtype, gradients[0].get_device()
     for gradient in gradients:
         is_alike = type(gradient) is kind and gradient.dtype is dtype and gradient.get_device() == device
-        if not is_alike or gradient.is_sparse:
+        if not is_alike or gradient.is_sparse or is_dtensor(gradients[0]):
             break
     else:
         return [gradients]
     lists = defaultdict(list)
     for gradient in gradients:
         values = gradient.coalesce().values() if gradient.is_sparse else gradient
-        lists[type(values), values.dtype, values.device].append(values)
+        mesh = values.device_mesh if is_dtensor(values) else None  # type: ignore[attr-defined]
+        lists[type(values), values.dtype, values.device, mesh].append(values)
     return list(lists.values())

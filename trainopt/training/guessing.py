@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from trainopt.training.callables import Core, core_of
 
 LARGEST = 2**22  # elements of an output that are looked at
 NUMBERS = 256  # of a target, that its variance is estimated from
@@ -113,10 +115,11 @@ class Guessing:
             return
         if not target.numel() or output.device != target.device or type(loss) is not Tensor:
             return
+        core = core_of(loss_function)
         settings = {
             name: value
             for name in ("ignore_index", "label_smoothing", "weight")
-            if (value := setting_of(loss_function, name)) is not None
+            if (value := setting_of(core, name)) is not None
         }
         seen = seen_in(output.detach(), target.detach(), loss.detach(), settings)
         if seen is not None:
@@ -339,7 +342,6 @@ def tensor_in(tree: Any, name: str) -> Tensor | None:
     return tree if type(tree) is Tensor or isinstance(tree, torch.nn.Parameter) else None
 
 
-def setting_of(loss: Callable[..., Any] | None, name: str) -> Any:
+def setting_of(core: Core, name: str) -> Any:
     """An option of a loss, from the module or the functools.partial that it is."""
-    keywords = getattr(loss, "keywords", None)
-    return keywords.get(name) if isinstance(keywords, dict) else getattr(loss, name, None)
+    return core.keywords.get(name, getattr(core.function, name, None))

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from trainopt.training import random_state
 from trainopt.training.data import Source, move, source_of
 from trainopt.training.distributed import Processes
-from trainopt.training.evaluation import Task
+from trainopt.training.nonfinite import uncompiled
 from trainopt.training.precision import Precision
+from trainopt.training.trained import Trained
 
 SMOOTHED = 0.25  # decades of the learning rate that the curve is smoothed over
 BLOWN_UP = 4.0  # times the lowest smoothed loss: the test ends
@@ -120,7 +121,7 @@ def lr_find(
     given = [param for group in optimizer.param_groups for param in group["params"]]
     gradients = [param.grad for param in given]
     try:
-        with random_state.preserved(seed, device):
+        with random_state.preserved(seed, device), uncompiled():  # each copy would be compiled anew
             test = _Test(model, loss, optimizer, split, Precision(precision, device))
             batches = list(itertools.islice(_endless(source, seed), TRIAL))
             falls = test.trials(batches, lowest, highest, seed)
@@ -137,15 +138,17 @@ class _Test:
     """The objects given, of which every run makes a copy."""
 
     def __init__(self, model: Any, loss: Any, optimizer: Any, split: Any, precision: Precision) -> None:
-        self.given, self.split, self.precision = (model, loss, optimizer), split, precision
+        self.given, self.precision = (Trained(model, loss, optimizer, split=split), optimizer), precision
         first = float(optimizer.param_groups[0]["lr"])
         self.shares = [float(group["lr"]) / first if first else 1.0 for group in optimizer.param_groups]
 
     def updates(self, batches: Iterable[Any], rates: Iterable[float]) -> Iterator[float]:
         """The loss before each update of a copy."""
-        model, loss, optimizer = copy.deepcopy(self.given)
-        model.train()
-        task, precision = Task(loss, lambda target: 1, self.split), self.precision
+        task, optimizer = copy.deepcopy(self.given)
+        task.begin()
+        if hasattr(optimizer, "train"):  # schedule-free methods have modes
+            optimizer.train()
+        precision = self.precision
         scaler = None if precision.scaler is None else torch.amp.GradScaler(precision.device.type)
         for batch, rate in zip(batches, rates, strict=False):
             for group, share in zip(optimizer.param_groups, self.shares, strict=True):
@@ -156,7 +159,7 @@ class _Test:
             inputs, target = task.split(move(batch, precision.device))
             optimizer.zero_grad()
             with precision.autocast():
-                value = task.loss(task.output(model, inputs), target)
+                value = task.loss(task.output(task.called, inputs), target)
             (value if scaler is None else scaler.scale(value)).backward()
             yield value.item()
             if scaler is None:

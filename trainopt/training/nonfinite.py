@@ -7,7 +7,7 @@ The update's micro-batches are gone through once more, on the weights as they ar
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from trainopt.optim.nonfinite import count_nonfinite
 from trainopt.training import random_state
-from trainopt.training.data import move
-from trainopt.training.distributed import is_sharded
-from trainopt.training.evaluation import Task
+from trainopt.training.data import move, tensors_in
 from trainopt.training.origin import Backward, Call, Event, Trace, layers_of
 from trainopt.training.precision import Precision
+from trainopt.training.trained import Trained
 
 SEARCHES = 8  # lost updates that are all looked into; after them only each that doubles their number
 LARGE = 1e4  # a weight that has blown up
@@ -88,27 +87,26 @@ class Finding:
 def first_nonfinite(
     model: nn.Module,
     micro_batches: Sequence[tuple[Any, float | Tensor]],
-    task: Task,
+    task: Trained,
     precision: Precision,
     device: torch.device,
 ) -> Finding | None:
     """What was not finite first; None if all is finite when computed again. The gradients are cleared.
 
     Args:
-        model: the bare module. Its buffers are not restored.
-        micro_batches: each with the weight of its mean loss in the update.
+        model: the bare module, not sharded: a process that stops earlier than the others would leave them waiting for
+            it. Its buffers are not restored.
+        micro_batches: each with the weight of its mean loss in the update. float16's scale is right for the weighed
+            loss, and may overflow for a healthy one that is not.
     """
-    for name, param in model.named_parameters():
-        if (found := described(param)) is not None:
-            text = f"parameter '{name}' itself {found}{first_place(param.detach())}"
-            return Finding(text, f"parameter {name}", UNRECOVERABLE)
-    if is_sharded(model):  # a process that stops earlier than the others would leave them waiting for it
-        return None
+    if (bad := nonfinite_parameter(model)) is not None:
+        return bad
     try:
         with random_state.preserved(device=device), uncompiled():
             return _in_all(model, micro_batches, task, precision, device)
     except Exception as error:  # a model that cannot be looked into must not end the training
-        text = f"{nonfinite_gradient(model)}; looking for its origin failed: {type(error).__name__}: {error}"
+        text = nonfinite_gradient(model) or "a gradient is not finite"
+        text = f"{text}; looking for its origin failed: {type(error).__name__}: {error}"
         return Finding(text, "search failed")
     finally:
         model.zero_grad()
@@ -117,7 +115,7 @@ def first_nonfinite(
 def _in_all(
     model: nn.Module,
     micro_batches: Sequence[tuple[Any, float | Tensor]],
-    task: Task,
+    task: Trained,
     precision: Precision,
     device: torch.device,
 ) -> Finding | None:
@@ -130,24 +128,41 @@ def _in_all(
                 if precision.dtype is not torch.float16
                 else _apart_from_float16(found, model, moved, task, device)
             )
-    if any(described(param.grad) for param in model.parameters()):
-        text = f"{nonfinite_gradient(model)}, while those of each micro-batch are finite: their sum overflows"
+    if (text := nonfinite_gradient(model)) is not None:
+        text += ", while those of each micro-batch are finite: their sum overflows"
         return Finding(text, "sum", "a smaller loss, fewer micro-batches, or bfloat16")
     return None
 
 
-def nonfinite_gradient(model: nn.Module) -> str:
+def nonfinite_parameter(module: nn.Module, of: str = "") -> Finding | None:
+    """The first parameter that is not finite itself; `of` says whose it is."""
+    for name, param in module.named_parameters():
+        if (found := described(param)) is not None:
+            text = f"parameter '{name}'{of} itself {found}{first_place(param.detach())}"
+            return Finding(text, f"parameter {name}{of}", UNRECOVERABLE)
+    return None
+
+
+def nonfinite_gradient(module: nn.Module, of: str = "") -> str | None:
     """A phrase that names the last parameter whose gradient is not finite: the first that backward came to."""
-    for name, param in reversed(list(model.named_parameters())):
+    for name, param in reversed(list(module.named_parameters())):
         if (found := described(param.grad)) is not None:
-            return f"the gradient of parameter '{name}' {found}"
-    return "a gradient is not finite"
+            return f"the gradient of parameter '{name}'{of} {found}"
+    return None
 
 
-def _in_one(model: nn.Module, batch: Any, weight: float | Tensor, task: Task, precision: Precision) -> Finding | None:
+def _in_one(
+    model: nn.Module, batch: Any, weight: float | Tensor, task: Trained, precision: Precision
+) -> Finding | None:
     """The finding in one micro-batch; its gradients are added to those of the ones before."""
     inputs, target = task.split(batch)
     trace = Trace(model)
+    for kind, tensors in (
+        ("parameter", task.criterion.owned.named_parameters()),
+        ("buffer", task.criterion.owned.named_buffers()),
+    ):
+        for name, tensor in tensors:
+            trace.know(f"{kind} '{name}' of the loss", tensor)
     for what, tree in (("inputs", inputs), ("target", target)):
         for path, tensor in named_tensors(tree):
             trace.know(f"the batch's {what}{path}", tensor)
@@ -235,7 +250,7 @@ def _backward_finding(trace: Trace, backward: Backward, outputs: _Outputs, model
     return Finding(f"{what}: {made}", f"backward {event.name} {where}", "; ".join(advice))
 
 
-def _apart_from_float16(found: Finding, model: nn.Module, batch: Any, task: Task, device: torch.device) -> Finding:
+def _apart_from_float16(found: Finding, model: nn.Module, batch: Any, task: Trained, device: torch.device) -> Finding:
     """Whether the same computation is finite in float32: then it is an overflow, and no NaN of the model's."""
     model.zero_grad()
     try:
@@ -357,17 +372,12 @@ def named_tensors(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of nested mappings, lists and tuples with their places, such as ['mask'] or [0]."""
     if isinstance(tree, Tensor):
         yield path, tree
-    elif hasattr(tree, "items"):
+    elif isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from named_tensors(value, f"{path}[{key!r}]")
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
             yield from named_tensors(value, f"{path}[{index}]")
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors of nested mappings, lists and tuples, in order."""
-    return (tensor for _, tensor in named_tensors(tree))
 
 
 def described(tensor: Any) -> str | None:

@@ -62,6 +62,8 @@ NAMES = {
 }
 LINE = 60  # characters of a source line that are shown
 FOLDER = os.path.dirname(os.path.abspath(__file__))
+#: Files whose frames stand between a person's line and the operation, because they look at operations as they go by.
+LOOKING = (os.path.abspath(__file__), os.path.join(FOLDER, "observing.py"))
 #: Whose lines are not the person's: trainopt's, torch's, and the standard library's that both go through.
 LIBRARIES = (
     os.path.dirname(FOLDER),
@@ -380,7 +382,7 @@ def line_of_stack() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file != __file__ and is_loops(file):
+        if is_loops(file):
             break
         if is_persons(file):
             return shown(file, frame.f_lineno, linecache.getline(file, frame.f_lineno).strip())
@@ -392,7 +394,7 @@ def line_of_lines(lines: Any) -> str:
     """The same of a formatted stack, as autograd keeps it."""
     for text in reversed(list(lines)):
         found = re.match(r'\s*File "(.*)", line (\d+).*?\n\s*(.*)', text)
-        if found and found[1] != __file__ and is_loops(found[1]):
+        if found and is_loops(found[1]):
             break
         if found and is_persons(found[1]):
             return shown(found[1], int(found[2]), found[3].strip())
@@ -401,7 +403,8 @@ def line_of_lines(lines: Any) -> str:
 
 def is_loops(file: str) -> bool:
     """Whether a file is of the training loop, which calls the person's code."""
-    return os.path.dirname(os.path.abspath(file)) == FOLDER
+    file = os.path.abspath(file)
+    return os.path.dirname(file) == FOLDER and file not in LOOKING
 
 
 def is_persons(file: str) -> bool:

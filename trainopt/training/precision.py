@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 _AS_IT_IS: AbstractContextManager[None] = nullcontext()
 
 
@@ -26,10 +27,10 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type) if name == "float16" else None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Round the forward pass and the loss."""
+        """What the forward pass and the loss are computed inside of."""
         return _AS_IT_IS if self.dtype is None else torch.autocast(self.device.type, self.dtype)
 
-    def run(self, forward: Callable[..., Tensor], *operands: Any) -> Tensor:
+    def run(self, forward: Callable[..., T], *operands: Any) -> T:
         """What `forward` gives, computed in this type."""
         if self.dtype is None:
             return forward(*operands)

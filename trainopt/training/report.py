@@ -69,7 +69,7 @@ class Message:
 
     step: int
     kind: str
-    topic: str  # "loss", "overfitting", "nonfinite", "checkpoint" or "stop"
+    topic: str  # "loss", "overfitting", "nonfinite", "checkpoint", "resume", "count" or "stop"
     text: str
     numbers: Mapping[str, float] = field(default_factory=dict)
 

@@ -41,10 +41,12 @@ class Watch:
     Args:
         log_every: updates between two calls of `progressed`.
         stops_early: whether the run ends by itself where validation parts from training.
+        measures: whether updates may be measured. Not where the weights are spread over processes, each of which may
+            suspect something else and would wait for the others; then only what the losses alone show is said.
     """
 
-    def __init__(self, log_every: int = 50, stops_early: bool = False) -> None:
-        self.log_every, self.stops_early = log_every, stops_early
+    def __init__(self, log_every: int = 50, stops_early: bool = False, measures: bool = True) -> None:
+        self.log_every, self.stops_early, self.measures = log_every, stops_early, measures
         self.told: list[str] = []  # what has been said
         self.guessing, self.losses, self.validation = Guessing(), Losses(), Validation()
         self.lost = Lost()  # updates
@@ -95,7 +97,7 @@ class Watch:
         measurement.after_step(run, params, window.batches[-1], window.losses[-1], gradient)
         if not measurement.is_done:
             return None
-        return self.measured(run.step, run.total_steps(), measurement.evidence, float(run.lr))
+        return self.measured(run.counters.step, run.total_steps(), measurement.evidence, float(run.lr))
 
     # What the losses show -----------------------------------------------------------------------------------------
 
@@ -125,6 +127,8 @@ class Watch:
             if found is not None and (found.cause == "dead" or self.is_worth_measuring(found, step)):
                 self.measurement = Measurement(is_alone and self.dead is None and found.cause in ("flat", "stalled"))
                 self.next_measured = belated(total) if step < belated(total) < 2 * step else 2 * step
+        if not self.measures and (message := self.ended(step, total, lr)) is not None:
+            messages.append(message)
         return messages
 
     def is_worth_measuring(self, found: Suspicion, step: int) -> bool:

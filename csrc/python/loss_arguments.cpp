@@ -1,0 +1,60 @@
+#include "python/loss_arguments.h"
+
+#include "python/cuda_device.h"
+#include "python/losses.h"
+#include "python/tensors.h"
+
+namespace trainopt::python {
+namespace {
+
+bool is_dense(const c10::TensorImpl* tensor) {
+  if (is_plain_cpu(tensor) || is_plain_cuda(tensor)) return true;  // nearly always, and one mask
+  const c10::DispatchKeySet keys = tensor->key_set();
+  return tensor->layout() == c10::kStrided && tensor->has_storage() && !keys.has(c10::DispatchKey::Negative) &&
+         !keys.has(c10::DispatchKey::Conjugate) && !keys.has(c10::DispatchKey::ZeroTensor);
+}
+
+void check_type(const LossArgument& argument) {
+  const c10::ScalarType type = argument.tensor->scalar_type();
+  DType stored;
+  if (read_dtype(argument.tensor->unsafeGetTensorImpl(), &stored)) return;
+  TORCH_CHECK(argument.may_be_classes, argument.name,
+              " must be a tensor of float32, float64, bfloat16 or float16, not of ", type);
+  TORCH_CHECK(type == at::kLong || type == at::kByte, argument.name,
+              " must hold classes (int64 or uint8) or probabilities (float32, float64, bfloat16 or float16), not ",
+              type);
+}
+
+}  // namespace
+
+void check_memory(const char* name, const at::Tensor& tensor) {
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  TORCH_CHECK(has_memory(impl), name, no_memory(impl));
+}
+
+void check_arguments(std::initializer_list<LossArgument> arguments) {
+  const LossArgument& first = *arguments.begin();
+  for (const LossArgument& argument : arguments) {
+    if (argument.tensor == nullptr) continue;
+    const at::Tensor& tensor = *argument.tensor;
+    TORCH_CHECK(tensor.defined(), argument.name, " must be a tensor, and is undefined");
+    TORCH_CHECK(tensor.device() == first.tensor->device(), "expected all tensors to be on one device, but ",
+                argument.name, " is on ", tensor.device(), " and ", first.name, " on ", first.tensor->device());
+    TORCH_CHECK(is_dense(tensor.unsafeGetTensorImpl()), argument.name, " must be a dense tensor");
+    check_type(argument);
+    check_memory(argument.name, tensor);
+  }
+}
+
+void check_reduction(int64_t reduction) {
+  TORCH_CHECK_VALUE(kNone <= reduction && reduction <= kSum, "reduction must be 0 (none), 1 (mean) or 2 (sum), not ",
+                    reduction);
+}
+
+void check_upstream(const at::Tensor& upstream, c10::IntArrayRef shape, int64_t reduction) {
+  const c10::IntArrayRef expected = reduction == kNone ? shape : c10::IntArrayRef();
+  TORCH_CHECK_VALUE(upstream.sizes().equals(expected), "upstream must have the shape of the loss, ", expected, ", not ",
+                    upstream.sizes());
+}
+
+}  // namespace trainopt::python
