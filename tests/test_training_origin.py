@@ -165,7 +165,16 @@ def test_a_loss_of_the_persons_own_is_blamed_while_the_output_is_finite():
     def loss(output, target):
         return (output * 0 / (output.detach() * 0)).mean()
 
-    assert re.search(r"while the model's output is finite: `div` .* made it", told(nn.Linear(5, 3), loss=loss)[0])
+    line = r"\(test_training_origin\.py:\d+: return .*\)"
+    assert re.search(
+        f"while the model's output is finite: `div` {line} .* made it", told(nn.Linear(5, 3), loss=loss)[0]
+    )
+
+
+def test_what_the_loss_owns_is_told_as_its_own():
+    weight = torch.tensor([1.0, math.nan, 1.0])
+    text = told(nn.Linear(5, 3), loss=nn.CrossEntropyLoss(weight=weight), epochs=1)[0]
+    assert "buffer 'weight' of the loss, a tensor of shape (3,), has 1 NaN" in text and "first in row 1" in text
 
 
 def test_two_faults_are_two_sentences():
