@@ -213,10 +213,17 @@ class Guessing:
         return {**{name: getattr(self, name) for name in names}, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave. Faults that were found have been said."""
-        for name in ("uniform", "constant", "noise", "inside", "singles", "looks", "kind"):
-            setattr(self, name, state[name])
-        self._labels, self._sums = dict(state["labels"]), list(state["sums"])
+        """Takes over what `state_dict` gave; TypeError or ValueError for what it cannot have given. Faults that were
+        found have been said."""
+        self.uniform, self.constant, self.noise = (
+            None if state[name] is None else float(state[name]) for name in ("uniform", "constant", "noise")
+        )
+        self.inside, self.looks = int(state["inside"]), int(state["looks"])
+        self.singles = [*map(int, state["singles"])]
+        self.kind = None if state["kind"] is None else str(state["kind"])
+        self._labels = {int(label): int(count) for label, count in state["labels"].items()}
+        count, total, squares, distances = map(float, state["sums"])
+        self._sums = [count, total, squares, distances]
 
     @property
     def margin(self) -> float:

@@ -133,7 +133,7 @@ class History:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
-        self.first, self.rest, self.size = state["first"], list(state["rest"]), state["size"]
-        self.fine, self.coarse = ([Piece(*piece) for piece in state[name]] for name in ("fine", "coarse"))
+        """Takes over what `state_dict` gave; TypeError or ValueError for what it cannot have given."""
+        self.first, self.rest, self.size = float(state["first"]), [*map(float, state["rest"])], int(state["size"])
+        self.fine, self.coarse = ([Piece(*map(float, piece)) for piece in state[name]] for name in ("fine", "coarse"))
         self.length = round(sum(piece.length for piece in self.coarse)) + len(self.rest)

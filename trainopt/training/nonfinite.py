@@ -342,7 +342,8 @@ class Lost:
         return {"updates": self.updates, "known": {key: list(entry) for key, entry in self.known.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates, self.known = state["updates"], {key: list(entry) for key, entry in state["known"].items()}
+        self.updates = int(state["updates"])
+        self.known = {str(key): [int(count), int(first)] for key, (count, first) in state["known"].items()}
 
 
 def uncompiled() -> Any:

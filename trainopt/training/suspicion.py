@@ -80,6 +80,8 @@ class Losses:
             reference: the loss of guessing, where it is known.
             noise: standard error of the first loss, where it is known.
         """
+        if history.length < step:  # from a checkpoint of an older version, without the losses up to it
+            return None
         per_update = history.length / step
         width = min(max(step / 4, NARROWEST), WIDEST) * per_update
         end = history.length
@@ -165,6 +167,9 @@ class Losses:
         return {**vars(self), "marks": [list(mark) for mark in self.marks]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
-        vars(self).update(state)
-        self.marks = [Mark(*mark) for mark in state["marks"]]
+        """Takes over what `state_dict` gave; TypeError or ValueError for what it cannot have given."""
+        self.marks = [Mark(int(step), *map(float, numbers)) for step, *numbers in state["marks"]]
+        self.peak, self.bound, self.scale, self.scatter = (
+            float(state[name]) for name in ("peak", "bound", "scale", "scatter")
+        )
+        self.was_worse = bool(state["was_worse"])

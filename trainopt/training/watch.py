@@ -345,7 +345,7 @@ class Watch:
             "told": list(self.told),
             "guessing": self.guessing.state_dict(),
             "losses": self.losses.state_dict(),
-            "validation": {**vars(self.validation), "above": list(self.validation.above)},
+            "validation": self.validation.state_dict(),
             "lost": self.lost.state_dict(),
             "next": [self.next_look, self.next_measured, self.next_units],
             "living": dict(self.living),
@@ -353,17 +353,21 @@ class Watch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave. A watch of an older version has nothing to say to this one."""
+        """Takes over what `state_dict` gave; TypeError or ValueError for what it cannot have given. A watch of an older
+        version has nothing to say to this one."""
         if "losses" not in state:
             return
-        self.told = list(state["told"])
+        self.told = [*map(str, state["told"])]
         self.guessing.load_state_dict(state["guessing"])
         self.losses.load_state_dict(state["losses"])
-        vars(self.validation).update(state["validation"])
+        self.validation.load_state_dict(state["validation"])
         self.lost.load_state_dict(state["lost"])
-        self.next_look, self.next_measured, self.next_units = state["next"]
-        self.living = dict(state["living"])
-        self.dead = None if state["dead"] is None else tuple(state["dead"])
+        self.next_look, self.next_measured, self.next_units = map(float, state["next"])
+        self.living = {str(name): int(units) for name, units in state["living"].items()}
+        self.dead = None
+        if state["dead"] is not None:
+            name, dead, units = state["dead"]
+            self.dead = str(name), int(dead), int(units)
 
 
 class Validation:
@@ -395,6 +399,14 @@ class Validation:
         gains = train_loss < self.train_loss - GAIN * abs(self.train_loss)
         is_steady = train_loss <= self.lowest_train + 0.1 * abs(self.lowest_train)
         return len(self.above) >= PATIENCE and is_above and gains and is_steady
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**vars(self), "above": list(self.above)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loss, self.step, self.train_loss = float(state["loss"]), int(state["step"]), float(state["train_loss"])
+        self.lowest_train, self.rebound = float(state["lowest_train"]), float(state["rebound"])
+        self.above = [*map(float, state["above"])]
 
 
 def belated(total: int | None) -> float:
