@@ -287,6 +287,13 @@ def test_rates_that_blow_up_do_not_hide_one_far_below_that_trains():
     assert curve.suggestion is not None and 1e-6 < curve.suggestion < 1e-3
 
 
+def test_copies_of_a_compiled_model_are_not_compiled():
+    compiled = []
+    model = torch.compile(network(), backend=lambda graph, inputs: compiled.append(graph) or graph)
+    curve = lr_find(model, samples(), nn.CrossEntropyLoss(), sgd(model), steps=5, batch_size=7)
+    assert len(curve.rates) > 2 and not compiled
+
+
 def test_the_curve_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     curve = curve_of([0.1, 0.2, 0.4], [3.0, 1.0, 2.0], {0.1: 1.0, 0.3: 1.9})

@@ -13,6 +13,7 @@ from trainings import HEALTHY, ILL, blobs, cnn, digits_split, linear, mlp, outco
 
 from trainopt.training.guessing import Guessing
 from trainopt.training.history import KEPT, PIECE, History
+from trainopt.training.suspicion import Losses
 from trainopt.training.watch import Validation, scatter_of
 
 pytest.importorskip("sklearn")  # has the digits
@@ -94,6 +95,15 @@ def test_a_history_leaves_out_what_is_not_finite():
     assert math.isfinite(history.peak())
 
 
+@pytest.mark.parametrize(("count", "cause"), [(1000, "flat"), (100, None)])
+def test_losses_whose_beginning_is_not_known_are_not_judged(count, cause):
+    """A checkpoint of an older version holds none."""
+    history = History()
+    history.extend([2.0] * count)
+    found = Losses().judge(1000, 2000, 0.1, history, 2.0, None)
+    assert (found and found.cause) == cause
+
+
 def guessed(output, target, loss):
     guessing = Guessing()
     guessing.see(output, target, loss(output, target), loss)
@@ -108,6 +118,7 @@ def guessed(output, target, loss):
         (torch.compiler.disable(nn.functional.cross_entropy), math.log(7)),
         (lambda output, target: -output.log_softmax(1)[range(64), target].mean(), math.log(7)),
         (nn.CrossEntropyLoss(label_smoothing=0.2), math.log(7)),
+        (nn.CrossEntropyLoss(label_smoothing=0.9).forward, math.log(7)),
         (nn.CrossEntropyLoss(weight=torch.arange(1.0, 8.0)), math.log(7)),
     ],
 )
@@ -115,7 +126,7 @@ def test_the_loss_of_guessing_classes(loss, value):
     output, target = torch.randn(64, 7, generator=trainings.generator(0)), torch.arange(64) % 7
     guessing = guessed(output, target, loss)
     assert guessing.uniform == pytest.approx(value) and guessing.reference >= value - 1e-9
-    assert not guessing.faults
+    assert not guessing.faults and guessing.noise is not None
 
 
 @pytest.mark.parametrize(
@@ -228,6 +239,15 @@ def test_a_run_that_is_measured_makes_the_updates_that_it_would_make(kind, monke
     assert not unwatched.messages and watched.losses == unwatched.losses
     for one, other in zip(watched.model.state_dict().values(), unwatched.model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("rate", "word"), [(20.0, "too high"), (1e-6, None)])
+def test_where_the_weights_are_spread_over_processes_nothing_is_measured(rate, word, monkeypatch):
+    """A process that measured alone would wait for the others; what the losses alone show is said all the same."""
+    monkeypatch.setattr("trainopt.training.loop.is_sharded", lambda model: True)
+    monkeypatch.setattr("trainopt.training.watch.Measurement.before_step", None)  # not to be called
+    training = trainings.Training("", word, digits_split, lambda: mlp(64, 32, 10), "sgd", rate)
+    assert [word in event.text for event in run(training).messages] == ([True] if word else [])
 
 
 def test_what_was_said_is_not_said_again_after_a_checkpoint(tmp_path):
