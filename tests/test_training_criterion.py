@@ -314,6 +314,9 @@ def as_format_1(path):
     if (window := state["window"]) is not None:
         window["counts"], window["asked_to_stop"] = window.pop("planned"), False
         del window["asked"], window["is_alone"]
+    del state["interval"]["history"]
+    lowest = {"lowest": 0.5, "lowest_step": 3, "best_validation": 0.5, "best_step": 3, "train_at_best": 0.5}
+    state["watch"] = {"first": None, "recent": [0.5], "intervals": 1, "cause": None, "told": [], "apart": 0, **lowest}
     state["format"] = 1
     checkpoint.write(state, path)
 

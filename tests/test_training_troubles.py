@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import trainopt
-from trainopt.training import Silent, fit
-from trainopt.training.lr_find import curve_of, lr_find
+from trainopt.training import Silent, fit, lr_find
+from trainopt.training.lr_find import curve_of
 
 
 def told(recorder, topic):
@@ -56,7 +56,7 @@ def layers(middle):
         (
             lambda: layers(nn.Tanh()),
             "inputs",
-            r"the batch's inputs, a tensor of shape \(7, 5\), has 1 NaN and 0 Inf of 35",
+            r"batch's inputs, a tensor of shape \(7, 5\), has 1 NaN and 0 Inf of 35 elements, first in row 3, column 2",
         ),
         (lambda: layers(Scaled(math.inf)), None, r"the output of layer '2' \(Scaled\) has 0 NaN and 49 Inf of 49"),
         (lambda: layers(Broken()), None, r"the gradient of the output of layer '1' \(BatchNorm1d\) has 49 NaN"),
@@ -121,7 +121,7 @@ def test_after_so_many_in_a_row_the_run_stops_with_its_last_checkpoint_intact(ch
     assert result.reason == recorder.named("Finished")[0].reason == "nonfinite" and result.step == 7
     assert result.checkpoint.name == "step-000000006.pt"
     messages = told(recorder, "nonfinite")
-    assert len(messages) == after + 1 and f"stopped after {after} in a row" in messages[-1].text
+    assert len(messages) == 2 and f"stopped after {after} in a row" in messages[-1].text  # the same is said once
     assert "step-000000006.pt is intact" in messages[-1].text
     assert torch.load(result.checkpoint, weights_only=True)["counters"]["step"] == 6
 
@@ -248,7 +248,7 @@ def test_the_suggestion_is_a_rate_that_trains():
     data = (inputs, (inputs[:, 0] > 0).long())
     model = network()
     curve = lr_find(model, data, nn.CrossEntropyLoss(), sgd(model), batch_size=20, lowest=1e-5, highest=1000.0)
-    assert curve.suggestion is not None and 1e-3 < curve.suggestion < curve.at_minimum < 1000
+    assert curve.suggestion is not None and 1e-3 < curve.suggestion < 1000
     assert "falls fastest" in str(curve)
     before = nn.functional.cross_entropy(model(inputs), data[1]).item()
     fit(model, data, nn.CrossEntropyLoss(), sgd(model, lr=curve.suggestion), epochs=5, batch_size=20, report=Silent())
@@ -263,3 +263,46 @@ def test_groups_keep_their_proportions_and_a_curve_without_a_fall_suggests_nothi
         lr_find(model, samples(), nn.CrossEntropyLoss(), sgd(model), lowest=1.0, highest=0.1, batch_size=7)
     with pytest.raises(ValueError, match="steps is 1"):
         lr_find(model, samples(), nn.CrossEntropyLoss(), sgd(model), steps=1, batch_size=7)
+
+
+@pytest.mark.parametrize("optimizer", [trainopt.AdamW, trainopt.SGD])
+def test_the_suggestion_does_not_move_with_the_number_of_steps(optimizer):
+    inputs, _ = samples(200)
+    data, model = (inputs, (inputs[:, 0] > 0).long()), network()
+    loader = DataLoader(TensorDataset(*data), 20, shuffle=True, generator=torch.Generator().manual_seed(1))
+    curves = [
+        lr_find(model, loader, nn.CrossEntropyLoss(), optimizer(model.parameters(), lr=1.0), steps=steps)
+        for steps in (20, 50, 200)
+    ]
+    assert len({curve.suggestion for curve in curves}) == 1 and curves[0].falls == curves[1].falls == curves[2].falls
+    rates = sorted(curves[0].falls)
+    best = max(curves[0].falls.values())
+    assert curves[0].suggestion == min(rate for rate in rates if curves[0].falls[rate] >= 0.8 * best)
+
+
+def test_rates_that_blow_up_do_not_hide_one_far_below_that_trains():
+    inputs, _ = samples(200)
+    data, model = (100 * inputs, 100 * inputs[:, :1]), nn.Linear(5, 1)
+    curve = lr_find(model, data, nn.MSELoss(), sgd(model), batch_size=20)
+    assert curve.suggestion is not None and 1e-6 < curve.suggestion < 1e-3
+
+
+def test_copies_of_a_compiled_model_are_not_compiled():
+    compiled = []
+    model = torch.compile(network(), backend=lambda graph, inputs: compiled.append(graph) or graph)
+    curve = lr_find(model, samples(), nn.CrossEntropyLoss(), sgd(model), steps=5, batch_size=7)
+    assert len(curve.rates) > 2 and not compiled
+
+
+def test_the_curve_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    curve = curve_of([0.1, 0.2, 0.4], [3.0, 1.0, 2.0], {0.1: 1.0, 0.3: 1.9})
+    (axes,) = curve.plot(tmp_path / "curve.png").axes
+    assert axes.get_xscale() == "log" and len(axes.lines) == 3 and curve.suggestion == 0.3
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_a_loss_that_is_not_finite_at_first_is_refused():
+    model = network()
+    with pytest.raises(ValueError, match="not finite before the first update"):
+        lr_find(model, samples(), lambda output, target: output.sum() * math.nan, sgd(model), batch_size=7)

@@ -73,7 +73,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
         parser.error(str(error))
     print(f"{task.title}\n{table(curve)}\n\n{curve}")
     if settings.plot:
-        draw(curve, settings.plot)
+        curve.plot(settings.plot)
         print(f"drawn into {settings.plot}")
     return 0
 
@@ -87,21 +87,3 @@ def table(curve: LrCurve, rows: int = 20) -> str:
         bar = "#" * round(BAR * max(loss, 0) / top) if top > 0 else ""
         lines.append(f"{rate:10.2e}{loss:12.4f}  {bar}".rstrip())
     return "\n".join(lines)
-
-
-def draw(curve: LrCurve, path: str) -> None:
-    """A picture of the curve with the suggestion."""
-    from trainopt.training.plot import figure
-
-    picture = figure((8, 5))
-    axes = picture.subplots()
-    axes.plot(curve.rates, curve.losses, alpha=0.3, label="loss")
-    axes.plot(curve.rates, curve.smoothed, label="smoothed")
-    if curve.suggestion is not None:
-        axes.axvline(curve.suggestion, linestyle="--", color="gray", label=f"suggestion {curve.suggestion:.1e}")
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("loss")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    picture.savefig(path, dpi=120)

@@ -270,8 +270,9 @@ def weight_of(count: Count, total: Count) -> float | Tensor:
 
 
 def is_counted(count: Count) -> bool:
-    """Whether anything is counted, as far as that is known without waiting."""
-    return isinstance(count, Tensor) or count > 0
+    """Whether anything is counted, as far as that is known without waiting. NaN, which a class weight may be, counts:
+    then the loss is not finite, and that is found and told."""
+    return isinstance(count, Tensor) or not count <= 0
 
 
 def add_weighted(total: Tensor, mean: Tensor, count: Count) -> None:

@@ -33,7 +33,7 @@ from trainopt.training.folder import Folder
 from trainopt.training.given import differences, given_to
 from trainopt.training.interval import Interval
 from trainopt.training.modes import Modes
-from trainopt.training.nonfinite import described, first_nonfinite, nonfinite_gradient
+from trainopt.training.nonfinite import Finding, first_nonfinite, nonfinite_gradient, nonfinite_parameter
 from trainopt.training.objects import Metrics, Pace, check_objects, check_validation, validation_size
 from trainopt.training.options import Options
 from trainopt.training.precision import Precision
@@ -41,7 +41,7 @@ from trainopt.training.report import Finished, Lines, Message, Progress, Report,
 from trainopt.training.signals import StopSignals
 from trainopt.training.state import Counters
 from trainopt.training.trained import Trained, without_averaging
-from trainopt.training.watch import Watch, measure
+from trainopt.training.watch import Watch
 from trainopt.training.window import Window
 
 #: How a process should end after a run that ended for this reason; 1 for any other.
@@ -213,7 +213,8 @@ class Loop:
         # How far it is: `parts`, and what is under way. All of this is in a checkpoint.
         self.counters = Counters()
         self.interval = Interval()
-        self.watch = Watch()
+        self.watch = Watch(options.log_every, options.early_stopping is not None, measures=not self.is_sharded)
+        self.trained.look = self.look
         self.best = Best(options.is_larger_better, keeps_weights=options.early_stopping is not None)
         self.window: Window | None = None  # the update under way
         self.seed = 0 if options.seed is None else options.seed
@@ -365,6 +366,10 @@ class Loop:
             if self.interval.samples:
                 self.progress()
             self.validate()
+            if (text := self.watch.lost.summary()) is not None:
+                self.say("warning", "nonfinite", text)
+            if (message := self.watch.ended(self.counters.step, self.total_steps(), float(self.lr))) is not None:
+                self.report.message(message)
         self.save()
         self.modes.eval()
         if reason in ("SIGTERM", "SIGINT"):
@@ -391,6 +396,7 @@ class Loop:
             return False
         if not window.done:
             gradients.clear(self.optimizer)
+            self.watch.begin(self.counters.step + 1)
             window.buffers = [buffer.clone() for buffer in self.buffers]
         while window.done < len(window.batches):
             self.micro_step(window)
@@ -408,7 +414,7 @@ class Loop:
         gradients.scale(params, correction)
         self.precision.unscale(self.optimizer)
         limit = self.options.clip
-        is_shown = self.watch.cause is not None or (self.counters.step + 1) % self.options.log_every == 0
+        is_shown = self.watch.measurement is not None or (self.counters.step + 1) % self.options.log_every == 0
         norm = self.norm = gradients.global_norm(params) if limit is not None or is_shown else None
         if self.must_check and not self.are_finite(params, norm):  # the one wait for the device in an update
             self.skip(window)
@@ -416,7 +422,7 @@ class Loop:
         if limit is not None and norm is not None:
             gradients.clip(params, limit, norm)
 
-        before = [param.detach().clone() for param in params] if self.watch.cause is not None else None
+        self.watch.before_step(self.trained.model, params, self.counters.step + 1, window.samples)
         lr = self.optimizer.param_groups[0]["lr"]
         self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule may fill the tensor with its next value
         self.optimizer.step()
@@ -429,9 +435,10 @@ class Loop:
         self.counters.skipped_in_a_row = 0
         self.counters.samples += window.samples
         self.interval.add(window.losses, window.counts, window.samples)
-        if before is not None and norm is not None:
-            evidence = measure(self.trained.model, before, params, float(norm))
-            self.report.message(self.watch.measured(self.counters.step, evidence, float(self.lr)))
+        if (message := self.watch.after_step(self, params, window, norm)) is not None:
+            self.report.message(message)
+        if self.watch.seeks_origin and self.must_check:
+            self.seek(window)
         return True
 
     def micro_step(self, window: Window) -> None:
@@ -458,6 +465,11 @@ class Loop:
         is_all = not isinstance(weight, Tensor) and weight == 1.0
         self.precision.scaled(loss if is_all else loss * weight).backward()
 
+    def look(self, output: Any, target: Any, loss: Tensor) -> None:
+        """What every micro-batch of training shows as it is computed; the watch looks at few."""
+        if self.watch.is_looking:
+            self.watch.see(output, target, loss, self.criterion.function)
+
     def are_finite(self, params: list[Tensor], norm: Tensor | None) -> bool:
         """Whether every gradient is finite, those of other processes' shards too."""
         finite = gradients.are_finite(params, norm)
@@ -475,21 +487,27 @@ class Loop:
             self.precision.adapt()
             return
         at.skipped_in_a_row += 1
-        otherwise = self.blamed_gradient()
-        found = None
-        if not self.is_sharded:  # whose forward pass needs all processes, while one of them may have found something
-            found, otherwise = self.search(window), f"{otherwise}, and is finite when computed again"
+        found = otherwise = None
+        if self.watch.lost.is_searched():
+            otherwise = self.blamed_gradient()
+            if not self.is_sharded:  # whose forward pass needs all processes, while one may have found something
+                otherwise = Finding(f"{otherwise.text}, and is finite when computed again", "finite again")
+                found = self.search(window)
         self.put_back_buffers(window)
         self.precision.adapt()
         everywhere = self.processes.gather(found)
-        rank = next((rank for rank, text in enumerate(everywhere) if text is not None), 0)
-        what = everywhere[rank] or otherwise
+        rank = next((rank for rank, finding in enumerate(everywhere) if finding is not None), 0)
+        found = everywhere[rank] or otherwise
         self.suspects = window.batches
+        what = found.text if found is not None else "not looked into"
         kept_in = self.keep_suspects(what) if self.processes.rank == rank else None
         kept_in = self.processes.gather(kept_in)[rank]
-        where = f" in process {rank}" if self.processes.world > 1 else ""
-        text = f"update {at.step + 1:,} left out ({at.skipped_in_a_row} in a row): {what}{where}"
-        self.say("trouble", "nonfinite", text + (f"; its batch is in {kept_in}" if kept_in else ""))
+        self.interval.fold()
+        told = self.watch.lost_update(found, at.step + 1, float(self.lr), self.interval.history)
+        if told is not None:
+            where = f" in process {rank}" if self.processes.world > 1 else ""
+            text = f"update {at.step + 1:,} left out ({at.skipped_in_a_row} in a row){where}: {told}"
+            self.say("trouble", "nonfinite", text + (f"; its batch is in {kept_in}" if kept_in else ""))
         limit = 1 if options.nonfinite == "stop" else options.nonfinite_limit
         if at.skipped_in_a_row >= limit:
             self.reason = "nonfinite"
@@ -498,25 +516,38 @@ class Loop:
             self.say("trouble", "nonfinite", text)
 
     def put_back_buffers(self, window: Window) -> None:
+        """The buffers of what is trained as they were before the window."""
         for buffer, kept in zip(self.buffers, window.buffers or (), strict=True):
             buffer.copy_(kept)
 
-    def search(self, window: Window) -> str | None:
-        """What is not finite when the micro-batches are computed again, each with the weight that it had."""
-        for name, param in self.criterion.owned.named_parameters():
-            if (found := described(param)) is not None:
-                return f"parameter '{name}' of the loss itself {found}"
+    def search(self, window: Window) -> Finding | None:
+        """What is not finite first when the micro-batches are computed again, each with the weight that it had."""
+        if (found := nonfinite_parameter(self.criterion.owned, " of the loss")) is not None:
+            return found
         weights = map(window.weight_of, range(len(window.batches)))
         parts = zip(window.batches, weights, window.counts, strict=True)
         computed = [(batch, weight) for batch, weight, count in parts if is_counted(count)]
         return first_nonfinite(self.trained.model, computed, self.trained, self.precision, self.device)
 
-    def blamed_gradient(self) -> str:
+    def seek(self, window: Window) -> None:
+        """Names what makes a loss that is not finite, though the gradients of it are."""
+        losses = [float(loss) for loss, count in zip(window.losses, window.counts, strict=True) if is_counted(count)]
+        if all(map(math.isfinite, losses)):
+            return
+        self.watch.seeks_origin = False
+        buffers = [buffer.clone() for buffer in self.buffers]
+        found = self.search(window)
+        for buffer, kept in zip(self.buffers, buffers, strict=True):
+            buffer.copy_(kept)
+        if found is not None:
+            text = f"the loss of update {self.counters.step:,} is not finite, though its gradients are: {found}"
+            self.say("trouble", "nonfinite", text)
+
+    def blamed_gradient(self) -> Finding:
         """The gradient that is not finite and that backward came to first: the loss's own before the model's."""
-        for name, param in self.criterion.owned.named_parameters():
-            if (found := described(param.grad)) is not None:
-                return f"the gradient of parameter '{name}' of the loss {found}"
-        return nonfinite_gradient(self.trained.model)
+        text = nonfinite_gradient(self.criterion.owned, " of the loss") or nonfinite_gradient(self.trained.model)
+        text = text or "a gradient is not finite"
+        return Finding(text, text.split(" has ")[0])
 
     def keep_suspects(self, what: str) -> Path | None:
         """Writes the micro-batches that were not finite to the run's directory; None where that cannot be done."""
@@ -584,7 +615,10 @@ class Loop:
                 skipped=at.skipped,
             )
         )
-        self.watch.progressed(at.step, at.train_loss)
+        is_alone = self.processes.world == 1
+        history = interval.history if is_alone else interval.history.together(self.processes.sum)
+        for message in self.watch.progressed(at.step, total, float(self.lr), at.train_loss, history, is_alone):
+            self.report.message(message)
         interval.clear()
         self.interval_begun = perf_counter()
 

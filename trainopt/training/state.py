@@ -6,6 +6,8 @@ Everything is checked before anything is changed. It is numbers, tensors, string
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -245,17 +247,26 @@ def check_fields(state: dict[str, Any]) -> None:
     check_optimizer(state)
     if state.get("given") is not None:
         check_given(state["given"])
-    check_alike(state["watch"], Watch().state_dict(), "watch")
-    check_alike(state["interval"], Interval().state_dict(), "interval")
+    for name, part in (("watch", Watch()), ("interval", Interval())):
+        check_alike(state[name], part.state_dict(), name)
+        with taken_over(name):
+            part.load_state_dict(state[name])
     own = random_state.capture()
     for index, generators in enumerate(state["random"]):
         check_types(generators, {"python": tuple, "torch": Tensor}, f"random.{index}.")
         check_alike(generators, own, f"random.{index}")
-    try:
-        if state["window"] is not None:
+    if state["window"] is not None:
+        with taken_over("window"):
             Window.from_state(upgraded(state)["window"], torch.device("cpu"))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptCheckpoint(f"its window cannot be taken over: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def taken_over(name: str) -> Iterator[None]:
+    """CorruptCheckpoint where a part's own loading fails."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CorruptCheckpoint(f"its {name} cannot be taken over: {type(error).__name__}: {error}") from error
 
 
 def check_optimizer(state: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ class Trained(nn.Module):
     criterion: Criterion
     called: nn.Module
     evaluated: nn.Module
+    look: Callable[[Any, Any, Tensor], None] | None = None  # sees the output, the target and the mean loss of each
 
     def __init__(
         self,
@@ -140,6 +141,8 @@ class Trained(nn.Module):
         output, loss, count = self._measured(self.called, inputs, target)
         if count is not None and not is_counted(count):
             return self._zero(output, loss), 0
+        if self.look is not None:
+            self.look(output, target, loss)
         return loss, count
 
     def _zero(self, output: Any, loss: Tensor | None = None) -> Tensor:
