@@ -167,6 +167,7 @@ def test_two_processes_give_the_weights_of_one(case, tmp_path):
         assert where in text and ("in process 1" in text or "sharded" in case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["tensors", "owned loss", "sharded"])
 def test_a_run_of_one_process_goes_on_in_two_and_back(case, tmp_path):
     """The position in the data is that of all processes together, and the file is the same for sharded models."""
@@ -183,6 +184,7 @@ def test_a_run_of_one_process_goes_on_in_two_and_back(case, tmp_path):
     assert_close(other.state_dict(), loss.state_dict())
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_update(tmp_path):
     straight, _, _, _ = train("tensors", tmp_path / "straight")
     first, second = torchrun("stopped", tmp_path)

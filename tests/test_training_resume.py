@@ -59,6 +59,7 @@ def test_a_run_stopped_after_every_micro_step_goes_on_to_the_same_bits(tmp_path,
     assert_same(undisturbed, torch.load(tmp_path / "final.pt", weights_only=True))
 
 
+@pytest.mark.slow
 def test_workers_draw_again_what_they_drew(tmp_path):
     run(tmp_path / "a", tmp_path / "a.pt", workers=2, epochs=2)
     run(tmp_path / "b", tmp_path / "b.pt", workers=2, epochs=2, stop_at=11)
@@ -67,6 +68,7 @@ def test_workers_draw_again_what_they_drew(tmp_path):
     assert_same(first, second)
 
 
+@pytest.mark.slow
 def test_killed_twenty_times_at_random_moments(tmp_path):
     long = {"epochs": 400, "checkpoint_every": 3, "validate_every": 100}
     run(tmp_path / "left alone", tmp_path / "left alone.pt", **long)
