@@ -127,12 +127,14 @@ def main(case, folder):
 
 def torchrun(case, folder, processes=2):
     """The case under torchrun, on this machine's loopback; what each process found, by rank."""
-    tests = os.path.dirname(__file__)
+    # Where trainopt is not installed it is found by this path.
+    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": tests, "GLOO_SOCKET_IFNAME": "lo"}
-    subprocess.run(
-        [*command, __file__, case, str(folder)], check=True, env=environment, timeout=120, capture_output=True
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, __file__, case, str(folder)], env=environment, timeout=120, capture_output=True, text=True
     )
+    assert done.returncode == 0, done.stderr[-5000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
