@@ -256,8 +256,7 @@ def add_nvidia_smi(folder, answer):
 def test_native_is_the_gpus_at_hand(machine, answer, torchs, asked, wanted):
     path = str(nvcc_in(machine, "toolkit").parent)
     if answer is not None:
-        path += f":{add_nvidia_smi(machine / 'driver', answer)}"
-    path += ":/usr/bin:/bin"
+        path += f":{add_nvidia_smi(machine / 'driver', answer)}:/usr/bin:/bin"  # a driver's own would lie there
     environment = {"PATH": path, "TORCH_CUDA_ARCH_LIST": asked}
     chosen = toolkit.choose("2.14.1", "13.0", machine / "packages", environment, lambda: torchs)
     assert chosen.architectures == wanted
