@@ -59,7 +59,7 @@ FAULTS = [
     Fault("a sum without its last part", "pointwise.cu", "i < count; i +=", "i + 1 < count; i +="),
     Fault("a part that is not set", "pointwise.cu", "threadIdx.x != 0)", "threadIdx.x + blockIdx.x != 0)"),
     Fault("a mean that is a sum", "pointwise.cu", "0) / pass.divisor", "0)"),
-    Fault("a row's missing barrier", ROWS, "    __syncthreads();\n    sums", "    sums", "that thread"),
+    Fault("a row's missing barrier", ROWS, "    __syncthreads();\n    sums", "    sums", "before it is set"),
     Fault("slots of the row before", ROWS, "(row % 2) * kMostWarps", "(row % 1)", "that thread"),
     Fault("slots of the next set", ROWS, "lane < warps", "lane <= warps", "before it is set"),
     Fault(
