@@ -82,8 +82,13 @@ constexpr int kMostThreads = !kIsGeneral<Way>                           ? 1024
                              : sizeof(typename Way::S) == sizeof(float) ? 512
                                                                         : 256;
 constexpr int kWarpThreads = 256, kMostWarps = 32;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 860
+constexpr int kPlainBlocks = 2;  // with three, nvcc 13.0 spills 16-bit rows: 220 bytes for sm_75, 8 for sm_80
+#else
+constexpr int kPlainBlocks = 3;
+#endif
 template <class Way>
-constexpr int kMinBlocks = !kIsGeneral<Way>                           ? 3
+constexpr int kMinBlocks = !kIsGeneral<Way>                           ? kPlainBlocks
                            : sizeof(typename Way::S) == sizeof(float) ? 2
                                                                       : 1;
 

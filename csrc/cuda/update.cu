@@ -202,9 +202,14 @@ struct Chunk {
 
 // Blocks that a multiprocessor should hold at least: it bounds the registers of a thread, at 80, 128 and 255. As many
 // as it can do without spilling any.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kFewRolesBlocks = 2;  // with three, nvcc 13.0 spills 12 bytes of a bfloat16 gradient descent
+#else
+constexpr int kFewRolesBlocks = 3;
+#endif
 template <class S, class Storage, int kRoles>
 constexpr int kMinBlocks = sizeof(S) == sizeof(double)         ? 1
-                           : kIsOneType<Storage> && kRoles < 5 ? 3
+                           : kIsOneType<Storage> && kRoles < 5 ? kFewRolesBlocks
                                                                : 2;
 
 // One block, one chunk.
