@@ -37,14 +37,16 @@ bool is_there(const c10::TensorImpl* tensor) {
 
 // Whether torch's allocator has made this storage's memory, and gives it to nobody else.
 bool is_allocated(const c10::StorageImpl* storage) {
-  const c10::DeleterFnPtr deleter = storage->data_ptr().get_deleter();
+  const auto was_made_by = [&](c10::DeleterFnPtr own) {
+    return own != nullptr && storage->data_ptr().get_deleter() == own;
+  };
   if (storage->device_type() == c10::DeviceType::CPU) {
-    static const c10::DeleterFnPtr own = c10::GetCPUAllocator()->raw_deleter();
-    return own != nullptr && deleter == own;
+    static const c10::DeleterFnPtr on_cpu = c10::GetCPUAllocator()->raw_deleter();
+    return was_made_by(on_cpu);
   }
   if (storage->device_type() != kCudaDeviceType) return false;
-  static const c10::DeleterFnPtr own = c10::GetAllocator(kCudaDeviceType)->raw_deleter();
-  return own != nullptr && deleter == own;
+  static const c10::DeleterFnPtr on_device = c10::GetAllocator(kCudaDeviceType)->raw_deleter();
+  return was_made_by(on_device);
 }
 
 // torch refuses to write to what was made in inference mode outside of that mode.

@@ -31,7 +31,7 @@ inline const c10::DeviceType kCudaDeviceType = c10::dispatchKeyToDeviceType(kCud
 inline const uint64_t kOrdinaryCudaKeys = [] {
   const c10::InferenceMode off(false);
   return c10::TensorImpl(c10::DispatchKeySet(kCudaKey), caffe2::TypeMeta::Make<float>(),
-                         c10::Device(c10::dispatchKeyToDeviceType(kCudaKey), 0))
+                         c10::Device(kCudaDeviceType, 0))
       .key_set()
       .raw_repr();
 }();

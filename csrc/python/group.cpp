@@ -35,7 +35,7 @@ bool is_readable(const c10::TensorImpl* tensor) {
 }
 
 double value_in(const at::Tensor& number) {
-  TORCH_CHECK(has_memory(number.unsafeGetTensorImpl()), "an option", no_memory(number.unsafeGetTensorImpl()));
+  check_memory("an option", number.unsafeGetTensorImpl());
   return number.item().toDouble();
 }
 

@@ -27,11 +27,6 @@ void check_type(const LossArgument& argument) {
 
 }  // namespace
 
-void check_memory(const char* name, const at::Tensor& tensor) {
-  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  TORCH_CHECK(has_memory(impl), name, no_memory(impl));
-}
-
 void check_arguments(std::initializer_list<LossArgument> arguments) {
   const LossArgument& first = *arguments.begin();
   for (const LossArgument& argument : arguments) {
@@ -42,7 +37,7 @@ void check_arguments(std::initializer_list<LossArgument> arguments) {
                 argument.name, " is on ", tensor.device(), " and ", first.name, " on ", first.tensor->device());
     TORCH_CHECK(is_dense(tensor.unsafeGetTensorImpl()), argument.name, " must be a dense tensor");
     check_type(argument);
-    check_memory(argument.name, tensor);
+    check_memory(argument.name, tensor.unsafeGetTensorImpl());
   }
 }
 

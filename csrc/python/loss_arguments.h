@@ -30,9 +30,6 @@ struct LossArgument {
 // engines read (or of classes), in memory that is there.
 void check_arguments(std::initializer_list<LossArgument> arguments);
 
-// RuntimeError for a tensor whose storage is smaller than its sizes and strides say.
-void check_memory(const char* name, const at::Tensor& tensor);
-
 // ValueError for a number that torch has for no reduction.
 void check_reduction(int64_t reduction);
 

@@ -18,7 +18,6 @@
 #include "python/clip.h"
 #include "python/cuda_architectures.h"
 #include "python/cuda_device.h"
-#include "python/loss_arguments.h"
 #include "python/loss_calls.h"
 #include "python/losses.h"
 #include "python/plan.h"
@@ -94,7 +93,7 @@ void gaussian_(const pybind11::handle& object, uint64_t seed, uint64_t step, uin
   const at::Tensor& out = THPVariable_Unpack(object.ptr());
   if (!is_plain_cpu(out.unsafeGetTensorImpl()) || out.scalar_type() != at::kFloat || !out.is_contiguous())
     throw pybind11::value_error("gaussian_: the tensor must be a contiguous float32 one on the CPU");
-  check_memory("out", out);
+  check_memory("out", out.unsafeGetTensorImpl());
   const RandomKey key = random_key(seed, static_cast<double>(step));
   cpu::gaussian(static_cast<float*>(out.mutable_data_ptr()), 0, out.numel(), key.seed, key.step, tensor);
 }
@@ -126,7 +125,7 @@ Plan& plan_in(const pybind11::object& object) {
 // The device types that there are kernels for.
 std::vector<std::string> device_types() {
 #if defined(TRAINOPT_WITH_CUDA)
-  return {"cpu", c10::DeviceTypeName(c10::dispatchKeyToDeviceType(kCudaKey), true)};
+  return {"cpu", c10::DeviceTypeName(kCudaDeviceType, true)};
 #else
   return {"cpu"};
 #endif

@@ -7,7 +7,6 @@
 #include <algorithm>
 
 #include "python/cuda_device.h"
-#include "python/loss_arguments.h"
 #include "python/tensors.h"
 
 namespace trainopt::python {

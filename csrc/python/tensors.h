@@ -78,6 +78,11 @@ inline std::string no_memory(const c10::TensorImpl* tensor) {
          " (a tensor of shape " + c10::str(tensor->sizes()) + "; untyped_storage().resize_?)";
 }
 
+// RuntimeError for a tensor whose storage is smaller than its sizes and strides say.
+inline void check_memory(const char* name, const c10::TensorImpl* tensor) {
+  TORCH_CHECK(has_memory(tensor), name, no_memory(tensor));
+}
+
 // The tensor's memory; a lazily copied tensor is given memory of its own if it is to be written.
 inline void* data_of(const c10::TensorImpl* tensor, DType dtype, bool writes) {
   c10::StorageImpl* storage = storage_of(tensor);
@@ -88,7 +93,7 @@ inline void* data_of(const c10::TensorImpl* tensor, DType dtype, bool writes) {
 // False for a type that the engine does not store; RuntimeError for a tensor whose memory is gone.
 inline bool read_view(const c10::TensorImpl* tensor, bool writes, TensorView* out) {
   if (!read_dtype(tensor, &out->dtype)) return false;
-  TORCH_CHECK(has_memory(tensor), "a tensor", no_memory(tensor));
+  check_memory("a tensor", tensor);
   out->layout = nullptr;
   out->data = data_of(tensor, out->dtype, writes);
   return true;

@@ -19,7 +19,7 @@ from trainopt.optim.asking import asks_for_state
 from trainopt.optim.depth import apply_depth
 from trainopt.optim.extras import SHARED, check_extras, extra, not_default
 from trainopt.optim.finite import found_nonfinite
-from trainopt.optim.names import name_of, names_of
+from trainopt.optim.names import name_of
 from trainopt.optim.nonfinite import NonfiniteReport
 from trainopt.optim.record import Record
 from trainopt.stand_in import StandIn
@@ -143,8 +143,7 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
 
         False if it was not to be made, or if the device that decides on it has made it.
         """
-        if self._asks_for_state():
-            self._make_states_asked_for()
+        if self._only_makes_states():
             return False
         if self._skips_nonfinite():
             found_inf = self._found_nonfinite(None)
@@ -171,8 +170,7 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
         self._count_unstarted()
         done = step()
         if done is True:
-            if self._asks_for_state():
-                self._make_states_asked_for()
+            if self._only_makes_states():
                 return True
             if self._skips_nonfinite():
                 found_inf = self._found_nonfinite(found_inf)
@@ -183,8 +181,7 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
         if done is False and self._move_counts():
             done = step()
         if isinstance(done, tuple):
-            if self._asks_for_state():
-                self._make_states_asked_for()
+            if self._only_makes_states():
                 return True
             groups = list(map(self._snapshot, self.param_groups))
             params = list(numbered(groups))
@@ -203,8 +200,7 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
         It works on the groups as they are at its beginning: what hooks or other threads change meanwhile takes effect
         at the next step.
         """
-        if self._asks_for_state():
-            self._make_states_asked_for()
+        if self._only_makes_states():
             return False
         groups = list(map(self._snapshot, self.param_groups))
         params = list(numbered(groups))
@@ -314,8 +310,13 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
         """Whether a first step does something else with states of zeros than a later one, by no count in the state."""
         return False
 
-    def _make_states_asked_for(self) -> None:
-        """As `init_state`, and leaves no other key in the state than torch would: checkpoints are read by keys."""
+    def _only_makes_states(self) -> bool:
+        """Whether this step is made only to have states; then they are made.
+
+        As by `init_state`, and with no other key in the state than torch would leave: checkpoints are read by keys.
+        """
+        if not self._asks_for_state():
+            return False
         for _, group, param in self._enumerate():
             if param.requires_grad and not self.state.get(param):
                 self._start(param, group)
@@ -323,6 +324,7 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
                     self._unstarted.add(param)
         self._record.skipped = False
         self._record.asked_at = self._record.steps
+        return True
 
     def _indices_unstarted(self) -> list[int]:
         if not self._unstarted:
@@ -473,10 +475,6 @@ class Fused(torch.optim.Optimizer, metaclass=StandIn):
         Returns a report that prints itself and is empty (false) if all is finite. Reads every tensor once.
         """
         return NonfiniteReport.of(self)
-
-    def _names(self) -> list[str]:
-        """A name for every parameter, in order."""
-        return names_of(self)
 
     step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
 

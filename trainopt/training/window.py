@@ -63,10 +63,6 @@ class Window:
         self.samples, self.is_empty, self.is_alone = int(samples), total == 0, False
         self.asked = " ".join(word for word, number in (("stop", stops), ("save", saves)) if number)
 
-    def counts_at(self, index: int) -> bool:
-        """Whether a micro-batch counts at all, as far as that is known beforehand."""
-        return is_counted(self.planned[index])
-
     def take(self, loss: Tensor, count: Count | None) -> None:
         """Takes in the next micro-batch's loss and what it counted, None for what was planned."""
         self.losses.append(loss.detach())
