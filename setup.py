@@ -469,7 +469,8 @@ class Sanitize(Command):
     def fuzz(self, engine: list[Path]) -> None:
         """Calls the losses with anything, in a module of which they are instrumented.
 
-        Python and torch are not instrumented, so the sanitizer's library has to be loaded before them.
+        Python and torch are not instrumented, so the sanitizer's library has to be loaded before them. With it comes
+        the C++ library: the sanitizer looks for __cxa_throw once, when it is loaded, and Python alone has none.
         """
         shared, own = Compiler(build_folder(import_torch())), Compiler(SANITIZED / "module")
         if not own.threaded:
@@ -486,17 +487,21 @@ class Sanitize(Command):
         link_flags = [*module_flags(torch), "-fsanitize=address,undefined"]
         replace_if_different(package / name, own.link(engine + objects, own.folder / name, link_flags))
         link_package(package)
-        library = subprocess.run([*own.command, "-print-file-name=libasan.so"], stdout=subprocess.PIPE, text=True)
+        libraries = (
+            subprocess.check_output([*own.command, f"-print-file-name={name}"], text=True).strip()
+            for name in ("libasan.so", "libstdc++.so.6")
+        )
         environment = {
             **os.environ,
-            "LD_PRELOAD": library.stdout.strip(),
+            "LD_PRELOAD": " ".join(libraries),
             "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
             "PYTHONPATH": f"{package.parent}:.",
             "TRAINOPT_FUZZ_EXAMPLES": os.environ.get("TRAINOPT_FUZZ_EXAMPLES", "200"),
         }
-        # -P: else the package in this directory comes before the instrumented one.
+        # -P: else the package in this directory comes before the instrumented one. --capture=sys: the sanitizer's
+        # report is written as the process ends, and would end in pytest's own file.
         tests = "tests/test_losses_fuzz.py"
-        command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", tests]
         if subprocess.run(command, env=environment).returncode != 0:
             fail(f"failed: {tests}, with the losses instrumented")
 
