@@ -40,7 +40,7 @@ endif
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # For a part of gpu-check.
 GPU = --results '$(RESULTS)' $(if $(MINUTES),--minutes $(MINUTES))
-CXX_FILES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cpp/*.h tests/cpp/*.cpp tests/simt/*.h tests/simt/*.cpp)
+CXX_FILES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h csrc/*/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp tests/simt/*.h tests/simt/*.cpp)
 
 # command || $(FAIL) "what to do"
 FAIL := sh -c 'printf "\n%s\n\n" "$$1" >&2; exit 1' fail

@@ -59,12 +59,10 @@ THREAD_SANITIZER_FLAGS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=
 KERNELS = Path("build", "kernels")  # which know no torch: one set of objects for all torches that a tree is built for
 SANITIZED = Path("build", "sanitize")
 
-# The files of csrc/python that are instrumented in the module whose losses are called with anything.
-FUZZED = {
-    *("clip", "cross_entropy", "cross_entropy_operator", "cross_entropy_target", "fresh_memory", "layout"),
-    *("linear_cross_entropy", "loss_arguments", "loss_calls", "losses", "pointwise_losses", "pointwise_operands"),
-    "tensor_list",
-}
+# What sees torch.
+BINDINGS = ("csrc/torch", "csrc/python")
+# What is instrumented in the module whose losses are called with anything: of csrc/torch/losses all, and these.
+FUZZED = {"clip", "layout", "loss_calls", "tensor_list"}
 EMULATED = Path("build", "emulated", "trainopt")
 
 # For the CUDA sources as the SIMT machine of the tests runs them.
@@ -123,7 +121,7 @@ def import_torch():
 
 
 def binding_flags(torch, threaded: bool) -> list[str]:
-    """csrc/python, the only files that see torch, pybind11 and Python."""
+    """For csrc/torch and csrc/python, the only files that see torch."""
     torch_include = Path(torch.__path__[0], "include")
     python_include = Path(sysconfig.get_paths()["include"])
     if not Path(python_include, "Python.h").exists():
@@ -179,7 +177,7 @@ def choose_cuda(torch) -> tuple[Any, str]:
 
 
 def cuda_binding_flags(cuda, source: Path) -> list[str]:
-    """For csrc/python, beside `binding_flags`."""
+    """For csrc/torch and csrc/python, beside `binding_flags`."""
     flags = ["-DTRAINOPT_WITH_CUDA"]
     for include in cuda.includes:
         flags += ["-isystem", str(include)]
@@ -193,7 +191,7 @@ def cuda_binding_flags(cuda, source: Path) -> list[str]:
 
 def sources(*folders: str) -> list[Path]:
     """The C++ files of these folders that this architecture can compile."""
-    found = [source for folder in folders for source in sorted(Path(folder).glob("*.cpp"))]
+    found = [source for folder in folders for source in sorted(Path(folder).rglob("*.cpp"))]
     return [source for source in found if X86 or variant_of(source) not in SIMD_FLAGS]
 
 
@@ -376,7 +374,7 @@ class BuildExtension(build_ext):
             # CUDA's own runtime is not linked: it is the one that torch has loaded, and libc10_cuda brings it.
             link_flags.append("-lc10_cuda")
         for source in map(Path, extension.sources):
-            if source.parent.name == "python":
+            if source.parts[1] in ("torch", "python"):
                 flags = binding_flags(self.torch, self.threaded)
                 jobs.append((compiler, source, flags + (cuda_binding_flags(self.cuda, source) if self.cuda else [])))
             else:
@@ -415,7 +413,7 @@ class Emulate(Command):
         kernels = [*sorted(Path("csrc", "cuda").glob("*.cu")), simt, arena]
         objects = compile_all(
             [
-                *((own, source, bindings) for source in [device, *sources("csrc/python")]),
+                *((own, source, bindings) for source in [device, *sources(*BINDINGS)]),
                 *((own, source, kernel_flags(source) + SIMT_FLAGS) for source in kernels),
                 *((kernels_of_cpu, source, kernel_flags(source)) for source in sources("csrc/core", "csrc/cpu")),
             ]
@@ -479,8 +477,8 @@ class Sanitize(Command):
         torch = import_torch()
         flags, instrumented = binding_flags(torch, own.threaded), [*SANITIZER_FLAGS, "-fno-sanitize=undefined"]
         objects = compile_all(
-            (own, source, flags + instrumented) if source.stem in FUZZED else (shared, source, flags)
-            for source in sources("csrc/python")
+            (own, source, flags + instrumented) if source.stem in FUZZED or source.parent.name == "losses" else (shared, source, flags)
+            for source in sources(*BINDINGS)
         )
         package = SANITIZED / "package" / "trainopt"
         name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -518,6 +516,6 @@ class Sanitize(Command):
 setup(
     license="BSD-3-Clause",
     install_requires=[torch_requirement()],
-    ext_modules=[Extension("trainopt._C", [str(path) for path in sources("csrc/core", "csrc/cpu", "csrc/python")])],
+    ext_modules=[Extension("trainopt._C", [str(path) for path in sources("csrc/core", "csrc/cpu", *BINDINGS)])],
     cmdclass={"build_ext": BuildExtension, "emulate": Emulate, "sanitize": Sanitize},
 )

@@ -368,7 +368,7 @@ def test_cuda_is_built_without_being_told(builder, monkeypatch):
         if name == "nvcc":
             assert words.count("-gencode") == len(DEFAULT) and {"-fmad=false", "-O3"} <= set(words)
             assert words[words.index("-ccbin") + 1] == str(builder.compiler)
-        assert ("-DTRAINOPT_WITH_CUDA" in words) == any(word.startswith("csrc/python/") for word in words)
+        assert ("-DTRAINOPT_WITH_CUDA" in words) == any(word.startswith(BINDINGS) for word in words)
     [link] = [call for call in made if "-shared" in call]
     assert "-lc10_cuda" in link.split() and "cudart" not in link
     for source in all_sources(".cpp", ".cu"):
@@ -436,11 +436,11 @@ def test_only_what_has_changed_is_compiled(builder):
 
     _, made = builder.build(TORCH_CUDA_ARCH_LIST="9.0+PTX")
     cuda = {source for source in compiled(first) if source.endswith(".cu")}
-    assert compiled(made) == cuda | {"csrc/python/cuda_architectures.cpp"}
+    assert compiled(made) == cuda | {"csrc/torch/cuda_architectures.cpp"}
     assert all("arch=compute_90,code=[sm_90,compute_90]" in call for call in made if ".cu " in call)
 
     _, made = builder.build(TRAINOPT_CUDA="0")  # shares with the other what neither compiles in a way of its own
-    assert compiled(made) == {source for source in compiled(first) if source.startswith("csrc/python/")}
+    assert compiled(made) == {source for source in compiled(first) if source.startswith(BINDINGS)}
     assert not builder.build(TRAINOPT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")[1]
 
 

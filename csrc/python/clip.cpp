@@ -1,94 +1,56 @@
 #include "python/clip.h"
 
-#include <ATen/Parallel.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
 #include <cmath>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "cpu/norm.h"
-#include "python/batch.h"
-#include "python/losses.h"
-#include "python/tensors.h"
+#include "torch/inspect.h"
+#include "torch/losses/support.h"
+#include "torch/optim/clip.h"
 
 namespace trainopt::python {
+
+using namespace aten;
 namespace {
 
 // Elements from which on the interpreter is let go.
 constexpr int64_t kReleaseElements = 256 * 1024;
 
-// The chunks of a list, one after the other, as the CPU's threads take them.
-class Chunks {
- public:
-  explicit Chunks(const TensorList& list) : list_(list) {
-    starts.reserve(list.items.size() + 1);
-    costs_.reserve(list.items.size() + 1);
-    for (const TensorList::Item& item : list.items) {
-      starts.push_back(starts.back() + norm_chunks(item.numel));
-      costs_.push_back(costs_.back() + kTensorElements + item.numel);
-    }
+// Reads a list of tensors, or of parameters with or without gradients. False if there is one that an engine does not
+// take, or a mode that must see what is done with them.
+bool collect(const pybind11::list& objects, bool of_gradients, bool writes, TensorList* list) {
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+  const size_t count = objects.size();
+  list->items.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    PyObject* object = PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(i));
+    if (!THPVariable_CheckExact(object)) return false;
+    const at::Tensor& tensor = THPVariable_Unpack(object);
+    // A plain tensor's gradient may still be of a subclass: that is no plain tensor.
+    const at::Tensor& item = of_gradients ? tensor.grad() : tensor;
+    if (!item.defined()) continue;
+    if (!list->add(of_gradients ? "the gradient of parameter " : "tensor ", i, item, writes)) return false;
   }
+  return true;
+}
 
-  std::vector<int64_t> starts{0};  // the first of each tensor; then the number of all
-
-  // Calls use(item, begin, end, chunk) for all chunks, on torch's threads. `backwards`: each thread takes its last
-  // chunk first, which is the one that its cache may still hold from the last time.
-  template <class Use>
-  void for_each(bool backwards, Use use) {
-    const auto run = [&](int64_t first, int64_t last) {
-      if (first == last) return;
-      size_t t = static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), backwards ? last - 1 : first) -
-                                     starts.begin() - 1);
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t chunk = backwards ? first + last - 1 - i : i;
-        while (chunk >= starts[t + 1]) ++t;
-        while (chunk < starts[t]) --t;
-        const int64_t begin = (chunk - starts[t]) * kNormChunk;
-        use(list_.items[t], begin, std::min(begin + kNormChunk, list_.items[t].numel), chunk);
-      }
-    };
-    const int64_t parts = threads_for(list_.elements);
-    if (parts == 1) return run(0, starts.back());
-    const auto run_parts = [&](int64_t first, int64_t last) {
-      run(first_chunk(first, parts), first_chunk(last, parts));
-    };
-    if (list_.elements < kReleaseElements) return at::parallel_for(0, parts, 1, run_parts);
-    std::vector<c10::Storage> kept;  // alive while the interpreter is let go
-    for (const TensorList::Item& item : list_.items) kept.push_back(item.tensor->storage());
-    pybind11::gil_scoped_release release;
-    at::parallel_for(0, parts, 1, run_parts);
+// Lets the interpreter go while much is to be done, and keeps the memory that is worked on meanwhile.
+class Unlocked {
+ public:
+  explicit Unlocked(const TensorList& list) {
+    if (list.elements < kReleaseElements) return;
+    for (const TensorList::Item& item : list.items) kept_.push_back(item.tensor->storage());
+    release_.emplace();
   }
 
  private:
-  const TensorList& list_;
-  std::vector<int64_t> costs_{0};  // of all tensors before each, in elements; then of all
-
-  // Where a thread's part begins: nearest to an equal share of the elements.
-  int64_t first_chunk(int64_t part, int64_t parts) const {
-    if (part == parts) return starts.back();
-    const int64_t cost = costs_.back() * part / parts;
-    const auto t = static_cast<size_t>(std::upper_bound(costs_.begin(), costs_.end(), cost) - costs_.begin() - 1);
-    return std::min(starts[t] + (cost - costs_[t] + kNormChunk / 2) / kNormChunk, starts[t + 1]);
-  }
+  std::vector<c10::Storage> kept_;
+  std::optional<pybind11::gil_scoped_release> release_;
 };
-
-double norm_on_cpu(Norm norm, const TensorList& list) {
-  Chunks chunks(list);
-  std::vector<double> partials(static_cast<size_t>(chunks.starts.back()));
-  chunks.for_each(false, [&](const TensorList::Item& item, int64_t begin, int64_t end, int64_t chunk) {
-    partials[static_cast<size_t>(chunk)] = cpu::norm_of_chunk(norm, item.view, begin, end);
-  });
-  double total = 0;
-  for (size_t t = 0; t < list.items.size(); ++t) {
-    double sum = 0;
-    for (int64_t c = chunks.starts[t]; c < chunks.starts[t + 1]; ++c)
-      sum = combine(norm, sum, partials[static_cast<size_t>(c)]);
-    total = combine(norm, total, sum);
-  }
-  return root(norm, total);
-}
 
 void bump_versions(const TensorList& list) {
   for (const TensorList::Item& item : list.items)
@@ -106,7 +68,7 @@ pybind11::object norm_of(const pybind11::list& tensors, double order, bool of_gr
     throw pybind11::value_error("norm_of: the order must be 1, 2 or infinity, not " + std::to_string(order));
   const Norm norm = order == 1 ? Norm::kSizes : order == 2 ? Norm::kSquares : Norm::kLargest;
   TensorList list;
-  if (!list.collect(tensors, of_gradients, false)) return pybind11::none();
+  if (!collect(tensors, of_gradients, false, &list)) return pybind11::none();
 #if defined(TRAINOPT_WITH_CUDA)
   if (!list.device().is_cpu()) {
     const CudaNorm found = norm_on_cuda(norm, list);
@@ -115,7 +77,11 @@ pybind11::object norm_of(const pybind11::list& tensors, double order, bool of_gr
 #endif
   // The tensors may be gone afterwards: while the interpreter is let go, only their memory is kept.
   const at::ScalarType dtype = list.items.empty() ? c10::get_default_dtype_as_scalartype() : list.norm_dtype();
-  const double exact = norm_on_cpu(norm, list);
+  double exact = 0;
+  {
+    const Unlocked unlocked(list);
+    exact = norm_on_cpu(norm, list);
+  }
   return pybind11::make_tuple(exact, wrap(tensor_of(exact, dtype)));
 }
 
@@ -124,7 +90,8 @@ bool clip_gradients(const pybind11::list& parameters, double max_norm, const pyb
   const ClipFactors factors = is_tensor ? ClipFactors{} : clip_factors(norm.cast<double>(), max_norm);
   if (factors.change_nothing()) return true;
   TensorList list;
-  if (!list.collect(parameters, true, true) || list.device().is_cpu() == is_tensor || list.share_memory()) return false;
+  if (!collect(parameters, true, true, &list) || list.device().is_cpu() == is_tensor || list.share_memory())
+    return false;
 #if defined(TRAINOPT_WITH_CUDA)
   if (is_tensor) {
     const at::Tensor& exact = THPVariable_Unpack(norm.ptr());
@@ -135,9 +102,8 @@ bool clip_gradients(const pybind11::list& parameters, double max_norm, const pyb
   }
 #endif
   bump_versions(list);
-  Chunks(list).for_each(true, [&](const TensorList::Item& item, int64_t begin, int64_t end, int64_t) {
-    cpu::scale(item.view, begin, end, factors);
-  });
+  const Unlocked unlocked(list);
+  clip_on_cpu(list, factors);
   return true;
 }
 

@@ -3,9 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include "core/norm.h"
-#include "python/tensor_list.h"
-
 namespace trainopt::python {
 
 // The norm of order 1, 2 or infinity over a list of tensors, or over the gradients of a list of parameters: exact, a
@@ -16,14 +13,5 @@ pybind11::object norm_of(const pybind11::list& tensors, double order, bool of_gr
 // Multiplies the gradients of a list of parameters so that their norm, exact as above, becomes at most `max_norm`.
 // False, and nothing is changed, if torch must do it: as above, or gradients that share memory.
 bool clip_gradients(const pybind11::list& parameters, double max_norm, const pybind11::object& norm);
-
-#if defined(TRAINOPT_WITH_CUDA)
-// The same on CUDA. Nothing waits for the device.
-struct CudaNorm {
-  at::Tensor exact, rounded;
-};
-CudaNorm norm_on_cuda(Norm, const TensorList&);
-void clip_on_cuda(const TensorList&, double max_norm, const at::Tensor& norm);
-#endif
 
 }  // namespace trainopt::python

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <utility>
 
-#include "python/tensors.h"
+#include "torch/inspect.h"
 
 namespace trainopt::python {
 namespace {

@@ -8,9 +8,11 @@
 #include <unordered_map>
 #include <vector>
 
-#include "python/batch.h"
+#include "torch/optim/batch.h"
 
 namespace trainopt::python {
+
+using namespace aten;  // the layer below, which knows tensors and no Python
 
 // Whether an object is a torch.distributed.tensor.DTensor, and of no subclass. Runs no Python code.
 bool is_dtensor(PyObject* object);

@@ -9,8 +9,8 @@
 #include <optional>
 #include <string>
 
-#include "python/cuda_device.h"
-#include "python/tensors.h"
+#include "torch/cuda_device.h"
+#include "torch/inspect.h"
 
 namespace trainopt::python {
 namespace {
@@ -142,7 +142,7 @@ class Reader {
 
   // The rule's option `index`.
   double option(const OptionKey& key, int index) {
-    static PyObject* const kBiasCorrection = trainopt::python::key("bias_correction");
+    static PyObject* const kBiasCorrection = python::key("bias_correction");
     if (key.name == kBiasCorrection) return own(key.name, 1);
     PyObject* value = require(key.name);
     if (key.element < 0) return number_or_device(value, index);
@@ -261,45 +261,6 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   params = Reader(dict, this).require(keys.params);
   immutable_ = immutable;
   return is_plain_sequence(params);
-}
-
-bool GroupValues::leave_on_device(const at::Tensor& number, int64_t option) {
-  const bool is_float = number.scalar_type() == at::kFloat || number.scalar_type() == at::kDouble;
-  if (!is_plain_cuda(number.unsafeGetTensorImpl()) || !is_float || number.numel() != 1) return false;
-  for (DeviceOption& place : on_device) {
-    if (place.tensor != nullptr) continue;
-    place = {number.unsafeGetTensorImpl(), option};
-    return true;
-  }
-  return false;
-}
-
-void GroupValues::read_device_numbers(const cpu::Rule& rule) {
-  for (const DeviceOption& place : on_device) {
-    if (place.tensor == nullptr) break;
-    const at::Tensor number = tensor_from(place.tensor);
-    const double value = number.item().toDouble();
-    if (place.option == cuda::DeviceNumber::kLr) {
-      lr = value;
-    } else {
-      options[place.option] = value;
-    }
-  }
-  if (!rule.takes(options)) unreadable = 1;
-}
-
-cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first, bool wide,
-                                  double gradient_scale) const {
-  cpu::Scalars result;
-  const Moment now{lr, single_lr != 0, step, first};
-  const Decay decay = rule.decay(options);
-  if (wide) {
-    result.stages64 = prepare_stages<double>(*this, now, decay, gradient_scale);
-  } else {
-    result.stages32 = prepare_stages<float>(*this, now, decay, gradient_scale);
-  }
-  rule.prepare(options, now, wide, &result);
-  return result;
 }
 
 }  // namespace trainopt::python

@@ -4,36 +4,13 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
-#include <cstring>
 #include <vector>
 
-#include "cpu/engine.h"
-#include "cuda/engine.h"
+#include "torch/optim/group_values.h"
 
 namespace trainopt::python {
 
-// A learning rate or an option that is a tensor on a CUDA device.
-struct DeviceOption {
-  const c10::TensorImpl* tensor = nullptr;  // null: none
-  int64_t option = 0;                       // the rule's option that it is, or cuda::DeviceNumber::kLr
-};
-
-// What a group says. All fields are eight bytes wide, so that two groups can be compared as they lie in memory.
-struct GroupValues : Settings {
-  double options[kMaxOptions] = {};
-  double differentiable = 0, skip_nonfinite = 0;  // truth values
-  double unreadable = 0;  // likewise: there is an option that only torch can judge, and the rest is not to be used
-  int64_t states_needed = 0;
-  DeviceOption on_device[cuda::kMaxDeviceNumbers];  // what the host has not read, the first first
-
-  bool operator==(const GroupValues& other) const { return std::memcmp(this, &other, sizeof other) == 0; }
-  cpu::Scalars scalars(const cpu::Rule& rule, double step, bool first, bool wide, double gradient_scale) const;
-
-  // Leaves a number on its device if it can stay there; false if the host must read it.
-  bool leave_on_device(const at::Tensor& number, int64_t option);
-  // Reads what lies on a device, and waits for it: for a parameter that lies elsewhere. It stays noted.
-  void read_device_numbers(const cpu::Rule& rule);
-};
+using namespace aten;  // the layer below, which knows tensors and no Python
 
 // Whether an object is a dict that answers as dicts do: a subclass may have a __getitem__ of its own.
 bool is_plain_dict(PyObject* object);

@@ -7,10 +7,12 @@
 #include <string>
 #include <tuple>
 
-#include "python/findings.h"
-#include "python/losses.h"
+#include "torch/losses/findings.h"
+#include "torch/losses/support.h"
 
 namespace trainopt::python {
+
+using namespace aten;
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;

@@ -16,12 +16,12 @@
 #include "core/random.h"
 #include "cpu/engine.h"
 #include "python/clip.h"
-#include "python/cuda_architectures.h"
-#include "python/cuda_device.h"
 #include "python/loss_calls.h"
-#include "python/losses.h"
 #include "python/plan.h"
-#include "python/tensors.h"
+#include "torch/cuda_architectures.h"
+#include "torch/cuda_device.h"
+#include "torch/inspect.h"
+#include "torch/losses/support.h"
 
 #if defined(TRAINOPT_SIMT)
 #include "device.h"

@@ -10,8 +10,8 @@
 #include <unordered_map>
 #include <utility>
 
-#include "python/cuda_device.h"
-#include "python/tensors.h"
+#include "torch/cuda_device.h"
+#include "torch/inspect.h"
 
 namespace trainopt::python {
 namespace {
@@ -20,7 +20,7 @@ namespace {
 // which Python itself lets no other thread run, and keeping many tensors' memory would take a tenth of its time.
 constexpr int64_t kReleaseElements = 1 << 21;
 // How far ahead of the comparison memory is asked for, in parameters.
-constexpr int64_t kSightingsAhead = 4;
+constexpr int64_t kSnapshotsAhead = 4;
 // Parameters below which one thread compares them all before another has been woken.
 constexpr int64_t kFewTensors = 64;
 
@@ -152,13 +152,13 @@ Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fres
     const Py_ssize_t count = forms_[g].count;
     bool host_knows = group.on_device[0].tensor == nullptr;
     bool is_doubted = false;
-    if (sightings_.size() < static_cast<size_t>(tensor + count)) sightings_.resize(tensor + count);
+    if (snapshots_.size() < static_cast<size_t>(tensor + count)) snapshots_.resize(tensor + count);
     places_.resize(tensor + count);
     for (Py_ssize_t i = 0; i < count; ++i, ++tensor) {
       PyObject* object = PySequence_Fast_GET_ITEM(group.params, i);
-      Sighting& sighting = sightings_[tensor];
+      Snapshot& snapshot = snapshots_[tensor];
       const bool is_known = THPVariable_CheckExact(object) || is_dtensor(object);
-      sighting.see_idle(object);
+      snapshot.set_idle(object);
       places_[tensor] = {object, nullptr, false};
       if (is_known && gradient_of(impl_of(object)) == nullptr) {
         cursor.pass(object);
@@ -171,10 +171,10 @@ Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fres
       Operands operands;
       const bool is_tensor = THPVariable_Check(object);
       const bool is_stepped =
-          is_tensor && sighting.see(object, param_state, state_names_, group.states_needed, &specs_, &operands);
+          is_tensor && snapshot.see(object, param_state, state_names_, group.states_needed, &specs_, &operands);
       if (!is_stepped || mode) {
         if (is_tensor) batch_.note_operands(operands, tensor, writes_gradient);
-        sighting.see_idle(object);
+        snapshot.set_idle(object);
         found.rest.push_back(tensor);
         continue;
       }
@@ -195,11 +195,11 @@ Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fres
       } else if (lacks) {
         found.missing.push_back(tensor);
       } else {
-        can_recall = sighting.note(operands, batch_) && can_recall;
+        can_recall = snapshot.note(operands, batch_) && can_recall;
       }
     }
   }
-  sightings_.resize(tensor);
+  snapshots_.resize(tensor);
   found.sharing = batch_.sharing();
   if (!found.sharing.empty()) {
     found.rest.insert(found.rest.end(), found.sharing.begin(), found.sharing.end());
@@ -232,17 +232,17 @@ bool Plan::same_places(PyObject* state) const {
 bool Plan::recall(PyObject* state, bool* all_next) {
   if (!can_recall_ || c10::impl::TorchDispatchModeTLS::any_modes_set() || !same_places(state)) return false;
   if (has_dtensors_)
-    for (Sighting& sighting : sightings_)
-      if (!sighting.unwrap()) return false;
-  const int64_t count = static_cast<int64_t>(sightings_.size());
+    for (Snapshot& snapshot : snapshots_)
+      if (!snapshot.unwrap()) return false;
+  const int64_t count = static_cast<int64_t>(snapshots_.size());
   const int64_t parts = count < kFewTensors ? 1 : threads_for(batch_.elements + kTensorElements * count);
   std::atomic<bool> all_hold = true, all_are_next = true;
   const auto compare = [&](int64_t first_part, int64_t last_part) {
     const int64_t first = count * first_part / parts, last = count * last_part / parts;
     bool hold = true, are_next = true;
     for (int64_t i = first; hold && i < last; ++i) {
-      if (i + kSightingsAhead < last) sightings_[i + kSightingsAhead].prefetch();
-      hold = sightings_[i].still_holds(batch_, &are_next);
+      if (i + kSnapshotsAhead < last) snapshots_[i + kSnapshotsAhead].prefetch();
+      hold = snapshots_[i].matches(batch_, &are_next);
     }
     if (!hold) all_hold = false;
     if (!are_next) all_are_next = false;
@@ -326,7 +326,7 @@ void Plan::run_unlocked() {
   };
   const std::unique_ptr<void, decltype(finish)> finished(this, finish);
   const auto keep = [&](const c10::TensorImpl* tensor) { kept_.push_back(tensor->storage()); };
-  for (const Sighting& sighting : sightings_) sighting.for_each_tensor(keep);
+  for (const Snapshot& snapshot : snapshots_) snapshot.for_each_tensor(keep);
   for (const Group& group : groups_)
     for (const DeviceOption& option : group.on_device)
       if (option.tensor != nullptr) kept_options_.push_back(tensor_from(option.tensor));
@@ -356,7 +356,7 @@ std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& grou
         Operands operands;
         Task task;
         Entry entry;
-        if (Sighting().see(object, cursor.find(object), state_names_, group.states_needed, &specs_, &operands))
+        if (Snapshot().see(object, cursor.find(object), state_names_, group.states_needed, &specs_, &operands))
           path = batch_.look(operands, group, false, &task, &entry);
       }
       if (path == Path::kFused && contains(batch_.sharing(), tensor)) path = Path::kMemory;

@@ -19,10 +19,10 @@
 #include <vector>
 
 #include "cpu/engine.h"
-#include "python/batch.h"
 #include "python/distributed.h"
 #include "python/group.h"
-#include "python/sighting.h"
+#include "python/snapshot.h"
+#include "torch/optim/batch.h"
 
 namespace trainopt::python {
 
@@ -96,7 +96,7 @@ class Plan {
   std::vector<GroupForm> forms_;                          // of the last walk
   std::vector<Place> places_;                             // of every parameter, in order
   std::vector<std::pair<PyObject*, PyObject*>> entries_;  // of the state dict, in its order
-  std::vector<Sighting> sightings_;                       // of every parameter, in order
+  std::vector<Snapshot> snapshots_;                       // of every parameter, in order
   Specs specs_;
   Batch batch_;
   std::vector<c10::Storage> kept_;  // while the interpreter is let go

@@ -31,7 +31,7 @@
 #include <vector>
 
 #include "arena.h"
-#include "python/cuda_device.h"
+#include "torch/cuda_device.h"
 #include "simt.h"
 
 namespace simt {
@@ -426,7 +426,7 @@ void bind_device(pybind11::module_ parent) {
 
 }  // namespace simt
 
-namespace trainopt::python {
+namespace trainopt::aten {
 
 cuda::Stream current_stream(c10::Device device) {
   using namespace simt;
@@ -435,4 +435,4 @@ cuda::Stream current_stream(c10::Device device) {
 
 bool is_capturing(c10::Device) { return simt::capturing; }
 
-}  // namespace trainopt::python
+}  // namespace trainopt::aten

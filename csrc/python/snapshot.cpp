@@ -1,0 +1,270 @@
+#include "python/snapshot.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "torch/inspect.h"
+
+namespace trainopt::python {
+
+const c10::TensorImpl* impl_of(PyObject* tensor) { return THPVariable_Unpack(tensor).unsafeGetTensorImpl(); }
+
+namespace {
+
+// Which of the names a key, a string, is, or their number. Keys are nearly always the very strings, interned; those of
+// an unpickled state need not be.
+int find_name(const std::vector<pybind11::str>& names, PyObject* key) {
+  const int count = static_cast<int>(names.size());
+  for (int i = 0; i < count; ++i)
+    if (key == names[i].ptr()) return i;
+  if (!PyUnicode_CHECK_INTERNED(key))
+    for (int i = 0; i < count; ++i)
+      if (PyUnicode_Compare(key, names[i].ptr()) == 0) return i;
+  return count;
+}
+
+// Where a tensor's storage begins; a lazily copied one is given memory of its own if it is to be written.
+TRAINOPT_FUNCTION const void* storage_data(const c10::TensorImpl* tensor, bool writes) {
+  c10::StorageImpl* storage = storage_of(tensor);
+  return writes ? storage->mutable_data() : storage->data();
+}
+
+SeenTensor seen(const c10::TensorImpl* tensor, bool writes) {
+  return {tensor,
+          storage_of(tensor),
+          counter_of(tensor),
+          storage_data(tensor, writes),
+          storage_of(tensor)->nbytes(),
+          tensor->storage_offset(),
+          tensor->dtype()};
+}
+
+TRAINOPT_FUNCTION bool same_memory(const c10::TensorImpl* tensor, const SeenTensor& then, bool writes) {
+  return storage_data(tensor, writes) == then.storage_data && storage_of(tensor)->nbytes() == then.storage_bytes &&
+         tensor->storage_offset() == then.storage_offset;
+}
+
+// Whether a tensor that the step writes is the one it was, of its type, with its memory and its version counter.
+TRAINOPT_FUNCTION bool is_same(const c10::TensorImpl* tensor, const SeenTensor& then) {
+  return tensor == then.impl && is_plain_cpu(tensor) && tensor->dtype() == then.dtype &&
+         counter_of(tensor) == then.version && same_memory(tensor, then, true);
+}
+
+// Whether two tensors of a step have the same sizes, and their elements the same order in memory.
+TRAINOPT_FUNCTION bool same_elements(const c10::TensorImpl* param, const c10::TensorImpl* tensor) {
+  return are_equal(param->sizes(), tensor->sizes()) &&
+         (are_equal(param->strides(), tensor->strides()) || same_order_in_memory(param, tensor));
+}
+
+// A tensor's metadata lies in up to four lines of the cache, its storage's in two.
+void prefetch_lines(const void* address, int lines) {
+  for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(address) + 64 * line);
+}
+
+void prefetch_tensor(const SeenTensor& tensor) {
+  prefetch_lines(tensor.impl, 4);
+  prefetch_lines(tensor.storage, 2);
+  prefetch_lines(tensor.version, 1);
+}
+
+}  // namespace
+
+inline bool Snapshot::is_in_dtensor(size_t i) const {
+  return distributed_ != nullptr && items_[i].role == Role::kState;
+}
+
+inline const c10::TensorImpl* Snapshot::tensor_of(size_t i) const {
+  return is_in_dtensor(i) ? distributed_->items[i].local : impl_of(items_[i].value);
+}
+
+void Snapshot::set_idle(PyObject* param) {
+  object_ = param;
+  gradient_.impl = nullptr;
+  distributed_ = nullptr;
+}
+
+// A DTensor is to be stepped as the tensor in it, if the gradient and the states lie as the parameter does.
+bool Snapshot::see_param(PyObject* param, Specs* specs, Operands* operands) {
+  operands->param = impl_of(param);
+  operands->gradient = gradient_of(operands->param);
+  if (THPVariable_CheckExact(param)) return true;
+  const Leaf leaf = leaf_of(param, specs);
+  if (leaf.local == nullptr) return false;
+  distributed_ = std::make_unique<Distributed>();
+  distributed_->param = {spec_of(param), counter_of(leaf.outer), leaf.local};
+  operands->param = leaf.local;
+  operands->shard = leaf.shard;
+  operands->outers.push_back(leaf.outer);
+  if (operands->gradient == nullptr) return true;
+  PyObject* gradient = operands->gradient->pyobj_slot()->load_pyobj();
+  const Leaf found = leaf_of(gradient, specs);
+  operands->lies_alike = lie_alike(leaf, found);
+  if (!operands->lies_alike) return true;
+  distributed_->gradient = {spec_of(gradient), nullptr, found.local};
+  operands->gradient = found.local;
+  operands->outer_gradient = found.outer;
+  return true;
+}
+
+// The tensor in a value of the state dict, whose item is the next; null if the engine does not take it.
+const c10::TensorImpl* Snapshot::see_state(PyObject* value, bool is_count, Specs* specs, Operands* operands) {
+  operands->states_are_known = THPVariable_Check(value);
+  if (distributed_ == nullptr || is_count) {
+    operands->states_are_tensors = THPVariable_CheckExact(value);
+    return operands->states_are_tensors ? impl_of(value) : nullptr;
+  }
+  const Leaf leaf = leaf_of(value, specs);
+  operands->lies_alike = operands->lies_alike && lie_alike({nullptr, operands->outers[0], operands->shard}, leaf);
+  operands->states_are_tensors = leaf.local != nullptr && !leaf.outer->requires_grad();
+  if (!operands->states_are_tensors) return nullptr;
+  distributed_->items.resize(items_.size() + 1);
+  distributed_->items.back() = {spec_of(value), counter_of(leaf.outer), leaf.local};
+  operands->outers.push_back(leaf.outer);
+  return leaf.local;
+}
+
+bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, int64_t states_needed,
+                   Specs* specs, Operands* operands) {
+  set_idle(param);
+  state_ = state;
+  items_.clear();
+  const bool is_known = see_param(param, specs, operands);
+  if (state == nullptr) return is_known;
+  operands->states_are_tensors = is_plain_dict(state);
+  if (!operands->states_are_tensors) return is_known;
+  const int count_name = static_cast<int>(names.size()) - 1;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(state, &position, &key, &value)) {
+    operands->states_are_tensors = PyUnicode_CheckExact(key);  // else a key that may equal any
+    if (!operands->states_are_tensors) break;
+    const int name = find_name(names, key);
+    Role role = Role::kIgnored;
+    if (value != Py_None && (name == count_name || name < states_needed)) {
+      role = name == count_name ? Role::kCount : Role::kState;
+      const c10::TensorImpl* tensor = see_state(value, role == Role::kCount, specs, operands);
+      if (tensor == nullptr) break;
+      (role == Role::kCount ? operands->steps : operands->states[name]) = tensor;
+    }
+    items_.push_back({pybind11::reinterpret_borrow<pybind11::object>(key), value, role, {}});
+  }
+  if (distributed_ != nullptr) distributed_->items.resize(items_.size());
+  return is_known;
+}
+
+bool Snapshot::note(const Operands& operands, const Batch& batch) {
+  entry_ = static_cast<int64_t>(batch.entries.size()) - 1;
+  param_ = seen(operands.param, true);
+  gradient_ = seen(operands.gradient, false);
+  meta_ = autograd_meta_of(operands.param);
+  numel_ = operands.param->numel();
+  contiguous_ = operands.param->is_contiguous();
+  bool is_counted = param_.version != nullptr;  // else it was made in inference mode, and may be written to only there
+  for (size_t i = 0; i < items_.size(); ++i) {
+    if (items_[i].role == Role::kIgnored) continue;
+    items_[i].tensor = seen(tensor_of(i), true);
+    is_counted = is_counted && items_[i].tensor.version != nullptr;
+  }
+  for (const c10::TensorImpl* outer : operands.outers) is_counted = is_counted && counter_of(outer) != nullptr;
+  if (!is_plain_cpu(operands.param) || !is_counted) return false;
+  const Entry& entry = batch.entries.back();
+  if (entry.task < 0) return true;
+  const cpu::Task& task = batch.tasks[entry.wide][entry.task];
+  bool is_simple = task.param.layout == nullptr && task.gradient.layout == nullptr;
+  for (const TensorView& state : task.state)
+    is_simple = is_simple && (state.data == nullptr || state.layout == nullptr);
+  return is_simple;
+}
+
+void Snapshot::prefetch() const {
+  prefetch_lines(object_, 1);
+  prefetch_lines(state_, 1);
+  prefetch_tensor(param_);
+  prefetch_tensor(gradient_);
+  if (meta_ != nullptr) prefetch_lines(&meta_->grad_, 1);
+  for (const Item& item : items_) {
+    prefetch_lines(item.value, 1);
+    prefetch_tensor(item.tensor);
+  }
+}
+
+// Only types, slots and counters are looked at, and the specs' addresses, which `Specs` keeps for them.
+bool Snapshot::look_into_dtensors() {
+  const auto look = [](PyObject* object, Outer* outer) {
+    if (!is_dtensor(object) || spec_of(object) != outer->spec) return false;
+    if (outer->version != nullptr && counter_of(impl_of(object)) != outer->version) return false;
+    PyObject* local = local_of(object);
+    if (local == nullptr || !THPVariable_CheckExact(local)) return false;
+    outer->local = impl_of(local);
+    return true;
+  };
+  if (!look(object_, &distributed_->param)) return false;
+  const c10::TensorImpl* gradient = gradient_of(impl_of(object_));
+  if (gradient == nullptr || !look(gradient->pyobj_slot()->load_pyobj(), &distributed_->gradient)) return false;
+  if (state_ == nullptr) return true;
+  if (!is_plain_dict(state_) || PyDict_GET_SIZE(state_) != static_cast<Py_ssize_t>(items_.size())) return false;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  for (size_t i = 0; i < items_.size(); ++i)
+    if (!PyDict_Next(state_, &position, &key, &value) || value != items_[i].value ||
+        (is_in_dtensor(i) && !look(value, &distributed_->items[i])))
+      return false;
+  return true;
+}
+
+// All that it calls is made a part of it: the calls themselves were 6 % of a step of a thousand small tensors.
+[[gnu::flatten]] bool Snapshot::matches(Batch& batch, bool* all_next) {
+  const c10::TensorImpl *param, *gradient;
+  if (distributed_ != nullptr) {
+    param = distributed_->param.local;
+    gradient = distributed_->gradient.local;
+  } else {
+    if (!THPVariable_CheckExact(object_) && (has_gradient() || !is_dtensor(object_))) return false;
+    param = impl_of(object_);
+    gradient = gradient_of(param);
+  }
+  if (gradient == nullptr || !has_gradient()) return gradient == gradient_.impl;
+  Entry& entry = batch.entries[entry_];
+  return is_same(param, param_) && param->numel() == numel_ && param->is_contiguous() == contiguous_ &&
+         param->is_non_overlapping_and_dense() &&
+         gradient_matches(param, gradient, batch, entry.task < 0 ? nullptr : &batch.tasks[entry.wide][entry.task]) &&
+         items_match(param, entry, all_next);
+}
+
+bool Snapshot::gradient_matches(const c10::TensorImpl* param, const c10::TensorImpl* gradient, const Batch& batch,
+                                cpu::Task* task) {
+  if (!is_plain_cpu(gradient) || gradient->dtype() != gradient_.dtype || !same_elements(param, gradient)) return false;
+  if (same_memory(gradient, gradient_, false)) {
+    gradient_.impl = gradient;  // what the step reads, of whichever tensor
+    return true;
+  }
+  gradient_ = seen(gradient, false);
+  if (task == nullptr) return true;
+  if (!has_memory(gradient) || !batch.is_clear(gradient)) return false;
+  task->gradient.data = data_of(gradient, task->gradient.dtype, false);
+  return true;
+}
+
+bool Snapshot::items_match(const c10::TensorImpl* param, Entry& entry, bool* all_next) const {
+  if (state_ == nullptr) return true;
+  if (!is_plain_dict(state_) || PyDict_GET_SIZE(state_) != static_cast<Py_ssize_t>(items_.size())) return false;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  for (size_t i = 0; i < items_.size(); ++i) {
+    const Item& item = items_[i];
+    if (!PyDict_Next(state_, &position, &key, &value) || key != item.key.ptr() || value != item.value) return false;
+    if (item.role == Role::kIgnored) continue;
+    if (!is_in_dtensor(i) && !THPVariable_CheckExact(value)) return false;
+    const c10::TensorImpl* tensor = tensor_of(i);
+    if (!is_same(tensor, item.tensor)) return false;
+    if (item.role == Role::kState) {
+      if (tensor->requires_grad() || !same_elements(param, tensor)) return false;
+    } else {
+      if (tensor->numel() != 1) return false;
+      if (!entry.recount()) *all_next = false;
+      if (!(entry.step >= 1)) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace trainopt::python

@@ -1,0 +1,426 @@
+#include "torch/optim/batch.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "torch/inspect.h"
+#include "torch/layout.h"
+
+namespace trainopt::aten {
+namespace {
+
+// Elements that a thread should at least have to do: less is not worth waking it.
+constexpr int64_t kGrainElements = 48 * 1024;
+
+double next_count(const Entry& entry) {
+  return entry.steps_are_double ? *static_cast<double*>(entry.steps) + 1 : *static_cast<float*>(entry.steps) + 1.0f;
+}
+
+void count_and_tell(Entry& entry) {
+  for (VersionCounter* const* counter = entry.written; *counter != nullptr; ++counter) move_on(*counter);
+  if (entry.steps == nullptr) return;
+  if (entry.steps_are_double) {
+    *static_cast<double*>(entry.steps) = entry.step;
+  } else {
+    *static_cast<float*>(entry.steps) = static_cast<float>(entry.step);
+  }
+}
+
+bool is_there(const c10::TensorImpl* tensor) {
+  return tensor == nullptr || !(is_plain_cpu(tensor) || is_plain_cuda(tensor)) || has_memory(tensor);
+}
+
+// Whether torch's allocator has made this storage's memory, and gives it to nobody else.
+bool is_allocated(const c10::StorageImpl* storage) {
+  const auto was_made_by = [&](c10::DeleterFnPtr own) {
+    return own != nullptr && storage->data_ptr().get_deleter() == own;
+  };
+  if (storage->device_type() == c10::DeviceType::CPU) {
+    static const c10::DeleterFnPtr on_cpu = c10::GetCPUAllocator()->raw_deleter();
+    return was_made_by(on_cpu);
+  }
+  if (storage->device_type() != kCudaDeviceType) return false;
+  static const c10::DeleterFnPtr on_device = c10::GetAllocator(kCudaDeviceType)->raw_deleter();
+  return was_made_by(on_device);
+}
+
+// torch refuses to write to what was made in inference mode outside of that mode.
+bool is_writable(const c10::TensorImpl* tensor) {
+  return counter_of(tensor) != nullptr || c10::InferenceMode::is_enabled();
+}
+
+bool is_alone(const c10::StorageImpl* storage) {
+  return c10::raw::intrusive_ptr::use_count(const_cast<c10::StorageImpl*>(storage)) == 1 && is_allocated(storage);
+}
+
+}  // namespace
+
+bool Entry::recount() {
+  const double last = step;
+  step = next_count(*this);
+  return step == last + 1;
+}
+
+const char* describe(Path path) {
+  switch (path) {
+    case Path::kFused: return "";
+    case Path::kSubclass: return "a tensor subclass, which may do its own thing with an in-place operation";
+    case Path::kDifferentiable: return "differentiable=True";
+    case Path::kOptions: return "an option that is no number, or beyond the range that the formulas hold in";
+    case Path::kDevice: return "not a plain dense tensor on a device that there are kernels for";
+    case Path::kDtype: return "not float32, float64, bfloat16 or float16";
+    case Path::kGradient: return "a gradient that is sparse, lazily computed, or of another device, dtype or shape";
+    case Path::kStateForm: return "a state of another device, layout or shape than the parameter";
+    case Path::kStateValue: return "a state that is no tensor, or a count of steps below 0";
+    case Path::kPlacement: return "a gradient or a state of another mesh, of other placements or of another class";
+    case Path::kPending:
+      return "a DTensor with a partial placement, a sum that is still to be taken, cannot be stepped in place:"
+             " redistribute it first";
+    case Path::kMemory:
+      return "memory that is not dense, that another parameter, gradient, state or option shares, or of over 8 "
+             "dimensions";
+    case Path::kInference: return "made in inference mode, outside of which torch does not write to it";
+    case Path::kMode: return "a torch dispatch mode is active";
+    case Path::kNoMemory: return "the storage of the parameter, its gradient or a state is smaller than the tensor";
+  }
+  return "";
+}
+
+int64_t threads_for(int64_t elements) {
+  if (elements < 2 * kGrainElements || at::in_parallel_region()) return 1;
+  return std::min<int64_t>(elements / kGrainElements, at::get_num_threads());
+}
+
+void Batch::clear() {
+  entries.clear();
+  cuda.clear();
+  cuda_entries_ = 0;
+  layouts_.clear();
+  shard_layouts_.clear();
+  outer_written_.clear();
+  elements = 0;
+  spans_ = 0;
+  owns_written_ = true;
+  read_.clear();
+  for (int wide = 0; wide < 2; ++wide) {
+    tasks[wide].clear();
+    starts_[wide].assign(1, 0);
+  }
+}
+
+Path Batch::look(const Operands& operands, const GroupValues& group, bool writes_gradient, Task* task, Entry* entry) {
+  const c10::TensorImpl* param = operands.param;
+  const c10::TensorImpl* gradient = operands.gradient;
+  if (!is_there(param) || !is_there(gradient) || !is_there(operands.steps)) return Path::kNoMemory;
+  for (const c10::TensorImpl* state : operands.states)
+    if (!is_there(state)) return Path::kNoMemory;
+  if (group.differentiable != 0) return Path::kDifferentiable;
+  if (group.unreadable != 0) return Path::kOptions;
+  if (operands.shard != nullptr && operands.shard->is_pending) return Path::kPending;
+  if (!operands.lies_alike) return Path::kPlacement;
+  const bool on_cuda = is_plain_cuda(param);
+  if (!on_cuda && !is_plain_cpu(param)) return Path::kDevice;
+  const auto is_beside = [&](const c10::TensorImpl* tensor) {
+    return on_cuda ? is_plain_cuda(tensor) && tensor->device() == param->device() : is_plain_cpu(tensor);
+  };
+  if (!read_view(param, true, &task->param)) return Path::kDtype;
+  if (!param->is_contiguous() && !param->is_non_overlapping_and_dense()) return Path::kMemory;
+  VersionCounter** written = entry->written;
+  bool writable = true;
+  const auto writes = [&](const c10::TensorImpl* tensor) {
+    if (VersionCounter* counter = counter_of(tensor)) {
+      *written++ = counter;
+    } else {
+      writable = writable && is_writable(tensor);
+    }
+  };
+  writes(param);
+  for (const c10::TensorImpl* outer : operands.outers) writable = writable && is_writable(outer);
+  task->numel = param->numel();
+  bool in_order = true;
+
+  if (gradient != nullptr) {
+    if (!is_beside(gradient) || !read_view(gradient, writes_gradient, &task->gradient) ||
+        !are_equal(gradient->sizes(), param->sizes()))
+      return Path::kGradient;
+    if (writes_gradient) {
+      if (!gradient->is_non_overlapping_and_dense() &&
+          at::has_internal_overlap(const_cast<c10::TensorImpl*>(gradient)) != at::MemOverlap::No)
+        return Path::kMemory;
+      writes(gradient);
+      if (operands.outer_gradient != nullptr) writable = writable && is_writable(operands.outer_gradient);
+    }
+    in_order = same_order_in_memory(param, gradient);
+  }
+
+  if (!operands.states_are_known) return Path::kStateValue;
+  if (!operands.states_are_tensors) return Path::kStateForm;
+  for (int s = 0; s < kMaxStates; ++s) {
+    TensorView& view = task->state[s];
+    view.data = nullptr;
+    const c10::TensorImpl* state = operands.states[s];
+    if (state == nullptr) continue;
+    if (!is_beside(state) || !read_view(state, true, &view) || state->requires_grad() ||
+        !are_equal(state->sizes(), param->sizes()))
+      return Path::kStateForm;
+    const bool same_order = same_order_in_memory(param, state);
+    if (!same_order && !state->is_non_overlapping_and_dense()) return Path::kMemory;
+    in_order = in_order && same_order;
+    writes(state);
+  }
+  entry->steps = entry->device_steps = nullptr;
+  entry->step = 0;
+  if (const c10::TensorImpl* steps = operands.steps) {
+    TensorView view;
+    const bool on_host = is_plain_cpu(steps);
+    if ((!on_host && !is_beside(steps)) || !read_view(steps, true, &view) || steps->numel() != 1 ||
+        size_of(view.dtype) == 2)
+      return Path::kStateForm;
+    (on_host ? entry->steps : entry->device_steps) = view.data;
+    entry->steps_are_double = view.dtype == DType::kFloat64;
+    if (on_host) {
+      entry->step = next_count(*entry);
+      if (!(entry->step >= 1)) return Path::kStateValue;
+    }
+    writes(steps);
+  }
+  *written = nullptr;
+  if (!writable) return Path::kInference;
+
+  task->shard = nullptr;
+  if (group.noise != 0 && operands.shard != nullptr) {
+    if (!operands.shard->is_block) return Path::kPlacement;
+    if (!lay_shard(*operands.shard, param->sizes(), &shard_layouts_, &task->shard)) return Path::kMemory;
+  }
+
+  // Noise belongs to the logical element, whatever the memory format.
+  const bool logical_order = group.noise != 0 && !param->is_contiguous();
+  if (in_order && !logical_order) return Path::kFused;
+  std::vector<Arranged> arranged{{param, &task->param}};
+  if (gradient != nullptr) arranged.push_back({gradient, &task->gradient});
+  for (int s = 0; s < kMaxStates; ++s)
+    if (operands.states[s] != nullptr) arranged.push_back({operands.states[s], &task->state[s]});
+  return arrange(arranged, logical_order, &layouts_) ? Path::kFused : Path::kMemory;
+}
+
+Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t tensor, bool first, bool writes_gradient) {
+  const bool wide = operands.param->dtype() == caffe2::TypeMeta::Make<double>();
+  cpu::Task& task = tasks[wide].emplace_back();
+  Entry& entry = entries.emplace_back();
+  const Path path = look(operands, *group, writes_gradient, &task, &entry);
+  note_operands(operands, tensor, writes_gradient);
+  if (path != Path::kFused) {
+    tasks[wide].pop_back();
+    entries.pop_back();
+    return path;
+  }
+  for (const c10::TensorImpl* outer : operands.outers)
+    if (VersionCounter* counter = counter_of(outer)) outer_written_.push_back(counter);
+  if (writes_gradient && operands.outer_gradient != nullptr)
+    if (VersionCounter* counter = counter_of(operands.outer_gradient)) outer_written_.push_back(counter);
+  entry.group = group;
+  entry.task = -1;
+  entry.first = first;
+  entry.wide = wide;
+  task.tensor = tensor;
+  if (is_plain_cuda(operands.param)) {
+    const c10::Device device = operands.param->device();
+    cuda.visit(device);
+    cuda.add(task, group, device, wide, first,
+             {entry.device_steps, entry.steps_are_double, entry.step, entry.steps != nullptr});
+    ++cuda_entries_;
+    tasks[wide].pop_back();
+  } else if (task.numel == 0) {
+    tasks[wide].pop_back();
+  } else {
+    entry.task = static_cast<int64_t>(tasks[wide].size()) - 1;
+    elements += task.numel;
+    starts_[wide].push_back(starts_[wide].back() + cpu::blocks_of(task.numel));
+  }
+  return path;
+}
+
+Path Batch::announce(const Operands& operands, const GroupValues& group, uint32_t tensor, bool writes_gradient) {
+  Task task;
+  Entry entry;
+  const Path path = look(operands, group, writes_gradient, &task, &entry);
+  if (path == Path::kFused && is_plain_cuda(operands.param)) cuda.visit(operands.param->device());
+  note_operands(operands, tensor, writes_gradient);
+  return path;
+}
+
+// Memory --------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Where a tensor's elements lie; nothing for one that has none, or whose memory is its own affair.
+bool find_span(const c10::TensorImpl* tensor, const char** begin, const char** end) {
+  if (tensor == nullptr || tensor->numel() == 0 || tensor->key_set().has(c10::DispatchKey::Python) ||
+      tensor->layout() != c10::kStrided || !tensor->has_storage())
+    return false;
+  const void* data = storage_of(tensor)->data();
+  if (data == nullptr) return false;
+  const auto itemsize = static_cast<int64_t>(tensor->dtype().itemsize());
+  *begin = static_cast<const char*>(data) + tensor->storage_offset() * itemsize;
+  *end = *begin + extent_of(tensor) * itemsize;
+  return true;
+}
+
+}  // namespace
+
+void Batch::note_span(const Span& span) {
+  if (spans_ == written_.size()) written_.push_back({});
+  Span& then = written_[spans_++];
+  if (then.begin == span.begin && then.end == span.end && then.tensor == span.tensor) return;
+  then = span;
+  sorted_is_current_ = false;
+}
+
+void Batch::note_written(const c10::TensorImpl* tensor, uint32_t index) {
+  Span span{nullptr, nullptr, index};
+  if (!find_span(tensor, &span.begin, &span.end)) return;
+  note_span(span);
+  owns_written_ = owns_written_ && is_allocated(storage_of(tensor));
+}
+
+void Batch::note_read(const c10::TensorImpl* tensor, uint32_t index) {
+  Span span{nullptr, nullptr, index};
+  if (find_span(tensor, &span.begin, &span.end)) read_.push_back({span, is_alone(storage_of(tensor))});
+}
+
+void Batch::note_operands(const Operands& operands, uint32_t tensor, bool writes_gradient) {
+  note_written(operands.param, tensor);
+  for (const c10::TensorImpl* state : operands.states) note_written(state, tensor);
+  note_written(operands.steps, tensor);
+  writes_gradient ? note_written(operands.gradient, tensor) : note_read(operands.gradient, tensor);
+}
+
+// Sorts what is written, which has seldom moved since the last step, and finds what is written twice.
+void Batch::sort_written() {
+  written_.resize(spans_);
+  sorted_ = written_;
+  std::sort(sorted_.begin(), sorted_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  furthest_.resize(spans_);
+  writers_.clear();
+  size_t last = 0;  // the one that reaches furthest
+  for (size_t i = 0; i < sorted_.size(); ++i) {
+    if (i > 0 && sorted_[i].begin < sorted_[last].end) {
+      writers_.push_back(sorted_[i].tensor);
+      writers_.push_back(sorted_[last].tensor);
+    }
+    if (sorted_[i].end > sorted_[last].end) last = i;
+    furthest_[i] = sorted_[last].end;
+  }
+  sorted_is_current_ = true;
+}
+
+// Calls `use` with all that is written where `span` lies, until it returns false.
+template <class Use>
+void Batch::for_each_written(const Span& span, Use use) const {
+  const auto begins_before = [](const Span& written, const char* end) { return written.begin < end; };
+  const auto after = std::lower_bound(sorted_.begin(), sorted_.end(), span.end, begins_before);
+  for (auto i = static_cast<size_t>(after - sorted_.begin()); i > 0 && furthest_[i - 1] > span.begin; --i)
+    if (sorted_[i - 1].end > span.begin && !use(sorted_[i - 1])) return;
+}
+
+const Indices& Batch::sharing() {
+  if (!sorted_is_current_ || spans_ != written_.size()) sort_written();
+  sharing_ = writers_;
+  for (const Reading& reading : read_) {
+    if (reading.alone && owns_written_) continue;
+    for_each_written(reading, [&](const Span& written) {
+      sharing_.push_back(reading.tensor);
+      sharing_.push_back(written.tensor);
+      return true;
+    });
+  }
+  std::sort(sharing_.begin(), sharing_.end());
+  sharing_.erase(std::unique(sharing_.begin(), sharing_.end()), sharing_.end());
+  return sharing_;
+}
+
+bool Batch::is_clear(const c10::TensorImpl* gradient) const {
+  Span span{nullptr, nullptr, 0};
+  if (!find_span(gradient, &span.begin, &span.end) || (owns_written_ && is_alone(storage_of(gradient)))) return true;
+  bool clear = true;
+  for_each_written(span, [&](const Span&) { return clear = false; });
+  return clear;
+}
+
+// The step ------------------------------------------------------------------------------------------------------------
+
+cpu::Scalars Batch::scalars_of(const Run& run, double gradient_scale) const {
+  return run.group->scalars(rule_, run.step, run.first, run.wide, gradient_scale);
+}
+
+void Batch::prepare(double gradient_scale, const DeviceScaling& scaling) {
+  TORCH_CHECK(!cuda.counts_on_host() || !cuda.is_captured(),
+              "a step that is captured into a CUDA graph must count on the device, and a step count lies on the host:"
+              " give the optimizer capturable=True");
+  gradient_scale_ = gradient_scale;
+  scaling_ = scaling;
+  runs_.clear();
+  scalars_.clear();
+  scalars_.reserve(entries.size());  // tasks point into it
+  alike_.clear();
+  for (Entry& entry : entries) {
+    if (entry.task < 0) continue;
+    const Run run{entry.group, entry.step, entry.steps != nullptr, entry.first || entry.step == 1, entry.wide};
+    const Run* last = runs_.empty() ? nullptr : &runs_.back();
+    const bool joins = last != nullptr && last->step == run.step && last->counts == run.counts &&
+                       last->first == run.first && last->wide == run.wide &&
+                       (last->group == run.group || *last->group == *run.group);
+    if (!joins) {
+      runs_.push_back(run);
+      scalars_.push_back(scalars_of(run, gradient_scale));
+    } else if (last->group != run.group && (alike_.empty() || alike_.back().second != run.group)) {
+      alike_.emplace_back(last->group, run.group);
+    }
+    tasks[entry.wide][entry.task].scalars = &scalars_.back();
+  }
+}
+
+// The entries and the tasks need not be touched if the runs stay what they were.
+void Batch::prepare_again(double gradient_scale, bool all_next) {
+  for (const auto& [group, other] : alike_) all_next = all_next && *group == *other;
+  for (const Run& run : runs_) all_next = all_next && !run.first && !(run.counts && run.step == 0);
+  if (!all_next) {
+    for (Entry& entry : entries) entry.first = false;
+    return prepare(gradient_scale);
+  }
+  for (size_t i = 0; i < runs_.size(); ++i) {
+    runs_[i].step += runs_[i].counts ? 1 : 0;
+    scalars_[i] = scalars_of(runs_[i], gradient_scale);
+  }
+}
+
+void Batch::work(bool counts, bool updates) {
+  if (updates && cuda_entries_ != 0) cuda.run(gradient_scale_, std::exchange(scaling_, {}));
+  const int64_t tensors = static_cast<int64_t>(entries.size());
+  const int64_t parts = threads_for(elements + kTensorElements * (tensors - static_cast<int64_t>(cuda_entries_)));
+  // Equal shares: a thread has the same tensors in every step, and so does its cache.
+  const auto run_part = [&](int64_t part) {
+    const auto cut = [&](int64_t count, int64_t at) { return count * at / parts; };
+    if (counts)
+      for (int64_t i = cut(tensors, part); i < cut(tensors, part + 1); ++i) count_and_tell(entries[i]);
+    if (counts && part == 0)
+      for (VersionCounter* counter : outer_written_) move_on(counter);
+    for (int wide = 0; wide < 2 && updates; ++wide) {
+      if (tasks[wide].empty()) continue;
+      const cpu::Run run{tasks[wide].data(), starts_[wide].data(), tasks[wide].size(), &rule_, wide == 1};
+      const int64_t blocks = starts_[wide].back();
+      cpu::run_blocks(run, cut(blocks, part), cut(blocks, part + 1));
+    }
+  };
+  if (parts == 1) return run_part(0);
+  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) run_part(part);
+  });
+}
+
+}  // namespace trainopt::aten

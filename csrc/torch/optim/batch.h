@@ -1,0 +1,176 @@
+// One step's work: the tensors of parameters in, one call of the engine out. Knows tensors and no Python.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+
+#include <deque>
+#include <utility>
+#include <vector>
+
+#include "cpu/engine.h"
+#include "torch/inspect.h"
+#include "torch/layout.h"
+#include "torch/optim/cuda_batch.h"
+#include "torch/optim/group_values.h"
+
+namespace trainopt::aten {
+
+// Which way a parameter takes through a step, and why.
+enum class Path {
+  kFused,
+  kSubclass,
+  kDifferentiable,
+  kOptions,
+  kDevice,
+  kDtype,
+  kGradient,
+  kStateForm,
+  kStateValue,
+  kPlacement,
+  kPending,  // none: there is no step of a sum that is still to be taken
+  kMemory,
+  kInference,
+  kMode,
+  kNoMemory,  // none: torch's kernels would end the process
+};
+const char* describe(Path);
+
+using Indices = std::vector<int64_t>;
+
+constexpr int kMaxOperands = kMaxStates + 3;  // parameter, gradient, states, step count
+
+// The tensors of one parameter; null where there is none. Those of a DTensor are its local tensors.
+struct Operands {
+  const c10::TensorImpl* param = nullptr;
+  const c10::TensorImpl* gradient = nullptr;
+  const c10::TensorImpl* steps = nullptr;
+  const c10::TensorImpl* states[kMaxStates] = {};      // in the rule's order
+  bool states_are_tensors = true;                      // else there is a state that is a subclass of one
+  bool states_are_known = true;                        // else there is a state that is something else
+  const Shard* shard = nullptr;                        // of a DTensor
+  bool lies_alike = true;                              // so do the gradient and the states
+  c10::SmallVector<const c10::TensorImpl*, 0> outers;  // the DTensors that are written to, the parameter first
+  const c10::TensorImpl* outer_gradient = nullptr;
+};
+
+// One parameter in a step.
+struct Entry {
+  const GroupValues* group;
+  int64_t task;        // its index, or -1 for a parameter without elements or on a CUDA device
+  void* steps;         // the count of its steps where the host keeps it, else null
+  double step;         // that count with this step
+  void* device_steps;  // the count of its steps where a CUDA device keeps it, else null
+  bool steps_are_double, first, wide;
+  VersionCounter* written[kMaxOperands];  // those of the tensors that the step writes; null after the last
+
+  // Reads the count of steps again. Whether this step is the one after that of before.
+  bool recount();
+};
+
+class Batch {
+ public:
+  explicit Batch(const cpu::Rule& rule) : cuda(rule), rule_(rule) {}
+
+  void clear();
+
+  // Adds a parameter that has a gradient to the step if the engine can take it: kFused then. `first` says that its
+  // states are new; the gradient is written to if `writes_gradient`. `tensor` is the parameter's index, in ascending
+  // order. `group` must live as long as the step.
+  Path add(const Operands&, const GroupValues* group, uint32_t tensor, bool first, bool writes_gradient);
+
+  // Likewise for a parameter whose states are still to be made: only its memory is noted.
+  Path announce(const Operands&, const GroupValues&, uint32_t tensor, bool writes_gradient);
+
+  // Notes memory that a parameter's step reads besides (of an option), or that torch's step of it reads and writes.
+  void note_read(const c10::TensorImpl*, uint32_t tensor);
+  void note_operands(const Operands&, uint32_t tensor, bool writes_gradient);
+
+  // To be called when all are noted: the parameters that write memory which another one, or they themselves, read or
+  // write as well. Their steps are torch's, one after the other.
+  const Indices& sharing();
+
+  // Whether the steps of the parameters that were added last write nothing that this tensor reads.
+  bool is_clear(const c10::TensorImpl* gradient) const;
+
+  // What would become of a parameter, with or without a gradient. For kFused, fills the task and the entry.
+  Path look(const Operands&, const GroupValues&, bool writes_gradient, Task*, Entry*);
+
+  // The step. `prepare` reads the groups' values. `count` moves version counters and step counts, and `update` changes
+  // the elements and touches nothing else, so that it may run without Python's interpreter if the tensors' memory is
+  // kept. `run` does both. RuntimeError for a step that a CUDA graph could not repeat, where one is being captured.
+  void prepare(double gradient_scale, const DeviceScaling& scaling = {});
+  void run() { work(true, true); }
+  void count() { work(true, false); }
+  void update() { work(false, true); }
+
+  // Whether the host need not know if the step is skipped.
+  bool is_for_devices_alone() const { return cuda_entries_ == entries.size() && !cuda.counts_on_host(); }
+
+  // In place of `prepare` where the entries are those of the last step, recounted. `all_next`: each one's step is the
+  // one after its last.
+  void prepare_again(double gradient_scale, bool all_next);
+
+  std::vector<Entry> entries;
+  std::vector<cpu::Task> tasks[2];  // float arithmetic, double arithmetic
+  int64_t elements = 0;             // on the CPU
+  CudaBatch cuda;
+
+ private:
+  struct Span {
+    const char* begin;
+    const char* end;
+    uint32_t tensor;
+  };
+
+  struct Reading : Span {
+    bool alone;  // no other storage has this memory, unless it lies in memory that torch has not allocated
+  };
+
+  // Neighbours of the same options at the same step, which share their scalars.
+  struct Run {
+    const GroupValues* group;
+    double step;
+    bool counts, first, wide;
+  };
+
+  const cpu::Rule& rule_;
+  std::vector<int64_t> starts_[2];
+  std::vector<Run> runs_;
+  std::vector<cpu::Scalars> scalars_;                                     // of the runs
+  std::vector<std::pair<const GroupValues*, const GroupValues*>> alike_;  // different groups in one run
+  std::deque<Layout> layouts_;
+  std::deque<ShardLayout> shard_layouts_;
+  std::vector<VersionCounter*> outer_written_;  // of DTensors
+
+  std::vector<Span> written_;  // the memory of this step, over that of the last
+  size_t spans_ = 0;           // how many are this step's
+  bool owns_written_ = true;   // all of it is memory that torch has allocated for one storage
+  std::vector<Reading> read_;
+
+  bool sorted_is_current_ = false;
+  std::vector<Span> sorted_;           // what is written, by where it begins
+  std::vector<const char*> furthest_;  // the furthest end of each and all before it
+  Indices writers_;                    // parameters that write what another one writes
+  Indices sharing_;
+
+  size_t cuda_entries_ = 0;
+  double gradient_scale_ = 1;  // with which `prepare` was called
+  DeviceScaling scaling_;      // likewise
+
+  void note_span(const Span&);
+  void note_written(const c10::TensorImpl*, uint32_t tensor);
+  void sort_written();
+  template <class Use>
+  void for_each_written(const Span&, Use use) const;
+  void work(bool counts, bool updates);
+  cpu::Scalars scalars_of(const Run& run, double gradient_scale) const;
+};
+
+// How many threads of torch's pool are worth waking for this many elements.
+int64_t threads_for(int64_t elements);
+
+// What a tensor costs beside its elements, in elements.
+constexpr int64_t kTensorElements = 256;
+
+}  // namespace trainopt::aten

@@ -1,0 +1,84 @@
+// The part of a step that lies on CUDA devices. A build without CUDA has one that is always empty.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "cuda/engine.h"
+#include "torch/cuda_device.h"
+#include "torch/optim/group_values.h"
+
+namespace trainopt::aten {
+
+// What GradScaler leaves on the device for a step; undefined where there is none.
+struct DeviceScaling {
+  at::Tensor gradient_scale;  // gradients are divided by it, and written back
+  at::Tensor found_inf;       // nothing is done unless it is 0
+
+  bool exists() const { return gradient_scale.defined() || found_inf.defined(); }
+};
+
+// The count of a parameter's steps.
+struct StepCount {
+  void* on_device = nullptr;  // null: the host has counted, or the rule counts none
+  bool is_double = false;     // on the device: float64 or float32
+  double step = 0;            // by the host, with this step
+  bool on_host = false;
+};
+
+#if defined(TRAINOPT_WITH_CUDA)
+
+class CudaBatch {
+ public:
+  explicit CudaBatch(const cpu::Rule& rule) : rule_(rule) {}
+
+  void clear();
+  bool empty() const { return items_.empty() && devices_.empty(); }
+
+  // Notes a device that is written to; RuntimeError if there are no kernels for it.
+  void visit(c10::Device);
+  // `group` must live as long as the step.
+  void add(const Task&, const GroupValues* group, c10::Device, bool wide, bool first, const StepCount&);
+
+  // Whether any count of steps is kept by the host, which must know then whether this step is skipped.
+  bool counts_on_host() const;
+  // Whether one of the devices' streams is being captured into a CUDA graph.
+  bool is_captured() const;
+
+  // Launches the step.
+  void run(double gradient_scale, const DeviceScaling&);
+
+ private:
+  struct Item {
+    Task task;
+    const GroupValues* group;
+    c10::Device device;
+    bool wide, first;
+    StepCount count;
+  };
+
+  const cpu::Rule& rule_;
+  std::vector<Item> items_;
+  std::vector<c10::Device> devices_;
+
+  void run_on(c10::Device, bool wide, double gradient_scale, const DeviceScaling&);
+};
+
+#else
+
+class CudaBatch {
+ public:
+  explicit CudaBatch(const cpu::Rule&) {}
+  void clear() {}
+  bool empty() const { return true; }
+  void visit(c10::Device) {}
+  void add(const Task&, const GroupValues*, c10::Device, bool, bool, const StepCount&) {}
+  bool counts_on_host() const { return false; }
+  bool is_captured() const { return false; }
+  void run(double, const DeviceScaling&) {}
+};
+
+#endif
+
+}  // namespace trainopt::aten

@@ -1,0 +1,47 @@
+#include "torch/optim/group_values.h"
+
+#include "torch/cuda_device.h"
+#include "torch/inspect.h"
+
+namespace trainopt::aten {
+
+bool GroupValues::leave_on_device(const at::Tensor& number, int64_t option) {
+  const bool is_float = number.scalar_type() == at::kFloat || number.scalar_type() == at::kDouble;
+  if (!is_plain_cuda(number.unsafeGetTensorImpl()) || !is_float || number.numel() != 1) return false;
+  for (DeviceOption& place : on_device) {
+    if (place.tensor != nullptr) continue;
+    place = {number.unsafeGetTensorImpl(), option};
+    return true;
+  }
+  return false;
+}
+
+void GroupValues::read_device_numbers(const cpu::Rule& rule) {
+  for (const DeviceOption& place : on_device) {
+    if (place.tensor == nullptr) break;
+    const at::Tensor number = tensor_from(place.tensor);
+    const double value = number.item().toDouble();
+    if (place.option == cuda::DeviceNumber::kLr) {
+      lr = value;
+    } else {
+      options[place.option] = value;
+    }
+  }
+  if (!rule.takes(options)) unreadable = 1;
+}
+
+cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first, bool wide,
+                                  double gradient_scale) const {
+  cpu::Scalars result;
+  const Moment now{lr, single_lr != 0, step, first};
+  const Decay decay = rule.decay(options);
+  if (wide) {
+    result.stages64 = prepare_stages<double>(*this, now, decay, gradient_scale);
+  } else {
+    result.stages32 = prepare_stages<float>(*this, now, decay, gradient_scale);
+  }
+  rule.prepare(options, now, wide, &result);
+  return result;
+}
+
+}  // namespace trainopt::aten
