@@ -307,6 +307,21 @@ def compile_all(jobs: Iterable[tuple[Compiler, Path, list[str]]]) -> list[Path]:
             raise
 
 
+def run_all(commands: list[list[Path | str]]) -> None:
+    """Runs programs side by side, and ends with those that failed, if any did."""
+
+    def run(command: list[Path | str]) -> bool:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(f"{command[0]} {' '.join(map(str, command[1:]))}\n{done.stdout}", end="", flush=True)
+        return done.returncode == 0
+
+    with ThreadPoolExecutor(jobs_at_once()) as pool:
+        passed = pool.map(run, commands)
+    failed = [" ".join(map(str, command)) for command, good in zip(commands, passed, strict=True) if not good]
+    if failed:
+        fail(f"failed: {', '.join(failed)}")
+
+
 # Commands -------------------------------------------------------------------------------------------------------------
 
 
@@ -436,32 +451,27 @@ class Sanitize(Command):
         engine = self.compile("cpu", cpu, [])
         steps = [source for source in cpu if "loss" not in source.stem]
         threads = self.compile("threads", [*steps, Path("tests/cpp/threads_test.cpp")], [], THREAD_SANITIZER_FLAGS)
-        programs = [
-            self.link("threads", threads, THREAD_SANITIZER_FLAGS),
+        faults = self.compile("simt", [Path("tests/simt/faults_test.cpp"), Path("tests/simt/simt.cpp")], SIMT_FLAGS)
+        runs: list[list[Path | str]] = [
+            [self.link("threads", threads, THREAD_SANITIZER_FLAGS)],
+            [self.link("simt", faults)],
             *(
-                self.link(test.stem, engine + self.compile(test.stem, [test], []))
+                [self.link(test.stem, engine + self.compile(test.stem, [test], []))]
                 for test in sorted(Path("tests", "cpp").glob("*_test.cpp"))
             ),
-            self.link(
-                "simt",
-                self.compile("simt", [Path("tests/simt/faults_test.cpp"), Path("tests/simt/simt.cpp")], SIMT_FLAGS),
-            ),
         ]
-        # As for old and for new drivers: the kernels' parameters are larger from CUDA 13 on.
-        for size in (4096, 32764):
-            flags = [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"]
-            tested = [
-                *sorted(Path("csrc", "cuda").glob("*.cu")),
-                Path("tests/simt/cross_entropy_test.cpp"),
-                Path("tests/simt/engine_test.cpp"),
-                Path("tests/simt/norm_test.cpp"),
-                Path("tests/simt/pointwise_test.cpp"),
-                Path("tests/simt/simt.cpp"),
-            ]
-            programs.append(self.link(f"cuda-{size}", engine + self.compile(f"cuda-{size}", tested, flags)))
-        failed = [program.parent.name for program in programs if subprocess.run([program]).returncode != 0]
-        if failed:
-            fail(f"failed: {', '.join(failed)}")
+        # As for old and for new drivers: the kernels' parameters are larger from CUDA 13 on, which matters to those that
+        # take tables of tensors.
+        simt = Path("tests", "simt")
+        tables = [*(Path("csrc", "cuda", f"{name}.cu") for name in ("norm", "prepare", "update")), simt / "engine_test.cpp"]
+        others = [path for path in sorted(Path("csrc", "cuda").glob("*.cu")) if path not in tables]
+        others += [simt / f"{name}.cpp" for name in ("cross_entropy_test", "norm_test", "pointwise_test", "simt")]
+        common = engine + self.compile("cuda", others, SIMT_FLAGS)
+        for size, parts in ((4096, ["cross-entropy", "large-rows", "pointwise", "norms", "steps"]), (32764, ["norms", "steps"])):
+            own = self.compile(f"cuda-{size}", tables, [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"])
+            program = self.link(f"cuda-{size}", common + own)
+            runs += [[program, part] for part in parts]
+        run_all(runs)
         self.fuzz(engine)
 
     def fuzz(self, engine: list[Path]) -> None:

@@ -52,7 +52,7 @@ inline bool read_dtype(const c10::TensorImpl* tensor, DType* out) {
 // TensorImpl's own accessors ask it virtually whether it has a storage; a plain tensor has.
 TRAINOPT_INLINE c10::StorageImpl* storage_of(const c10::TensorImpl* tensor) {
 #if defined(TRAINOPT_SLOW_INSPECT)
-  return tensor->storage().unsafeGetStorageImpl();
+  return const_cast<c10::TensorImpl*>(tensor)->storage().unsafeGetStorageImpl();
 #else
   return tensor->unsafe_storage().unsafeGetStorageImpl();
 #endif
@@ -152,7 +152,8 @@ inline const char* end_of(const TensorView& view, int64_t numel) {
 using VersionCounter = c10::TensorImpl;
 
 inline VersionCounter* counter_of(const c10::TensorImpl* tensor) {
-  return tensor->is_inference() ? nullptr : const_cast<c10::TensorImpl*>(tensor);
+  auto* const counted = const_cast<c10::TensorImpl*>(tensor);
+  return counted->is_inference() ? nullptr : counted;
 }
 
 inline void move_on(VersionCounter* counter) { counter->bump_version(); }

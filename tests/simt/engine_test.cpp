@@ -340,6 +340,7 @@ int main(int count, char** arguments) {
   std::printf("kernel parameters of %zu bytes\n", cuda::kParameterBytes);
   if (only.empty() || only == "norms") test_norms();
   if (only.empty() || only == "cross-entropy") test_cross_entropy(only.empty());
+  if (only.empty() || only == "large-rows") test_large_rows();
   if (only.empty() || only == "pointwise") test_pointwise_losses();
   if (only.empty() || only == "steps") {
     test_rules();
