@@ -456,11 +456,11 @@ def test_the_reference_path_computes_what_the_engine_does(name, extra, monkeypat
     options = {**EXTRAS, **BIAS}[extra]
     missing = {(0, 2), (1, 2), (2, 3)}
     engine = stepped(name, options, missing=missing)
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "1")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", True)
     reference = stepped(name, options, missing=missing)
     assert set(paths(reference[0])) == {"torch"}
     assert_same_outcome(engine, reference, rtol=1e-6 if "noise" in extra or "all" in extra else 1e-12, atol=1e-9)
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "0")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", False)
     assert set(paths(stepped(name, options)[0])) == {"fused"}
 
 
@@ -528,8 +528,8 @@ def test_complex_parameters_with_extras(name):
 @pytest.mark.parametrize("fused", [None, True])
 def test_a_gradient_scale_on_torchs_path(name, fused, monkeypatch):
     results = []
-    for forced in ("0", "1"):
-        monkeypatch.setenv("TRAINOPT_REFERENCE", forced)
+    for forced in (False, True):
+        monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", forced)
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 7).double()
         optimizer = CLASSES[name][0](model.parameters(), **OPTIONS[name], fused=fused)
@@ -662,7 +662,7 @@ def test_a_refused_step_leaves_no_empty_states():
 def test_a_group_of_torchs_own(name, kind, how, path, monkeypatch):
     if kind == "sparse" and name != "SGD":
         return
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "0" if path == "engine" else "1")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", path != "engine")
     options = {"lr": 0.1, "momentum": 0.9} if kind == "sparse" else OPTIONS[name]
     sides = []
     for cls in CLASSES[name]:

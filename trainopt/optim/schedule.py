@@ -13,8 +13,8 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainopt.checks import number, whole
-from trainopt.optim.asking import asks_for_state
-from trainopt.optim.base import Fused, copy_of
+from trainopt.optim.loading import copy_of
+from trainopt.optim.states import States, asks_for_state
 from trainopt.optim.wrappers import unwrapped
 from trainopt.schedules import constant
 
@@ -33,7 +33,7 @@ class Schedule(LRScheduler):
     A torch.optim.lr_scheduler.LRScheduler, for any torch optimizer, or a wrapper of one (Accelerate's, Fabric's,
     Lookahead), whose own optimizer it then drives. It counts the optimizer's steps itself: `step` may be called after
     each of them, or less often. A step does not count that was skipped for a gradient that is not finite, or that only
-    asks for states to be made, as distributed checkpoints do (`trainopt.optim.asking`). An option that is a Tensor is
+    asks for states to be made, as distributed checkpoints do (`trainopt.optim.states`). An option that is a Tensor is
     filled in place; it stays the same Tensor, of its dtype, on its device.
 
     The base of an option is what its group holds when the schedule is made, or the group is added. It stays in the
@@ -262,7 +262,7 @@ class Watch:
         self._steps: int | None = None
         self._asked = False  # by the step that is being made
         # trainopt's own optimizers count: a hook would cost their step more than the step itself.
-        if not (isinstance(optimizer, Fused) and hasattr(optimizer, "_record")):
+        if not (isinstance(optimizer, States) and hasattr(optimizer, "_record")):
             self._steps = 0
             if hasattr(optimizer, "_optimizer_step_post_hooks"):
                 optimizer.register_step_pre_hook(self._about_to_step)
