@@ -7,10 +7,11 @@ import pytest
 import torch
 from judge import bits
 
-import trainopt
+from trainopt.optim import registry
 
-NAMES = ("SGD", "Adam", "AdamW")
-CLASSES = {name: (getattr(trainopt, name), getattr(torch.optim, name)) for name in NAMES}
+#: Every class of torch's that trainopt has too: (trainopt's, torch's), by name.
+CLASSES = {stock.__name__: (ours, stock) for stock, ours in registry.of_torch().items()}
+NAMES = tuple(CLASSES)
 
 each_class = pytest.mark.parametrize("name", NAMES)
 

@@ -78,7 +78,7 @@ def assert_same(model, optimizer, other_model, other):
 @pytest.mark.parametrize("ask", [ask_dcp, ask_by_hand], ids=["DCP", "by hand"])
 @pytest.mark.parametrize("path", ["engine", "torch's path"])
 def test_a_run_that_was_asked_is_the_run_that_was_not(name, options, ask, path, monkeypatch):
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "0" if path == "engine" else "1")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", path != "engine")
     fresh_model, fresh = model_and(CLASSES[name][0], **options)
     model, optimizer = model_and(CLASSES[name][0], **options)
     before = [p.detach().clone() for p in model.parameters()]

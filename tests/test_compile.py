@@ -328,7 +328,7 @@ def test_tensor_betas_run_uncompiled(name):
 
 
 def test_the_reference_path_runs_uncompiled(monkeypatch):
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "1")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", True)
     compiled = Compiled(fullgraph=False)
     ours, eager = run("AdamW", compiled, steps=3), run("AdamW", eagerly, steps=3)
     assert compiled.operators() == 0

@@ -416,13 +416,13 @@ def test_an_edit_takes_effect_at_the_next_step(name, edit, warm, mesh):
 @each_class
 def test_the_engine_steps_them_from_the_second_step_on_without_asking_again(name, mesh, monkeypatch):
     """What is known of a mesh and its placements is kept for as long as the tensors are there."""
-    from trainopt.optim import shards
+    from trainopt.optim import distributed
 
     params = [nn.Parameter(spread(mesh, random((4, 4), i), Shard(0))) for i in range(3)]
     optimizer = CLASSES[name][0](params, **OPTIONS[name])
     asked = []
-    describe = shards.describe
-    monkeypatch.setattr(shards, "describe", lambda spec: asked.append(spec) or describe(spec))
+    describe = distributed.describe
+    monkeypatch.setattr(distributed, "describe", lambda spec: asked.append(spec) or describe(spec))
     for step in range(4):
         for p in params:
             p.grad = (

@@ -22,6 +22,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainopt
+from trainopt._extension import _C
 
 
 def paths(optimizer):
@@ -456,11 +457,11 @@ def test_the_reference_path_computes_what_the_engine_does(name, extra, monkeypat
     options = {**EXTRAS, **BIAS}[extra]
     missing = {(0, 2), (1, 2), (2, 3)}
     engine = stepped(name, options, missing=missing)
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "1")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", True)
     reference = stepped(name, options, missing=missing)
     assert set(paths(reference[0])) == {"torch"}
     assert_same_outcome(engine, reference, rtol=1e-6 if "noise" in extra or "all" in extra else 1e-12, atol=1e-9)
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "0")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", False)
     assert set(paths(stepped(name, options)[0])) == {"fused"}
 
 
@@ -528,8 +529,8 @@ def test_complex_parameters_with_extras(name):
 @pytest.mark.parametrize("fused", [None, True])
 def test_a_gradient_scale_on_torchs_path(name, fused, monkeypatch):
     results = []
-    for forced in ("0", "1"):
-        monkeypatch.setenv("TRAINOPT_REFERENCE", forced)
+    for forced in (False, True):
+        monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", forced)
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 7).double()
         optimizer = CLASSES[name][0](model.parameters(), **OPTIONS[name], fused=fused)
@@ -662,7 +663,7 @@ def test_a_refused_step_leaves_no_empty_states():
 def test_a_group_of_torchs_own(name, kind, how, path, monkeypatch):
     if kind == "sparse" and name != "SGD":
         return
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "0" if path == "engine" else "1")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", path != "engine")
     options = {"lr": 0.1, "momentum": 0.9} if kind == "sparse" else OPTIONS[name]
     sides = []
     for cls in CLASSES[name]:
@@ -683,3 +684,39 @@ def test_a_group_of_torchs_own(name, kind, how, path, monkeypatch):
             for state in side[0].state.values():
                 state["momentum_buffer"] = state["momentum_buffer"].to_dense()
     assert_same_outcome(*sides)
+
+
+# What the plan says of a step -----------------------------------------------------------------------------------------
+
+
+class Foreign(dict):
+    def __getitem__(self, key):
+        return super().__getitem__(key)
+
+
+ANSWERS = {
+    "states are missing": (lambda group, state: state.clear(), "unfinished", {"missing": [0, 1]}),
+    "a part of torch's": (lambda group, state: group.update(differentiable=True), "unfinished", {"rest": [0, 1]}),
+    "an odd option": (lambda group, state: group.update(eps=None), "unfinished", {"rest": [0, 1], "doubtful": [0]}),
+    "steps may be skipped": (lambda group, state: group.update(skip_nonfinite=True), "look at gradients", {}),
+    "nothing to say": (lambda group, state: None, "done", {}),
+}
+
+
+@pytest.mark.parametrize("edit, status, indices", ANSWERS.values(), ids=ANSWERS)
+def test_the_plan_says_what_became_of_a_step(edit, status, indices):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer = trainopt.AdamW(params)
+    optimizer.init_state()
+    (group,) = optimizer.param_groups
+    edit(group, optimizer.state)
+    before = snapshot(optimizer)
+    answer = _C.Plan("adam").step([group], optimizer.state, 1.0)
+    assert answer.status == status
+    lists = {name: getattr(answer, name) for name in ("missing", "rest", "sharing", "doubtful")}
+    assert {name: found for name, found in lists.items() if found} == indices
+    if status != "done":
+        assert_same_bits(before, snapshot(optimizer))
+        assert _C.Plan("adam").step([Foreign(group)], optimizer.state, 1.0).status == "foreign containers"

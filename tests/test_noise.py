@@ -370,7 +370,7 @@ def run_late(row, steps, count=LATE, **options):
 @pytest.mark.parametrize("path", ["engine", "torch"])
 def test_it_goes_on_after_the_largest_count_of_float32(row, path, monkeypatch):
     """2**24 + 1 is no float32: the count stopped there, and the noise was the same vector in every step."""
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "1" if path == "torch" else "0")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", path == "torch")
     optimizer, added = run_late(row, 4)
     for i, noise in enumerate(added):
         assert torch.equal(noise, gaussian(64, 21, LATE + 1 + i))

@@ -357,7 +357,7 @@ def test_a_fallback_reaches_torch(call, in_place):
 def test_torchs_path_for_all(name, in_place, monkeypatch):
     expected = stepped(name, torch.ones(3, 3))
     in_place()
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "1")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", True)
     torch.testing.assert_close(stepped(name, torch.ones(3, 3)), expected)
 
 

@@ -1,6 +1,9 @@
 """What trainopt.explain says of losses and of clipping; of optimizers, see test_tools."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -82,3 +85,25 @@ def test_what_cannot_be_told_is_refused():
         trainopt.explain(3)
     with pytest.raises(TypeError, match="give its inputs too"):
         trainopt.explain(lambda output, target: (output - target).square().mean())
+
+
+ALL_PATHS = """
+import os, torch, trainopt
+os.environ["TRAINOPT_REFERENCE"] = "" if os.environ.get("TRAINOPT_REFERENCE") else "1"  # too late to matter
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+optimizer = trainopt.AdamW([p])
+optimizer.step()
+loss = trainopt.functional.mse_loss(p, torch.zeros(3))
+told = [*trainopt.explain(optimizer), *trainopt.explain(trainopt.MSELoss(), p, torch.zeros(3))]
+told += trainopt.explain(trainopt.clip_grad_norm_, [p])
+done = [optimizer._plan is None, "trainopt" not in loss.grad_fn.name().lower()]
+print({row.path == "torch" for row in told} | set(done))
+"""
+
+
+@pytest.mark.parametrize("forced", ["1", "", "0"])
+def test_the_reference_is_asked_for_once_and_holds_for_everything(forced):
+    environment = {**os.environ, "TRAINOPT_REFERENCE": forced}
+    done = subprocess.run([sys.executable, "-c", ALL_PATHS], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == ("{True}" if forced == "1" else "{False}"), done.stderr

@@ -298,7 +298,7 @@ def test_the_engine_steps_them_all(name, container, monkeypatch):
     twins.step()
     twins.edit(CONTAINERS[container])
     twins.set_gradients()
-    monkeypatch.setattr("trainopt.optim.reference.step_of", None)
+    monkeypatch.setattr("trainopt.optim.torch_path.step_of", None)
     twins.ours.optimizer.step()
 
 

@@ -464,7 +464,7 @@ def test_a_step_that_fails_does_not_count(make):
 
 
 def test_steps_of_the_reference_path_count(monkeypatch):
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "1")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", True)
     optimizer = two_groups(trainopt.AdamW)
     assert len(run(optimizer, schedule := schedule_of(optimizer), 3)) == 3 == schedule.last_epoch
 

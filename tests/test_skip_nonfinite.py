@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=["engine", "torch's path"])
 def path(request, monkeypatch):
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "0" if request.param == "engine" else "1")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", request.param != "engine")
 
 
 def optimizer_of(name, dtype=torch.float32, shapes=SHAPES, **options):

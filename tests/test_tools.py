@@ -98,10 +98,10 @@ def test_explain_of_differentiable_and_reference(name, monkeypatch):
     assert "differentiable" in trainopt.explain(ours([p], differentiable=True))[0].reason
     optimizer = ours([p])
     assert trainopt.explain(optimizer)[0].path.startswith("fused")
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "1")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", True)
     (row,) = trainopt.explain(ours([p]))
     assert row.path == "torch" and "TRAINOPT_REFERENCE" in row.reason
-    monkeypatch.setenv("TRAINOPT_REFERENCE", "0")
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", False)
     assert trainopt.explain(ours([p]))[0].path.startswith("fused")
 
 

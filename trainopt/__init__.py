@@ -5,52 +5,28 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 __all__ = [
-    "SGD",
-    "Adam",
-    "AdamW",
-    "BCELoss",
-    "BCEWithLogitsLoss",
-    "CrossEntropyLoss",
-    "HuberLoss",
-    "KLDivLoss",
-    "L1Loss",
-    "LinearCrossEntropyLoss",
-    "LinearCrossEntropyOptions",
-    "MSELoss",
-    "Schedule",
-    "SmoothL1Loss",
     "__version__",
     "clip_grad_norm_",
     "explain",
     "functional",
-    "fuse",
     "get_total_norm",
-    "nonfinite_report",
-    "param_groups",
     "patch",
     "patched",
     "schedules",
 ]
 
 try:
-    from trainopt import functional, schedules
+    from trainopt import functional, losses, optim, schedules
     from trainopt.clip import clip_grad_norm_, get_total_norm
-    from trainopt.losses import (
-        BCELoss,
-        BCEWithLogitsLoss,
-        CrossEntropyLoss,
-        HuberLoss,
-        KLDivLoss,
-        L1Loss,
-        LinearCrossEntropyLoss,
-        LinearCrossEntropyOptions,
-        MSELoss,
-        SmoothL1Loss,
-    )
-    from trainopt.optim import SGD, Adam, AdamW, Schedule, fuse, nonfinite_report, param_groups
+    from trainopt.losses import *  # noqa: F403
+    from trainopt.optim import *  # noqa: F403
     from trainopt.patching import patch, patched
     from trainopt.paths import explain
+
+    __all__ += losses.__all__
+    __all__ += optim.__all__
 except ImportError:
-    # Python imports this package before it runs `python -m trainopt` or `trainopt`, which report this very error.
+    # Python imports this package before it runs the command `trainopt`, or `python -m trainopt`, which begins with this
+    # very import and reports what is wrong and what mends it. For any other program the error is raised here.
     if not (sys.argv[:1] == ["-m"] and "trainopt" in sys.orig_argv) and Path(sys.argv[0]).stem != "trainopt":
         raise

@@ -33,6 +33,26 @@ def one_of(owner: Any, name: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"{name_of(owner)}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+#: How torch's optimizers call their options in errors, where that is not by their names.
+_STOCK_WORDS = {"lr": "learning rate", "eps": "epsilon value", "betas": "beta parameter"}
+
+
+def stock_option(name: str, value: Any) -> None:
+    """A ValueError in the words of torch's optimizers, for a negative number, or a beta outside [0, 1)."""
+    words = _STOCK_WORDS.get(name, f"{name} value")
+    for index, beta in enumerate(value if name == "betas" else ()):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid {words} at index {index}: {beta}")
+    if name != "betas" and not 0.0 <= value:
+        raise ValueError(f"Invalid {words}: {value}")
+
+
+def seed(value: Any) -> None:
+    """Likewise, unless it is an integer from 0 to 2**64 - 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"Invalid seed value: {value} (an integer from 0 to 2**64 - 1)")
+
+
 def name_of(owner: Any) -> str:
     """What the option belongs to: a name as it is, a class or function by its own, an object by its class."""
     if isinstance(owner, str):

@@ -16,8 +16,9 @@ from types import GeneratorType
 import torch
 from torch import Tensor
 
+from trainopt import switches
 from trainopt._extension import _C
-from trainopt.originals import clip as torchs
+from trainopt.originals import clip as stock
 
 _ORDERS = (1.0, 2.0, math.inf)  # any other goes through torch
 _SHORT = (torch.float16, torch.bfloat16)
@@ -25,7 +26,7 @@ _SHORT = (torch.float16, torch.bfloat16)
 
 def _norm(tensors: list[Tensor], order: float, of_gradients: bool) -> tuple[float | Tensor, Tensor] | None:
     """The norm in float64, on CUDA a tensor; and as the tensor that torch gives. None if torch must do it."""
-    if order not in _ORDERS or torch.compiler.is_compiling():
+    if switches.REFERENCE_FORCED or order not in _ORDERS or torch.compiler.is_compiling():
         return None
     return _C.norm_of(tensors, order, of_gradients)
 
@@ -33,7 +34,7 @@ def _norm(tensors: list[Tensor], order: float, of_gradients: bool) -> tuple[floa
 def _check_finite(total: Tensor, order: float) -> None:
     """Torch's own error for a norm that is infinite or NaN."""
     if not math.isfinite(total.item()):
-        torchs._get_total_norm([total], order, error_if_nonfinite=True)
+        stock._get_total_norm([total], order, error_if_nonfinite=True)
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def _norm_by_torch(
         else t
         for t in tensors
     ]
-    return torchs._get_total_norm(norms, order, error_if_nonfinite, foreach)
+    return stock._get_total_norm(norms, order, error_if_nonfinite, foreach)
 
 
 def get_total_norm(
@@ -114,20 +115,20 @@ def clip_grad_norm_(
         given = list(parameters)
         if not given and isinstance(parameters, GeneratorType):
             # Torch warns of an empty generator, which is nearly always one that has been used up.
-            return torchs.clip_grad_norm_((p for p in given), max_norm, norm_type, error_if_nonfinite, foreach)
+            return stock.clip_grad_norm_((p for p in given), max_norm, norm_type, error_if_nonfinite, foreach)
     order = float(norm_type)
     found = _norm(given, order, of_gradients=True)
     if found is None:
         gradients = [p.grad for p in given if p.grad is not None]
         if not any(g.dtype in _SHORT for g in gradients):
-            return torchs.clip_grad_norm_(given, max_norm, norm_type, error_if_nonfinite, foreach)
+            return stock.clip_grad_norm_(given, max_norm, norm_type, error_if_nonfinite, foreach)
         total = _norm_by_torch(gradients, order, error_if_nonfinite, foreach)
-        torchs._clip_grads_with_norm_(given, float(max_norm), total, foreach)
+        stock._clip_grads_with_norm_(given, float(max_norm), total, foreach)
         return total
     norm, total = found
     if error_if_nonfinite:
         _check_finite(total, order)
     if not _C.clip_gradients(given, float(max_norm), norm):
         # Gradients that share memory are scaled one after the other: torch's foreach kernels on CUDA race for it.
-        torchs._clip_grads_with_norm_(given, max_norm, total, foreach=False)
+        stock._clip_grads_with_norm_(given, max_norm, total, foreach=False)
     return total

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 
 import trainopt
+from trainopt import switches
 
 
 def main() -> int:
     """Prints the report; 1 where trainopt cannot be used."""
-    build = extension = optim = None
+    build = extension = registry = None
     problem: BaseException | None = None
     with contextlib.suppress(ModuleNotFoundError):
         build = importlib.import_module("trainopt._build")
     try:
         extension = importlib.import_module("trainopt._extension")._C
-        optim = importlib.import_module("trainopt.optim.base")
+        registry = importlib.import_module("trainopt.optim.registry")
     except ImportError as error:
         problem = error
 
@@ -49,15 +50,17 @@ def main() -> int:
     if extension:
         show_gpus(extension)
     reference = os.environ.get("TRAINOPT_REFERENCE")
-    show("TRAINOPT_REFERENCE", reference or "not set", "1 sends every parameter through torch's own path")
-    if extension and optim:
+    show(
+        "TRAINOPT_REFERENCE", reference or "not set", "1 sends optimizers, losses and clipping through torch's own path"
+    )
+    if extension and registry:
         kernels = {"CPU": f"{extension.cpu_variant()} kernel"}
         if "cuda" in extension.device_types():
             kernels["CUDA"] = "CUDA kernel"
-        if optim.reference.is_forced():
+        if switches.REFERENCE_FORCED:
             kernels = dict.fromkeys(kernels, "torch's own path")
         used = "; ".join(f"{device}: {kernel}" for device, kernel in kernels.items()) + "; elsewhere: torch's own path"
-        for optimizer in ("SGD", "Adam", "AdamW"):
+        for optimizer in registry.OPTIMIZERS:
             show(optimizer, used, "trainopt.explain(optimizer) tells more")
         show("losses", used)
         return 0

@@ -10,18 +10,19 @@ from typing import Any
 
 import torch.nn.utils.clip_grad  # noqa: F401  (the modules below are imported)
 
-from trainopt import clip, losses, optim, originals
+from trainopt import clip, losses
 from trainopt.losses import functional
-from trainopt.optim.base import Fused
+from trainopt.optim import registry
+
+_OPTIMIZERS = registry.of_torch()
 
 
 def _places() -> dict[str, dict[str, Any]]:
     """By torch's modules: the names in them, each with what takes its place."""
-    classes = {name: getattr(optim, name) for name in optim.__all__}
-    optimizers = {name: cls for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, Fused)}
+    optimizers = {torch_class.__name__: cls for torch_class, cls in _OPTIMIZERS.items()}
     modules = {name: getattr(losses, name) for name in losses.__all__ if name.endswith("Loss")}
     return {
-        **{getattr(originals, name).__module__: {name: ours} for name, ours in optimizers.items()},
+        **{torch_class.__module__: {torch_class.__name__: cls} for torch_class, cls in _OPTIMIZERS.items()},
         "torch.optim": optimizers,
         "torch.nn.functional": {name: getattr(functional, name) for name in functional.__all__},
         # Not in torch.nn.modules.loss, where pickle looks for torch's classes: they call the functions above.
@@ -67,8 +68,8 @@ class Patch:
                     module, name, before, ours = _replaced.pop()
                     if vars(module).get(name) is ours:
                         setattr(module, name, before)
-                for name in _PLACES["torch.optim"]:
-                    copyreg.dispatch_table.pop(getattr(originals, name), None)
+                for torch_class in _OPTIMIZERS:
+                    copyreg.dispatch_table.pop(torch_class, None)
 
     def __enter__(self) -> "Patch":
         return self
@@ -102,8 +103,8 @@ def patch() -> Patch:
                     if vars(module).get(name, ours) is not ours:
                         _replaced.append((module, name, vars(module)[name], ours))
                         setattr(module, name, ours)
-            for name, ours in _PLACES["torch.optim"].items():
-                copyreg.pickle(getattr(originals, name), _pickled_as(ours))
+            for torch_class, ours in _OPTIMIZERS.items():
+                copyreg.pickle(torch_class, _pickled_as(ours))
         _patches.add(made)
     return made
 

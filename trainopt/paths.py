@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import trainopt.clip
+from trainopt import switches
 from trainopt._extension import _C
-from trainopt.losses.dispatch import REFERENCE_FORCED
-from trainopt.optim.explain import Explanation, ParameterPath
+from trainopt.losses import dispatch
+from trainopt.optim.explain import Explanation, ParameterPath, kernel, outline
 from trainopt.optim.explain import explain as explain_optimizer
 
 CLIPPING = ("clip_grad_norm_", "get_total_norm")
@@ -68,6 +69,8 @@ def explain_clipping(function: Callable[..., Any], tensors: Any = ()) -> Paramet
     what = f"{len(given)} tensor{'s' * (len(given) != 1)}" if given else "ordinary tensors"
     if function not in (trainopt.clip.clip_grad_norm_, trainopt.clip.get_total_norm):
         return ParameterPath(name, "torch", "it is torch's own", what)
+    if switches.REFERENCE_FORCED:
+        return ParameterPath(name, "torch", FORCED, what)
     of_gradients = function is trainopt.clip.clip_grad_norm_
     if given and _C.norm_of(given, 2.0, of_gradients) is None:
         why = "tensors that the compiled module does not take: sparse, subclasses, several devices, or without a kernel"
@@ -106,7 +109,7 @@ def explain_calls(function: Callable[..., Any], inputs: Iterable[Any]) -> list[P
             continue
         made = result[0] if isinstance(result, tuple) else result
         is_ours = "trainopt" in getattr(made.grad_fn, "name", lambda: "")()
-        why = FORCED if REFERENCE_FORCED else "tensors that the operators do not take"
+        why = FORCED if dispatch.REFERENCE_FORCED else "tensors that the operators do not take"
         path = kernel(tensors[0].device.type) if is_ours else "torch"
         rows.append(ParameterPath(name, path, "" if is_ours else why, what))
     return rows or [ParameterPath(name_of(function), "torch", "it calls no loss of trainopt's or torch's", "")]
@@ -127,7 +130,7 @@ def explain_parts(subject: Any) -> Iterable[ParameterPath]:
             place = ".".join(filter(None, (path, inner)))
             name = f"{place} ({name_of(thing)})" if place else name_of(thing)
             is_ours = (type(thing) if is_module else thing).__module__.startswith("trainopt")
-            reason = ("" if not REFERENCE_FORCED else FORCED) if is_ours else "it is torch's own"
+            reason = ("" if not dispatch.REFERENCE_FORCED else FORCED) if is_ours else "it is torch's own"
             yield ParameterPath(name, "torch" if reason else kernel("cpu"), reason, "ordinary tensors")
 
 
@@ -140,14 +143,6 @@ def own_leaf(value: Any, has_gradient: bool) -> Any:
     copied = value.detach().clone()
     can_have = copied.is_floating_point() or copied.is_complex()
     return copied.requires_grad_() if can_have and (has_gradient or value.requires_grad) else copied
-
-
-def kernel(device: str) -> str:
-    return f"fused (cpu, {_C.cpu_variant()})" if device == "cpu" else f"fused ({device})"
-
-
-def outline(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
 
 
 def name_of(thing: Any) -> str:

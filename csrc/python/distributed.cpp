@@ -83,7 +83,7 @@ const Shard* Specs::find(PyObject* spec) {
 
 bool Specs::learn() {
   if (strangers_.empty()) return false;
-  const auto describe = pybind11::module_::import("trainopt.optim.shards").attr("describe");
+  const auto describe = pybind11::module_::import("trainopt.optim.distributed").attr("describe");
   for (const pybind11::object& spec : std::exchange(strangers_, {})) {
     using Sizes = std::vector<int64_t>;
     const auto [key, is_pending, sizes, offset] =

@@ -69,19 +69,17 @@ std::map<std::string, bool> variants() {
   return result;
 }
 
-std::string compiler() {
-#if defined(__clang__)
-  return std::string("Clang ") + __clang_version__;
-#else
-  return std::string("GCC ") + __VERSION__;
-#endif
+pybind11::tuple names(const char* const* first, int count) {
+  return pybind11::tuple(pybind11::cast(std::vector<std::string>(first, first + count)));
 }
 
-// The rules, each with the options that it reads from a parameter group.
-std::map<std::string, std::vector<std::string>> rules() {
-  std::map<std::string, std::vector<std::string>> result;
+// What each rule's header says of it: for every name (options, states, counts_steps).
+pybind11::dict rules() {
+  const auto facts = pybind11::module_::import("collections").attr("namedtuple")("Rule", "options states counts_steps");
+  pybind11::dict result;
   for (int i = 0; const cpu::Rule* rule = cpu::rule_at(i); ++i)
-    result[rule->name] = {rule->options, rule->options + rule->option_count};
+    result[rule->name] =
+        facts(names(rule->options, rule->option_count), names(rule->states, rule->state_count), rule->counts_steps);
   return result;
 }
 
@@ -139,8 +137,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_variant", [] { return cpu::name_of(cpu::current_variant()); });
   m.def("cpu_variants", variants);
   m.def("set_cpu_variant", [](const std::string& name) { cpu::set_variant(parse_variant(name)); });
-  m.def("compiler", compiler);
-  m.def("rules", rules);
+  m.def("rules", rules, "What the header of each rule says of it: its options, its states, and if it counts steps.");
+  m.def("states_needed", states_needed, pybind11::arg("rule"), pybind11::arg("group"),
+        "The names of the states that a parameter group's options call for.");
+  step_is_done();
   m.def("is_observed", is_observed, "Whether a profiler or another observer of record_function is active.");
   m.def("takes", take, "Whether the fused losses take all of these tensors (or None) together as they are now.");
   m.def("device_types", device_types, "The device types that there are kernels for.");
@@ -171,15 +171,15 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "step",
           [](const pybind11::object& plan, const pybind11::object& groups, const pybind11::object& state,
-             double gradient_scale, Indices fresh, Indices torchs, const pybind11::object& device_scale,
-             const pybind11::object& found_inf, bool were_seen) {
-            return plan_in(plan).step(groups, state, gradient_scale, std::move(fresh), std::move(torchs), device_scale,
-                                      found_inf, were_seen);
+             double gradient_scale, Indices fresh, Indices stepped, const pybind11::object& device_scale,
+             const pybind11::object& found_inf, bool gradients_seen) {
+            return plan_in(plan).step(groups, state, gradient_scale, std::move(fresh), std::move(stepped), device_scale,
+                                      found_inf, gradients_seen);
           },
           pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),
-          pybind11::arg("fresh") = Indices(), pybind11::arg("torchs") = Indices(),
+          pybind11::arg("fresh") = Indices(), pybind11::arg("stepped") = Indices(),
           pybind11::arg("device_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
-          pybind11::arg("were_seen") = false)
+          pybind11::arg("gradients_seen") = false)
       .def(
           "paths",
           [](const pybind11::object& plan, const pybind11::object& groups, const pybind11::object& state) {

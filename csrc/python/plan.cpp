@@ -67,6 +67,21 @@ const cpu::Rule& rule_named(const std::string& name) {
   return *rule;
 }
 
+pybind11::object answer_of(const char* status, const Unfinished& unfinished = {}) {
+  static PyStructSequence_Field fields[] = {{"status", nullptr},  {"missing", nullptr},  {"rest", nullptr},
+                                            {"sharing", nullptr}, {"doubtful", nullptr}, {nullptr, nullptr}};
+  static PyStructSequence_Desc description = {"trainopt._C.StepAnswer", "What Plan.step says: see csrc/python/plan.h",
+                                              fields, 5};
+  static PyTypeObject* const type = PyStructSequence_NewType(&description);
+  auto answer = pybind11::reinterpret_steal<pybind11::object>(PyStructSequence_New(type));
+  if (!answer) throw pybind11::error_already_set();
+  PyStructSequence_SetItem(answer.ptr(), 0, PyUnicode_InternFromString(status));
+  Py_ssize_t field = 1;
+  for (const Indices* indices : {&unfinished.missing, &unfinished.rest, &unfinished.sharing, &unfinished.doubtful})
+    PyStructSequence_SetItem(answer.ptr(), field++, pybind11::cast(*indices).release().ptr());
+  return answer;
+}
+
 // A number that kernels read where it lies.
 at::Tensor number_or_none(const char* name, const pybind11::object& object) {
   if (object.is_none()) return {};
@@ -82,6 +97,18 @@ at::Tensor number_or_none(const char* name, const pybind11::object& object) {
 }
 
 }  // namespace
+
+pybind11::object step_is_done() {
+  static PyObject* const answer = answer_of("done").release().ptr();
+  return pybind11::reinterpret_borrow<pybind11::object>(answer);
+}
+
+std::vector<std::string> states_needed(const std::string& rule_name, const pybind11::dict& dict) {
+  const cpu::Rule& rule = rule_named(rule_name);
+  Group group;
+  group.refresh(dict.ptr(), rule);
+  return {rule.states, rule.states + group.states_needed};
+}
 
 Plan::GroupForm::GroupForm(const Group& group)
     : count(PySequence_Fast_GET_SIZE(group.params)),
@@ -133,9 +160,9 @@ bool Plan::learn() {
 }
 
 // Looks at everything, as if there had been no step before.
-Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs) {
+Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& stepped) {
   const bool mode = c10::impl::TorchDispatchModeTLS::any_modes_set();
-  bool can_recall = !writes_gradient && torchs.empty();
+  bool can_recall = !writes_gradient && stepped.empty();
   can_recall_ = has_dtensors_ = false;  // until all is seen: there may be an error
   Unfinished found;
   batch_.clear();
@@ -166,7 +193,7 @@ Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fres
       }
       PyObject* param_state = cursor.find(object);
       places_[tensor] = {object, param_state, true};
-      if (contains(torchs, tensor)) continue;
+      if (contains(stepped, tensor)) continue;
       for (const c10::TensorImpl* option : group.tensors) batch_.note_read(option, tensor);
       Operands operands;
       const bool is_tensor = THPVariable_Check(object);
@@ -276,32 +303,33 @@ void Plan::check_capture() const {
 }
 
 pybind11::object Plan::step(const pybind11::object& groups, const pybind11::object& state, double gradient_scale,
-                            Indices fresh, Indices torchs, const pybind11::object& device_scale,
-                            const pybind11::object& found_inf, bool were_seen) {
+                            Indices fresh, Indices stepped, const pybind11::object& device_scale,
+                            const pybind11::object& found_inf, bool gradients_seen) {
   // Two threads in one optimizer's step race for its values, as with any in-place operation, but not for the plan.
   if (is_running_)
-    return Plan(rule_.name).step(groups, state, gradient_scale, fresh, torchs, device_scale, found_inf, were_seen);
+    return Plan(rule_.name)
+        .step(groups, state, gradient_scale, fresh, stepped, device_scale, found_inf, gradients_seen);
   const DeviceScaling scaling{number_or_none("device_scale", device_scale), number_or_none("found_inf", found_inf)};
   const bool writes_gradient = gradient_scale != 1 || scaling.gradient_scale.defined();
   bool all_next = false;
   sort(&fresh);
-  sort(&torchs);
-  if (!refresh(groups.ptr(), state.ptr())) return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
-  if (!were_seen && depends_on_gradients(state.ptr())) return pybind11::bool_(true);
-  const bool is_recalled = !writes_gradient && fresh.empty() && torchs.empty() && recall(state.ptr(), &all_next);
+  sort(&stepped);
+  if (!refresh(groups.ptr(), state.ptr())) return answer_of("foreign containers");
+  if (!gradients_seen && depends_on_gradients(state.ptr())) return answer_of("look at gradients");
+  const bool is_recalled = !writes_gradient && fresh.empty() && stepped.empty() && recall(state.ptr(), &all_next);
   if (is_recalled) {
-    if (scaling.exists()) return pybind11::bool_(false);
+    if (scaling.exists()) return answer_of("ask the host");
     batch_.prepare_again(gradient_scale, all_next);
   } else {
-    const Unfinished unfinished = walk(state.ptr(), writes_gradient, fresh, torchs);
-    if (learn()) return step(groups, state, gradient_scale, fresh, torchs, device_scale, found_inf, were_seen);
+    const Unfinished unfinished = walk(state.ptr(), writes_gradient, fresh, stepped);
+    if (learn()) return step(groups, state, gradient_scale, fresh, stepped, device_scale, found_inf, gradients_seen);
     if (const auto& refused = unfinished.refused)
       TORCH_CHECK(false, "parameter ", refused->first, ": ", describe(refused->second));
     const bool can_recall = std::exchange(can_recall_, false);  // only what has been prepared
-    if (scaling.exists() && (!batch_.is_for_devices_alone() || !unfinished.rest.empty())) return pybind11::bool_(false);
+    if (scaling.exists() && (!batch_.is_for_devices_alone() || !unfinished.rest.empty()))
+      return answer_of("ask the host");
     check_capture();
-    if (!unfinished.empty())
-      return pybind11::make_tuple(unfinished.missing, unfinished.rest, unfinished.sharing, unfinished.doubtful);
+    if (!unfinished.empty()) return answer_of("unfinished", unfinished);
     batch_.prepare(gradient_scale, scaling);
     can_recall_ = can_recall;
   }
@@ -311,7 +339,7 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
     run_unlocked();
   }
   if (!is_recalled) specs_.forget_unused();
-  return pybind11::none();
+  return step_is_done();
 }
 
 // Another thread may drop a tensor, or give it other memory, while the interpreter is free. What the step writes beside

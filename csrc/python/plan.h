@@ -42,27 +42,33 @@ struct Unfinished {
   bool empty() const { return missing.empty() && rest.empty(); }
 };
 
+// The names of the states that a group's options call for.
+std::vector<std::string> states_needed(const std::string& rule, const pybind11::dict& group);
+
+// The answer to nearly every step, made once: the module asks for it when it is loaded, so that no step has to.
+pybind11::object step_is_done();
+
 class Plan {
  public:
   explicit Plan(const std::string& rule);
 
   // One step over `groups` (torch's param_groups) and `state` (torch's state dict). Gradients are divided by
   // `gradient_scale` and written back unless it is 1. `fresh` holds the indices of parameters whose states were made
-  // in this very step, `torchs` of those that torch has stepped already.
+  // in this very step, `stepped` of those that torch has stepped already.
   //
-  // Returns None when all is done. Else nothing has been changed, and it returns the fields of an `Unfinished` as a
-  // tuple; or NotImplemented where groups, parameters or states are in containers that answer by code of their own.
+  // Returns a `StepAnswer`, a named tuple whose `status` is "done" or says why nothing has been changed:
+  //   "unfinished"          the other fields are those of an `Unfinished`
+  //   "look at gradients"   a group skips steps that are not finite, or there is neither a state nor a learning rate,
+  //   so
+  //                         that the step may only ask for states; not where `gradients_seen`
+  //   "ask the host"        the device alone cannot apply `device_scale` and `found_inf`: the host has to read them
+  //   "foreign containers"  groups, parameters or states are in containers that answer by code of their own
   //
   // `device_scale` and `found_inf` (float32 tensors of one element on a CUDA device, or None) say the same as
-  // `gradient_scale` and a step that is not to be made, without the host's knowing. False where it must know: then
-  // nothing has been changed.
-  //
-  // True, and nothing has been changed, if the gradients must be looked at first, unless they `were_seen`: a group
-  // skips steps that are not finite, or there is neither a state nor a learning rate, so that the step may only ask for
-  // states.
+  // `gradient_scale` and a step that is not to be made. They are applied on the device, without a wait.
   pybind11::object step(const pybind11::object& groups, const pybind11::object& state, double gradient_scale,
-                        Indices fresh, Indices torchs, const pybind11::object& device_scale,
-                        const pybind11::object& found_inf, bool were_seen);
+                        Indices fresh, Indices stepped, const pybind11::object& device_scale,
+                        const pybind11::object& found_inf, bool gradients_seen);
 
   // The path of every parameter, were it to have an ordinary gradient now. Nothing for containers as above.
   std::optional<std::vector<std::string>> paths(const pybind11::object& groups, const pybind11::object& state);
@@ -108,7 +114,7 @@ class Plan {
   bool refresh(PyObject* groups, PyObject* state);
   bool recall(PyObject* state, bool* all_next);
   bool same_places(PyObject* state) const;
-  Unfinished walk(PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& torchs);
+  Unfinished walk(PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& stepped);
   bool learn();
   bool lacks_states(const Operands& operands, const Group& group) const;
   bool depends_on_gradients(PyObject* state) const;

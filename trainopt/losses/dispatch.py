@@ -12,10 +12,7 @@ from torch.overrides import handle_torch_function
 import trainopt.losses.fake  # noqa: F401  (torch.compile needs it)
 from trainopt._extension import _C
 from trainopt.losses.chunks import only_torch_honours, tokens_in_chunk
-from trainopt.optim.reference import is_forced
-
-#: TRAINOPT_REFERENCE as it was when trainopt was imported: reading the environment takes as long as a small loss.
-REFERENCE_FORCED = is_forced()
+from trainopt.switches import REFERENCE_FORCED
 
 _NO_OVERRIDE = torch._C._disabled_torch_function_impl
 _DEVICE_TYPES = _C.device_types()

@@ -1,12 +1,12 @@
-"""The optimizers."""
+"""The optimizers. A new one is imported here; `trainopt` exports what this module does."""
 
 from trainopt.optim.adam import Adam
 from trainopt.optim.adamw import AdamW
-from trainopt.optim.explain import explain
+from trainopt.optim.explain import explain as explain  # `trainopt.explain` takes losses too
 from trainopt.optim.fuse import fuse
 from trainopt.optim.groups import param_groups
-from trainopt.optim.nonfinite import nonfinite_report
+from trainopt.optim.report import nonfinite_report
 from trainopt.optim.schedule import Schedule
 from trainopt.optim.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "Schedule", "explain", "fuse", "nonfinite_report", "param_groups"]
+__all__ = ["SGD", "Adam", "AdamW", "Schedule", "fuse", "nonfinite_report", "param_groups"]

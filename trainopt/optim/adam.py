@@ -1,26 +1,15 @@
 """Adam."""
 
-from typing import Any, ClassVar
+from typing import Any, Unpack
 
 import torch
 
 from trainopt import originals
 from trainopt.optim.base import Fused
-from trainopt.optim.extras import ADAM
+from trainopt.optim.options import AdamExtras
 
 
-class AdamRule(Fused):
-    """What Adam and AdamW share: they are one rule, with weight decay in another place."""
-
-    _rule = "adam"
-    _states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    EXTRAS: ClassVar[dict[str, Any]] = ADAM
-
-    def _states_needed(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self._states if group["amsgrad"] else self._states[:2]
-
-
-class Adam(AdamRule, originals.Adam):
+class Adam(Fused, originals.Adam, rule="adam"):
     """torch.optim.Adam with a fused step.
 
     Every argument, default, error and state key is that of `torch.optim.Adam`. Keyword-only, beyond torch, and in each
@@ -50,12 +39,7 @@ class Adam(AdamRule, originals.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        bias_correction: bool = True,
-        l1: float = 0.0,
-        l1_proximal: bool = False,
-        noise: float = 0.0,
-        seed: int = 0,
-        skip_nonfinite: bool = False,
+        **extras: Unpack[AdamExtras],
     ) -> None:
         super().__init__(
             params,
@@ -70,12 +54,5 @@ class Adam(AdamRule, originals.Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
-            extras={
-                "bias_correction": bias_correction,
-                "l1": l1,
-                "l1_proximal": l1_proximal,
-                "noise": noise,
-                "seed": seed,
-                "skip_nonfinite": skip_nonfinite,
-            },
+            **extras,
         )

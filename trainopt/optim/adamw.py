@@ -1,14 +1,15 @@
 """AdamW."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from trainopt import originals
-from trainopt.optim.adam import AdamRule
+from trainopt.optim.base import Fused
+from trainopt.optim.options import AdamExtras
 
 
-class AdamW(AdamRule, originals.AdamW):
+class AdamW(Fused, originals.AdamW, rule="adam"):
     """torch.optim.AdamW with a fused step: Adam with decoupled weight decay.
 
     Every argument, default, error and state key is that of `torch.optim.AdamW`. Keyword-only beyond torch:
@@ -30,12 +31,7 @@ class AdamW(AdamRule, originals.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        bias_correction: bool = True,
-        l1: float = 0.0,
-        l1_proximal: bool = False,
-        noise: float = 0.0,
-        seed: int = 0,
-        skip_nonfinite: bool = False,
+        **extras: Unpack[AdamExtras],
     ) -> None:
         super().__init__(
             params,
@@ -49,12 +45,5 @@ class AdamW(AdamRule, originals.AdamW):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
-            extras={
-                "bias_correction": bias_correction,
-                "l1": l1,
-                "l1_proximal": l1_proximal,
-                "noise": noise,
-                "seed": seed,
-                "skip_nonfinite": skip_nonfinite,
-            },
+            **extras,
         )

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from trainopt import switches
 from trainopt._extension import _C, why_no_cuda
-from trainopt.optim import reference
-from trainopt.optim.base import Fused
-from trainopt.optim.extras import extra
-from trainopt.optim.names import names_of
+from trainopt.optim.options import extra
+from trainopt.optim.report import names_of
+from trainopt.optim.states import States
 from trainopt.optim.wrappers import unwrapped
 
 
@@ -60,13 +60,13 @@ def explain(optimizer: Any) -> Explanation:
         optimizer: any torch optimizer, or a wrapper of one (Accelerate's, Fabric's, Lookahead).
     """
     optimizer = unwrapped(optimizer)
-    if not isinstance(optimizer, Fused):
+    if not isinstance(optimizer, States):
         rows = [p for group in optimizer.param_groups for p in group["params"]]
         why = f"{type(optimizer).__module__}.{type(optimizer).__qualname__} is not one of trainopt's"
-        return Explanation(ParameterPath(f"parameter {i}", "torch", why, _outline(p)) for i, p in enumerate(rows))
-    groups = list(map(optimizer._snapshot, optimizer.param_groups))
+        return Explanation(ParameterPath(f"parameter {i}", "torch", why, outline(p)) for i, p in enumerate(rows))
+    groups = optimizer._snapshot()
     params = [param for group in groups for param in group["params"]]
-    if reference.is_forced():
+    if switches.REFERENCE_FORCED:
         reasons = ["TRAINOPT_REFERENCE is set"] * len(params)
     else:
         paths = _C.Plan(optimizer._rule).paths(groups, optimizer.state)
@@ -74,12 +74,12 @@ def explain(optimizer: Any) -> Explanation:
             paths = ["states in a container that is no plain dict"] * len(params)
         reasons = [_reason(said, param.device) for said, param in zip(paths, params, strict=True)]
     return Explanation(
-        ParameterPath(name, "torch" if reason else _kernel(param.device), reason, _outline(param), note)
+        ParameterPath(name, "torch" if reason else kernel(param.device.type), reason, outline(param), note)
         for name, reason, param, note in zip(names_of(optimizer), reasons, params, _notes(optimizer), strict=True)
     )
 
 
-def _notes(optimizer: Fused) -> Iterator[str]:
+def _notes(optimizer: States) -> Iterator[str]:
     for _, group, param in optimizer._enumerate():
         notes = []
         if extra(group, "skip_nonfinite"):
@@ -102,9 +102,10 @@ def _reason(said: str, device: torch.device) -> str:
     return (said and device.type == "cuda" and why_no_cuda()) or said
 
 
-def _kernel(device: torch.device) -> str:
-    return f"fused (cpu, {_C.cpu_variant()})" if device.type == "cpu" else f"fused ({device.type})"
+def kernel(device: str) -> str:
+    """How the fused path is called on a type of device."""
+    return f"fused (cpu, {_C.cpu_variant()})" if device == "cpu" else f"fused ({device})"
 
 
-def _outline(param: torch.Tensor) -> str:
-    return f"{str(param.dtype).removeprefix('torch.')} {tuple(param.shape)} on {param.device}"
+def outline(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"

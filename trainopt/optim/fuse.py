@@ -4,20 +4,15 @@ import inspect
 import warnings
 from typing import Any, TypeVar
 
-from trainopt import originals
-from trainopt.optim.adam import Adam
-from trainopt.optim.adamw import AdamW
-from trainopt.optim.base import Fused, widen_counts
-from trainopt.optim.sgd import SGD
+from trainopt.optim import registry
+from trainopt.optim.states import States, widen_counts
 from trainopt.optim.wrappers import unwrapped
-
-_FUSED: dict[type, type[Fused]] = {originals.SGD: SGD, originals.Adam: Adam, originals.AdamW: AdamW}
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Any)
 
 
 def fuse(optimizer: AnyOptimizer) -> AnyOptimizer:
-    """Makes a torch.optim SGD, Adam or AdamW the trainopt optimizer of that name, which carries on where it stands.
+    """Makes an optimizer of torch's the trainopt optimizer of that name, which carries on where it stands.
 
         optimizer = trainopt.fuse(optimizer)
 
@@ -25,8 +20,9 @@ def fuse(optimizer: AnyOptimizer) -> AnyOptimizer:
     whoever holds it (a learning-rate scheduler, a wrapper, a trainer) goes on working, also after `load_state_dict`.
 
     Args:
-        optimizer: an instance of exactly one of these three classes, or a wrapper that holds one in ``.optimizer``, as
-            Accelerate's and Fabric's do. One of trainopt's own is left as it is.
+        optimizer: an instance of exactly torch.optim's SGD, Adam or AdamW (of a class that trainopt has too), or a
+            wrapper that holds one in ``.optimizer``, as Accelerate's and Fabric's do. One of trainopt's own is left as
+            it is.
 
     Returns:
         What was given.
@@ -35,19 +31,19 @@ def fuse(optimizer: AnyOptimizer) -> AnyOptimizer:
         TypeError: for any other class. A subclass may compute something else.
     """
     inner = unwrapped(optimizer)
-    if isinstance(inner, Fused):
+    if isinstance(inner, States):
         return optimizer
-    torchs = type(inner)
-    cls = _FUSED.get(torchs)
+    stock, counterparts = type(inner), registry.of_torch()
+    cls = counterparts.get(stock)
     if cls is None:
-        known = ", ".join(f"torch.optim.{torchs.__name__}" for torchs in _FUSED)
-        raise TypeError(f"fuse takes {known}, not {torchs.__module__}.{torchs.__qualname__}")
+        known = ", ".join(f"torch.optim.{torch_class.__name__}" for torch_class in counterparts)
+        raise TypeError(f"fuse takes {known}, not {stock.__module__}.{stock.__qualname__}")
     step = inner.__dict__.get("step")
     inner.__class__ = cls
     inner._start_recording()
     widen_counts(inner.state)
     if step is not None:
-        if _called_by(step) is torchs.step:
+        if _called_by(step) is stock.step:
             del inner.__dict__["step"]  # a scheduler's, to see that it is called: ours tells by itself
         else:
             warnings.warn(

@@ -13,8 +13,8 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainopt.checks import number, whole
-from trainopt.optim.asking import asks_for_state
-from trainopt.optim.base import Fused, copy_of
+from trainopt.optim.loading import copy_of
+from trainopt.optim.states import States, asks_for_state
 from trainopt.optim.wrappers import unwrapped
 from trainopt.schedules import constant
 
@@ -33,7 +33,7 @@ class Schedule(LRScheduler):
     A torch.optim.lr_scheduler.LRScheduler, for any torch optimizer, or a wrapper of one (Accelerate's, Fabric's,
     Lookahead), whose own optimizer it then drives. It counts the optimizer's steps itself: `step` may be called after
     each of them, or less often. A step does not count that was skipped for a gradient that is not finite, or that only
-    asks for states to be made, as distributed checkpoints do (`trainopt.optim.asking`). An option that is a Tensor is
+    asks for states to be made, as distributed checkpoints do (`trainopt.optim.states`). An option that is a Tensor is
     filled in place; it stays the same Tensor, of its dtype, on its device.
 
     The base of an option is what its group holds when the schedule is made, or the group is added. It stays in the
@@ -83,13 +83,13 @@ class Schedule(LRScheduler):
         self._beyond_torch = getattr(type(optimizer), "EXTRAS", {})
         self._values_after(self._completed, self._with_bases(optimizer.param_groups, self._override))
 
-        self._watch = Watch.of(optimizer)
-        self._counted = self._watch.completed(optimizer)
+        self._counter = StepCounter.of(optimizer)
+        self._counted = self._counter.completed(optimizer)
         self.optimizer = optimizer
         self._take_bases(optimizer.param_groups)
         self._set_bases(optimizer.param_groups, self._override)
         super().__init__(optimizer)
-        self._watch.schedules.add(self)
+        self._counter.schedules.add(self)
 
     def _initial_step(self) -> None:
         """Called by the constructor of LRScheduler, and by SequentialLR."""
@@ -130,12 +130,12 @@ class Schedule(LRScheduler):
         completed = self.last_epoch + self._pending() if epoch is None else whole(self, "epoch", epoch)
         values = self._values_after(completed, groups)
         self.last_epoch = completed
-        self._counted = self._watch.completed(self.optimizer)
+        self._counted = self._counter.completed(self.optimizer)
         self._write(values)
 
     def _pending(self) -> int:
         """The steps completed since the options were last set."""
-        return self._watch.completed(self.optimizer) - self._counted
+        return self._counter.completed(self.optimizer) - self._counted
 
     def _values_after(self, completed: int, groups: Sequence[Group]) -> list[tuple[int, str, float]]:
         """(group, option, value) after so many steps; ValueError for a value that the option cannot have."""
@@ -233,36 +233,36 @@ class Schedule(LRScheduler):
         self._is_unsure = False
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("_watch", "_counted")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_counter", "_counted")}
         return {**kept, "_pending_steps": self._pending()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         pending = state.pop("_pending_steps")
         self.__dict__.update(state)
-        self._watch = Watch.of(self.optimizer)
-        self._counted = self._watch.completed(self.optimizer) - pending
-        self._watch.schedules.add(self)
+        self._counter = StepCounter.of(self.optimizer)
+        self._counted = self._counter.completed(self.optimizer) - pending
+        self._counter.schedules.add(self)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{option}={factor!r}" for option, factor in self._factors.items())
         return f"Schedule({options}) after {self.last_epoch} steps"
 
 
-class Watch:
+class StepCounter:
     """Tells the schedules of one optimizer of its completed steps, and of groups that are added or loaded."""
 
     @classmethod
-    def of(cls, optimizer: Any) -> Watch:
-        if "_schedule_watch" not in optimizer.__dict__:
-            optimizer._schedule_watch = cls(optimizer)
-        return optimizer._schedule_watch
+    def of(cls, optimizer: Any) -> StepCounter:
+        if "_step_counter" not in optimizer.__dict__:
+            optimizer._step_counter = cls(optimizer)
+        return optimizer._step_counter
 
     def __init__(self, optimizer: Any) -> None:
         self.schedules: WeakSet[Schedule] = WeakSet()
         self._steps: int | None = None
         self._asked = False  # by the step that is being made
         # trainopt's own optimizers count: a hook would cost their step more than the step itself.
-        if not (isinstance(optimizer, Fused) and hasattr(optimizer, "_record")):
+        if not (isinstance(optimizer, States) and hasattr(optimizer, "_record")):
             self._steps = 0
             if hasattr(optimizer, "_optimizer_step_post_hooks"):
                 optimizer.register_step_pre_hook(self._about_to_step)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainopt.optim.nonfinite import count_nonfinite
+from trainopt.optim.report import count_nonfinite
 from trainopt.training import random_state
 from trainopt.training.data import move, tensors_in
 from trainopt.training.origin import Backward, Call, Event, Trace, layers_of

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from trainopt.optim.nonfinite import count_nonfinite
+from trainopt.optim.report import count_nonfinite
 
 #: Operations whose results are uninitialised memory.
 EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")

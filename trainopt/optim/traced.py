@@ -5,40 +5,25 @@ takes the lists that it fills for inputs of the graph. So `gather` sees real ten
 operator does what the step would do; if not, the step runs uncompiled.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from trainopt import switches
 from trainopt._extension import _C
-from trainopt.optim import reference
-from trainopt.optim.extras import extra
-
-if TYPE_CHECKING:
-    from trainopt.optim.base import Fused
+from trainopt.optim.options import extra, option_at, places_of
+from trainopt.optim.states import States
 
 #: The last argument of `_init_group` that asks for `gather`; without it the call is torch's.
 GATHER = "trainopt"
 
-
-def _keys(names: list[str]) -> tuple[tuple[str, int], ...]:
-    """Where each option is in a group: "betas.1" is element 1 of "betas"; -1 stands for the value itself."""
-    parts = [name.partition(".") for name in names]
-    return tuple((key, int(element) if element else -1) for key, _, element in parts)
-
-
-_OPTION_KEYS = {rule: _keys(names) for rule, names in _C.rules().items()}
-
-
-def pairs(rule: str) -> set[str]:
-    """The options of a rule whose elements it reads."""
-    return {key for key, element in _OPTION_KEYS[rule] if element >= 0}
-
-
+# Where each rule's options are in a group; a compiler does not look into what `places_of` asks.
+_PLACES = {rule: places_of(rule) for rule in _C.rules()}
 # Passed by name: what all rules share. trainopt's own are missing in a group that torch made.
 _SHARED_OPTIONS = {"weight_decay": 0.0, "maximize": False, "l1": 0.0, "l1_proximal": False}
 
 
-def step(optimizer: "Fused") -> bool:
+def step(optimizer: Any) -> bool:
     """The whole step, traced; False if it must run uncompiled, and then nothing is done."""
     batches = []
     for group in optimizer.param_groups:
@@ -55,7 +40,7 @@ def step(optimizer: "Fused") -> bool:
             lr = group["lr"]
             # A number that a scheduler changes would be compiled in, time and again. As a factor it becomes an input.
             lr = lr if isinstance(lr, torch.Tensor) else torch.ones((), dtype=torch.float64) * lr
-            options = [float(_option(optimizer, group, key, i)) for key, i in _OPTION_KEYS[optimizer._rule]]
+            options = [float(option_at(group, place)) for place in _PLACES[optimizer._rule]]
             shared = {key: type(default)(group.get(key, default)) for key, default in _SHARED_OPTIONS.items()}
             torch.ops.trainopt.optimizer_step_(optimizer._rule, *lists, lr, options, **shared)
         assert optimizer._record.compiled_steps is not None
@@ -63,14 +48,9 @@ def step(optimizer: "Fused") -> bool:
     return True
 
 
-def _option(optimizer: "Fused", group: dict[str, Any], key: str, element: int) -> Any:
-    value = extra(group, key) if key in optimizer.EXTRAS else group[key]
-    return value if element < 0 else value[element]
-
-
 @torch._disable_dynamo
 def gather(
-    optimizer: "Fused",
+    optimizer: States,
     group: dict[str, Any],
     params: list[torch.Tensor],
     gradients: list[torch.Tensor],
@@ -81,10 +61,10 @@ def gather(
 
     False if the operator cannot do the group's step as it is, and then no state is made.
     """
-    scalars = [_option(optimizer, group, key, i) for key, i in _OPTION_KEYS[optimizer._rule]]
+    scalars = [option_at(group, place) for place in _PLACES[optimizer._rule]]
     if any(isinstance(value, torch.Tensor) for value in (*scalars, *(group.get(key) for key in _SHARED_OPTIONS))):
         return False
-    if reference.is_forced() or optimizer._asks_for_state():
+    if switches.REFERENCE_FORCED or optimizer._asks_for_state():
         return False
     chosen = [param for param in group["params"] if param.grad is not None]
     if any(type(param) not in (torch.Tensor, torch.nn.Parameter) for param in chosen):

@@ -1,4 +1,4 @@
-"""What all ranks that share DTensors must decide alike."""
+"""DTensors: what all ranks that share them must decide alike, and how a rank's part lies in the whole."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Sizes = tuple[int, ...]
 
 
 def elements(gradient: Tensor) -> Tensor:
@@ -33,3 +35,24 @@ def on_any_rank(flag: bool | Tensor, params: Iterable[Tensor]) -> bool | Tensor:
         flag = flag.float() if isinstance(flag, Tensor) else torch.tensor(float(flag), device=device_type)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group)
     return flag
+
+
+def describe(spec: Any) -> tuple[tuple[Any, ...], bool, Sizes, Sizes | None]:
+    """Tells the step plan of a DTensorSpec how the local tensor lies in the whole, on this rank.
+
+    Returns:
+        What is equal for tensors that are distributed alike; whether a sum is pending; the sizes of the whole; where in
+        it the local tensor begins, in each dimension, or None if that is not one block of it.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    placements, sizes = tuple(spec.placements), tuple(spec.shape)
+    sharded = [placement.dim for placement in placements if type(placement) is Shard]
+    offset = None
+    # Two mesh dimensions may cut one dimension of the tensor in either order: then it is not told here.
+    if all(type(placement) in (Shard, Replicate) for placement in placements) and len({*sharded}) == len(sharded):
+        offset = tuple(compute_local_shape_and_global_offset(sizes, spec.mesh, placements)[1])
+    is_pending = any(placement.is_partial() for placement in placements)
+    alike = (spec.mesh, placements, getattr(spec, "shard_order", None))
+    return alike, is_pending, sizes, offset if offset is None or len(offset) == len(sizes) else None

@@ -1,36 +1,27 @@
 """torch's own step, for the parameters that the engine does not take and for bisecting (TRAINOPT_REFERENCE=1).
 
 The arithmetic is torch's: the body of `step` of the torch class that an optimizer derives from, run over a view of the
-optimizer that holds only the parameters in question. What trainopt adds to torch is done round it, in plain torch.
+optimizer that holds only the parameters in question. For an optimizer that torch does not have it is the plain step
+that stands beside its class (`plain_step`). What trainopt adds to torch is done round it, in plain torch.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from trainopt._extension import _C
-from trainopt.optim.extras import extra
+from trainopt.optim.options import extra
+from trainopt.optim.states import Numbered, States, widen_count
 from trainopt.originals import step_of
-
-if TYPE_CHECKING:
-    from trainopt.optim.base import Fused
-
-Numbered = tuple[int, dict[str, Any], torch.Tensor]  # index over all groups, group, parameter
 
 # A step count at which every bias correction is exactly 1.
 _LONG_PAST = 1e18
 
 
-def is_forced() -> bool:
-    """Whether TRAINOPT_REFERENCE asks for torch's own path everywhere."""
-    return os.environ.get("TRAINOPT_REFERENCE", "0") not in ("", "0")
-
-
 def step(
-    optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int] | None, scale: float, *, plain: bool = False
+    optimizer: States, params: Sequence[Numbered], indices: Sequence[int] | None, scale: float, *, plain: bool = False
 ) -> None:
     """Steps the parameters of these indices (all if None) that have a gradient, by torch's own code.
 
@@ -43,6 +34,9 @@ def step(
     chosen = [(index, group, param) for index, group, param in wanted if param.grad is not None]
     if not chosen:
         return
+    sparse = [param for _, _, param in chosen if param.grad is not None and param.grad.layout is not torch.strided]
+    if sparse and optimizer._torch_class is None:
+        raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
     if scale != 1:
         for _, _, param in chosen:
             assert param.grad is not None
@@ -59,7 +53,7 @@ def step(
                 stack.enter_context(_steps_long_past(optimizer.state[param]))
             if not optimizer._counts_steps:
                 _count_step(optimizer, param, group)
-        step_of(type(optimizer))(view)
+        _make_step(view)
     with torch.no_grad():
         for index, group, param in chosen:
             if extra(group, "l1") and extra(group, "l1_proximal"):
@@ -68,7 +62,7 @@ def step(
                 _add_noise_(param, index, group, optimizer.state[param])
 
 
-def rehearse(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[int]) -> None:
+def rehearse(optimizer: States, params: Sequence[Numbered], indices: Sequence[int]) -> None:
     """Lets torch refuse options and states of these parameters before anything is changed.
 
     torch finds out in the middle of its arithmetic, when it has counted the step or changed a state. So it steps a
@@ -82,7 +76,7 @@ def rehearse(optimizer: "Fused", params: Sequence[Numbered], indices: Sequence[i
         view = _view(optimizer, list(_narrowed([(index, group, stand_in)], True)))
         view.state = {stand_in: {key: _first_element(value, param) for key, value in state.items()}}
         with torch.no_grad():
-            step_of(type(optimizer))(view)
+            _make_step(view)
 
 
 def _first_element(value: Any, param: torch.Tensor) -> Any:
@@ -91,12 +85,45 @@ def _first_element(value: Any, param: torch.Tensor) -> Any:
     return torch.zeros(1, dtype=value.dtype, device=value.device) if value.shape == param.shape else value.clone()
 
 
-def _view(optimizer: "Fused", groups: list[dict[str, Any]]) -> Any:
+def _view(optimizer: States, groups: list[dict[str, Any]]) -> Any:
     """The optimizer with other groups. Gradients are unscaled already, and no step that must be skipped comes here."""
     view = object.__new__(type(optimizer))
     view.__dict__.update(optimizer.__dict__)
     view.__dict__.update(grad_scale=None, found_inf=None, param_groups=groups)
     return view
+
+
+def _make_step(view: Any) -> None:
+    if view._torch_class is None:
+        _make_plain_step(view)
+    else:
+        step_of(type(view))(view)
+
+
+def _make_plain_step(optimizer: Any) -> None:
+    """The step of an optimizer that torch does not have, one parameter after the other.
+
+    As in the engine, arithmetic is float32 (float64 for float64 parameters), and complex numbers are pairs of reals.
+    """
+    for _, group, param in optimizer._enumerate():
+        optimizer._start(param, group)
+        state = optimizer.state.get(param, {})
+        if optimizer._counts_steps:
+            state["step"] += 1
+        names = optimizer._states_needed(group)
+        stored = [_real(tensor) for tensor in (param, *(state[name] for name in names))]
+        dtype = torch.float64 if stored[0].dtype is torch.float64 else torch.float32
+        gradient = _real(param.grad).to(dtype)
+        values, *states = results = [tensor.to(dtype) for tensor in stored]  # themselves where they have this dtype
+        named = {**state, **dict(zip(names, states, strict=True))}
+        optimizer.plain_step(values, -gradient if group["maximize"] else gradient, named, group)
+        for tensor, result in zip(stored, results, strict=True):
+            if result.dtype is not tensor.dtype:
+                tensor.copy_(result)
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _narrowed(chosen: Sequence[Numbered], plain: bool) -> Iterator[dict[str, Any]]:
@@ -135,27 +162,20 @@ def _steps_long_past(state: dict[str, Any]) -> Iterator[None]:
         state["step"] = steps
 
 
-def widen_count(state: dict[str, Any], group: dict[str, Any]) -> None:
-    """Makes the count of steps a float64 where there is noise: a float32 stops at 2**24, and the noise with it."""
-    if extra(group, "noise") and isinstance(state.get("step"), torch.Tensor):
-        state["step"] = state["step"].double()
-
-
 def _soft_threshold_(param: torch.Tensor, threshold: float) -> None:
     size = param.abs()
     param.copy_(torch.where(size <= threshold, torch.zeros_like(param), param - param.sgn() * threshold))
 
 
-def _count_step(optimizer: Any, param: torch.Tensor, group: dict[str, Any]) -> None:
-    """For a torch class that counts no steps: counts where trainopt does."""
+def _count_step(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -> None:
+    """For a class that counts no steps: counts where trainopt does."""
     if extra(group, "noise"):
         optimizer._start_count(param, group)
     state = optimizer.state.get(param, {})
-    if param in optimizer._unstarted:
-        state.pop("momentum_buffer", None)  # a placeholder: torch's first step makes it
+    if param in optimizer._unstarted or state.get("step") == 0:
+        for name in optimizer._states:
+            state.pop(name, None)  # a placeholder: the first step makes it
     if "step" in state:
-        if state["step"] == 0:
-            state.pop("momentum_buffer", None)
         state["step"] += 1
 
 

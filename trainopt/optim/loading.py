@@ -1,0 +1,97 @@
+"""State dicts: what trainopt adds to torch's loading of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from trainopt.optim.options import STOCK_DEFAULTS, extra, not_default
+from trainopt.optim.report import name_of
+from trainopt.optim.states import States, widen_counts
+
+
+@contextmanager
+def adapted(optimizer: States) -> Iterator[None]:
+    """While torch loads a state dict in here, its groups are adapted to the optimizer's; its counts are put right."""
+    saved: dict[str, Any] = {}
+
+    def adapt(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+        saved_groups, own_groups = given["param_groups"], optimizer.param_groups
+        groups = [_adapt_group(optimizer, *both) for both in zip(saved_groups, own_groups, strict=False)]
+        saved.update({**given, "param_groups": [*groups, *saved_groups[len(groups) :]]})
+        return saved
+
+    # The last of the pre-hooks: whatever form the state dict came in, it has torch's form by then.
+    adapting = optimizer.register_load_state_dict_pre_hook(adapt)
+    try:
+        yield
+    finally:
+        adapting.remove()
+    _restore_counts(optimizer, saved)
+
+
+def _adapt_group(optimizer: States, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    extras = optimizer.EXTRAS
+    group = {**{name: own[name] for name in extras if name in own}, **saved}
+    for name in extras.keys() & saved.keys() - own.keys():
+        if not not_default({name: saved[name]}):  # from a file of the days when every group had every option
+            del group[name]
+    saved_names, names = saved.get("param_names"), own.get("param_names")
+    if saved_names and names and saved_names != names and sorted(saved_names) == sorted(names):
+        id_of = dict(zip(saved_names, saved["params"], strict=True))
+        group.update(params=[id_of[name] for name in names], param_names=list(names))
+    return group
+
+
+def _restore_counts(optimizer: States, saved: dict[str, Any]) -> None:
+    """Gives counts that noise has made float64 back what torch has rounded to float32 (fused and capturable)."""
+    for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        if not extra(group, "noise"):
+            continue
+        for key, param in zip(saved_group["params"], group["params"], strict=True):
+            count = saved["state"][key].get("step") if key in saved["state"] else None
+            if isinstance(count, torch.Tensor) and count.dtype is torch.float64:
+                optimizer.state[param]["step"] = count.to(optimizer.state[param]["step"].device, copy=True)
+
+
+def prepare(optimizer: States, state: dict[str, Any]) -> dict[str, Any]:
+    """What torch's `load_state_dict` hands to `__setstate__`, made the optimizer's own: checked, with states that are
+    copies, and with the groups that are there: a wrapper or a scheduler may hold them."""
+    _check_shapes(optimizer, state)
+    for key, param_state in state["state"].items():
+        if isinstance(param_state, dict):
+            state["state"][key] = {name: copy_of(value) for name, value in param_state.items()}
+    own, loaded = optimizer.param_groups, state["param_groups"]
+    if not isinstance(own, list) or len(own) != len(loaded):
+        return state
+    for group, values in zip(own, loaded, strict=True):
+        if group is not values:
+            group.clear()
+            group.update(values)
+    return {**state, "param_groups": own}
+
+
+def _check_shapes(optimizer: States, state: dict[str, Any]) -> None:
+    for group_index, group in enumerate(state["param_groups"]):
+        for i, param in enumerate(group["params"]):
+            param_state = state["state"].get(param, {})
+            for name in optimizer._states:
+                value = param_state.get(name)
+                if isinstance(value, torch.Tensor) and value.shape != param.shape:
+                    raise ValueError(
+                        f"loaded state dict: {name} of {name_of(group, group_index, i)} has shape"
+                        f" {tuple(value.shape)}, but the parameter has shape {tuple(param.shape)}"
+                    )
+
+
+def complete(optimizer: States) -> None:
+    """Completes what was loaded or unpickled, as torch's classes do in `__setstate__`."""
+    widen_counts(optimizer.state)
+    if optimizer._torch_class is None:  # a file of another library's
+        for group in optimizer.param_groups:
+            group.update({name: value for name, value in STOCK_DEFAULTS.items() if name not in group})
+
+
+def copy_of(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value

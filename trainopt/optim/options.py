@@ -1,0 +1,126 @@
+"""The options that trainopt's optimizers have beyond torch's: names, types, defaults, checks, and how signatures show
+them.
+
+They live in param_groups like any other option, but only where they were given or set: a group without one has its
+default. So a run that uses none of them has the groups of torch's class, and a distributed checkpoint, which looks up
+every key of a group in the file, goes from one library to the other.
+
+A class takes them as ``**extras: Unpack[Extras]``, which type checkers and editors read. `inspect.signature` shows them
+one by one, with their defaults (`show_options`).
+"""
+
+import functools
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
+
+import torch
+
+from trainopt import checks
+from trainopt._extension import _C
+
+
+class Extras(TypedDict, total=False):
+    """What every optimizer of trainopt takes beyond its formula."""
+
+    l1: float
+    l1_proximal: bool
+    noise: float
+    seed: int
+    skip_nonfinite: bool
+
+
+class AdamExtras(Extras, total=False):
+    """What Adam and AdamW take beyond torch's."""
+
+    bias_correction: bool
+
+
+class PlainOptions(Extras, total=False):
+    """What an optimizer that torch does not have takes beyond its formula: all that torch's classes have in common."""
+
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+
+
+#: The defaults of trainopt's own options: first what only the rules have that read it, then what all have.
+DEFAULTS: dict[str, Any] = {
+    "bias_correction": True,
+    "l1": 0.0,
+    "l1_proximal": False,
+    "noise": 0.0,
+    "seed": 0,
+    "skip_nonfinite": False,
+}
+#: Those of the options that every class of torch's has.
+STOCK_DEFAULTS: dict[str, Any] = {
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+
+
+def extra(group: Mapping[str, Any], name: str) -> Any:
+    """One of these options in a group."""
+    return group[name] if name in group else DEFAULTS[name]
+
+
+def not_default(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of these options that are not at their defaults; a tensor, which can be filled later, never is."""
+    return {name: v for name, v in options.items() if isinstance(v, torch.Tensor) or v != DEFAULTS[name]}
+
+
+def check_extras(options: Mapping[str, Any]) -> None:
+    """ValueError for a value that makes no sense, in the words of torch's own errors."""
+    for name in ("l1", "noise"):
+        checks.stock_option(name, options[name])
+    checks.seed(options["seed"])
+
+
+def defaults_of(class_name: str, rule: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of an optimizer that torch does not have; errors are as those of torch's constructors."""
+    known = {"lr", "weight_decay", *STOCK_DEFAULTS, *(key for key, _ in places_of(rule))}
+    for name in given.keys() - known:
+        raise TypeError(f"{class_name}.__init__() got an unexpected keyword argument {name!r}")
+    for name in given.keys() & {"lr", "betas", "eps", "weight_decay", "momentum"}:
+        checks.stock_option(name, given[name])
+    return {"weight_decay": 0.0, **STOCK_DEFAULTS, **given}
+
+
+@functools.cache
+def places_of(rule: str) -> tuple[tuple[str, int], ...]:
+    """Where each option of a rule is in a group: "betas.1" is element 1 of "betas"; -1 stands for the value itself."""
+    parts = [name.partition(".") for name in _C.rules()[rule].options]
+    return tuple((key, int(element) if element else -1) for key, _, element in parts)
+
+
+def option_at(group: Mapping[str, Any], place: tuple[str, int]) -> Any:
+    """An option of a rule, in a group."""
+    key, element = place
+    value = extra(group, key) if key in DEFAULTS else group[key]
+    return value if element < 0 else value[element]
+
+
+def snapshot(group: Mapping[str, Any], rule: str) -> dict[str, Any]:
+    """A group as the plan reads it, whatever containers its user has put it in."""
+    copy = {key: group[key] for key in group}
+    copy["params"] = list(group["params"])
+    for key, element in places_of(rule):
+        if element >= 0 and isinstance(copy.get(key), Iterable):
+            copy[key] = tuple(copy[key])
+    return copy
+
+
+def show_options(init: Any, defaults: Mapping[str, Any]) -> None:
+    """Lets `inspect.signature` show the options that a constructor takes by ``**``, one by one."""
+    signature, types = inspect.signature(init), {**PlainOptions.__annotations__, **AdamExtras.__annotations__}
+    shown = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name, default in defaults.items():
+        kind, type_ = inspect.Parameter.KEYWORD_ONLY, types.get(name, Any)
+        shown.append(inspect.Parameter(name, kind, default=default, annotation=type_))
+    init.__signature__ = signature.replace(parameters=shown)

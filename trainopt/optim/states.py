@@ -1,0 +1,244 @@
+"""The states of an optimizer's parameters: which there are, how they begin, and steps that are made only to have them.
+
+torch.distributed.checkpoint and other tools call `step` before they save or load, so that there are states: with every
+learning rate at 0 and gradients of 0. torch makes that step like any other. The first real one then comes with the
+bias correction of the second, momenta have been damped, noise has moved the weights, and a schedule is a step ahead.
+So a step that only asks for states changes nothing and is not counted. It is one if
+
+- every learning rate is 0 (one that lies on a device other than the CPU is not read, and so is not known to be), and
+- there is a gradient, and all gradients are 0 in every element (of DTensors, on every rank), and
+- a parameter with a gradient still lacks the state that it needs, or no parameter has a state at all.
+
+A warm-up that begins at a learning rate of 0 comes with gradients that are not 0, and its first step counts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch.optim import optimizer as torch_optimizer
+
+from trainopt._extension import _C
+from trainopt.optim.distributed import elements, on_any_rank
+from trainopt.optim.options import extra, snapshot
+from trainopt.optim.report import Record
+from trainopt.stand_in import StandIn
+
+Numbered = tuple[int, dict[str, Any], torch.Tensor]  # index over all groups, group, parameter
+
+
+class States(torch.optim.Optimizer, metaclass=StandIn):
+    """What an optimizer knows of its states. The class attributes come from `trainopt.optim.registry`."""
+
+    _rule: ClassVar[str]  # the engine's rule
+    _states: ClassVar[tuple[str, ...]]  # the names of the param-shaped states in the state dict
+    _counts_steps: ClassVar[bool]  # whether every parameter has a "step" in it
+    _torch_class: ClassVar[type | None] = None  # whose step it makes, if torch has one
+    #: Options beyond torch's, with their defaults. They are in param_groups where they are not at these.
+    EXTRAS: ClassVar[dict[str, Any]]
+
+    _opt_called: bool  # read by torch's schedulers
+    _record: Record
+    _unstarted: set[torch.Tensor]  # with states of zeros that only a real step makes a first one
+
+    def _start_recording(self) -> None:
+        self._record = Record()
+        self._unstarted = set()
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last step was skipped for a gradient that is not finite.
+
+        That GradScaler has found (``fused=True``), or the optimizer itself (``skip_nonfinite=True``). On a CUDA device
+        the step does not wait to know it; to read it here does.
+        """
+        return self._record.was_skipped()
+
+    @property
+    def completed_steps(self) -> int:
+        """How many steps this object has completed since it was made.
+
+        Not counted are skipped steps, and those that only ask for states to be made (`init_state`). Waits for a CUDA
+        device only where a step's fate was left to it (`last_step_skipped`).
+        """
+        return self._record.completed()
+
+    def init_state(self) -> None:
+        """Makes the state of every parameter that requires a gradient and has none yet, as before its first step.
+
+        For tools that need states to load into, such as distributed checkpoints: no step is counted, and the first
+        real step is a first step.
+        """
+        for _, group, param in self._enumerate():
+            if param.requires_grad and not self._has_partial_state(param, group):
+                self._start_before_first_step(param, group)
+
+    def _enumerate(self) -> Iterator[Numbered]:
+        """(index over all groups, group, parameter), in order."""
+        return numbered(self.param_groups)
+
+    def _snapshot(self) -> list[dict[str, Any]]:
+        """The groups as they are now: what hooks or other threads change meanwhile takes effect at the next step."""
+        return [snapshot(group, self._rule) for group in self.param_groups]
+
+    def _states_needed(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The param-shaped states that a group's options call for."""
+        return tuple(_C.states_needed(self._rule, {key: group[key] for key in group if type(key) is str}))
+
+    def _first_step_differs(self, group: dict[str, Any]) -> bool:
+        """Whether a first step does something else with states of zeros than a later one, by no count in the state."""
+        return False
+
+    def _has_partial_state(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        """Whether a parameter that lacks states has others, which is an error of torch's where a class counts steps."""
+        state = self.state.get(param)
+        if not state or not self._counts_steps or self._torch_class is None:
+            return False
+        return any(state.get(name) is None for name in ("step", *self._states_needed(group)))
+
+    def _start(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        """Makes what `param` lacks of states for its next step; whether it had none, so that it is the first."""
+        state = self.state.get(param, {})
+        missing = [name for name in self._states_needed(group) if state.get(name) is None]
+        is_first = not state if self._counts_steps else bool(missing)
+        with torch.no_grad():
+            if self._counts_steps or extra(group, "noise") != 0:
+                self._start_count(param, group)
+            for name in missing:
+                self.state[param][name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return is_first
+
+    def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
+        """As `_start`, so that the next step is a first one also where it is not this one.
+
+        Where only the state can tell, a count of 0 says that states of zeros are those of no step yet.
+        """
+        if not self.state.get(param) and self._first_step_differs(group):
+            self._start_count(param, group)
+        return self._start(param, group)
+
+    def _start_count(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        """Counts this parameter's steps from now on; one that has states has made one. Where torch's class does not
+        count, the noise still depends on the count."""
+        state = self.state[param]
+        if state.get("step") is None:
+            made = any(state.get(name) is not None for name in self._states)
+            state["step"] = new_step_count(param, group) + float(made)
+        widen_count(state, group)
+
+    def _count_unstarted(self) -> None:
+        """Tells by a count of 0 which states are those of no step yet, where only the state can tell."""
+        for _, group, param in self._enumerate() if self._unstarted else ():
+            if param in self._unstarted and self.state.get(param):
+                self.state[param].setdefault("step", new_step_count(param, group))
+        self._unstarted.clear()
+
+    def _indices_unstarted(self) -> list[int]:
+        if not self._unstarted:
+            return []
+        return [index for index, _, p in self._enumerate() if p in self._unstarted and p.grad is not None]
+
+    # Steps that only ask for states -----------------------------------------------------------------------------------
+
+    def _only_makes_states(self) -> bool:
+        """Whether this step is made only to have states; then they are made.
+
+        As by `init_state`, and with no other key in the state than torch would leave: checkpoints are read by keys.
+        """
+        if not self._asks_for_state():
+            return False
+        for _, group, param in self._enumerate():
+            if param.requires_grad and not self.state.get(param):
+                self._start(param, group)
+                if self._first_step_differs(group):
+                    self._unstarted.add(param)
+        self._record.skipped = False
+        self._record.asked_at = self._record.steps
+        return True
+
+    def _asks_for_state(self) -> bool:
+        """Whether this step is made only to have states."""
+        if not asks_for_state(self, lambda group: self._counts_steps or bool(self._states_needed(group))):
+            return False
+        # Noise that was switched on since is a reason to make a step after one that only asked.
+        is_noisy = any(extra(group, "noise") != 0 for group in self.param_groups)
+        return bool(self.state) or not is_noisy or self._record.asked_at != self._record.steps
+
+    @contextmanager
+    def _states_in_order(self, params: Sequence[Numbered], indices: Iterable[int]) -> Iterator[None]:
+        """New states of these parameters come in order, as torch's do, whether torch makes them or the engine."""
+        new = [param for index in sorted({*indices}) if (param := params[index][2]) not in self.state]
+        for param in new:
+            self.state[param] = {}
+        try:
+            yield
+        finally:
+            for param in new:
+                if not self.state[param]:
+                    del self.state[param]
+
+
+def asks_for_state(optimizer: Any, needs_state: Callable[[dict[str, Any]], bool] = lambda group: True) -> bool:
+    """Whether the step that is about to be made is a request for states.
+
+    Args:
+        needs_state: whether the parameters of a group have states, by its options. By default every one may.
+    """
+    if not all(is_zero(group.get("lr", 1.0)) for group in optimizer.param_groups):
+        return False
+    state = optimizer.state
+    gradients = []
+    lacks = not state
+    for group in optimizer.param_groups:
+        needs = needs_state(group)
+        for param in group["params"]:
+            if param.grad is not None:
+                gradients.append(param.grad)
+                lacks = lacks or (needs and not state.get(param))
+    if not (gradients and lacks):
+        return False
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return not bool(on_any_rank(not all(map(is_all_zero, gradients)), params))
+
+
+def is_zero(lr: float | torch.Tensor) -> bool:
+    """Whether a learning rate is known to be 0, without waiting for a device."""
+    if isinstance(lr, torch.Tensor):
+        return lr.device.type == "cpu" and lr.numel() == 1 and float(lr.detach()) == 0
+    return lr == 0
+
+
+def is_all_zero(gradient: torch.Tensor) -> bool:
+    """Whether every element that this rank has is 0."""
+    return not gradient.is_meta and not bool(elements(gradient).any())
+
+
+def numbered(groups: Iterable[dict[str, Any]]) -> Iterator[Numbered]:
+    """(index over all groups, group, parameter), in order."""
+    return ((i, *both) for i, both in enumerate((group, param) for group in groups for param in group["params"]))
+
+
+# Counts of steps ------------------------------------------------------------------------------------------------------
+
+
+def new_step_count(param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """A step count of 0 where and as torch's optimizers keep it; where a device decides on steps, it counts them."""
+    on_device = group.get("capturable") or group.get("fused") or extra(group, "skip_nonfinite")
+    dtype = torch_optimizer._get_scalar_dtype(is_fused=group.get("fused"))
+    return torch.zeros((), dtype=dtype, device=param.device if on_device else "cpu")
+
+
+def widen_count(state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Makes the count of steps a float64 where there is noise: a float32 stops at 2**24, and the noise with it."""
+    if extra(group, "noise") and isinstance(state.get("step"), torch.Tensor):
+        state["step"] = state["step"].double()
+
+
+def widen_counts(states: Any) -> None:
+    """Gives 16-bit counts of steps, of a state that somebody cast as a whole, the type in which they go on counting:
+    in bfloat16, 256 + 1 is 256."""
+    for state in states.values():
+        count = state.get("step") if isinstance(state, dict) else None
+        if isinstance(count, torch.Tensor) and count.is_floating_point() and count.element_size() < 4:
+            state["step"] = count.to(torch_optimizer._get_scalar_dtype())
