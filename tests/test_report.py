@@ -12,10 +12,8 @@ import torch
 
 import trainopt
 from trainopt.training import Finished, Lines, Message, Options, Progress, Started, Validated, fit
-from trainopt.training.console import Several, Terminal, console, duration
-from trainopt.training.folder import CONFIG, METRICS, Folder, read_metrics
-from trainopt.training.plot import plot
-from trainopt.training.tensorboard import TensorBoard
+from trainopt.training.folder import CONFIG, METRICS, Folder, plot, read_metrics
+from trainopt.training.report import Several, TensorBoard, Terminal, console, duration
 
 
 def started(step=0, **changes):

@@ -18,9 +18,9 @@ from trainopt.cli import options, setup
 from trainopt.cli.settings import Parser, read
 from trainopt.experiments import Experiment, Task
 from trainopt.training import Options, fit
-from trainopt.training.console import Several, console
 from trainopt.training.folder import Folder
 from trainopt.training.loop import STATUS, Result
+from trainopt.training.report import Several, console
 
 #: What goes to `Options` as it is.
 PASSED_ON = (
@@ -60,7 +60,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
     if not setup.is_first():
         return STATUS.get(result.reason, 1)
     if settings.plot:
-        from trainopt.training.plot import plot
+        from trainopt.training.folder import plot
 
         print(f"drawn into {plot(folder.path)}")
     if result.reason in ("SIGINT", "SIGTERM"):
@@ -104,7 +104,7 @@ def train(experiment: Experiment, task: Task, settings: SimpleNamespace, folder:
     schedule = None if curve is None else trainopt.Schedule(optimizer, lr=curve)
     reports = [experiment.reporter(task, settings, optimizer) or console(), folder]
     if settings.tensorboard:
-        from trainopt.training.tensorboard import TensorBoard
+        from trainopt.training.report import TensorBoard
 
         reports.append(TensorBoard(folder.path / "tensorboard"))
     choices = Options(directory=folder.path, **{key: getattr(settings, key) for key in PASSED_ON})

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from trainopt.training import random_state
 from trainopt.training.data import Source, move, source_of
 from trainopt.training.distributed import Processes
-from trainopt.training.nonfinite import uncompiled
 from trainopt.training.precision import Precision
 from trainopt.training.trained import Trained
+from trainopt.training.watch.nonfinite import uncompiled
 
 SMOOTHED = 0.25  # decades of the learning rate that the curve is smoothed over
 BLOWN_UP = 4.0  # times the lowest smoothed loss: the test ends
@@ -64,7 +64,7 @@ class LrCurve:
         Raises:
             ImportError: matplotlib is not installed (``pip install 'trainopt[plot]'``).
         """
-        from trainopt.training.plot import figure
+        from trainopt.training.folder import figure
 
         picture = figure((8, 5))
         axes = picture.subplots()

@@ -173,6 +173,15 @@ class Options:
             )
         return grows
 
+    def total_steps(self, batches: int | None) -> int | None:
+        """Updates of the whole run, none of them skipped, with so many micro-batches in an epoch; None where that is
+        not known."""
+        if self.steps is not None:
+            return self.steps
+        if batches is None or self.epochs is None:
+            return None
+        return self.epochs * -(-batches // self.accumulation)
+
     def plain(self) -> dict[str, Any]:
         """The options as JSON knows them: numbers, strings, booleans and None."""
         options = asdict(self)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainopt.training.callables import bare, has_compiled, inside
-from trainopt.training.counting import Count, is_counted, on_host, samples_in
-from trainopt.training.criterion import Criterion
 from trainopt.training.data import tensors_in
 from trainopt.training.distributed import Processes, is_sharded, like
 from trainopt.training.gradients import parameters
-from trainopt.training.observing import Observer
+from trainopt.training.loss.callables import bare, has_compiled, inside
+from trainopt.training.loss.counting import Count, is_counted, on_host, samples_in
+from trainopt.training.loss.criterion import Criterion
+from trainopt.training.loss.observing import Observer
 
 COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
 State = dict[str, Any]
@@ -206,6 +206,12 @@ class Trained(nn.Module):
         while (inner := inside(found[-1])) is not None:
             found.append(inner)
         return [module for module in found if isinstance(module, DistributedDataParallel)]
+
+
+def planned_by_shape(trained: Trained, targets: Tensor) -> Callable[[Any], Count]:
+    """What the loss counts in a batch, from its shape alone where nothing in any target is ignored or weighted."""
+    by_shape = trained.criterion.counts_by_shape(targets)
+    return trained.planned if by_shape is None else lambda batch: by_shape(trained.split(batch)[1])
 
 
 def below_ddp(model: nn.Module) -> nn.Module:

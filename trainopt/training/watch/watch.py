@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainopt.training.evidence import Evidence, Measurement, Units
-from trainopt.training.guessing import FAULTS, Guessing
 from trainopt.training.history import History
-from trainopt.training.nonfinite import Finding, Lost
+from trainopt.training.precision import Precision
 from trainopt.training.report import Message
-from trainopt.training.suspicion import Losses, Suspicion
+from trainopt.training.trained import Trained
+from trainopt.training.watch.evidence import Evidence, Measurement, Units
+from trainopt.training.watch.guessing import FAULTS, Guessing
+from trainopt.training.watch.losses import Losses, Suspicion
+from trainopt.training.watch.nonfinite import Finding, Lost
 from trainopt.training.window import Window
 
 TOO_SHORT, TOO_FAR = 100, 0.5  # times an update that would still help; of the loss, by which one update changes it
@@ -88,16 +90,16 @@ class Watch:
         if self.measurement is not None:
             self.measurement.before_step(params)
 
-    def after_step(self, run: Any, params: Sequence[Tensor], window: Window, norm: Any) -> Message | None:
-        """After the update: what has been measured, where that is complete now."""
+    def after_step(
+        self, params: Sequence[Tensor], window: Window, norm: Tensor | None, trained: Trained, precision: Precision
+    ) -> Evidence | None:
+        """After an update, where updates are measured: the evidence for `measured`, once it is complete."""
         measurement = self.measurement
         if measurement is None:
             return None
         gradient = math.nan if norm is None else float(norm)
-        measurement.after_step(run, params, window.batches[-1], window.losses[-1], gradient)
-        if not measurement.is_done:
-            return None
-        return self.measured(run.counters.step, run.total_steps(), measurement.evidence, float(run.lr))
+        measurement.after_step(params, window.batches[-1], window.losses[-1], gradient, trained, precision)
+        return measurement.evidence if measurement.is_done else None
 
     # What the losses show -----------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import trainopt
 from trainopt.optim.nonfinite import count_nonfinite
 
 #: Operations whose results are uninitialised memory.
@@ -61,12 +62,13 @@ NAMES = {
     "_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention",
 }
 LINE = 60  # characters of a source line that are shown
-FOLDER = os.path.dirname(os.path.abspath(__file__))
+PACKAGE = os.path.dirname(os.path.abspath(trainopt.__file__))
+FOLDER = os.path.join(PACKAGE, "training") + os.sep
 #: Files whose frames stand between a person's line and the operation, because they look at operations as they go by.
-LOOKING = (os.path.abspath(__file__), os.path.join(FOLDER, "observing.py"))
+LOOKING = (os.path.abspath(__file__), os.path.join(FOLDER, "loss", "observing.py"))
 #: Whose lines are not the person's: trainopt's, torch's, and the standard library's that both go through.
 LIBRARIES = (
-    os.path.dirname(FOLDER),
+    PACKAGE,
     os.path.dirname(os.path.abspath(torch.__file__)),
     contextlib.__file__,
     functools.__file__,
@@ -404,7 +406,7 @@ def line_of_lines(lines: Any) -> str:
 def is_loops(file: str) -> bool:
     """Whether a file is of the training loop, which calls the person's code."""
     file = os.path.abspath(file)
-    return os.path.dirname(file) == FOLDER and file not in LOOKING
+    return file.startswith(FOLDER) and file not in LOOKING
 
 
 def is_persons(file: str) -> bool:
