@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from trainopt.cli import setup, train
 from trainopt.experiments import Problem, digits
-from trainopt.training.data import Share, TensorSource
+from trainopt.training.data import Shard, TensorSource
 from trainopt.training.report import Finished, Message, Progress, Started, Validated
 
 #: With these the twin's plain loop does the same as the run.
@@ -227,7 +227,7 @@ def reporter(problem: Problem, settings: SimpleNamespace, optimizer: Optimizer) 
     total = setup.total_steps(problem, settings)
     settings.log_every = total // settings.epochs  # one mean loss an epoch
     settings.checkpoint_every = total  # what the twin does not do is no part of the run's time
-    source = TensorSource(problem.data, settings.batch_size, settings.shuffle, Share(), "data")
+    source = TensorSource(problem.data, settings.batch_size, settings.shuffle, Shard(), "data")
 
     def batches(epoch: int) -> Iterator[Any]:
         return (micro_batch.batch for micro_batch in source.epoch(settings.seed, epoch, 0))

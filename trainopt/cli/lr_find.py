@@ -12,7 +12,7 @@ import torch
 from trainopt import experiments
 from trainopt.cli import options, setup
 from trainopt.cli.settings import read
-from trainopt.training.fields import Text, option, options_of, real, whole
+from trainopt.training.fields import TEXT, option, options_of, real, whole
 from trainopt.training.lr_find import LrCurve, lr_find
 
 
@@ -30,7 +30,7 @@ class RangeTest:
     lowest: float = option(1e-6, real(0, above=True))
     highest: float = option(10.0, real(0, above=True))
     updates: int = option(100, whole(2))
-    plot: str | None = option(None, Text())
+    plot: str | None = option(None, TEXT)
 
 
 AFTER_TRAINING = ("sample", "temperature")  # options that say nothing to the test
@@ -47,7 +47,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
         f"trainopt lr-find {name}",
         f"Let the learning rate grow from update to update, and see where the loss falls. {experiment.DESCRIPTION}",
         options.with_defaults(
-            {"range test": options_of(RangeTest), f"options of {name}": own, **options.of_a_batch()},
+            {"range test": options_of(RangeTest), f"options of {name}": own, **options.of_range_test()},
             experiment.DEFAULTS,
         ),
     )

@@ -8,24 +8,23 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from trainopt.training import Options
-from trainopt.training.fields import Choice, Flag, FolderName, Option, Text, option, options_of, real, whole
+from trainopt.training.fields import FLAG, FOLDER_NAME, TEXT, Option, choice, option, options_of, real, whole
 
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.001, "adamw": 0.001}
 WEIGHT_DECAYS = {"sgd": 0.0, "adam": 0.0, "adamw": 0.01}
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse-sqrt")
 
-#: Of the loop's options, those that the command sets itself.
-SET = ("directory", "schedule_every", "sharded")
+#: Of the loop's options, those that the command or the experiment decides.
+SET = ("directory", "monitor", "maximize", "schedule_every", "sharded")
 OF_THE_LOOP = tuple(field.name for field in fields(Options) if field.name not in SET)
-OF_A_BATCH = ("batch_size", "precision", "seed")
 #: Defaults of the command, where they are not the loop's.
 DEFAULTS = {"batch_size": 64, "seed": 0}
 
 
 @dataclass
 class Optimizer:
-    """What trains.
+    """What trains, and the course of its learning rate.
 
     Args:
         optimizer: rule that trains: sgd, adam or adamw.
@@ -34,27 +33,18 @@ class Optimizer:
         weight_decay: weight decay; biases and norms have none. None: 0.01 for adamw, else 0.
         l1: factor of the L1 regularisation.
         noise: standard deviation of the noise added to each weight in an update.
-    """
-
-    optimizer: str = option("adam", Choice(tuple(OPTIMIZERS)))
-    lr: float | None = option(None, real(0))
-    momentum: float = option(0.0, real(0, 1))
-    weight_decay: float | None = option(None, real(0))
-    l1: float = option(0.0, real(0))
-    noise: float = option(0.0, real(0))
-
-
-@dataclass
-class Schedule:
-    """The course of the learning rate.
-
-    Args:
         schedule: course after the warm-up: constant, linear, cosine, wsd or inverse-sqrt; wsd falls in the last fifth.
         warmup: updates in which the learning rate rises.
         floor: what linear, cosine and wsd fall to, a fraction of the learning rate.
     """
 
-    schedule: str = option("constant", Choice(SCHEDULES))
+    optimizer: str = option("adam", choice(*OPTIMIZERS))
+    lr: float | None = option(None, real(0))
+    momentum: float = option(0.0, real(0, 1))
+    weight_decay: float | None = option(None, real(0))
+    l1: float = option(0.0, real(0))
+    noise: float = option(0.0, real(0))
+    schedule: str = option("constant", choice(*SCHEDULES))
     warmup: int = option(0, whole(0))
     floor: float = option(0.0, real(0, 1))
 
@@ -68,12 +58,12 @@ class Machine:
         threads: processor threads. None: as many as torch chooses.
     """
 
-    device: str = option("auto", Choice(("auto", "cpu", "cuda")))
+    device: str = option("auto", choice("auto", "cpu", "cuda"))
     threads: int | None = option(None, whole(1, os.cpu_count() or 1))
 
 
 @dataclass
-class Run:
+class Folder:
     """Where a run is written, and what else is made of it.
 
     Args:
@@ -83,25 +73,27 @@ class Run:
         tensorboard: write event files for TensorBoard.
     """
 
-    name: str | None = option(None, FolderName())
-    runs: str = option("runs", Text())
-    plot: bool = option(False, Flag())
-    tensorboard: bool = option(False, Flag())
+    name: str | None = option(None, FOLDER_NAME)
+    runs: str = option("runs", TEXT)
+    plot: bool = option(False, FLAG)
+    tensorboard: bool = option(False, FLAG)
 
 
 def of_training() -> dict[str, tuple[Option, ...]]:
     """All that `trainopt train` takes beside an experiment's own, by title."""
     return {
         "training": (*options_of(Options, OF_THE_LOOP), *options_of(Machine)),
-        "optimizer": (*options_of(Optimizer), *options_of(Schedule)),
-        "the run": options_of(Run),
+        "optimizer": options_of(Optimizer),
+        "the run": options_of(Folder),
     }
 
 
-def of_a_batch() -> dict[str, tuple[Option, ...]]:
-    """All that the range test takes beside its own and an experiment's own, by title."""
-    rule = tuple(each for each in options_of(Optimizer) if each.key != "lr")
-    return {"training": (*options_of(Options, OF_A_BATCH), *options_of(Machine)), "optimizer": rule}
+def of_range_test() -> dict[str, tuple[Option, ...]]:
+    """All that `trainopt lr-find` takes beside its own and an experiment's own, by title."""
+    return {
+        "training": (*options_of(Options, ("batch_size", "precision", "seed")), *options_of(Machine)),
+        "optimizer": options_of(Optimizer, ("optimizer", "momentum", "weight_decay", "l1", "noise")),
+    }
 
 
 def with_defaults(

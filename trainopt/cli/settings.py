@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from trainopt.cli.refusals import MOVED, Parser, nearest
-from trainopt.training.fields import LONG, Flag, Option, short
+from trainopt.training.fields import FLAG, LONG, Option, short
 
 
 def read(
@@ -33,8 +33,8 @@ def read(
         section = parser.add_argument_group(title)
         for option in options:
             how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-            if not isinstance(option.kind, Flag):
-                how = {"type": _quoting(option.kind), "metavar": option.kind.metavar}
+            if option.kind is not FLAG:
+                how = {"type": _quoting(option.kind.parse), "metavar": option.kind.metavar}
             section.add_argument(f"--{option.name}", help=option.help_line().replace("%", "%%"), **how)
     table = {option.name: option for options in groups.values() for option in options}
     given, unknown = parser.parse_known_args(arguments)
@@ -84,10 +84,10 @@ def _from_file(path: Path, table: dict[str, Option], parser: Parser) -> dict[str
 
 
 def _value_of(option: Option, value: Any) -> Any:
-    if isinstance(option.kind, Flag):
+    if option.kind is FLAG:
         if not isinstance(value, bool):
             raise ValueError(f"{short(str(value))} is neither true nor false")
         return value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"{short(str(value).lower())} is not {option.kind.wanted(value)}")
-    return option.kind(str(value))
+    return option.kind.parse(str(value))

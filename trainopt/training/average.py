@@ -45,7 +45,7 @@ class WeightAverage:
         with torch.no_grad():
             names = model.names() if isinstance(model, Trained) else [name for name, _ in model.named_parameters()]
             params = zip(names, model.parameters(), strict=True)
-            self.weights = {name: wide(param.detach()).clone() for name, param in params}
+            self.weights = {name: at_least_float32(param.detach()).clone() for name, param in params}
 
     def decay_at(self, t: int) -> float:
         """d_t."""
@@ -59,7 +59,7 @@ class WeightAverage:
         self.log_bias += math.log(decay) if decay > 0 else -math.inf
         step = (1 - decay) / -math.expm1(self.log_bias)
         averages = list(self.weights.values())
-        current = [wide(param.detach()) for param in self.model.parameters()]
+        current = [at_least_float32(param.detach()) for param in self.model.parameters()]
         if not any(map(is_dtensor, averages)):
             torch._foreach_lerp_(averages, current, step)
             return
@@ -110,7 +110,7 @@ def kept(params: Sequence[Tensor]) -> Iterator[None]:
                 param.copy_(value)
 
 
-def wide(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """float32 for a 16-bit tensor, else the tensor itself."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 

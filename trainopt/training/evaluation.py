@@ -14,7 +14,7 @@ from trainopt.training.data import Source, move
 from trainopt.training.distributed import Processes, is_sharded, whole
 from trainopt.training.loss.counting import Count, add_weighted, samples_in, widest
 from trainopt.training.precision import Precision
-from trainopt.training.trained import State, Trained
+from trainopt.training.trained import StateDict, Trained
 
 
 @contextmanager
@@ -86,7 +86,7 @@ class Best:
         self.value: float | None = None
         self.step: int | None = None
         self.since = 0  # validations since then
-        self.weights: dict[str, State] | None = None  # as `Trained.state` gives them
+        self.weights: dict[str, StateDict] | None = None  # as `Trained.state` gives them
 
     def offer(self, value: float, step: int, trained: Trained) -> bool:
         """Takes in a validation of the weights as they are; whether it is the best. NaN never is."""
@@ -113,7 +113,7 @@ class Best:
             self.value, self.step, self.since = None, None, 0
 
 
-def copied(state: dict[str, State]) -> dict[str, State]:
+def copied(state: dict[str, StateDict]) -> dict[str, StateDict]:
     """A copy of what `Trained.state` gave; of sharded tensors the whole, on every process."""
     return {
         part: {

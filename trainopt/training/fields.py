@@ -7,7 +7,7 @@ import difflib
 import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,148 +18,92 @@ TOO_MANY = 2**63  # torch, range and islice count in 64 bits
 LONG = 60  # characters of a value that are shown
 
 
+@dataclass(frozen=True)
 class Kind:
-    """What an option may be. Called with a text it gives the value, or a ValueError with "… is not …"."""
+    """What an option may be.
 
-    metavar = "TEXT"  # what stands for the value in a help
+    Args:
+        words: that, as in "a whole number of at least 1".
+        accepts: whether a value is that.
+        read: the value that a text stands for; ValueError where it stands for none.
+        metavar: what stands for the value in a help.
+        names: the words that there are, where it is one of them.
+    """
 
-    def __call__(self, text: str) -> Any:
-        value = self.read(text)
+    words: str
+    accepts: Callable[[Any], bool]
+    read: Callable[[str], Any] = str
+    metavar: str = "TEXT"
+    names: tuple[str, ...] = ()
+
+    def parse(self, text: str) -> Any:
+        """The value that a text stands for; ValueError with "… is not …"."""
+        try:
+            value = self.read(text)
+        except ValueError:
+            value = text
         if not self.accepts(value):
             raise ValueError(f"{short(text)} is not {self.wanted(value)}")
         return value
 
-    def read(self, text: str) -> Any:
-        """The value that a text stands for, or the text itself."""
-        return text
-
-    def accepts(self, value: Any) -> bool:
-        raise NotImplementedError
-
-    def wanted(self, value: Any) -> str:
-        """What `value` should have been, in words."""
-        raise NotImplementedError
-
     def check(self, name: str, value: Any) -> None:
         """ValueError that names the option and its value, if it is not of this kind."""
-        if self.accepts(value):
-            return
-        if isinstance(value, int) and value >= TOO_MANY:  # Python itself writes no number of thousands of digits
-            shown = f"{value:.3g}" if value < 10**300 else "too large"
-        else:
-            shown = repr(value)
-        raise ValueError(f"{name} is {shown}; it must be {self.wanted(value)}")
-
-
-class Text(Kind):
-    """Any text: a name, or a path."""
-
-    def accepts(self, value: Any) -> bool:
-        return isinstance(value, str | os.PathLike)
+        if not self.accepts(value):
+            is_large = isinstance(value, int) and value >= TOO_MANY  # Python writes no number of thousands of digits
+            shown = repr(value) if not is_large else f"{value:.3g}" if value < 10**300 else "too large"
+            raise ValueError(f"{name} is {shown}; it must be {self.wanted(value)}")
 
     def wanted(self, value: Any) -> str:
-        return "a text"
-
-
-@dataclass(frozen=True)
-class Number(Kind):
-    """A finite number.
-
-    Args:
-        kind: int or float; a float may be given as an int.
-        low, high: its bounds; that of a float begins at 0, and an int is below 2**63.
-        above: whether it must be greater than low.
-        below: whether it must be less than high.
-        word: one word that may stand for a number.
-    """
-
-    kind: type[int] | type[float]
-    low: float
-    high: float = math.inf
-    above: bool = False
-    below: bool = False
-    word: str | None = None
-
-    @property
-    def metavar(self) -> str:  # type: ignore[override]
-        return ("N" if self.kind is int else "X") + (f"|{self.word}" if self.word else "")
-
-    def read(self, text: str) -> Any:
-        try:
-            return self.kind(text)
-        except ValueError:
-            return text
-
-    def accepts(self, value: Any) -> bool:
-        if isinstance(value, str):
-            return value == self.word
-        if not isinstance(value, int if self.kind is int else int | float):
-            return False
-        try:
-            if self.kind is int:
-                checks.whole("", "", value, int(self.low))
-            else:
-                checks.number("", "", value, self.low if self.above else None, self.high)
-        except (ValueError, OverflowError):
-            return False
-        if self.kind is int and value >= TOO_MANY:
-            return False
-        return value < self.high if self.below else value <= self.high
-
-    def wanted(self, value: Any) -> str:
-        if self.kind is int and isinstance(value, int) and value >= TOO_MANY:
+        """What a value should have been, in words."""
+        if self.read is not float and isinstance(value, int) and value >= TOO_MANY:
             return "below 2**63"
-        noun = "a whole number" if self.kind is int else "a number"
-        bounds = f"greater than {self.low:g}" if self.above else f"of at least {self.low:g}"
-        if self.high != math.inf:
-            less = f"less than {self.high}" if self.below else f"at most {self.high:,}"
-            bounds += f" and {less}"
-        return f"{noun} {bounds}" + (f' or "{self.word}"' if self.word else "")
+        near = difflib.get_close_matches(str(value), self.names, 1, 0.5) if self.names else ()
+        return f"{self.words}; did you mean {near[0]}?" if near else self.words
 
 
-@dataclass(frozen=True)
-class Choice(Kind):
-    """One of these words."""
+def whole(low: int, high: float = TOO_MANY - 1, word: str | None = None) -> Kind:
+    """A whole number from low to high, or, if there is one, a word."""
 
-    names: tuple[str, ...]
-    metavar = "NAME"
+    def accepts(value: Any) -> bool:
+        if isinstance(value, str):
+            return value == word
+        return isinstance(value, int) and passes(checks.whole, value, low) and value <= high
 
-    def accepts(self, value: Any) -> bool:
-        return value in self.names
-
-    def wanted(self, value: Any) -> str:
-        near = difflib.get_close_matches(str(value), self.names, 1, 0.5)
-        return f"one of {', '.join(map(repr, self.names))}" + (f"; did you mean {near[0]}?" if near else "")
+    limit = "" if high == TOO_MANY - 1 else f" and at most {high:,}"
+    words = f"a whole number of at least {low}{limit}" + (f' or "{word}"' if word else "")
+    return Kind(words, accepts, lambda text: text if text == word else int(text), f"N|{word}" if word else "N")
 
 
-class Flag(Kind):
-    """On or off."""
+def real(low: float, high: float = math.inf, above: bool = False, below: bool = False) -> Kind:
+    """A finite number from low, which is 0, to high; with `above` greater than low, with `below` less than high."""
 
-    def accepts(self, value: Any) -> bool:
-        return isinstance(value, bool)
+    def accepts(value: Any) -> bool:
+        is_inside = isinstance(value, int | float) and passes(checks.number, value, low if above else None, high)
+        return is_inside and not (below and value == high)
 
-    def wanted(self, value: Any) -> str:
-        return "True or False"
-
-
-class FolderName(Kind):
-    """A name for one folder."""
-
-    metavar = "NAME"
-
-    def accepts(self, value: Any) -> bool:
-        return value not in ("", ".", "..") and Path(value).name == value
-
-    def wanted(self, value: Any) -> str:
-        return "a plain name for a folder"
+    limit = "" if high == math.inf else f" and less than {high}" if below else f" and at most {high}"
+    return Kind(f"a number {'greater than' if above else 'of at least'} {low:g}{limit}", accepts, float, "X")
 
 
-def whole(low: int, high: float = math.inf, word: str | None = None) -> Number:
-    return Number(int, low, high, word=word)
+def choice(*names: str) -> Kind:
+    return Kind(f"one of {', '.join(map(repr, names))}", lambda value: value in names, str, "NAME", names)
 
 
-def real(low: float, high: float = math.inf, above: bool = False, below: bool = False) -> Number:
-    return Number(float, low, high, above, below)
+def is_folder_name(value: Any) -> bool:
+    return value not in ("", ".", "..") and Path(value).name == value
+
+
+FLAG = Kind("True or False", lambda value: isinstance(value, bool))
+TEXT = Kind("a text", lambda value: isinstance(value, str | os.PathLike))
+FOLDER_NAME = Kind("a plain name for a folder", is_folder_name, str, "NAME")
+
+
+def passes(check: Callable[..., Any], value: Any, *bounds: Any) -> bool:
+    try:
+        check("", "", value, *bounds)
+    except (ValueError, OverflowError):
+        return False
+    return True
 
 
 def short(text: str) -> str:
@@ -184,7 +128,7 @@ class Option(NamedTuple):
         return self.key.replace("_", "-")
 
     def help_line(self) -> str:
-        words = {None: "none", True: "on", False: "off"} if self.default is None or isinstance(self.kind, Flag) else {}
+        words = {None: "none", True: "on", False: "off"} if self.default is None or self.kind is FLAG else {}
         shown = words.get(self.default, str(self.default)) if self.shown is None else self.shown
         return f"{self.help} (default: {shown})"
 
@@ -204,14 +148,14 @@ def check(options: Any) -> None:
 
 def options_of(cls: type, names: Sequence[str] | None = None) -> tuple[Option, ...]:
     """The fields of a dataclass, or those named, each with what the docstring's "Args:" says of it."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     texts: dict[str, list[str]] = {}
     for line in (inspect.getdoc(cls) or "").partition("Args:\n")[2].splitlines():
-        name, colon, text = line.partition(": ")
-        if colon and name.startswith("    ") and name.strip().isidentifier() and name.strip() == name[4:]:
-            texts[name.strip()] = [text]
+        name, _, text = line.removeprefix("    ").partition(": ")
+        if name in fields:
+            texts[name] = [text]
         elif texts:
             texts[list(texts)[-1]].append(line.strip())
-    fields = {field.name: field for field in dataclasses.fields(cls)}
     return tuple(
         Option(name, fields[name].metadata["kind"], fields[name].default, " ".join(texts[name]).strip())
         for name in names or fields

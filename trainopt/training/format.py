@@ -64,13 +64,13 @@ def check_fields(state: dict[str, Any]) -> None:
     if state.get("given") is not None:
         check_given(state["given"])
     for name, part in (("watch", Watch()), ("interval", Interval())):
-        check_alike(state[name], part.state_dict(), name)
+        check_same_types(state[name], part.state_dict(), name)
         with taken_over(name):
             part.load_state_dict(state[name])
     own = random_state.capture()
     for index, generators in enumerate(state["random"]):
         check_types(generators, {"python": tuple, "torch": Tensor}, f"random.{index}.")
-        check_alike(generators, own, f"random.{index}")
+        check_same_types(generators, own, f"random.{index}")
     if state["window"] is not None:
         with taken_over("window"):
             Window.from_state(upgraded(state)["window"], torch.device("cpu"))
@@ -117,7 +117,7 @@ def check_given(given: dict[str, Any]) -> None:
         raise CorruptCheckpoint("its given has something that is no plain value")
 
 
-def check_alike(value: Any, own: Any, where: str) -> None:
+def check_same_types(value: Any, own: Any, where: str) -> None:
     """CorruptCheckpoint where something is of another type than in a state that this program would write itself.
 
     A number may stand for a number, and anything for None. Of a dict the common keys are looked at, for another version
@@ -128,12 +128,12 @@ def check_alike(value: Any, own: Any, where: str) -> None:
         raise CorruptCheckpoint(f"its {where} is {shown(value)}")
     if isinstance(own, dict):
         for name in own.keys() & value.keys():
-            check_alike(value[name], own[name], f"{where}.{name}")
+            check_same_types(value[name], own[name], f"{where}.{name}")
     elif isinstance(own, tuple):
         if len(value) != len(own):
             raise CorruptCheckpoint(f"its {where} has {len(value)} entries, not {len(own)}")
         for index, (each, other) in enumerate(zip(value, own, strict=True)):
-            check_alike(each, other, f"{where}.{index}")
+            check_same_types(each, other, f"{where}.{index}")
     elif isinstance(own, Tensor) and (value.dtype, value.shape) != (own.dtype, own.shape):
         raise CorruptCheckpoint(f"its {where} is of another shape or dtype")
 

@@ -86,13 +86,13 @@ def fit(
     Args:
         model: on its device. Its output for a batch's inputs goes to the loss.
         data: a DataLoader, a tuple of tensors (then `batch_size` says how they are cut), or any iterable of batches
-            that can be gone through again each epoch. Under torchrun a DataLoader's batch is that of all processes
+            that can be iterated over again in each epoch. Under torchrun a DataLoader's batch is that of all processes
             together, and each loads its share.
         loss: `loss(output, target)`, the mean over what it counts, or the pair (sum, count). None where the model's
             output has its own as `.loss`. What it owns (parameters, buffers) is trained and saved with the model.
         optimizer: any torch optimizer over parameters of the model and the loss whose step needs no closure.
         options: the choices, where they are at hand as an object; else give them by name (`Options`).
-        validation: data of the same kinds, gone through in evaluation mode; plain tensors in order.
+        validation: data of the same kinds, evaluated in evaluation mode; plain tensors in order.
         metrics: by name, `metric(output, target)`: the mean over the samples of a batch, a number or 0-dim tensor.
         schedule: anything with `step()`, `state_dict()` and `load_state_dict()`, a torch LRScheduler for one; stepped
             once after every update, not after a skipped one, or as `schedule_every` says.
@@ -111,74 +111,61 @@ def fit(
     that it is in, with a checkpoint if there is a directory; `Result.reason` and `Result.exit_status` tell it from
     success. Called again with the same arguments, the run carries on, to the same bits on the CPU.
     """
-    loop = Loop(
-        model,
-        data,
-        loss,
-        optimizer,
-        Options.of(options, choices),
-        validation=validation,
-        metrics=metrics or {},
-        schedule=schedule,
-        report=Lines() if report is None else report,
-        count=count,
-        split=split,
-    )
-    return loop.run()
+    options, metrics = Options.of(options, choices), metrics or {}
+    device = check_objects(model, optimizer, options, validation, metrics, schedule)
+    pace = Pace(schedule, options.schedule_every, validation is not None)
+    trained = Trained(model, loss, optimizer, count, split)
+    processes = Processes.join(device)
+    source = source_of(data, options.batch_size, options.shuffle, processes, options.sharded)
+    held_out = None
+    if validation is not None:
+        size = validation_size(options.batch_size, validation)
+        held_out = source_of(validation, size, False, processes, options.sharded, "validation")
+        check_validation(held_out)
+    planned: Callable[[Any], Count] = trained.planned
+    if split is None and isinstance(source, TensorSource) and len(source.tensors) == 2:
+        planned = planned_by_shape(trained, source.tensors[1])
+    state = State(options, trained, optimizer, schedule, Precision(options.precision, device), source, processes)
+    return Loop(state, held_out, metrics, pace, planned, Lines() if report is None else report).run()
 
 
 class Loop:
-    """Goes through a run. Building it checks everything and changes nothing.
+    """Runs the epochs of a training run. Building it checks its directory and changes nothing.
 
-    Args: as of `fit`.
+    Args:
+        state: what is trained, by what, and how far it is.
+        validation, metrics, report: as of `fit`.
+        pace: steps the schedule.
+        planned: what the loss counts in a batch, as far as that is known before it is computed.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        data: Any,
-        loss: Callable[[Any, Any], Any] | None,
-        optimizer: torch.optim.Optimizer,
-        options: Options,
-        *,
-        validation: Any,
+        state: State,
+        validation: Source | None,
         metrics: Metrics,
-        schedule: Any,
+        pace: Pace,
+        planned: Callable[[Any], Count],
         report: Report,
-        count: Callable[[Any], Count] | None,
-        split: Callable[[Any], tuple[Any, Any]] | None,
     ) -> None:
-        device = check_objects(model, optimizer, options, validation, metrics, schedule)
-        self.options, self.optimizer, self.metrics = options, optimizer, metrics
-        self.pace = Pace(schedule, options.schedule_every, validation is not None)
-        self.trained = Trained(model, loss, optimizer, count, split)
+        self.state, self.options, self.optimizer, self.trained = state, state.options, state.optimizer, state.trained
+        self.source, self.processes, self.precision = state.source, state.processes, state.precision
+        self.counters, self.interval, self.watch = state.counters, state.interval, state.watch
         self.criterion = self.trained.criterion
-        self.processes = Processes.join(device)
-        self.source = source_of(data, options.batch_size, options.shuffle, self.processes, options.sharded)
-        self.validation: Source | None = None
-        if validation is not None:
-            size = validation_size(options.batch_size, validation)
-            self.validation = source_of(validation, size, False, self.processes, options.sharded, "validation")
-            check_validation(self.validation)
-        self.planned: Callable[[Any], Count] = self.trained.planned
-        if split is None and isinstance(self.source, TensorSource) and len(self.source.tensors) == 2:
-            self.planned = planned_by_shape(self.trained, self.source.tensors[1])
-        self.precision = Precision(options.precision, device)
-
-        self.state = State(options, self.trained, optimizer, schedule, self.precision, self.source, self.processes)
-        self.counters, self.interval, self.watch = self.state.counters, self.state.interval, self.state.watch
+        self.validation, self.metrics, self.pace, self.planned = validation, metrics, pace, planned
         self.trained.look = self.look
-        self.saving = Saving(self.state, self.say)
-        self.skipping = Skipping(self.state, self.say)
+        self.saving = Saving(state, self.say)
+        self.skipping = Skipping(state, self.say)
         self.report: Report = Silent()
         if self.processes.is_first:
-            self.report = report if options.directory is None else with_folder(report, Path(options.directory))
+            directory = self.options.directory
+            self.report = report if directory is None else with_folder(report, Path(directory))
         self.signals = StopSignals()
         self.forward: Callable[..., tuple[Tensor, Count | None]] = self.trained.forward
         self.wrappers = self.trained.wrappers()  # that average gradients over the processes
-        self.must_check = options.nonfinite != "ignore" or self.precision.scaler is not None
+        self.must_check = self.options.nonfinite != "ignore" or self.precision.scaler is not None
 
-        self.lr: Any = optimizer.param_groups[0]["lr"]  # that the last update used
+        self.lr: Any = self.optimizer.param_groups[0]["lr"]  # that the last update used
         self.norm: Tensor | None = None  # of the last update's gradient, unscaled, before clipping
         self.reason: str | None = None  # why the run must end, where an update has found out
         self.has_said_what_is_counted = False
@@ -293,7 +280,7 @@ class Loop:
             state.window = Window.of(drawn, self.planned)
             if self.processes.world > 1:
                 asks = "stop " * (self.signals.received is not None) + "save" * self.saving.is_late()
-                state.window.share(self.processes, asks)
+                state.window.all_reduce(self.processes, asks)
             yield state.window
 
     def end(self, reason: str) -> None:
@@ -484,7 +471,7 @@ class Loop:
         self.interval_begun = perf_counter()
 
     def validate(self) -> bool:
-        """Goes through the validation data, unless that has been done at this step; whether it was done now."""
+        """Evaluates the model on the validation data, unless that was done at this step; whether it was done now."""
         state, at = self.state, self.counters
         if self.validation is None or at.validated_step == at.step:
             return False

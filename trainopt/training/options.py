@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from trainopt.training.fields import Choice, Flag, Text, check, option, real, whole
+from trainopt.training.fields import FLAG, TEXT, check, choice, option, real, whole
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 NONFINITE = ("skip", "stop", "ignore")
@@ -60,7 +60,7 @@ class Options:
         steps: updates of the weights.
         batch_size: samples in a micro-batch, over all processes, where the data are plain tensors; "full" for all of
             them (gradient descent). A DataLoader has its own.
-        shuffle: whether plain tensors are gone through in a new random order each epoch. A DataLoader decides itself.
+        shuffle: whether plain tensors come in a new random order in each epoch. A DataLoader decides itself.
         accumulation: micro-batches in one update. The gradient is that of the mean over all that the loss counts in
             them, as if they were one batch. At the end of an epoch an update may have fewer.
         precision: "float32", or the type that autocast computes in: "bfloat16", or "float16" with a GradScaler.
@@ -97,27 +97,27 @@ class Options:
     epochs: int | None = option(None, whole(1))
     steps: int | None = option(None, whole(1))
     batch_size: int | str | None = option(None, whole(1, word="full"))
-    shuffle: bool = option(True, Flag())
+    shuffle: bool = option(True, FLAG)
     accumulation: int = option(1, whole(1))
-    precision: str = option("float32", Choice(PRECISIONS))
+    precision: str = option("float32", choice(*PRECISIONS))
     clip: float | None = option(None, real(0, above=True))
     average: float | None = option(None, real(0, 1.0, below=True))
-    average_warmup: bool = option(True, Flag())
+    average_warmup: bool = option(True, FLAG)
     validate_every: int | None = option(None, whole(1))
     early_stopping: int | None = option(None, whole(1))
-    monitor: str = option("loss", Text())
-    maximize: bool | None = option(None, Flag())
-    schedule_every: str | None = option(None, Choice(SCHEDULE_UNITS))
-    directory: str | os.PathLike[str] | None = option(None, Text())  # noqa: RUF009
+    monitor: str = option("loss", TEXT)
+    maximize: bool | None = option(None, FLAG)
+    schedule_every: str | None = option(None, choice(*SCHEDULE_UNITS))
+    directory: str | os.PathLike[str] | None = option(None, TEXT)  # noqa: RUF009
     checkpoint_every: int | None = option(None, whole(1))
     checkpoint_minutes: float = option(10.0, real(0, above=True))
     keep: int = option(3, whole(1))
-    resume: bool = option(True, Flag())
-    nonfinite: str = option("skip", Choice(NONFINITE))
+    resume: bool = option(True, FLAG)
+    nonfinite: str = option("skip", choice(*NONFINITE))
     nonfinite_limit: int = option(10, whole(1))
     log_every: int = option(50, whole(1))
     seed: int | None = option(None, whole(0))
-    sharded: bool = option(False, Flag())
+    sharded: bool = option(False, FLAG)
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):

@@ -50,7 +50,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Validated:
-    """The validation data has been gone through."""
+    """The model has been evaluated on the validation data."""
 
     step: int
     epoch: int
@@ -87,7 +87,7 @@ class Finished:
     best: float | None  # the best value of `monitor`; None without validation
     best_step: int | None
     seconds: float
-    samples: int  # gone through by this process group since it started
+    samples: int  # trained on by this process group since it started
     checkpoint: Path | None  # the newest whole one
 
 
@@ -176,7 +176,7 @@ def console() -> Report:
     return Lines()
 
 
-class Terminal:
+class Terminal(Lines):
     """A bar with loss, learning rate, gradient norm, samples a second and time left; validations and messages above it.
 
     Drawn anew when there is news, without a thread: nothing draws while the model trains. ImportError without rich.
@@ -186,7 +186,7 @@ class Terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        self._lines = Lines()  # rich prints above the bar what goes to standard output
+        super().__init__()  # rich prints above the bar what goes to standard output
         self.bar: Any = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
@@ -198,7 +198,7 @@ class Terminal:
         self._task: Any = None
 
     def started(self, event: Started) -> None:
-        self._lines.started(event)
+        super().started(event)
         self._task = self.bar.add_task("step", total=event.total_steps, completed=event.step, numbers="")
         self.bar.start()
 
@@ -213,15 +213,9 @@ class Terminal:
             parts.append(f"{event.skipped} skipped")
         self.bar.update(self._task, completed=event.step, numbers="  ".join(parts), refresh=True)
 
-    def validated(self, event: Validated) -> None:
-        self._lines.validated(event)
-
-    def message(self, event: Message) -> None:
-        self._lines.message(event)
-
     def finished(self, event: Finished) -> None:
         self.bar.stop()
-        self._lines.finished(event)
+        super().finished(event)
 
 
 class Several:

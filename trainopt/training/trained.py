@@ -20,7 +20,7 @@ from trainopt.training.loss.criterion import Criterion
 from trainopt.training.loss.observing import Observer
 
 COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
-State = dict[str, Any]
+StateDict = dict[str, Any]
 
 
 class Trained(nn.Module):
@@ -152,11 +152,11 @@ class Trained(nn.Module):
 
     # As one -----------------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, State]:
+    def state(self) -> dict[str, StateDict]:
         """The states of the model and of the loss, under the names of the person's own modules; not copied."""
         return {"model": plain_state(self.model), "criterion": plain_state(self.criterion.owned)}
 
-    def load(self, state: Mapping[str, State]) -> None:
+    def load(self, state: Mapping[str, StateDict]) -> None:
         """Takes over what `state` gave, whatever was wrapped then and is now."""
         load_plain(self.model, state["model"])
         if "criterion" in state:  # older files have none
@@ -237,7 +237,7 @@ def plain_name(name: str) -> str:
     return name.replace(COMPILED, "")
 
 
-def plain_state(module: nn.Module) -> State:
+def plain_state(module: nn.Module) -> StateDict:
     """A module's state under the names that it has when nothing in it is compiled."""
     return {plain_name(name): value for name, value in module.state_dict().items()}
 

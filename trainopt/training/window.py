@@ -50,9 +50,10 @@ class Window:
         is_empty = not isinstance(total, Tensor) and total == 0
         return cls(batches, counts, weights, samples, is_empty, is_alone=len(counts) == 1)
 
-    def share(self, processes: Processes, asks: str) -> None:
-        """Weighs the micro-batches among those of all processes, and hears what each asks for. Collective: every
-        process must call it.
+    def all_reduce(self, processes: Processes, asks: str) -> None:
+        """Weighs the micro-batches among those of all processes, and learns what each process asks for.
+
+        Collective: every process must call it.
 
         The gradients will be averaged over the processes: hence their number in the weights.
         """

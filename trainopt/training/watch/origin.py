@@ -228,9 +228,9 @@ class Trace(TorchDispatchMode):
         while id(event) not in seen:
             seen.add(id(event))
             parents = [parent for parent in event.parents if not parent.is_constant]
-            alike = [parent for parent in parents if bool(parent.nan) >= bool(event.nan)]
-            if alike:
-                event = alike[0]
+            candidates = [parent for parent in parents if bool(parent.nan) >= bool(event.nan)]
+            if candidates:
+                event = candidates[0]
             elif parents:  # NaN out of infinities
                 maker = event
                 event = parents[0]
