@@ -13,7 +13,7 @@ from trainings import HEALTHY, ILL, blobs, cnn, digits_split, linear, mlp, outco
 
 from trainopt.training.history import KEPT, PIECE, History
 from trainopt.training.watch.guessing import Guessing
-from trainopt.training.watch.losses import Losses
+from trainopt.training.watch.suspicion import Losses
 from trainopt.training.watch.watch import Validation, scatter_of
 
 pytest.importorskip("sklearn")  # has the digits

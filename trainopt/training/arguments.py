@@ -1,4 +1,4 @@
-"""Whether the objects of a run go together, before anything is changed."""
+"""The arguments of a run: whether they go together, and how they differ from those that it was given before."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainopt.training.criterion.callables import inside
 from trainopt.training.data import Source, is_tensors
-from trainopt.training.loss.callables import inside
 from trainopt.training.options import Options
 
 Metrics = Mapping[str, Callable[[Any, Any], Any]]

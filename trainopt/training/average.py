@@ -1,16 +1,4 @@
-"""A moving average of the weights.
-
-At its t-th update (t = 1, 2, …), with the weights w just stepped to:
-
-    d_t = decay, or with warm-up min(decay, t / (9 + t))
-    D_t = d_1 · d_2 · … · d_t                      (D_0 = 1)
-    a_t = a_{t-1} + (1 - d_t) / (1 - D_t) · (w - a_{t-1})
-
-The divisor 1 - D_t takes the bias out, as in Adam (Kingma & Ba 2015, section 3): a_t is a weighted mean of w_1 … w_t
-alone, whose weights are those of the plain recursion divided by their sum, so that a_1 = w_1, and without warm-up a_t
-is near the plain mean while t is small against 1 / (1 - decay). The warm-up, which is that of TensorFlow's
-ExponentialMovingAverage with `num_updates`, forgets the first weights of a run faster still.
-"""
+"""The weights that are to be used, where others are trained: a moving average, or those of a schedule-free optimizer."""
 
 from __future__ import annotations
 
@@ -29,6 +17,17 @@ from trainopt.training.trained import Trained, plain_state
 
 class WeightAverage:
     """The moving average of a module's parameters; its buffers are copied as they are, integers too.
+
+    At its t-th update (t = 1, 2, …), with the weights w just stepped to:
+
+        d_t = decay, or with warm-up min(decay, t / (9 + t))
+        D_t = d_1 · d_2 · … · d_t                      (D_0 = 1)
+        a_t = a_{t-1} + (1 - d_t) / (1 - D_t) · (w - a_{t-1})
+
+    The divisor 1 - D_t takes the bias out, as in Adam (Kingma & Ba 2015, section 3): a_t is a weighted mean of w_1
+    … w_t alone, whose weights are those of the plain recursion divided by their sum, so that a_1 = w_1, and without
+    warm-up a_t is near the plain mean while t is small against 1 / (1 - decay). The warm-up, which is that of
+    TensorFlow's ExponentialMovingAverage with `num_updates`, forgets the first weights of a run faster still.
 
     16-bit parameters have their average in float32, where its small steps are not lost.
 

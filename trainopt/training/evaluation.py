@@ -1,4 +1,7 @@
-"""The mean loss and metrics of a model over data, without a trace on the model or the random generators."""
+"""Validation: the mean loss and metrics over data, and the best so far.
+
+An evaluation leaves no trace on the model or the random generators.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from trainopt.training import random_state
+from trainopt.training.criterion.counting import Count, add_weighted, samples_in, widest
 from trainopt.training.data import Source, move
 from trainopt.training.distributed import Processes, is_sharded, whole
-from trainopt.training.loss.counting import Count, add_weighted, samples_in, widest
 from trainopt.training.precision import Precision
 from trainopt.training.trained import StateDict, Trained
 

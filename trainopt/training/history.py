@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainopt.training.loss.counting import Count
+from trainopt.training.criterion.counting import Count
 
 PIECE, KEPT = 10, 64
 LONGEST = 1024  # losses that an interval holds before they are brought from the device

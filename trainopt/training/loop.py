@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from trainopt.training import gradients
 from trainopt.training.arguments import Metrics, check_objects, check_validation, validation_size
+from trainopt.training.criterion.counting import Count, is_counted
 from trainopt.training.data import Source, TensorSource, move, source_of
 from trainopt.training.distributed import Processes
 from trainopt.training.evaluation import evaluate
 from trainopt.training.folder import with_folder
-from trainopt.training.loss.counting import Count, is_counted
 from trainopt.training.options import Options
+from trainopt.training.pace import Pace
 from trainopt.training.precision import Precision
 from trainopt.training.report import Finished, Lines, Message, Progress, Report, Silent, Started, Validated
 from trainopt.training.saving import Saving
-from trainopt.training.schedule import Pace
 from trainopt.training.signals import StopSignals
 from trainopt.training.skipping import Skipping
 from trainopt.training.state import State
@@ -98,8 +98,8 @@ def fit(
             once after every update, not after a skipped one, or as `schedule_every` says.
         report: receives what happens; lines on standard output by default.
         count: how many the loss counts in a target (tokens, samples). By default the loss is asked
-            (`trainopt.training.loss`). A micro-batch with a count of 0 is left out, unless the count is a tensor on an
-            accelerator: the gradient of its loss must be finite then.
+            (`trainopt.training.criterion`). A micro-batch with a count of 0 is left out, unless the count is a tensor
+            on an accelerator: the gradient of its loss must be finite then.
         split: `(inputs, target)` of a batch, which is such a pair by default, or, for a model that computes its own
             loss, a mapping of its arguments. Inputs that are a tuple or list are given to the model as its arguments,
             those that are a mapping as its keyword arguments.

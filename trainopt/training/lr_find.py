@@ -26,7 +26,7 @@ from trainopt.training.distributed import Processes
 from trainopt.training.fields import whole
 from trainopt.training.precision import Precision
 from trainopt.training.trained import Trained
-from trainopt.training.watch.nonfinite import uncompiled
+from trainopt.training.watch.first_nonfinite import uncompiled
 
 SMOOTHED = 0.25  # decades of the learning rate that the curve is smoothed over
 BLOWN_UP = 4.0  # times the lowest smoothed loss: the test ends

@@ -9,9 +9,9 @@ from typing import Any
 
 from trainopt.functional import check_targets
 from trainopt.training.checkpoint import plain, write
-from trainopt.training.loss.counting import is_counted
+from trainopt.training.criterion.counting import is_counted
 from trainopt.training.state import State
-from trainopt.training.watch.nonfinite import Finding, first_nonfinite, nonfinite_gradient, nonfinite_parameter
+from trainopt.training.watch.first_nonfinite import Finding, first_nonfinite, nonfinite_gradient, nonfinite_parameter
 from trainopt.training.window import Window
 
 

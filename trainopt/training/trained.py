@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainopt.training.criterion.callables import bare, has_compiled, inside
+from trainopt.training.criterion.counting import Count, is_counted, on_host, samples_in
+from trainopt.training.criterion.criterion import Criterion
+from trainopt.training.criterion.observing import Observer
 from trainopt.training.data import tensors_in
 from trainopt.training.distributed import Processes, is_sharded, like
 from trainopt.training.gradients import parameters
-from trainopt.training.loss.callables import bare, has_compiled, inside
-from trainopt.training.loss.counting import Count, is_counted, on_host, samples_in
-from trainopt.training.loss.criterion import Criterion
-from trainopt.training.loss.observing import Observer
 
 COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
 StateDict = dict[str, Any]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainopt.training.criterion.counting import Count, is_counted, samples_in, weight_of, widest
 from trainopt.training.data import MicroBatch
 from trainopt.training.distributed import Processes
-from trainopt.training.loss.counting import Count, is_counted, samples_in, weight_of, widest
 
 
 @dataclass

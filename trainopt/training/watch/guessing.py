@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainopt.training.loss.callables import Core, core_of
+from trainopt.training.criterion.callables import Core, core_of
 
 LARGEST = 2**22  # elements of an output that are looked at
 NUMBERS = 256  # of a target, that its variance is estimated from

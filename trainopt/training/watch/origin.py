@@ -65,7 +65,7 @@ LINE = 60  # characters of a source line that are shown
 PACKAGE = os.path.dirname(os.path.abspath(trainopt.__file__))
 FOLDER = os.path.join(PACKAGE, "training") + os.sep
 #: Files whose frames stand between a person's line and the operation, because they look at operations as they go by.
-LOOKING = (os.path.abspath(__file__), os.path.join(FOLDER, "loss", "observing.py"))
+LOOKING = (os.path.abspath(__file__), os.path.join(FOLDER, "criterion", "observing.py"))
 #: Whose lines are not the person's: trainopt's, torch's, and the standard library's that both go through.
 LIBRARIES = (
     PACKAGE,

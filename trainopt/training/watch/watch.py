@@ -18,9 +18,9 @@ from trainopt.training.precision import Precision
 from trainopt.training.report import Message
 from trainopt.training.trained import Trained
 from trainopt.training.watch.evidence import Evidence, Measurement, Units
+from trainopt.training.watch.first_nonfinite import Finding, SkippedUpdates
 from trainopt.training.watch.guessing import FAULTS, Guessing
-from trainopt.training.watch.losses import Losses, Suspicion
-from trainopt.training.watch.nonfinite import Finding, Lost
+from trainopt.training.watch.suspicion import Losses, Suspicion
 from trainopt.training.window import Window
 
 TOO_SHORT, TOO_FAR = 100, 0.5  # times an update that would still help; of the loss, by which one update changes it
@@ -51,7 +51,7 @@ class Watch:
         self.log_every, self.stops_early, self.measures = log_every, stops_early, measures
         self.told: list[str] = []  # what has been said
         self.guessing, self.losses, self.validation = Guessing(), Losses(), Validation()
-        self.lost = Lost()  # updates
+        self.lost = SkippedUpdates()  # updates
         self.suspicion: Suspicion | None = None  # that updates are measured for
         self.next_look = self.next_units = self.next_measured = 0.0  # steps
         self.living: dict[str, int] = {}  # of each layer, the units that had a gradient in the first update

@@ -297,7 +297,7 @@ class _Outputs:
             self.first_gradient = f"the gradient of the output of {layer} {found}"
 
 
-class Lost:
+class SkippedUpdates:
     """The updates left out so far: each fault is told once, and at the end how often it came."""
 
     def __init__(self) -> None:

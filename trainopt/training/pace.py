@@ -1,4 +1,4 @@
-"""When the schedule of a run steps."""
+"""When the schedule of a run steps: after every update, epoch or validation."""
 
 from __future__ import annotations
 
