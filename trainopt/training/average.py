@@ -1,4 +1,4 @@
-"""The weights that are to be used, where others are trained: a moving average, or those of a schedule-free optimizer."""
+"""The weights that are to be used, where others are trained: a moving average, or a schedule-free optimizer's."""
 
 from __future__ import annotations
 
