@@ -87,7 +87,7 @@ help:
 	@echo '  TORCH_CUDA_ARCH_LIST="8.6 9.0+PTX"   the GPUs to build for'
 
 demo: build $(TOOLS_READY)
-	$(RUN) -m trainopt train digits --compare $(ARGS)
+	$(RUN) -m benchmarks.twin $(ARGS)
 
 test: build $(TOOLS_READY)
 	$(PYTEST) $(ARGS)

@@ -32,7 +32,7 @@ FOREIGN = {
 
 #: The rooms of the package, from the ground up: modules, or folders.
 STORIES = (
-    ("_build", "_extension", "checks", "originals", "stand_in", "schedules", "files"),
+    ("_build", "_version", "_extension", "switches", "checks", "originals", "stand_in", "schedules"),
     ("losses", "optim", "clip"),
     ("functional",),
     ("patching", "training"),

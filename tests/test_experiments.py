@@ -1,4 +1,4 @@
-"""The experiments: their data, their models, the twin, and that they learn."""
+"""The experiments: their data, their models, and that they learn."""
 
 import gzip
 import importlib.util
@@ -15,8 +15,8 @@ from trainopt.cli import main, options, setup
 from trainopt.cli.settings import read
 from trainopt.experiments import charlm, digits, mnist, sources
 from trainopt.experiments.transformer import Transformer
-from trainopt.experiments.twin import Comparison
 from trainopt.training import fit
+from trainopt.training.fields import options_of
 from trainopt.training.folder import read_metrics
 
 has_mlxtend = importlib.util.find_spec("mlxtend") is not None
@@ -30,9 +30,8 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def settings_of(experiment, *arguments):
-    table = options.TRAINING + options.BATCHES + options.OPTIMIZER + options.SCHEDULE + options.RUN
-    table = options.with_defaults(table, experiment.DEFAULTS)
-    settings, parser = read(arguments, "prog", "", {"": (*experiment.OPTIONS, *table)})
+    groups = {"own": options_of(experiment.Options), **options.of_training()}
+    settings, parser = read(arguments, "prog", "", options.with_defaults(groups, experiment.DEFAULTS))
     setup.check(settings, parser)
     if not settings.steps:
         settings.epochs = settings.epochs or experiment.DEFAULTS.get("epochs")
@@ -151,159 +150,6 @@ def test_the_whole_of_mnist_is_trained_on(tmp_path, capsys):
     assert stop.value.code == 2 and "31 is more than the 30" in capsys.readouterr().err
 
 
-# The twin -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return mnist.embedded_digits(seed=0)
-
-
-def compared(*arguments):
-    """The comparison after a run of the digits, and the run's model."""
-    settings = settings_of(digits, "--compare", *arguments)
-    digits.check(settings)
-    task = digits.make(settings)
-    optimizer = setup.optimizer_of(task, settings)
-    curve = setup.curve_of(task, settings)
-    schedule = None if curve is None else trainopt.Schedule(optimizer, lr=curve)
-    comparison = digits.reporter(task, settings, optimizer)
-    assert isinstance(comparison, Comparison)
-    fit(
-        task.model,
-        task.data,
-        task.loss,
-        optimizer,
-        validation=task.validation,
-        metrics=task.metrics,
-        schedule=schedule,
-        report=comparison,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        clip=settings.clip,
-        log_every=settings.log_every,
-        seed=settings.seed,
-    )
-    return comparison
-
-
-@needs_digits
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (),
-        ("--optimizer", "adamw", "--weight-decay", "0.1", "--schedule", "cosine", "--warmup", "20", "--clip", "0.5"),
-        ("--optimizer", "sgd", "--momentum", "0.9", "--schedule", "linear", "--floor", "0.1"),
-    ],
-    ids=["adam", "adamw", "sgd"],
-)
-def test_twins_learn_alike(arguments):
-    comparison = compared("--epochs", "3", *arguments)
-    ours, twin = comparison.ours, comparison.twin
-    assert ours.epochs[-1].accuracy >= 0.85
-    assert len(ours.epochs) == len(twin.epochs) == 3
-    for mine, theirs in zip(ours.epochs, twin.epochs, strict=True):
-        assert mine.loss == pytest.approx(theirs.loss, rel=1e-2)
-        assert mine.held_out_loss == pytest.approx(theirs.held_out_loss, rel=1e-2)
-        assert mine.accuracy == pytest.approx(theirs.accuracy, abs=0.01)
-        assert 0 < mine.step_seconds < mine.seconds and 0 < theirs.step_seconds < theirs.seconds
-
-
-@needs_digits
-def test_the_run_trains_with_trainopt_and_its_twin_with_torch():
-    settings = settings_of(digits, "--compare", "--optimizer", "adamw", "--l1", "0.1", "--noise", "0.1")
-    task = digits.make(settings)
-    comparison = digits.reporter(task, settings, setup.optimizer_of(task, settings))
-    assert isinstance(comparison.ours.optimizer, trainopt.AdamW)
-    assert type(comparison.twin.optimizer) is torch.optim.AdamW
-    assert comparison.ours.optimizer.param_groups[0]["l1"] == 0.1 == comparison.ours.optimizer.param_groups[0]["noise"]
-    assert "l1" not in comparison.twin.optimizer.param_groups[0]
-    pairs = zip(comparison.ours.model.parameters(), comparison.twin.model.parameters(), strict=True)
-    assert all(torch.equal(mine, theirs) and mine is not theirs for mine, theirs in pairs)
-
-
-@needs_digits
-def test_training_is_the_same_with_and_without_the_twin():
-    arguments = ["train", "digits", "--epochs", "2", "--log-every", "63"]
-    assert main([*arguments, "--name", "alone"]) == 0
-    assert main([*arguments, "--name", "paired", "--compare"]) == 0
-    alone, paired = (
-        [entry["loss"] for entry in read_metrics(f"runs/{name}") if entry["event"] == "progress"]
-        for name in ("alone", "paired")
-    )
-    assert alone == paired and len(alone) == 2
-
-
-@needs_digits
-def test_full_batch_is_gradient_descent(embedded):
-    reference = digits.make(settings_of(digits)).model
-    for _ in range(3):
-        reference.zero_grad()
-        torch.nn.functional.cross_entropy(reference(embedded.images), embedded.labels).backward()
-        with torch.no_grad():
-            for parameter in reference.parameters():
-                parameter -= 0.5 * parameter.grad
-    comparison = compared("--optimizer", "sgd", "--lr", "0.5", "--epochs", "3", "--batch-size", "full")
-    for side in (comparison.ours, comparison.twin):
-        losses = [epoch.loss for epoch in side.epochs]
-        assert losses == sorted(losses, reverse=True)
-        for mine, expected in zip(side.model.parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
-
-
-@needs_digits
-def test_l1_and_noise_reach_trainopt_only():
-    plain = compared("--optimizer", "sgd", "--epochs", "1")
-    regularised = compared("--optimizer", "sgd", "--epochs", "1", "--l1", "1e-3")
-    noisy = compared("--optimizer", "sgd", "--epochs", "1", "--noise", "1e-3")
-
-    def size(comparison):
-        return sum(parameter.abs().sum().item() for parameter in comparison.ours.model.parameters())
-
-    assert size(regularised) < 0.95 * size(plain)
-    assert size(noisy) > size(plain)
-    assert regularised.twin.epochs[-1].loss == plain.twin.epochs[-1].loss == noisy.twin.epochs[-1].loss
-
-
-@needs_digits
-def test_the_table_of_the_twins(capsys):
-    assert main(["train", "digits", "--compare", "--epochs", "2", "--l1", "1e-6"]) == 0
-    output = capsys.readouterr().out
-    lines = output.splitlines()
-    assert "\x1b" not in output and "\r" not in output
-    assert [line.split()[0] for line in lines if line.startswith("    ") and line.split()[0].isdigit()] == ["1", "2"]
-    assert max(map(len, lines)) < 110
-    assert "torch.optim has neither l1 nor noise" in output
-    for row in ("held-out accuracy", "training, seconds", "optimizer.step(), seconds", "optimizer's share"):
-        assert any(line.startswith(row) for line in lines)
-    assert re_numbers(next(line for line in lines if line.startswith("held-out"))) == [
-        re_numbers(next(line for line in lines if line.startswith("    2")))[i] for i in (3, 7)
-    ]
-
-
-def re_numbers(line):
-    return [float(word.rstrip("%")) for word in line.split() if word[0].isdigit()]
-
-
-@needs_digits
-def test_a_bar_for_the_epochs_on_a_terminal(capsys, monkeypatch):
-    pytest.importorskip("rich")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    assert main(["train", "digits", "--compare", "--epochs", "1"]) == 0
-    assert "epochs" in capsys.readouterr().out
-
-
-@needs_digits
-def test_a_comparison_is_not_carried_on(capsys):
-    common = ["train", "digits", "--name", "a", "--batch-size", "full"]
-    assert main([*common, "--epochs", "1"]) == 0
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([*common, "--epochs", "2", "--compare"])
-    assert stop.value.code == 2 and "--compare" in capsys.readouterr().err
-
-
 # Characters -----------------------------------------------------------------------------------------------------------
 
 SMALL = ["--width=32", "--layers=2", "--heads=2", "--context=32"]
@@ -363,7 +209,7 @@ def test_a_python_without_sources_says_so(tmp_path, capsys, monkeypatch):
 
 
 def test_the_default_model_has_one_to_three_million_parameters():
-    chosen = {option.name: option.default for option in charlm.OPTIONS}
+    chosen = {option.key: option.default for option in options_of(charlm.Options)}
     model = Transformer(
         len(sources.VOCABULARY),
         chosen["context"],
@@ -438,10 +284,7 @@ def test_a_rate_for_charlm_is_found(capsys, few_sources):
 @pytest.mark.parametrize("name", experiments.NAMES)
 def test_defaults_name_options_that_there_are(name):
     experiment = experiments.load(name)
-    known = {
-        option.name
-        for option in options.TRAINING + options.BATCHES + options.OPTIMIZER + options.SCHEDULE + options.RUN
-    }
+    known = {option.key for group in options.of_training().values() for option in group}
     assert set(experiment.DEFAULTS) <= known
     assert len({"epochs", "steps"} & set(experiment.DEFAULTS)) == 1
 
@@ -450,24 +293,26 @@ def test_the_total_of_updates_is_the_loops():
     settings = settings_of(digits, "--batch-size", "7", "--accumulation", "4", "--epochs", "3")
     x, y = torch.randn(33, 4), torch.randint(0, 2, (33,))
     model = torch.nn.Linear(4, 2)
-    task = experiments.Task("", model, (x, y), (x, y), torch.nn.functional.cross_entropy)
-    result = fit(model, (x, y), task.loss, torch.optim.SGD(model.parameters()), epochs=3, batch_size=7, accumulation=4)
-    assert setup.total_steps(task, settings) == result.step == 6
+    problem = experiments.Problem("", model, (x, y), (x, y), torch.nn.functional.cross_entropy)
+    result = fit(
+        model, (x, y), problem.loss, torch.optim.SGD(model.parameters()), epochs=3, batch_size=7, accumulation=4
+    )
+    assert setup.total_steps(problem, settings) == result.step == 6
     settings.batch_size = "full"
-    assert setup.total_steps(task, settings) == 3
-    assert setup.total_steps(task, settings_of(digits, "--steps", "11")) == 11
+    assert setup.total_steps(problem, settings) == 3
+    assert setup.total_steps(problem, settings_of(digits, "--steps", "11")) == 11
 
 
 def test_a_curve_falls_to_its_floor_with_the_last_update():
-    task = experiments.Task(
+    problem = experiments.Problem(
         "", torch.nn.Linear(1, 1), (torch.zeros(10), torch.zeros(10)), (), torch.nn.functional.mse_loss
     )
     for schedule in ("linear", "cosine", "wsd"):
         settings = settings_of(digits, "--steps", "50", "--warmup", "5", "--floor", "0.1", "--schedule", schedule)
-        curve = setup.curve_of(task, settings)
+        curve = setup.curve_of(problem, settings)
         assert curve(49) == pytest.approx(0.1) and curve(49) < curve(48)
-        curve = setup.curve_of(task, settings_of(digits, "--steps", "50", "--schedule", schedule))
+        curve = setup.curve_of(problem, settings_of(digits, "--steps", "50", "--schedule", schedule))
         assert curve(50) == pytest.approx(0) and curve(49) > 1e-4
-    assert setup.curve_of(task, settings_of(digits)) is None
+    assert setup.curve_of(problem, settings_of(digits)) is None
     with pytest.raises(ValueError, match="--warmup: 50 "):
-        setup.curve_of(task, settings_of(digits, "--steps", "50", "--warmup", "50"))
+        setup.curve_of(problem, settings_of(digits, "--steps", "50", "--warmup", "50"))

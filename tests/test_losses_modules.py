@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import trainopt
 from trainopt import functional
 from trainopt.losses import dispatch
-from trainopt.training.counting import default_count
+from trainopt.training.criterion.counting import default_count
 
 X, T = random(6, 5).float(), random(6, 5, seed=1).softmax(1).float()
 LABELS, WEIGHT = classes((6,), 5), random(5, seed=2).abs().float()

@@ -12,10 +12,8 @@ import torch
 
 import trainopt
 from trainopt.training import Finished, Lines, Message, Options, Progress, Started, Validated, fit
-from trainopt.training.console import Several, Terminal, console, duration
-from trainopt.training.folder import CONFIG, METRICS, Folder, read_metrics
-from trainopt.training.plot import plot
-from trainopt.training.tensorboard import TensorBoard
+from trainopt.training.folder import CONFIG, METRICS, Folder, plot, read_metrics, write_text
+from trainopt.training.report import Several, TensorBoard, Terminal, console, duration
 
 
 def started(step=0, **changes):
@@ -240,6 +238,17 @@ def test_a_run_that_begins_anew_keeps_no_lines(tmp_path):
 def test_a_run_that_was_refused_leaves_nothing_behind(tmp_path):
     Folder(tmp_path / "a").finished(finished(0, "ValueError"))
     assert not (tmp_path / "a").exists()
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    write_text(tmp_path / CONFIG, "old")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / CONFIG, "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(CONFIG, "old")]
 
 
 def test_lines_that_cannot_be_written_are_missed_and_the_run_goes_on(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,8 @@
 """The loop: what one update computes, what is counted, shown and stepped, and how bad input is refused."""
 
+import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -355,6 +357,15 @@ def test_a_bad_option_is_named_and_nothing_is_written(choice, text, tmp_path):
         fit(model, samples(), nn.CrossEntropyLoss(), sgd(model), report=Silent(), **choices)
     assert not (tmp_path / "run").exists()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Options), ids=lambda field: field.name)
+def test_every_option_is_checked_by_its_field(field):
+    """Also what no table above thinks of; None only where it is the default."""
+    length = {} if field.name in ("epochs", "steps") else {"epochs": 1}
+    for value in [object(), math.nan, *([] if field.default is None else [None])]:
+        with pytest.raises(ValueError, match=f"^{field.name} is {re.escape(repr(value))}; it must be "):
+            Options(**length, **{field.name: value})
 
 
 def test_objects_that_do_not_go_together_are_refused():

@@ -354,10 +354,10 @@ def test_by_default_there_is_a_checkpoint_at_every_validation(tmp_path):
 
 def test_after_so_many_minutes_there_is_a_checkpoint(tmp_path, monkeypatch):
     """Each look at the clock takes a second here, so that there is one about every ten updates."""
-    from trainopt.training import loop
+    from trainopt.training import saving
 
     clock = itertools.count()
-    monkeypatch.setattr(loop, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(saving, "perf_counter", lambda: float(next(clock)))
     default_fit(tmp_path, 10, checkpoint_every=1000, checkpoint_minutes=1 / 6, keep=20)
     steps = steps_saved(tmp_path)
     assert 2 < len(steps) < 10 and steps[-1] == 40

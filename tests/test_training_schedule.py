@@ -347,6 +347,6 @@ def test_the_authors_own_schedule_free_optimizer(tmp_path):
 
 
 def test_our_own_optimizers_have_no_modes():
-    from trainopt.training.modes import Modes
+    from trainopt.training.average import Modes
 
     assert not Modes(trainopt.AdamW(network().parameters())).exist

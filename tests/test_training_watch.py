@@ -11,10 +11,10 @@ import trainings
 from torch import nn
 from trainings import HEALTHY, ILL, blobs, cnn, digits_split, linear, mlp, outcome, run
 
-from trainopt.training.guessing import Guessing
 from trainopt.training.history import KEPT, PIECE, History
-from trainopt.training.suspicion import Losses
-from trainopt.training.watch import Validation, scatter_of
+from trainopt.training.watch.guessing import Guessing
+from trainopt.training.watch.suspicion import Losses
+from trainopt.training.watch.watch import Validation, scatter_of
 
 pytest.importorskip("sklearn")  # has the digits
 
@@ -244,8 +244,8 @@ def test_a_run_that_is_measured_makes_the_updates_that_it_would_make(kind, monke
 @pytest.mark.parametrize(("rate", "word"), [(20.0, "too high"), (1e-6, None)])
 def test_where_the_weights_are_spread_over_processes_nothing_is_measured(rate, word, monkeypatch):
     """A process that measured alone would wait for the others; what the losses alone show is said all the same."""
-    monkeypatch.setattr("trainopt.training.loop.is_sharded", lambda model: True)
-    monkeypatch.setattr("trainopt.training.watch.Measurement.before_step", None)  # not to be called
+    monkeypatch.setattr("trainopt.training.state.is_sharded", lambda model: True)
+    monkeypatch.setattr("trainopt.training.watch.evidence.Measurement.before_step", None)  # not to be called
     training = trainings.Training("", word, digits_split, lambda: mlp(64, 32, 10), "sgd", rate)
     assert [word in event.text for event in run(training).messages] == ([True] if word else [])
 

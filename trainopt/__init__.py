@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-__version__ = "0.1.0"
+from trainopt._version import __version__
+
 __all__ = [
     "__version__",
     "clip_grad_norm_",

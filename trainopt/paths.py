@@ -86,7 +86,7 @@ class Calls(TorchFunctionMode):
         self.found: list[tuple[Callable[..., Any], list[Tensor], Any]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from trainopt.training.counting import name_of_function
+        from trainopt.training.criterion.counting import name_of_function
 
         result = function(*args, **(kwargs or {}))
         if name_of_function(function) is not None:
@@ -117,8 +117,11 @@ def explain_calls(function: Callable[..., Any], inputs: Iterable[Any]) -> list[P
 
 def explain_parts(subject: Any) -> Iterable[ParameterPath]:
     """The path that ordinary tensors take in each loss that a module or a function holds."""
-    from trainopt.training.callables import bare, walk  # not above: `import trainopt` does not take the loop along
-    from trainopt.training.counting import name_of_function, name_of_module
+    from trainopt.training.criterion.callables import (  # not above: `import trainopt` does not take the loop along
+        bare,
+        walk,
+    )
+    from trainopt.training.criterion.counting import name_of_function, name_of_module
 
     for path, part in walk(subject):
         part = bare(part) if isinstance(part, nn.Module) else part

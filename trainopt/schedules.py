@@ -19,8 +19,9 @@ import bisect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import SupportsIndex
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, ClassVar, SupportsIndex
 
 from trainopt.checks import number, one_of, whole
 
@@ -47,6 +48,25 @@ class Curve(ABC):
     @abstractmethod
     def ends(self, start: int) -> int | None:
         """After how many completed steps this curve is at its end, if it began after `start`; None if it has none."""
+
+
+class Limited(Curve):
+    """A curve of this module, whose fields are checked by their names when it is made."""
+
+    #: By the fields' names; a curve may have its own.
+    limits: ClassVar[dict[str, Callable[[Any, str, Any], Any]]] = {
+        **dict.fromkeys(("until", "steps"), whole),
+        **dict.fromkeys(("period", "cycles", "every", "timescale"), partial(whole, low=1)),
+        **dict.fromkeys(("start", "peak", "end", "factor"), number),
+        **dict.fromkeys(("power", "fraction", "mult", "gamma"), partial(number, above=0)),
+        **dict.fromkeys(("floor", "rise"), partial(number, to=1)),
+    }
+
+    def __post_init__(self) -> None:
+        for each in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if each.name in self.limits and (value is not None or each.default is not None):
+                self.limits[each.name](self, each.name, value)
 
 
 @dataclass(frozen=True)
@@ -82,13 +102,10 @@ class chain(Curve):
 
 
 @dataclass(frozen=True)
-class Stretch(Curve):
+class Stretch(Limited):
     """A curve that is given by how much of the way to `until` completed steps is done."""
 
     until: int
-
-    def __post_init__(self) -> None:
-        whole(self, "until", self.until)
 
     def at(self, step: int, start: int) -> float:
         return self.shape(min((step - start) / (self.until - start), 1.0) if step < self.until else 1.0)
@@ -108,11 +125,6 @@ class linear(Stretch):
     start: float = 1.0
     end: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number(self, "start", self.start)
-        number(self, "end", self.end)
-
     def shape(self, progress: float) -> float:
         return mix(self.start, self.end, progress)
 
@@ -129,11 +141,6 @@ class polynomial(Stretch):
     power: float = 1.0
     floor: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number(self, "power", self.power, above=0)
-        number(self, "floor", self.floor, to=1)
-
     def shape(self, progress: float) -> float:
         return mix(self.floor, 1.0, (1 - progress) ** self.power)
 
@@ -144,10 +151,6 @@ class exponential_to(Stretch):
 
     fraction: float
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number(self, "fraction", self.fraction, above=0)
-
     def shape(self, progress: float) -> float:
         return float(self.fraction**progress)
 
@@ -157,10 +160,6 @@ class Fall(Stretch):
     """A curve from 1 to `floor`."""
 
     floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number(self, "floor", self.floor, to=1)
 
     def shape(self, progress: float) -> float:
         return mix(1.0, self.floor, self.fallen(progress))
@@ -217,8 +216,6 @@ class one_cycle(Stretch):
     def __post_init__(self) -> None:
         super().__post_init__()
         number(self, "rise", self.rise, to=0.5 if self.three_phase else 1)
-        for name in ("start", "peak", "end"):
-            number(self, name, getattr(self, name))
         one_of(self, "anneal", self.anneal, ("cosine", "linear"))
 
     def shape(self, progress: float) -> float:
@@ -238,7 +235,7 @@ class one_cycle(Stretch):
 
 
 @dataclass(frozen=True)
-class warmup(Curve):
+class warmup(Limited):
     """Up to 1 in a straight line over `steps` steps; 0 steps are no warm-up.
 
     Args:
@@ -248,10 +245,7 @@ class warmup(Curve):
     steps: int
     start: float | None = None
 
-    def __post_init__(self) -> None:
-        whole(self, "steps", self.steps)
-        if self.start is not None:
-            number(self, "start", self.start, to=1)
+    limits: ClassVar = {**Limited.limits, "start": partial(number, to=1)}
 
     def at(self, step: int, start: int) -> float:
         if step - start >= self.steps:
@@ -264,7 +258,7 @@ class warmup(Curve):
 
 
 @dataclass(frozen=True)
-class cosine_restarts(Curve):
+class cosine_restarts(Limited):
     """`cosine` again and again, each cycle `mult` times as long as the one before: SGDR, arXiv:1608.03983.
 
     torch's CosineAnnealingWarmRestarts, which has no end. With `cycles`, the curve ends at the floor of the last one.
@@ -283,13 +277,9 @@ class cosine_restarts(Curve):
     cycles: int | None = None
 
     def __post_init__(self) -> None:
-        whole(self, "period", self.period, low=1)
-        number(self, "mult", self.mult, above=0)
+        super().__post_init__()
         if self.mult < 1 and self.cycles is None:
             raise ValueError(f"cosine_restarts: mult={self.mult!r} is less than 1, so cycles must be given")
-        number(self, "floor", self.floor, to=1)
-        if self.cycles is not None:
-            whole(self, "cycles", self.cycles, low=1)
 
     def at(self, step: int, start: int) -> float:
         end = self.ends(start)
@@ -311,14 +301,10 @@ class cosine_restarts(Curve):
 
 
 @dataclass(frozen=True)
-class Open(Curve):
+class Open(Limited):
     """A curve without an end, unless it is given one: `until` completed steps."""
 
     until: int | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.until is not None:
-            whole(self, "until", self.until)
 
     def ends(self, start: int) -> int | None:
         return None if self.until is None else not_before(start, self, self.until)
@@ -346,10 +332,6 @@ class constant(Elapsed):
 
     factor: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number(self, "factor", self.factor)
-
     def after(self, elapsed: int) -> float:
         return self.factor
 
@@ -359,10 +341,6 @@ class exponential(Elapsed):
     """gamma^t, with gamma greater than 0: torch's ExponentialLR."""
 
     gamma: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number(self, "gamma", self.gamma, above=0)
 
     def after(self, elapsed: int) -> float:
         return float(self.gamma**elapsed)
@@ -374,11 +352,6 @@ class step_decay(Elapsed):
 
     every: int
     gamma: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        whole(self, "every", self.every, low=1)
-        number(self, "gamma", self.gamma, above=0)
 
     def after(self, elapsed: int) -> float:
         return float(self.gamma ** (elapsed // self.every))
@@ -393,10 +366,6 @@ class inverse_sqrt(Elapsed):
     """
 
     timescale: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        whole(self, "timescale", self.timescale, low=1)
 
     def after(self, elapsed: int) -> float:
         return math.sqrt(self.timescale / (self.timescale + elapsed))

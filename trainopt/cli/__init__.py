@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from trainopt.cli.settings import nearest
+from trainopt.cli.refusals import nearest
 
 COMMANDS = ("train", "lr-find", "bench", "info")
 USAGE = """\

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trainopt
-from trainopt.cli.settings import Parser, nearest
+from trainopt.cli.refusals import Parser, nearest
 
 SOURCES = Path(trainopt.__file__).parents[1]
 

@@ -4,44 +4,56 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from trainopt import experiments
 from trainopt.cli import options, setup
-from trainopt.cli.settings import Option, read, real, whole
+from trainopt.cli.settings import read
+from trainopt.training.fields import TEXT, option, options_of, real, whole
 from trainopt.training.lr_find import LrCurve, lr_find
 
-OPTIONS = (
-    Option("lowest", "first learning rate", 1e-6, real(0, above=True), "X"),
-    Option("highest", "last learning rate", 10.0, real(0, above=True), "X"),
-    Option("updates", "from one to the other", 100, whole(2), "N"),
-    Option("plot", "file for a picture of the curve, such as curve.png", None, str, "FILE"),
-)
-AFTER_TRAINING = ("compare", "sample", "temperature")  # options that say nothing to the test
+
+@dataclass
+class RangeTest:
+    """The range test's own options.
+
+    Args:
+        lowest: first learning rate.
+        highest: last learning rate.
+        updates: updates from one to the other.
+        plot: file for a picture of the curve, such as curve.png.
+    """
+
+    lowest: float = option(1e-6, real(0, above=True))
+    highest: float = option(10.0, real(0, above=True))
+    updates: int = option(100, whole(2))
+    plot: str | None = option(None, TEXT)
+
+
+AFTER_TRAINING = ("sample", "temperature")  # options that say nothing to the test
 BAR = 40  # characters
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
     """Prints the curve and the suggestion for the experiment of this name; nothing is trained or kept."""
     experiment = experiments.load(name)
-    rule = tuple(option for option in options.OPTIMIZER if option.name != "lr")
-    own = tuple(option for option in experiment.OPTIONS if option.name not in AFTER_TRAINING)
+    every = options_of(experiment.Options)
+    own = tuple(each for each in every if each.key not in AFTER_TRAINING)
     settings, parser = read(
         arguments,
         f"trainopt lr-find {name}",
         f"Let the learning rate grow from update to update, and see where the loss falls. {experiment.DESCRIPTION}",
-        {
-            "range test": OPTIONS,
-            f"options of {name}": own,
-            "training": options.with_defaults(options.BATCHES, experiment.DEFAULTS),
-            "optimizer": options.with_defaults(rule, experiment.DEFAULTS),
-        },
+        options.with_defaults(
+            {"range test": options_of(RangeTest), f"options of {name}": own, **options.of_range_test()},
+            experiment.DEFAULTS,
+        ),
     )
     settings.lr = 1.0  # the test sets it
-    for option in set(experiment.OPTIONS) - set(own):
-        setattr(settings, option.key, option.default)
+    for each in set(every) - set(own):
+        setattr(settings, each.key, each.default)
     setup.check(settings, parser)
     if settings.lowest >= settings.highest:
         parser.error(f"argument --lowest: {settings.lowest:g} is not less than --highest {settings.highest:g}")
@@ -54,14 +66,14 @@ def main(name: str, arguments: Sequence[str]) -> int:
         experiment.check(settings)
     except ValueError as error:
         parser.error(str(error))
-    task = setup.task_of(experiment, settings, parser)
+    problem = setup.problem_of(experiment, settings, parser)
     torch.manual_seed(settings.seed)
     try:
         curve = lr_find(
-            task.model,
-            task.data,
-            task.loss,
-            setup.optimizer_of(task, settings),
+            problem.model,
+            problem.data,
+            problem.loss,
+            setup.optimizer_of(problem, settings),
             lowest=settings.lowest,
             highest=settings.highest,
             steps=settings.updates,
@@ -71,7 +83,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    print(f"{task.title}\n{table(curve)}\n\n{curve}")
+    print(f"{problem.title}\n{table(curve)}\n\n{curve}")
     if settings.plot:
         curve.plot(settings.plot)
         print(f"drawn into {settings.plot}")

@@ -1,79 +1,113 @@
-"""The options that every experiment has, by what they are about."""
+"""The options that every experiment has: those of the loop, `trainopt.training.Options`, and the command's own."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, fields
 from typing import Any
 
-from trainopt.cli.settings import Option, choice, folder_name, real, whole, word_or
-from trainopt.training.options import NONFINITE, PRECISIONS
+from trainopt.training import Options
+from trainopt.training.fields import FLAG, FOLDER_NAME, TEXT, Option, choice, option, options_of, real, whole
 
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.001, "adamw": 0.001}
 WEIGHT_DECAYS = {"sgd": 0.0, "adam": 0.0, "adamw": 0.01}
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse-sqrt")
-DEVICES = ("auto", "cpu", "cuda")
 
-OPTIMIZER = (
-    Option("optimizer", "rule that trains: sgd, adam or adamw", "adam", choice(*OPTIMIZERS), "NAME"),
-    Option("lr", "learning rate", None, real(0), "X", "0.1 for sgd, 0.001 for adam and adamw"),
-    Option("momentum", "momentum of sgd; 0 with the full batch is gradient descent", 0.0, real(0, 1), "X"),
-    Option("weight-decay", "weight decay; biases and norms have none", None, real(0), "X", "0.01 for adamw, else 0"),
-    Option("l1", "factor of the L1 regularisation", 0.0, real(0), "X"),
-    Option("noise", "standard deviation of the noise added to each weight in an update", 0.0, real(0), "X"),
-)
-SCHEDULE = (
-    Option(
-        "schedule",
-        f"course of the learning rate after the warm-up: {', '.join(SCHEDULES)}; wsd falls in the last fifth",
-        "constant",
-        choice(*SCHEDULES),
-        "NAME",
-    ),
-    Option("warmup", "updates in which the learning rate rises", 0, whole(0), "N"),
-    Option("floor", "what linear, cosine and wsd fall to, a fraction of the learning rate", 0.0, real(0, 1), "X"),
-)
-BATCHES = (
-    Option("batch-size", "samples in a micro-batch; full: all of them", 64, word_or("full", whole(1)), "N|full"),
-    Option(
-        "precision", f"{', '.join(PRECISIONS)}; the last two under autocast", "float32", choice(*PRECISIONS), "NAME"
-    ),
-    Option("device", "auto, cpu or cuda; auto: cuda where there is one", "auto", choice(*DEVICES), "NAME"),
-    Option("threads", "processor threads", None, whole(1, os.cpu_count() or 1), "N", "torch's own choice"),
-    Option("seed", "of the split, weights, order, noise and dropout", 0, whole(0, 2**63 - 1), "N"),
-)
-TRAINING = (
-    Option("epochs", "passes over the training data; give these or the steps", None, whole(1), "N"),
-    Option("steps", "updates of the weights", None, whole(1), "N"),
-    Option("accumulation", "micro-batches in an update", 1, whole(1), "N"),
-    Option("clip", "largest global norm of the gradient", None, real(0, above=True), "X"),
-    Option("average", "decay of the moving average of the weights, which is then evaluated", None, real(0, 1), "X"),
-    Option("validate-every", "updates between validations", None, whole(1), "N", "an epoch"),
-    Option("early-stopping", "validations without a new best before the run stops", None, whole(1), "N", "never"),
-    Option("nonfinite", f"if a gradient is not finite: {', '.join(NONFINITE)}", "skip", choice(*NONFINITE), "NAME"),
-)
-RUN = (
-    Option("name", "folder of the run; one with checkpoints is carried on", None, folder_name, "NAME", "date and time"),
-    Option("runs", "folder of all runs", "runs", str, "DIR"),
-    Option("resume", "carry on from the newest checkpoint of this name", True),
-    Option("checkpoint-every", "updates between checkpoints", None, whole(1), "N", "one at every validation"),
-    Option("checkpoint-minutes", "minutes after which there is one in any case", 10.0, real(0, above=True), "X"),
-    Option("keep", "checkpoints kept, the newest ones", 3, whole(1), "N"),
-    Option("log-every", "updates between two lines of numbers", 50, whole(1), "N"),
-    Option("plot", "draw the run's numbers into metrics.png", False),
-    Option("tensorboard", "write event files for TensorBoard", False),
-)
+#: Of the loop's options, those that the command or the experiment decides.
+SET = ("directory", "monitor", "maximize", "schedule_every", "sharded")
+OF_THE_LOOP = tuple(field.name for field in fields(Options) if field.name not in SET)
+#: Defaults of the command, where they are not the loop's.
+DEFAULTS = {"batch_size": 64, "seed": 0}
 
 
-def with_defaults(options: tuple[Option, ...], defaults: Mapping[str, Any]) -> tuple[Option, ...]:
-    """The same options, with other defaults for those named. Of epochs and steps one is given, or else the default."""
-    changed = []
-    for option in options:
-        if option.name in defaults:
-            value = defaults[option.name]
-            is_length = option.name in ("epochs", "steps")
-            option = replace(option, default=None if is_length else value, shown=str(value) if is_length else None)
-        changed.append(option)
-    return tuple(changed)
+@dataclass
+class Optimizer:
+    """What trains, and the course of its learning rate.
+
+    Args:
+        optimizer: rule that trains: sgd, adam or adamw.
+        lr: learning rate. None: 0.1 for sgd, 0.001 for adam and adamw.
+        momentum: momentum of sgd; 0 with the full batch is gradient descent.
+        weight_decay: weight decay; biases and norms have none. None: 0.01 for adamw, else 0.
+        l1: factor of the L1 regularisation.
+        noise: standard deviation of the noise added to each weight in an update.
+        schedule: course after the warm-up: constant, linear, cosine, wsd or inverse-sqrt; wsd falls in the last fifth.
+        warmup: updates in which the learning rate rises.
+        floor: what linear, cosine and wsd fall to, a fraction of the learning rate.
+    """
+
+    optimizer: str = option("adam", choice(*OPTIMIZERS))
+    lr: float | None = option(None, real(0))
+    momentum: float = option(0.0, real(0, 1))
+    weight_decay: float | None = option(None, real(0))
+    l1: float = option(0.0, real(0))
+    noise: float = option(0.0, real(0))
+    schedule: str = option("constant", choice(*SCHEDULES))
+    warmup: int = option(0, whole(0))
+    floor: float = option(0.0, real(0, 1))
+
+
+@dataclass
+class Machine:
+    """What computes.
+
+    Args:
+        device: auto, cpu or cuda; auto is cuda where there is one.
+        threads: processor threads. None: as many as torch chooses.
+    """
+
+    device: str = option("auto", choice("auto", "cpu", "cuda"))
+    threads: int | None = option(None, whole(1, os.cpu_count() or 1))
+
+
+@dataclass
+class Folder:
+    """Where a run is written, and what else is made of it.
+
+    Args:
+        name: folder of the run; one with checkpoints is carried on. None: experiment, date and time.
+        runs: folder of all runs.
+        plot: draw the run's numbers into metrics.png.
+        tensorboard: write event files for TensorBoard.
+    """
+
+    name: str | None = option(None, FOLDER_NAME)
+    runs: str = option("runs", TEXT)
+    plot: bool = option(False, FLAG)
+    tensorboard: bool = option(False, FLAG)
+
+
+def of_training() -> dict[str, tuple[Option, ...]]:
+    """All that `trainopt train` takes beside an experiment's own, by title."""
+    return {
+        "training": (*options_of(Options, OF_THE_LOOP), *options_of(Machine)),
+        "optimizer": options_of(Optimizer),
+        "the run": options_of(Folder),
+    }
+
+
+def of_range_test() -> dict[str, tuple[Option, ...]]:
+    """All that `trainopt lr-find` takes beside its own and an experiment's own, by title."""
+    return {
+        "training": (*options_of(Options, ("batch_size", "precision", "seed")), *options_of(Machine)),
+        "optimizer": options_of(Optimizer, ("optimizer", "momentum", "weight_decay", "l1", "noise")),
+    }
+
+
+def with_defaults(
+    groups: Mapping[str, tuple[Option, ...]], defaults: Mapping[str, Any]
+) -> dict[str, tuple[Option, ...]]:
+    """The same options, with an experiment's defaults. Of epochs and steps one is given, or else its default."""
+    defaults = {**DEFAULTS, **defaults}
+
+    def changed(each: Option) -> Option:
+        if each.key not in defaults:
+            return each
+        value = defaults[each.key]
+        if each.key in ("epochs", "steps"):
+            return each._replace(shown=str(value))
+        return each._replace(default=value)
+
+    return {title: tuple(map(changed, options)) for title, options in groups.items()}

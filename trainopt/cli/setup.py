@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from types import SimpleNamespace
@@ -12,9 +11,10 @@ import torch
 
 import trainopt
 from trainopt.cli.options import LEARNING_RATES, OPTIMIZERS, WEIGHT_DECAYS
-from trainopt.cli.settings import Parser
-from trainopt.experiments import Experiment, Task
+from trainopt.cli.refusals import Parser
+from trainopt.experiments import Experiment, Problem
 from trainopt.schedules import Curve, constant, cosine, inverse_sqrt, linear, warmup, warmup_stable_decay
+from trainopt.training import Options
 
 
 def check(settings: SimpleNamespace, parser: Parser) -> None:
@@ -31,59 +31,54 @@ def check(settings: SimpleNamespace, parser: Parser) -> None:
         settings.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def is_first() -> bool:
-    """Whether this is the only process, or the first of those that torchrun has started: the one that speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def task_of(experiment: Experiment, settings: SimpleNamespace, parser: Parser) -> Task:
+def problem_of(experiment: Experiment, settings: SimpleNamespace, parser: Parser) -> Problem:
     """The experiment's data and model, this on its device; ends the program where the data are not to be had."""
     try:
-        task = experiment.make(settings)
+        problem = experiment.make(settings)
     except ValueError as error:
         parser.error(str(error))
     except FileNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    if settings.batch_size != "full" and settings.batch_size > len(task.data[0]):
+    if settings.batch_size != "full" and settings.batch_size > len(problem.data[0]):
         parser.error(
-            f"argument --batch-size: {settings.batch_size} is more than the {len(task.data[0]):,} samples to train on;"
-            " 'full' takes them all at once"
+            f"argument --batch-size: {settings.batch_size} is more than the {len(problem.data[0]):,} samples to train "
+            "on; 'full' takes them all at once"
         )
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    task.model.to(settings.device)
-    return task
+    problem.model.to(settings.device)
+    return problem
 
 
-def optimizer_of(task: Task, settings: SimpleNamespace, library: Any = trainopt) -> torch.optim.Optimizer:
+def optimizer_of(problem: Problem, settings: SimpleNamespace, library: Any = trainopt) -> torch.optim.Optimizer:
     """The optimizer of a library, trainopt or torch.optim; what torch does not know is left out for it."""
     keywords = {"lr": settings.lr}
     if settings.optimizer == "sgd":
         keywords["momentum"] = settings.momentum
     if library is trainopt:
         keywords.update(l1=settings.l1, noise=settings.noise, seed=settings.seed)
-    groups = trainopt.param_groups(task.model, settings.weight_decay)
+    groups = trainopt.param_groups(problem.model, settings.weight_decay)
     return getattr(library, OPTIMIZERS[settings.optimizer])(groups, **keywords)
 
 
-def total_steps(task: Task, settings: SimpleNamespace) -> int:
+def total_steps(problem: Problem, settings: SimpleNamespace) -> int:
     """Updates of the whole run."""
-    if settings.steps:
-        return settings.steps
-    samples = len(task.data[0])
-    batches = 1 if settings.batch_size == "full" else math.ceil(samples / settings.batch_size)
-    return settings.epochs * math.ceil(batches / settings.accumulation)
+    batches = 1 if settings.batch_size == "full" else -(-len(problem.data[0]) // settings.batch_size)
+    options = Options(epochs=settings.epochs, steps=settings.steps, accumulation=settings.accumulation)
+    total = options.total_steps(batches)
+    assert total is not None
+    return total
 
 
-def curve_of(task: Task, settings: SimpleNamespace) -> Curve | None:
+def curve_of(problem: Problem, settings: SimpleNamespace) -> Curve | None:
     """The course of the learning rate, None if it has none. ValueError if the warm-up is as long as the run.
 
     With a floor the last update is made at the floor; a rate that falls to 0 gets there after it.
     """
-    total = total_steps(task, settings)
+    total = total_steps(problem, settings)
     if settings.warmup >= total:
         raise ValueError(f"argument --warmup: {settings.warmup} is not less than the {total} updates of the run")
     if settings.schedule == "constant" and not settings.warmup:

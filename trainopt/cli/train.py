@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,63 +15,64 @@ import torch
 import trainopt
 from trainopt import experiments
 from trainopt.cli import options, setup
-from trainopt.cli.settings import Parser, read
-from trainopt.experiments import Experiment, Task
-from trainopt.training import Options, fit
-from trainopt.training.console import Several, console
-from trainopt.training.folder import Folder
+from trainopt.cli.refusals import Parser
+from trainopt.cli.settings import read
+from trainopt.experiments import Experiment, Problem
+from trainopt.training import Options, Report, fit
+from trainopt.training.distributed import Processes
+from trainopt.training.fields import options_of
+from trainopt.training.folder import Folder, plot
 from trainopt.training.loop import STATUS, Result
+from trainopt.training.report import Several, TensorBoard, console
 
-#: What goes to `Options` as it is.
-PASSED_ON = (
-    *("epochs", "steps", "batch_size", "accumulation", "precision", "clip", "average", "validate_every"),
-    *("early_stopping", "nonfinite", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "seed"),
-)
 EXTRAS = {"plot": "matplotlib", "tensorboard": "tensorboard"}  # option: package
+
+
+#: What makes the reporter of a run, called before anything has been trained.
+Reporter = Callable[[Problem, SimpleNamespace, torch.optim.Optimizer], Report]
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
     """Trains the experiment of this name. The exit status: 0; 1 if it stopped since nothing was finite or the data are
     not there; 130 or 143 after SIGINT or SIGTERM; 2 for a bad option."""
-    experiment = experiments.load(name)
-    settings, parser = read(
-        arguments,
-        f"trainopt train {name}",
-        experiment.DESCRIPTION,
-        {
-            f"options of {name}": experiment.OPTIONS,
-            "training": options.with_defaults(options.TRAINING + options.BATCHES, experiment.DEFAULTS),
-            "optimizer": options.with_defaults(options.OPTIMIZER + options.SCHEDULE, experiment.DEFAULTS),
-            "the run": options.with_defaults(options.RUN, experiment.DEFAULTS),
-        },
-    )
+    return run(f"trainopt train {name}", name, experiments.load(name), arguments, lambda *_: console())
+
+
+def run(prog: str, name: str, experiment: Experiment, arguments: Sequence[str], reporter: Reporter) -> int:
+    """Trains an experiment, and tells of it by a reporter; the exit status is that of `main`.
+
+    Args:
+        prog: what the person has called.
+        name: of the folder, where the options give none, before date and time.
+    """
+    groups = {f"options of {name}": options_of(experiment.Options), **options.of_training()}
+    groups = options.with_defaults(groups, experiment.DEFAULTS)
+    settings, parser = read(arguments, prog, experiment.DESCRIPTION, groups)
     check(settings, experiment, parser)
-    task = setup.task_of(experiment, settings, parser)
+    problem = setup.problem_of(experiment, settings, parser)
     is_named = settings.name is not None
     if not is_named:
         settings.name = new_name(Path(settings.runs), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
     folder = Folder(Path(settings.runs, settings.name), vars(settings))
     try:
-        result = train(experiment, task, settings, folder)
+        result = train(problem, settings, folder, reporter)
     except (ValueError, OSError) as error:
         if folder.is_started:
             raise
         parser.error(str(error))
-    if not setup.is_first():
-        return STATUS.get(result.reason, 1)
+    status = STATUS.get(result.reason, 1)
+    if not Processes.join(torch.device(settings.device)).is_first:
+        return status
     if settings.plot:
-        from trainopt.training.plot import plot
-
         print(f"drawn into {plot(folder.path)}")
     if result.reason in ("SIGINT", "SIGTERM"):
         again = ["trainopt", "train", name, *arguments, *([] if is_named else ["--name", settings.name])]
-        again += ["--no-compare"] if getattr(settings, "compare", False) else []  # the twin has no checkpoints
         print(f"carry on with: {shlex.join(again)}")
     elif result.reason in ("finished", "early stopping"):
         if result.average is not None and settings.early_stopping is None:  # with it, the model is the best average
-            task.model.load_state_dict(result.average)
-        experiment.finish(task, settings)
-    return STATUS.get(result.reason, 1)
+            problem.model.load_state_dict(result.average)
+        experiment.finish(problem, settings)
+    return status
 
 
 def new_name(runs: Path, name: str) -> str:
@@ -96,29 +97,27 @@ def check(settings: SimpleNamespace, experiment: Experiment, parser: Parser) -> 
         parser.error(str(error))
 
 
-def train(experiment: Experiment, task: Task, settings: SimpleNamespace, folder: Folder) -> Result:
-    """Optimizer, schedule and reporters to the task, and all of them to `fit`."""
+def train(problem: Problem, settings: SimpleNamespace, folder: Folder, reporter: Reporter) -> Result:
+    """Optimizer, schedule and reporters to the problem, and all of them to `fit`."""
     torch.manual_seed(settings.seed)
-    optimizer = setup.optimizer_of(task, settings)
-    curve = setup.curve_of(task, settings)
+    optimizer = setup.optimizer_of(problem, settings)
+    curve = setup.curve_of(problem, settings)
     schedule = None if curve is None else trainopt.Schedule(optimizer, lr=curve)
-    reports = [experiment.reporter(task, settings, optimizer) or console(), folder]
+    reports = [reporter(problem, settings, optimizer), folder]
     if settings.tensorboard:
-        from trainopt.training.tensorboard import TensorBoard
-
         reports.append(TensorBoard(folder.path / "tensorboard"))
-    choices = Options(directory=folder.path, **{key: getattr(settings, key) for key in PASSED_ON})
-    if setup.is_first():
-        print(f"{task.title}\n{setup.outline(optimizer, settings)}; into {folder.path}", flush=True)
+    choices = Options(directory=folder.path, **{key: getattr(settings, key) for key in options.OF_THE_LOOP})
+    if Processes.join(torch.device(settings.device)).is_first:
+        print(f"{problem.title}\n{setup.outline(optimizer, settings)}; into {folder.path}", flush=True)
     return fit(
-        task.model,
-        task.data,
-        task.loss,
+        problem.model,
+        problem.data,
+        problem.loss,
         optimizer,
         choices,
-        validation=task.validation,
-        metrics=task.metrics,
-        count=task.count,
+        validation=problem.validation,
+        metrics=problem.metrics,
+        count=problem.count,
         schedule=schedule,
         report=Several(*reports),
     )

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from trainopt.cli.settings import Option, real, whole
-from trainopt.experiments import Task
+from trainopt.experiments import Problem
 from trainopt.experiments.sources import VOCABULARY, decode, encode, windows
 from trainopt.experiments.transformer import Transformer
 from trainopt.functional import linear_cross_entropy
-from trainopt.training.report import Report
+from trainopt.training.fields import option, real, whole
 
 DESCRIPTION = "Train a small GPT-like model to write Python, character by character, on the standard library's sources."
 DEFAULTS = {
     "steps": 2000,
-    "batch-size": 8,
+    "batch_size": 8,
     "accumulation": 2,
     "optimizer": "adamw",
     "lr": 2e-3,
-    "weight-decay": 0.1,
+    "weight_decay": 0.1,
     "schedule": "cosine",
     "warmup": 100,
     "floor": 0.1,
     "clip": 1.0,
     "average": 0.99,
-    "validate-every": 400,
-    "log-every": 50,
+    "validate_every": 400,
+    "log_every": 50,
 }
-OPTIONS = (
-    Option("context", "characters that the model sees", 128, whole(8, 4096), "N"),
-    Option("width", "features of a character, a multiple of the heads", 160, whole(8, 4096), "N"),
-    Option("layers", "blocks of attention and feed-forward", 4, whole(1, 64), "N"),
-    Option("heads", "of the attention", 5, whole(1, 64), "N"),
-    Option("sample", "characters written at the end", 500, whole(0, 100_000), "N"),
-    Option("temperature", "of the sample; less is more careful", 0.9, real(0, above=True), "X"),
-)
 PROMPT = "def "
+
+
+@dataclass
+class Options:
+    """The model, and what it writes.
+
+    Args:
+        context: characters that the model sees.
+        width: features of a character, a multiple of the heads.
+        layers: blocks of attention and feed-forward.
+        heads: of the attention.
+        sample: characters written at the end.
+        temperature: of the sample; less is more careful.
+    """
+
+    context: int = option(128, whole(8, 4096))
+    width: int = option(160, whole(8, 4096))
+    layers: int = option(4, whole(1, 64))
+    heads: int = option(5, whole(1, 64))
+    sample: int = option(500, whole(0, 100_000))
+    temperature: float = option(0.9, real(0, above=True))
 
 
 def check(settings: SimpleNamespace) -> None:
@@ -46,7 +59,7 @@ def check(settings: SimpleNamespace) -> None:
         raise ValueError(f"argument --width: {settings.width} is no multiple of --heads {settings.heads}")
 
 
-def make(settings: SimpleNamespace) -> Task:
+def make(settings: SimpleNamespace) -> Problem:
     training, held_out = windows(settings.context, settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -54,7 +67,7 @@ def make(settings: SimpleNamespace) -> Task:
             len(VOCABULARY), settings.context, width=settings.width, layers=settings.layers, heads=settings.heads
         )
     size = sum(parameter.numel() for parameter in model.parameters())
-    return Task(
+    return Problem(
         title=f"{settings.layers} layers of width {settings.width}, {size / 1e6:.1f} M parameters, "
         f"{settings.context} characters of context; {training[0].numel():,} characters of Python to train on, "
         f"{held_out[0].numel():,} held out",
@@ -72,15 +85,10 @@ def loss(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
     return linear_cross_entropy(hidden.flatten(0, 1), weight, target.flatten().long())
 
 
-def reporter(task: Task, settings: SimpleNamespace, optimizer: torch.optim.Optimizer) -> Report | None:
-    """None: the usual one."""
-    return None
-
-
-def finish(task: Task, settings: SimpleNamespace) -> None:
+def finish(problem: Problem, settings: SimpleNamespace) -> None:
     if settings.sample:
-        assert isinstance(task.model, Transformer)
-        print(f"\n{sample(task.model, PROMPT, settings.sample, settings.temperature, settings.seed)}")
+        assert isinstance(problem.model, Transformer)
+        print(f"\n{sample(problem.model, PROMPT, settings.sample, settings.temperature, settings.seed)}")
 
 
 @torch.no_grad()

@@ -1,12 +1,22 @@
 """The reference training loop: `fit`, and what it is made of."""
 
-from trainopt.training.console import Several, Terminal
 from trainopt.training.folder import Folder
 from trainopt.training.loop import Result, fit
 from trainopt.training.lr_find import LrCurve, lr_find
 from trainopt.training.options import Options
-from trainopt.training.report import Finished, Lines, Message, Progress, Report, Silent, Started, Validated
-from trainopt.training.tensorboard import TensorBoard
+from trainopt.training.report import (
+    Finished,
+    Lines,
+    Message,
+    Progress,
+    Report,
+    Several,
+    Silent,
+    Started,
+    TensorBoard,
+    Terminal,
+    Validated,
+)
 
 __all__ = [
     "Finished",

@@ -1,16 +1,4 @@
-"""A moving average of the weights.
-
-At its t-th update (t = 1, 2, …), with the weights w just stepped to:
-
-    d_t = decay, or with warm-up min(decay, t / (9 + t))
-    D_t = d_1 · d_2 · … · d_t                      (D_0 = 1)
-    a_t = a_{t-1} + (1 - d_t) / (1 - D_t) · (w - a_{t-1})
-
-The divisor 1 - D_t takes the bias out, as in Adam (Kingma & Ba 2015, section 3): a_t is a weighted mean of w_1 … w_t
-alone, whose weights are those of the plain recursion divided by their sum, so that a_1 = w_1, and without warm-up a_t
-is near the plain mean while t is small against 1 / (1 - decay). The warm-up, which is that of TensorFlow's
-ExponentialMovingAverage with `num_updates`, forgets the first weights of a run faster still.
-"""
+"""The weights that are to be used, where others are trained: a moving average, or a schedule-free optimizer's."""
 
 from __future__ import annotations
 
@@ -23,11 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from trainopt.training.distributed import is_dtensor, like, whole
+from trainopt.training.gradients import parameters
 from trainopt.training.trained import Trained, plain_state
 
 
 class WeightAverage:
     """The moving average of a module's parameters; its buffers are copied as they are, integers too.
+
+    At its t-th update (t = 1, 2, …), with the weights w just stepped to:
+
+        d_t = decay, or with warm-up min(decay, t / (9 + t))
+        D_t = d_1 · d_2 · … · d_t                      (D_0 = 1)
+        a_t = a_{t-1} + (1 - d_t) / (1 - D_t) · (w - a_{t-1})
+
+    The divisor 1 - D_t takes the bias out, as in Adam (Kingma & Ba 2015, section 3): a_t is a weighted mean of w_1
+    … w_t alone, whose weights are those of the plain recursion divided by their sum, so that a_1 = w_1, and without
+    warm-up a_t is near the plain mean while t is small against 1 / (1 - decay). The warm-up, which is that of
+    TensorFlow's ExponentialMovingAverage with `num_updates`, forgets the first weights of a run faster still.
 
     16-bit parameters have their average in float32, where its small steps are not lost.
 
@@ -44,7 +44,7 @@ class WeightAverage:
         with torch.no_grad():
             names = model.names() if isinstance(model, Trained) else [name for name, _ in model.named_parameters()]
             params = zip(names, model.parameters(), strict=True)
-            self.weights = {name: wide(param.detach()).clone() for name, param in params}
+            self.weights = {name: at_least_float32(param.detach()).clone() for name, param in params}
 
     def decay_at(self, t: int) -> float:
         """d_t."""
@@ -58,7 +58,7 @@ class WeightAverage:
         self.log_bias += math.log(decay) if decay > 0 else -math.inf
         step = (1 - decay) / -math.expm1(self.log_bias)
         averages = list(self.weights.values())
-        current = [wide(param.detach()) for param in self.model.parameters()]
+        current = [at_least_float32(param.detach()) for param in self.model.parameters()]
         if not any(map(is_dtensor, averages)):
             torch._foreach_lerp_(averages, current, step)
             return
@@ -109,6 +109,51 @@ def kept(params: Sequence[Tensor]) -> Iterator[None]:
                 param.copy_(value)
 
 
-def wide(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """float32 for a 16-bit tensor, else the tensor itself."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+class Modes:
+    """`optimizer.train()` and `optimizer.eval()`, where there are such methods; else nothing.
+
+    A schedule-free optimizer's gradient is taken at one point and its result is another; the two methods move the
+    parameters from one to the other, and back but for a rounding. So that no validation and no checkpoint has a part in
+    what is trained, the parameters are put back to the bit.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.exist = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+        self.weights: list[Tensor] | None = None  # those trained on, while the model holds those to be used
+
+    def train(self, weights: list[Tensor] | None = None) -> None:
+        """Training mode; `weights`, if they are given, are those that a checkpoint has kept."""
+        if not self.exist:
+            return
+        self.optimizer.train()  # type: ignore[attr-defined]
+        if weights is not None:
+            with torch.no_grad():
+                for param, value in zip(parameters(self.optimizer), weights, strict=True):
+                    param.copy_(value)
+
+    def eval(self) -> None:
+        """Evaluation mode: the model holds the weights to be used."""
+        if self.exist:
+            self.optimizer.eval()  # type: ignore[attr-defined]
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Evaluation mode inside; afterwards the parameters have the bits that they had."""
+        if not self.exist or self.weights is not None:
+            yield
+            return
+        params = parameters(self.optimizer)
+        with kept(params):
+            self.weights = [param.detach().clone() for param in params]
+            self.optimizer.eval()  # type: ignore[attr-defined]
+            try:
+                yield
+            finally:
+                self.optimizer.train()  # type: ignore[attr-defined]
+                self.weights = None

@@ -12,7 +12,8 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import IO, Any, cast
@@ -117,24 +118,37 @@ def seems_whole(path: Path) -> bool:
         return False
 
 
-def write(state: Mapping[str, Any], path: Path) -> None:
-    """Writes `state` to `path`, wholly or, with an OSError, not at all: an older file of that name is then kept."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` once all is written and on the disk. Where that fails, `path` is as before.
+
+    The one way in which the loop writes a file whole: under another name, flushed, and renamed.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
-            hashing = _HashingWriter(file)
-            torch.save(state, cast(IO[bytes], hashing))
-            file.write(MARK + hashing.hash.digest())
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException as error:
+    except BaseException:
         partial.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch's writer hides why it could not write
         raise
     sync_directory(path.parent)
+
+
+def write(state: Mapping[str, Any], path: Path) -> None:
+    """Writes `state` to `path`, wholly or, with an OSError, not at all: an older file of that name is then kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(path) as file:
+            hashing = _HashingWriter(file)
+            torch.save(state, cast(IO[bytes], hashing))
+            file.write(MARK + hashing.hash.digest())
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch's writer hides why it could not write
+        raise
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Micro-batches in an order that is a function of (seed, epoch), from any position, each process its share.
+"""Micro-batches in an order that is a function of (seed, epoch), from any position, each process its shard.
 
 Three kinds of data give them: plain tensors, a DataLoader over a dataset with indices, and any other iterable. Nothing
 here draws from the global random generators, so a run that starts in the middle of an epoch leaves them as a run that
@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import is_dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,22 +31,21 @@ class MicroBatch(NamedTuple):
     counts: bool = True
 
 
-class Source(Protocol):
-    """Data that can be gone through from any position of any epoch."""
+class Source:
+    """Data that can be iterated over from any position of any epoch."""
 
     length: int | None  # micro-batches in an epoch, where that is known
 
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[MicroBatch]:
         """The micro-batches of an epoch but the first `skip`."""
-        ...
+        raise NotImplementedError
 
     def state(self) -> list[Tensor]:
         """Beside seed, epoch and position: the state of the generators that the person gave, at the epoch's start."""
-        ...
+        return []
 
     def load(self, state: list[Tensor]) -> None:
-        """Sets what `state` gave, before the epoch is gone through again."""
-        ...
+        """Sets what `state` gave, before the epoch begins again."""
 
 
 def source_of(
@@ -60,7 +59,7 @@ def source_of(
     """The source that suits the data; ValueError or TypeError, naming what is wrong, where none does."""
     source: Source
     if is_tensors(data):
-        source = TensorSource(data, batch_size, shuffle, Share() if sharded else Share.of(processes), name)
+        source = TensorSource(data, batch_size, shuffle, Shard() if sharded else Shard.of(processes), name)
     elif batch_size is not None:
         raise ValueError(
             f"batch_size is {batch_size!r}, but {name} is a {type(data).__name__}, which cuts its own batches"
@@ -76,7 +75,7 @@ def source_of(
         )
     elif isinstance(data, DataLoader) and has_index_batches(data):
         is_own_part = sharded or isinstance(data.sampler, DistributedSampler)
-        source = LoaderSource(data, Share() if is_own_part else Share.of(processes))
+        source = LoaderSource(data, Shard() if is_own_part else Shard.of(processes))
     elif processes.world > 1 and not sharded:
         raise ValueError(
             f"sharded is False, but {name}, a {type(data).__name__}, cannot be divided among {processes.world} "
@@ -97,14 +96,14 @@ def is_tensors(data: Any) -> bool:
     return isinstance(data, tuple | list) and bool(data) and all(isinstance(tensor, Tensor) for tensor in data)
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """Which part of every micro-batch is this process's: each `world`-th sample from `rank` on."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
-    def of(cls, processes: Processes) -> Share:
+    def of(cls, processes: Processes) -> Shard:
         return cls(processes.rank, processes.world)
 
     def cut(self, indices: Any) -> tuple[Any, bool]:
@@ -116,11 +115,11 @@ class Share(NamedTuple):
         return (part, True) if len(part) else (indices[:1], False)
 
 
-class TensorSource:
+class TensorSource(Source):
     """Tensors of equal length, cut into micro-batches of `batch_size` rows, in a new random order each epoch."""
 
     def __init__(
-        self, tensors: Sequence[Tensor], batch_size: int | str | None, shuffle: bool, share: Share, name: str
+        self, tensors: Sequence[Tensor], batch_size: int | str | None, shuffle: bool, shard: Shard, name: str
     ) -> None:
         lengths = [len(tensor) for tensor in tensors]
         if len(set(lengths)) > 1:
@@ -135,10 +134,10 @@ class TensorSource:
             raise ValueError(
                 f'batch_size is {self.size}, but {name} has only {self.samples} samples; "full" takes them all at once'
             )
-        self.tensors, self.shuffle, self.share = tuple(tensors), shuffle, share
+        self.tensors, self.shuffle, self.shard = tuple(tensors), shuffle, shard
         self.device = tensors[0].device  # that the order is on
         self.take_rows = [row_taker(tensor, self.device) for tensor in tensors]
-        self.length: int | None = -(-self.samples // self.size)
+        self.length = -(-self.samples // self.size)
 
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[MicroBatch]:
         if skip * self.size >= self.samples:
@@ -146,21 +145,15 @@ class TensorSource:
         if self.shuffle:
             generator = torch.Generator().manual_seed(derived(seed, epoch))
             order = torch.randperm(self.samples, generator=generator).to(self.device)
-        elif self.share.world == 1:
+        elif self.shard.world == 1:
             for start in range(skip * self.size, self.samples, self.size):
                 yield MicroBatch(tuple(tensor[start : start + self.size] for tensor in self.tensors))
             return
         else:
             order = torch.arange(self.samples, device=self.device)
         for indices in order[skip * self.size :].split(self.size):
-            rows, counts = self.share.cut(indices)
+            rows, counts = self.shard.cut(indices)
             yield MicroBatch(tuple([take(rows) for take in self.take_rows]), counts)
-
-    def state(self) -> list[Tensor]:
-        return []
-
-    def load(self, state: list[Tensor]) -> None:
-        pass
 
 
 def row_taker(tensor: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -194,16 +187,16 @@ def has_index_batches(loader: DataLoader[Any]) -> bool:
     return True
 
 
-class LoaderSource:
+class LoaderSource(Source):
     """A person's DataLoader: its dataset, sampler and collation; each batch of indices is divided among the processes.
 
     Its batch is the batch of all processes together. Without workers, batches before the position are not loaded;
     workers load them again, so that what the dataset draws in them goes on as it was.
     """
 
-    def __init__(self, loader: DataLoader[Any], share: Share) -> None:
-        self.share, self.given = share, loader
-        self.length: int | None = len(loader)
+    def __init__(self, loader: DataLoader[Any], shard: Shard) -> None:
+        self.shard, self.given = shard, loader
+        self.length = len(loader)
         self.indices = _IndexBatches()
         self.loader: DataLoader[Any] = DataLoader(
             loader.dataset,
@@ -230,7 +223,7 @@ class LoaderSource:
             if (set_epoch := getattr(sampler, "set_epoch", None)) is not None:
                 set_epoch(epoch)
         with random_state.preserved(derived(seed, epoch)):
-            cuts = [self.share.cut(batch) for batch in self.given.batch_sampler or ()]
+            cuts = [self.shard.cut(batch) for batch in self.given.batch_sampler or ()]
             if self.loader.num_workers == 0:
                 cuts, skip = cuts[skip:], 0
             self.indices.batches = [indices for indices, _ in cuts]
@@ -249,7 +242,7 @@ class LoaderSource:
             generator.set_state(saved)
 
 
-class IterableSource:
+class IterableSource(Source):
     """Any iterable of batches. Those before the position are drawn and dropped.
 
     Whatever it draws from the global generators comes from a stream of its own, seeded anew each epoch.
@@ -258,7 +251,7 @@ class IterableSource:
     def __init__(self, iterable: Iterable[Any]) -> None:
         self.iterable = iterable
         try:
-            self.length: int | None = len(iterable)  # type: ignore[arg-type]
+            self.length = len(iterable)  # type: ignore[arg-type]
         except TypeError:
             self.length = None
 
@@ -277,18 +270,12 @@ class IterableSource:
             if index >= skip:
                 yield MicroBatch(batch)
 
-    def state(self) -> list[Tensor]:
-        return []
-
-    def load(self, state: list[Tensor]) -> None:
-        pass
-
 
 def move(tree: Any, device: torch.device) -> Any:
     """A batch with its tensors on `device`.
 
     What knows itself how to be moved (Hugging Face's BatchEncoding, a PackedSequence) does it; mappings, lists and
-    tuples are gone into and keep their types; everything else is left.
+    tuples are moved element by element and keep their types; everything else is left.
     """
     if isinstance(tree, Tensor):
         return tree.to(device, non_blocking=True)

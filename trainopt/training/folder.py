@@ -1,4 +1,4 @@
-"""The folder of a run: what it was told to do, and its numbers as they come."""
+"""The folder of a run: what it was told to do, its numbers as they come, and a picture of them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import trainopt
-from trainopt.training.report import Finished, Message, Progress, Started, Validated
+from trainopt._version import __version__
+from trainopt.training.checkpoint import replacing
+from trainopt.training.report import Finished, Message, Progress, Report, Several, Started, Validated
 
-CONFIG, METRICS = "config.json", "metrics.jsonl"
+CONFIG, METRICS, PICTURE = "config.json", "metrics.jsonl", "metrics.png"
 
 
 class Folder:
@@ -49,7 +50,7 @@ class Folder:
             "processes": event.processes,
             "total_steps": event.total_steps,
             "versions": {
-                "trainopt": trainopt.__version__,
+                "trainopt": __version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
@@ -58,10 +59,10 @@ class Folder:
         self.is_started = True
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            replace(self.path / CONFIG, json.dumps(finite(config), indent=2) + "\n")
+            write_text(self.path / CONFIG, json.dumps(finite(config), indent=2) + "\n")
             entries = read_metrics(self.path) if event.step else []
             kept = [entry for entry in entries if entry.get("step", math.inf) <= event.step]
-            replace(self.path / METRICS, "".join(map(line_of, kept)))
+            write_text(self.path / METRICS, "".join(map(line_of, kept)))
         except OSError as error:
             self._lose(self.path, error)
 
@@ -89,6 +90,14 @@ class Folder:
         self._lost += 1
         if self._lost == 1:
             print(f"warning: {path} loses what is told: {error.strerror}", file=sys.stderr)
+
+
+def with_folder(report: Report, directory: Path) -> Report:
+    """A report that writes to the run's directory too, unless it does already."""
+    reports = report.reports if isinstance(report, Several) else (report,)
+    if any(isinstance(each, Folder) and each.path.resolve() == directory.resolve() for each in reports):
+        return report
+    return Several(*reports, Folder(directory))
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -120,11 +129,52 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def figure(size: tuple[float, float]) -> Any:
+    """An empty figure of matplotlib, of this size in inches; no window is opened. ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def plot(path: str | os.PathLike[str]) -> Path:
+    """Draws the numbers in a run's folder into its `metrics.png`, and returns that.
+
+    Raises:
+        ImportError: matplotlib is not installed (``pip install 'trainopt[plot]'``).
+        ValueError: there are no numbers in the folder yet.
+    """
+    entries = read_metrics(path)
+    progress = [entry for entry in entries if entry["event"] == "progress"]
+    validated = [entry for entry in entries if entry["event"] == "validated"]
+    if not progress:
+        raise ValueError(f"there are no numbers to draw in {path}")
+    picture = figure((8, 8))
+    loss, rate, norm = picture.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
+    curve(loss, progress, "loss", "training")
+    if validated:
+        curve(loss, validated, "loss", "validation", marker="o")
+    loss.set_ylabel("loss")
+    loss.legend()
+    curve(rate, progress, "lr", "learning rate")
+    rate.set_ylabel("learning rate")
+    curve(norm, progress, "grad_norm", "gradient norm")
+    norm.set_ylabel("gradient norm")
+    norm.set_xlabel("updates")
+    for axes in (loss, rate, norm):
+        axes.grid(alpha=0.3)
+    loss.set_title(Path(path).name)
+    target = Path(path) / PICTURE
+    picture.savefig(target, dpi=120)
+    return target
+
+
+def curve(axes: Any, entries: Sequence[dict[str, Any]], key: str, label: str, **style: Any) -> None:
+    """Draws one number of the events over the steps, with gaps where it was not finite."""
+    values = [math.nan if entry[key] is None else entry[key] for entry in entries]
+    axes.plot([entry["step"] for entry in entries], values, label=label, **style)

@@ -40,7 +40,7 @@ def scale(params: list[Tensor], factor: float | Tensor) -> None:
     """Multiplies the gradients by a factor, in place and without waiting for a device."""
     if not isinstance(factor, Tensor) and factor == 1.0:
         return
-    for gradients in alike(params):
+    for gradients in in_lists(params):
         if isinstance(factor, Tensor) or type(gradients[0]) is not Tensor:
             for gradient in gradients:
                 gradient.mul_(factor)
@@ -57,7 +57,7 @@ def global_norm(params: list[Tensor]) -> Tensor:
     if (fused := _fused_norm(params, 2.0)) is not None:
         return fused if isinstance(fused, Tensor) else torch.tensor(fused, dtype=torch.float64)
     norms: list[Tensor] = []
-    for gradients in alike(params):
+    for gradients in in_lists(params):
         found = torch._foreach_norm(gradients, 2, torch.float32 if gradients[0].itemsize == 2 else None)
         norms += [whole(torch.linalg.vector_norm(torch.stack(found)))] if is_dtensor(gradients[0]) else found
     if not norms:
@@ -77,7 +77,7 @@ def are_finite(params: list[Tensor], norm: Tensor | None) -> bool:
     value = _fused_norm(params, math.inf) if norm is None else norm  # the quickest of the norms: it cannot overflow
     if value is not None and math.isfinite(value):
         return True
-    for gradients in alike(params):
+    for gradients in in_lists(params):
         if is_dtensor(gradients[0]):  # the other processes look at their own parts
             gradients = [gradient.to_local() for gradient in gradients]  # type: ignore[attr-defined]
         if type(gradients[0]) is not Tensor:
@@ -107,8 +107,8 @@ def clip(params: list[Tensor], limit: float, norm: Tensor) -> None:
         by_type = defaultdict(list)
         for param in params:
             by_type[type(param.grad)].append(param)
-        for alike_params in by_type.values():  # torch takes no list of both tensors and DTensors
-            originals.clip._clip_grads_with_norm_(alike_params, limit, norm)
+        for of_one_type in by_type.values():  # torch takes no list of both tensors and DTensors
+            originals.clip._clip_grads_with_norm_(of_one_type, limit, norm)
 
 
 def _fused_norm(params: list[Tensor], order: float) -> float | Tensor | None:
@@ -124,15 +124,16 @@ def one_on(device: torch.device) -> Tensor:
     return torch.ones((), device=device)
 
 
-def alike(params: list[Tensor]) -> list[list[Tensor]]:
-    """The gradients, of a sparse one its values, in lists of one type, dtype, device, and mesh."""
+def in_lists(params: list[Tensor]) -> list[list[Tensor]]:
+    """The gradients (of a sparse one its values) in lists of one type, dtype, device and mesh each, for torch's foreach
+    functions take no mixture of types and meshes."""
     gradients = [param.grad for param in params if param.grad is not None]
     if not gradients:
         return []
     kind, dtype, device = type(gradients[0]), gradients[0].dtype, gradients[0].get_device()
     for gradient in gradients:
-        is_alike = type(gradient) is kind and gradient.dtype is dtype and gradient.get_device() == device
-        if not is_alike or gradient.is_sparse or is_dtensor(gradients[0]):
+        is_same = type(gradient) is kind and gradient.dtype is dtype and gradient.get_device() == device
+        if not is_same or gradient.is_sparse or is_dtensor(gradients[0]):
             break
     else:
         return [gradients]

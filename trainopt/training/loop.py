@@ -1,16 +1,15 @@
 """The training loop: micro-batches in, updates of the weights, and what is shown and saved between them.
 
 From top to bottom: `fit` is what a person calls, `Loop.train` goes through the epochs, `Loop.update` makes one update.
-What is trained, the model and the loss, is in `trainopt.training.trained`; what a checkpoint holds in
+What is trained, the model and the loss, is in `trainopt.training.trained`; all that a run remembers in
 `trainopt.training.state`.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,34 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainopt.functional import check_targets
-from trainopt.training import gradients, random_state, state
-from trainopt.training.average import WeightAverage
-from trainopt.training.best import Best
-from trainopt.training.checkpoint import Checkpoints, plain, write
-from trainopt.training.console import Several
-from trainopt.training.counting import Count, is_counted
+from trainopt.training import gradients
+from trainopt.training.arguments import Metrics, check_objects, check_validation, validation_size
+from trainopt.training.criterion.counting import Count, is_counted
 from trainopt.training.data import Source, TensorSource, move, source_of
-from trainopt.training.distributed import Processes, is_sharded
+from trainopt.training.distributed import Processes
 from trainopt.training.evaluation import evaluate
-from trainopt.training.folder import Folder
-from trainopt.training.given import differences, given_to
-from trainopt.training.interval import Interval
-from trainopt.training.modes import Modes
-from trainopt.training.nonfinite import Finding, first_nonfinite, nonfinite_gradient, nonfinite_parameter
-from trainopt.training.objects import Metrics, Pace, check_objects, check_validation, validation_size
+from trainopt.training.folder import with_folder
 from trainopt.training.options import Options
+from trainopt.training.pace import Pace
 from trainopt.training.precision import Precision
 from trainopt.training.report import Finished, Lines, Message, Progress, Report, Silent, Started, Validated
+from trainopt.training.saving import Saving
 from trainopt.training.signals import StopSignals
-from trainopt.training.state import Counters
-from trainopt.training.trained import Trained, without_averaging
-from trainopt.training.watch import Watch
+from trainopt.training.skipping import Skipping
+from trainopt.training.state import State
+from trainopt.training.trained import Trained, planned_by_shape, without_averaging
 from trainopt.training.window import Window
 
 #: How a process should end after a run that ended for this reason; 1 for any other.
 STATUS = {"finished": 0, "early stopping": 0, "SIGINT": 130, "SIGTERM": 143}
-COSTLY = 20  # an epoch without validation ends in a checkpoint if it took this many times as long as writing one
 
 
 @dataclass(frozen=True)
@@ -95,13 +86,13 @@ def fit(
     Args:
         model: on its device. Its output for a batch's inputs goes to the loss.
         data: a DataLoader, a tuple of tensors (then `batch_size` says how they are cut), or any iterable of batches
-            that can be gone through again each epoch. Under torchrun a DataLoader's batch is that of all processes
+            that can be iterated over again in each epoch. Under torchrun a DataLoader's batch is that of all processes
             together, and each loads its share.
         loss: `loss(output, target)`, the mean over what it counts, or the pair (sum, count). None where the model's
             output has its own as `.loss`. What it owns (parameters, buffers) is trained and saved with the model.
         optimizer: any torch optimizer over parameters of the model and the loss whose step needs no closure.
         options: the choices, where they are at hand as an object; else give them by name (`Options`).
-        validation: data of the same kinds, gone through in evaluation mode; plain tensors in order.
+        validation: data of the same kinds, evaluated in evaluation mode; plain tensors in order.
         metrics: by name, `metric(output, target)`: the mean over the samples of a batch, a number or 0-dim tensor.
         schedule: anything with `step()`, `state_dict()` and `load_state_dict()`, a torch LRScheduler for one; stepped
             once after every update, not after a skipped one, or as `schedule_every` says.
@@ -120,197 +111,131 @@ def fit(
     that it is in, with a checkpoint if there is a directory; `Result.reason` and `Result.exit_status` tell it from
     success. Called again with the same arguments, the run carries on, to the same bits on the CPU.
     """
-    loop = Loop(
-        model,
-        data,
-        loss,
-        optimizer,
-        Options.of(options, choices),
-        validation=validation,
-        metrics=metrics or {},
-        schedule=schedule,
-        report=Lines() if report is None else report,
-        count=count,
-        split=split,
-    )
-    reason = "error"
-    with loop.signals:
-        loop.start()
-        try:
-            reason = loop.train()
-            loop.end(reason)
-        except BaseException as error:
-            reason = type(error).__name__
-            raise
-        finally:
-            at, best = loop.counters, loop.best
-            summary = (at.step, at.epoch, reason, at.train_loss, best.value, best.step)
-            loop.report.finished(Finished(*summary, perf_counter() - loop.begun, at.samples, loop.checkpoint))
-    average, trained = loop.average, loop.trained
-    of_model = None if average is None else average.model_state(trained.model)
-    of_loss = None if average is None else average.model_state(trained.criterion.owned)
-    return Result(*summary, loop.checkpoint, of_model, loop.suspects, of_loss)
+    options, metrics = Options.of(options, choices), metrics or {}
+    device = check_objects(model, optimizer, options, validation, metrics, schedule)
+    pace = Pace(schedule, options.schedule_every, validation is not None)
+    trained = Trained(model, loss, optimizer, count, split)
+    processes = Processes.join(device)
+    source = source_of(data, options.batch_size, options.shuffle, processes, options.sharded)
+    held_out = None
+    if validation is not None:
+        size = validation_size(options.batch_size, validation)
+        held_out = source_of(validation, size, False, processes, options.sharded, "validation")
+        check_validation(held_out)
+    planned: Callable[[Any], Count] = trained.planned
+    if split is None and isinstance(source, TensorSource) and len(source.tensors) == 2:
+        planned = planned_by_shape(trained, source.tensors[1])
+    state = State(options, trained, optimizer, schedule, Precision(options.precision, device), source, processes)
+    return Loop(state, held_out, metrics, pace, planned, Lines() if report is None else report).run()
 
 
 class Loop:
-    """One run: its objects, how far it is, and how it goes on. Building it checks everything and changes nothing.
+    """Runs the epochs of a training run. Building it checks its directory and changes nothing.
 
-    Args: as of `fit`.
+    Args:
+        state: what is trained, by what, and how far it is.
+        validation, metrics, report: as of `fit`.
+        pace: steps the schedule.
+        planned: what the loss counts in a batch, as far as that is known before it is computed.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        data: Any,
-        loss: Callable[[Any, Any], Any] | None,
-        optimizer: torch.optim.Optimizer,
-        options: Options,
-        *,
-        validation: Any,
+        state: State,
+        validation: Source | None,
         metrics: Metrics,
-        schedule: Any,
+        pace: Pace,
+        planned: Callable[[Any], Count],
         report: Report,
-        count: Callable[[Any], Count] | None,
-        split: Callable[[Any], tuple[Any, Any]] | None,
     ) -> None:
-        self.options, self.optimizer, self.metrics = options, optimizer, metrics
-        self.device = check_objects(model, optimizer, options, validation, metrics, schedule)
-        self.pace = Pace(schedule, options.schedule_every, validation is not None)
-        self.trained = Trained(model, loss, optimizer, count, split)
+        self.state, self.options, self.optimizer, self.trained = state, state.options, state.optimizer, state.trained
+        self.source, self.processes, self.precision = state.source, state.processes, state.precision
+        self.counters, self.interval, self.watch = state.counters, state.interval, state.watch
         self.criterion = self.trained.criterion
-        self.is_sharded = is_sharded(self.trained.model)
-        self.processes = Processes.join(self.device)
-        self.source = source_of(data, options.batch_size, options.shuffle, self.processes, options.sharded)
-        self.validation: Source | None = None
-        if validation is not None:
-            size = validation_size(options.batch_size, validation)
-            self.validation = source_of(validation, size, False, self.processes, options.sharded, "validation")
-            check_validation(self.validation)
-        self.planned: Callable[[Any], Count] = self.trained.planned
-        if split is None and isinstance(self.source, TensorSource) and len(self.source.tensors) == 2:
-            self.planned = planned_by_shape(self.trained, self.source.tensors[1])
-        self.precision = Precision(options.precision, self.device)
-        self.checkpoints: Checkpoints | None = None
-        if options.directory is not None:
-            self.checkpoints = Checkpoints(Path(options.directory) / "checkpoints", options.keep)
-            if self.processes.is_first:
-                self.checkpoints.check_writable()
-                if not options.resume and self.checkpoints.paths():
-                    raise ValueError(f"resume is False, but {self.checkpoints.directory} has checkpoints")
+        self.validation, self.metrics, self.pace, self.planned = validation, metrics, pace, planned
+        self.trained.look = self.look
+        self.saving = Saving(state, self.say)
+        self.skipping = Skipping(state, self.say)
         self.report: Report = Silent()
         if self.processes.is_first:
-            self.report = report if options.directory is None else with_folder(report, Path(options.directory))
-
+            directory = self.options.directory
+            self.report = report if directory is None else with_folder(report, Path(directory))
+        self.signals = StopSignals()
         self.forward: Callable[..., tuple[Tensor, Count | None]] = self.trained.forward
         self.wrappers = self.trained.wrappers()  # that average gradients over the processes
-        self.modes = Modes(optimizer)
-        self.signals = StopSignals()
-        self.average: WeightAverage | None = None
-        self.buffers: list[Tensor] = []  # of what is trained
-        self.must_check = options.nonfinite != "ignore" or self.precision.scaler is not None
-        self.given = given_to(options, optimizer, schedule)
+        self.must_check = self.options.nonfinite != "ignore" or self.precision.scaler is not None
 
-        # How far it is: `parts`, and what is under way. All of this is in a checkpoint.
-        self.counters = Counters()
-        self.interval = Interval()
-        self.watch = Watch(options.log_every, options.early_stopping is not None, measures=not self.is_sharded)
-        self.trained.look = self.look
-        self.best = Best(options.is_larger_better, keeps_weights=options.early_stopping is not None)
-        self.window: Window | None = None  # the update under way
-        self.seed = 0 if options.seed is None else options.seed
-
-        self.lr: Any = optimizer.param_groups[0]["lr"]  # that the last update used
+        self.lr: Any = self.optimizer.param_groups[0]["lr"]  # that the last update used
         self.norm: Tensor | None = None  # of the last update's gradient, unscaled, before clipping
         self.reason: str | None = None  # why the run must end, where an update has found out
-        self.suspects: list[Any] | None = None  # the micro-batches of the last update that was not finite
-        self.checkpoint: Path | None = None  # the newest
-        self.is_saved = False  # whether it holds all that there is
-        self.saved_at, self.saving_took = perf_counter(), 0.0
         self.has_said_what_is_counted = False
         self.begun = self.interval_begun = perf_counter()
-        self.steps_before = 0
-
-    def parts(self) -> dict[str, Any]:
-        """What has a state of its own, beside what is trained; None for what there is not."""
-        return {
-            "optimizer": self.optimizer,
-            "schedule": self.pace.schedule,
-            "scaler": self.precision.scaler,
-            "average": self.average,
-            "counters": self.counters,
-            "interval": self.interval,
-            "watch": self.watch,
-            "best": self.best,
-        }
+        self.steps_before = 0  # updates made when this process took the run up
 
     # From the beginning to the end ------------------------------------------------------------------------------------
 
+    def run(self) -> Result:
+        """All of it, in any case with the event that says how it ended."""
+        reason = "error"
+        with self.signals:
+            self.start()
+            try:
+                reason = self.train()
+                self.end(reason)
+            except BaseException as error:
+                reason = type(error).__name__
+                raise
+            finally:
+                at, best, newest = self.counters, self.state.best, self.saving.newest
+                summary = (at.step, at.epoch, reason, at.train_loss, best.value, best.step)
+                self.report.finished(Finished(*summary, perf_counter() - self.begun, at.samples, newest))
+        average, trained = self.state.average, self.trained
+        of_model = None if average is None else average.model_state(trained.model)
+        of_loss = None if average is None else average.model_state(trained.criterion.owned)
+        return Result(*summary, newest, of_model, self.skipping.suspects, of_loss)
+
     def start(self) -> None:
         """Carries on from the newest whole checkpoint, or begins."""
-        options, processes = self.options, self.processes
-        corrupt: list[tuple[Path, str]] = []
-        found = None
-        if self.checkpoints is not None and processes.is_first:
-            found = self.checkpoints.newest(lambda path, why: corrupt.append((path, why)), state.check_fields)
-        found = processes.broadcast(found)
-        self.trained.place()
-        self.buffers = list(self.trained.buffers())
-        if options.average is not None:
-            self.average = WeightAverage(self.trained, options.average, options.average_warmup)
+        state, at = self.state, self.counters
+        saved, corrupt = self.saving.find()
+        state.place()
         changes: list[str] = []
-        if found is not None:
-            self.checkpoint, saved = found
-            state.restore(self, saved, self.checkpoint)
-            self.is_saved = True
-            changes = self.adopt(saved.get("given"))
+        if saved is None:
+            state.begin()
         else:
-            if options.seed is None:
-                self.seed = processes.broadcast(int(torch.randint(2**63 - 1, ())))
-            if processes.rank > 0:  # a script seeds every process alike, but dropout must differ
-                random_state.reseed(random_state.derived(self.seed, -processes.rank))
-            self.modes.train()
-        if self.checkpoints is not None:
-            state.collect(self)  # what a checkpoint cannot hold is a TypeError now, not after an hour
-        self.forward = self.trained.parallel(processes)
+            changes = state.restore(saved, self.saving.newest)
+        self.saving.check()
+        self.forward = self.trained.parallel(self.processes)
         self.wrappers = self.trained.wrappers(self.forward)
         self.trained.begin()
-        self.begun = self.interval_begun = self.saved_at = perf_counter()
-        self.steps_before = self.counters.step
+        self.begun = self.interval_begun = perf_counter()
+        self.steps_before = at.step
         self.report.started(
             Started(
-                options=options,
+                options=self.options,
                 model=type(self.trained.model).__name__,
                 parameters=sum(param.numel() for param in self.trained.parameters() if param.requires_grad),
                 optimizer=type(self.optimizer).__name__,
-                device=str(self.device),
-                processes=processes.world,
-                step=self.counters.step,
+                device=str(self.precision.device),
+                processes=self.processes.world,
+                step=at.step,
                 total_steps=self.total_steps(),
-                resumed_from=self.checkpoint,
+                resumed_from=self.saving.newest,
             )
         )
         for path, why in corrupt:
             self.say("warning", "checkpoint", f"{path} was skipped: {why}")
         for change in changes:
             self.say("warning", "resume", change)
-        if found is not None and (reason := self.reason_to_end()) in ("finished", "early stopping"):
+        if saved is not None and (reason := self.reason_to_end()) in ("finished", "early stopping"):
             how = "" if reason == "finished" else " by early stopping"
             self.say(
                 "warning",
                 "resume",
-                f"the run in {options.directory} is already finished{how}, after step {self.counters.step:,}, and "
-                "nothing is trained: to train on, give more epochs or steps; to begin anew, use another directory or "
+                f"the run in {self.options.directory} is already finished{how}, after step {at.step:,}, and nothing is "
+                "trained: to train on, give more epochs or steps; to begin anew, use another directory or "
                 "resume=False, once its checkpoints have been moved away",
             )
-
-    def adopt(self, before: dict[str, Any] | None) -> list[str]:
-        """What is done about arguments that are not those which the run was given before: a sentence for each."""
-        if before is None:  # of an older version
-            return []
-        then, now = before["options"], self.given["options"]
-        if any(then.get(name) != now[name] for name in ("monitor", "maximize")):
-            self.best = Best(self.options.is_larger_better, self.best.keeps_weights)
-        return list(differences(before, self.given))
 
     def train(self) -> str:
         """Epoch after epoch, window after window; returns why it ended."""
@@ -334,16 +259,17 @@ class Loop:
             return self.reason
         if self.signals.received is not None and self.processes.world == 1:
             return self.signals.received
-        if options.early_stopping is not None and self.best.since >= options.early_stopping:
+        if options.early_stopping is not None and self.state.best.since >= options.early_stopping:
             return "early stopping"
         is_done = at.epoch >= (options.epochs or 0) if options.steps is None else at.step >= options.steps
         return "finished" if is_done else None
 
     def windows(self) -> Iterator[Window]:
         """The rest of this epoch in pieces of one update; first the one that was under way, if any."""
-        if self.window is not None:
-            yield self.window
-        micro_batches = self.source.epoch(self.seed, self.counters.epoch, self.counters.batch)
+        state = self.state
+        if state.window is not None:
+            yield state.window
+        micro_batches = self.source.epoch(state.seed, self.counters.epoch, self.counters.batch)
         while True:
             drawn = list(itertools.islice(micro_batches, self.options.accumulation))
             if self.options.sharded:  # the processes' parts may differ in length: the shortest ends the epoch
@@ -351,16 +277,16 @@ class Loop:
             if not drawn:
                 return
             self.counters.batch += len(drawn)
-            self.window = Window.of(drawn, self.planned)
+            state.window = Window.of(drawn, self.planned)
             if self.processes.world > 1:
-                asks = "stop " * (self.signals.received is not None) + "save" * self.is_late()
-                self.window.share(self.processes, asks)
-            yield self.window
+                asks = "stop " * (self.signals.received is not None) + "save" * self.saving.is_late()
+                state.window.all_reduce(self.processes, asks)
+            yield state.window
 
     def end(self, reason: str) -> None:
         """The last interval, validation and checkpoint, and the best weights if they were kept."""
         if reason == "nonfinite":  # the last good checkpoint stays as it is
-            self.modes.eval()
+            self.state.modes.eval()
             return
         if reason in ("finished", "early stopping"):
             if self.interval.samples:
@@ -368,17 +294,16 @@ class Loop:
             self.validate()
             if (text := self.watch.lost.summary()) is not None:
                 self.say("warning", "nonfinite", text)
-            if (message := self.watch.ended(self.counters.step, self.total_steps(), float(self.lr))) is not None:
-                self.report.message(message)
-        self.save()
-        self.modes.eval()
+            self.tell(self.watch.ended(self.counters.step, self.total_steps(), float(self.lr)))
+        self.saving.save()
+        self.state.modes.eval()
         if reason in ("SIGTERM", "SIGINT"):
             saved = "no directory was given, so nothing is saved"
-            if self.checkpoint is not None:
-                saved = f"{self.checkpoint} holds everything: start the same run again to carry on from there"
+            if self.saving.newest is not None:
+                saved = f"{self.saving.newest} holds everything: start the same run again to carry on from there"
             self.say("info", "stop", f"stopped by {reason} after step {self.counters.step:,}; {saved}")
-        elif self.best.weights is not None:
-            self.trained.load(self.best.weights)
+        elif self.state.best.weights is not None:
+            self.trained.load(self.state.best.weights)
 
     # One update -------------------------------------------------------------------------------------------------------
 
@@ -388,177 +313,99 @@ class Loop:
         It is not if the gradient is not finite, if the loss counts nothing in the window, or if a signal came between
         two micro-batches: then, and only then, the window stays under way.
         """
+        state, at, optimizer = self.state, self.counters, self.optimizer
         if "stop" in window.asked:  # every process knows it: all stop after this update
             self.reason = next(filter(None, self.processes.gather(self.signals.received)))
-        self.is_saved = False
+        self.saving.is_current = False
         if window.is_empty:
-            self.window = None
+            state.window = None
             return False
+
+        # The gradient: the sum of the micro-batches', each times the weight of its mean loss.
         if not window.done:
-            gradients.clear(self.optimizer)
-            self.watch.begin(self.counters.step + 1)
-            window.buffers = [buffer.clone() for buffer in self.buffers]
+            gradients.clear(optimizer)
+            self.watch.begin(at.step + 1)
+            window.buffers = [buffer.clone() for buffer in state.buffers]
         while window.done < len(window.batches):
-            self.micro_step(window)
+            self.forward_and_backward(window)
             window.done += 1
             if self.signals.received is not None and self.processes.world == 1 and window.done < len(window.batches):
                 return False
-        self.window = None
-
+        state.window = None
         if self.trained.apart:
             self.processes.average_gradients(self.trained.apart)
         correction = 1.0 if self.criterion.is_exact else window.correction(self.processes)
-        if correction is None:
+        if correction is None:  # the loss counted nothing
             return False
-        params = gradients.parameters(self.optimizer)
+        params = gradients.parameters(optimizer)
         gradients.scale(params, correction)
-        self.precision.unscale(self.optimizer)
+        self.precision.unscale(optimizer)
+
+        # Its norm, whether it is finite, and clipping.
         limit = self.options.clip
-        is_shown = self.watch.measurement is not None or (self.counters.step + 1) % self.options.log_every == 0
+        is_shown = self.watch.measurement is not None or (at.step + 1) % self.options.log_every == 0
         norm = self.norm = gradients.global_norm(params) if limit is not None or is_shown else None
         if self.must_check and not self.are_finite(params, norm):  # the one wait for the device in an update
-            self.skip(window)
+            self.reason = self.skipping.skip(window, float(self.lr), self.saving.newest) or self.reason
             return False
         if limit is not None and norm is not None:
             gradients.clip(params, limit, norm)
 
-        self.watch.before_step(self.trained.model, params, self.counters.step + 1, window.samples)
-        lr = self.optimizer.param_groups[0]["lr"]
+        # The step, the schedule and the average.
+        self.watch.before_step(self.trained.model, params, at.step + 1, window.samples)
+        lr = optimizer.param_groups[0]["lr"]
         self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule may fill the tensor with its next value
-        self.optimizer.step()
+        optimizer.step()
         self.precision.adapt()
-        self.pace.step("update", None, self.counters.epoch)
-        if self.average is not None:
-            with self.modes.evaluation():
-                self.average.update()
-        self.counters.step += 1
-        self.counters.skipped_in_a_row = 0
-        self.counters.samples += window.samples
+        self.pace.step("update", None, at.epoch)
+        if state.average is not None:
+            with state.modes.evaluation():
+                state.average.update()
+
+        # What is remembered of it, and what the watch has to say.
+        at.step += 1
+        at.skipped_in_a_row = 0
+        at.samples += window.samples
         self.interval.add(window.losses, window.counts, window.samples)
-        if (message := self.watch.after_step(self, params, window, norm)) is not None:
-            self.report.message(message)
+        if self.watch.measurement is not None:
+            self.measure(window, params)
         if self.watch.seeks_origin and self.must_check:
-            self.seek(window)
+            self.skipping.explain_loss(window)
         return True
 
-    def micro_step(self, window: Window) -> None:
-        """Forward and backward of the window's next micro-batch, whose gradients add up."""
-        index = window.done
+    def forward_and_backward(self, window: Window) -> None:
+        """Adds the gradient of the window's next micro-batch: that of its mean loss, times its weight."""
+        index, device = window.done, self.precision.device
         batch, counts = window.batches[index], is_counted(window.planned[index])
         if not counts and self.processes.world == 1:
-            window.take(torch.zeros((), device=self.device), 0)
+            window.take(torch.zeros((), device=device), 0)
             return
-        inputs, target = self.trained.split(batch if self.device.type == "cpu" else move(batch, self.device))
-        if not self.wrappers or index == len(window.batches) - 1:
-            self.backward(window, inputs, target, counts)
-            return
-        with without_averaging(self.wrappers):  # only a window's last backward pass averages over the processes
-            self.backward(window, inputs, target, counts)
+        inputs, target = self.trained.split(batch if device.type == "cpu" else move(batch, device))
+        is_last = index == len(window.batches) - 1  # only a window's last backward pass averages over the processes
+        with nullcontext() if is_last or not self.wrappers else without_averaging(self.wrappers):
+            loss, count = self.precision.run(self.forward, inputs, target, counts)
+            window.take(loss, count)
+            if self.criterion.assumed is not None and not self.has_said_what_is_counted:
+                self.say_what_is_counted(window)
+            weight = window.weight_of(index)
+            is_all = not isinstance(weight, Tensor) and weight == 1.0
+            self.precision.scaled(loss if is_all else loss * weight).backward()
 
-    def backward(self, window: Window, inputs: Any, target: Any, counts: bool) -> None:
-        """Adds the gradient of weight · loss."""
-        loss, count = self.precision.run(self.forward, inputs, target, counts)
-        window.take(loss, count)
-        if self.criterion.assumed is not None and not self.has_said_what_is_counted:
-            self.say_what_is_counted(window)
-        weight = window.weight_of(window.done)
-        is_all = not isinstance(weight, Tensor) and weight == 1.0
-        self.precision.scaled(loss if is_all else loss * weight).backward()
+    def are_finite(self, params: list[Tensor], norm: Tensor | None) -> bool:
+        """Whether every gradient is finite, those of other processes' shards too."""
+        finite = gradients.are_finite(params, norm)
+        return self.processes.min(float(finite)) > 0 if self.state.is_sharded else finite
 
     def look(self, output: Any, target: Any, loss: Tensor) -> None:
         """What every micro-batch of training shows as it is computed; the watch looks at few."""
         if self.watch.is_looking:
             self.watch.see(output, target, loss, self.criterion.function)
 
-    def are_finite(self, params: list[Tensor], norm: Tensor | None) -> bool:
-        """Whether every gradient is finite, those of other processes' shards too."""
-        finite = gradients.are_finite(params, norm)
-        return self.processes.min(float(finite)) > 0 if self.is_sharded else finite
-
-    def skip(self, window: Window) -> None:
-        """Leaves out an update whose gradient is not finite: nothing has changed but the scale of float16."""
-        check_targets()  # a class out of range, which no later update can be right about
-        options, at = self.options, self.counters
-        self.put_back_buffers(window)
-        at.skipped += 1
-        is_loss_finite = all(math.isfinite(float(loss)) for loss in window.losses)
-        is_scale = self.precision.is_searching() and not self.processes.sum([float(not is_loss_finite)])[0]
-        if is_scale or options.nonfinite == "ignore":
-            self.precision.adapt()
-            return
-        at.skipped_in_a_row += 1
-        found = otherwise = None
-        if self.watch.lost.is_searched():
-            otherwise = self.blamed_gradient()
-            if not self.is_sharded:  # whose forward pass needs all processes, while one may have found something
-                otherwise = Finding(f"{otherwise.text}, and is finite when computed again", "finite again")
-                found = self.search(window)
-        self.put_back_buffers(window)
-        self.precision.adapt()
-        everywhere = self.processes.gather(found)
-        rank = next((rank for rank, finding in enumerate(everywhere) if finding is not None), 0)
-        found = everywhere[rank] or otherwise
-        self.suspects = window.batches
-        what = found.text if found is not None else "not looked into"
-        kept_in = self.keep_suspects(what) if self.processes.rank == rank else None
-        kept_in = self.processes.gather(kept_in)[rank]
-        self.interval.fold()
-        told = self.watch.lost_update(found, at.step + 1, float(self.lr), self.interval.history)
-        if told is not None:
-            where = f" in process {rank}" if self.processes.world > 1 else ""
-            text = f"update {at.step + 1:,} left out ({at.skipped_in_a_row} in a row){where}: {told}"
-            self.say("trouble", "nonfinite", text + (f"; its batch is in {kept_in}" if kept_in else ""))
-        limit = 1 if options.nonfinite == "stop" else options.nonfinite_limit
-        if at.skipped_in_a_row >= limit:
-            self.reason = "nonfinite"
-            intact = f"{self.checkpoint} is intact" if self.checkpoint else "there is no checkpoint"
-            text = f"stopped after {limit} in a row; the weights are those of step {at.step:,}, and {intact}"
-            self.say("trouble", "nonfinite", text)
-
-    def put_back_buffers(self, window: Window) -> None:
-        """The buffers of what is trained as they were before the window."""
-        for buffer, kept in zip(self.buffers, window.buffers or (), strict=True):
-            buffer.copy_(kept)
-
-    def search(self, window: Window) -> Finding | None:
-        """What is not finite first when the micro-batches are computed again, each with the weight that it had."""
-        if (found := nonfinite_parameter(self.criterion.owned, " of the loss")) is not None:
-            return found
-        weights = map(window.weight_of, range(len(window.batches)))
-        parts = zip(window.batches, weights, window.counts, strict=True)
-        computed = [(batch, weight) for batch, weight, count in parts if is_counted(count)]
-        return first_nonfinite(self.trained.model, computed, self.trained, self.precision, self.device)
-
-    def seek(self, window: Window) -> None:
-        """Names what makes a loss that is not finite, though the gradients of it are."""
-        losses = [float(loss) for loss, count in zip(window.losses, window.counts, strict=True) if is_counted(count)]
-        if all(map(math.isfinite, losses)):
-            return
-        self.watch.seeks_origin = False
-        buffers = [buffer.clone() for buffer in self.buffers]
-        found = self.search(window)
-        for buffer, kept in zip(self.buffers, buffers, strict=True):
-            buffer.copy_(kept)
-        if found is not None:
-            text = f"the loss of update {self.counters.step:,} is not finite, though its gradients are: {found}"
-            self.say("trouble", "nonfinite", text)
-
-    def blamed_gradient(self) -> Finding:
-        """The gradient that is not finite and that backward came to first: the loss's own before the model's."""
-        text = nonfinite_gradient(self.criterion.owned, " of the loss") or nonfinite_gradient(self.trained.model)
-        text = text or "a gradient is not finite"
-        return Finding(text, text.split(" has ")[0])
-
-    def keep_suspects(self, what: str) -> Path | None:
-        """Writes the micro-batches that were not finite to the run's directory; None where that cannot be done."""
-        if self.options.directory is None:
-            return None
-        path = Path(self.options.directory) / "nonfinite" / f"step-{self.counters.step + 1:09}.pt"
-        try:
-            write(plain({"micro_batches": self.suspects, "what": what}), path)
-        except (OSError, TypeError):
-            return None
-        return path
+    def measure(self, window: Window, params: list[Tensor]) -> None:
+        """Gives an update to the watch, which has asked to measure some, and tells what these have shown."""
+        evidence = self.watch.after_step(params, window, self.norm, self.trained, self.precision)
+        if evidence is not None:
+            self.tell(self.watch.measured(self.counters.step, self.total_steps(), evidence, float(self.lr)))
 
     # Between updates --------------------------------------------------------------------------------------------------
 
@@ -571,31 +418,32 @@ class Loop:
         if is_validated:
             self.pace.step("validation", self.counters.monitored, self.counters.epoch)
         is_due = is_validated if options.checkpoint_every is None else step % options.checkpoint_every == 0
-        if is_due or ("save" in window.asked if self.processes.world > 1 else self.is_late()):
+        if is_due or ("save" in window.asked if self.processes.world > 1 else self.saving.is_late()):
             self.save()
 
     def after_epoch(self) -> None:
         """What is due after each pass over the data."""
         options, at = self.options, self.counters
         at.epoch, at.batch = at.epoch + 1, 0
-        self.is_saved = False
+        self.saving.is_current = False
         is_due = options.validate_every is None and self.validate()
         if is_due:
             self.pace.step("validation", at.monitored, at.epoch)
         self.pace.step("epoch", at.monitored, at.epoch)
-        if options.checkpoint_every is not None or self.checkpoints is None:
+        if options.checkpoint_every is not None or options.directory is None:
             return
-        if self.validation is None:
-            is_cheap = perf_counter() - self.saved_at >= COSTLY * self.saving_took
-            is_due = self.processes.sum([float(is_cheap and self.processes.is_first)])[0] > 0
-        if is_due:
+        if is_due or (self.validation is None and self.saving.is_cheap()):
             self.save()
+
+    def save(self) -> None:
+        """A checkpoint; the time for it is no training time."""
+        self.interval_begun += self.saving.save()
 
     def progress(self) -> None:
         """Brings the sums of the interval from the device, shows them, and begins a new interval."""
         now, total = perf_counter(), self.total_steps()
         interval, at = self.interval, self.counters
-        self.is_saved = False
+        self.saving.is_current = False
         interval.fold()
         loss, count = self.processes.sum([interval.total, interval.counted])
         at.train_loss = loss / count if count else float("nan")
@@ -618,102 +466,47 @@ class Loop:
         is_alone = self.processes.world == 1
         history = interval.history if is_alone else interval.history.together(self.processes.sum)
         for message in self.watch.progressed(at.step, total, float(self.lr), at.train_loss, history, is_alone):
-            self.report.message(message)
+            self.tell(message)
         interval.clear()
         self.interval_begun = perf_counter()
 
     def validate(self) -> bool:
-        """Goes through the validation data, unless that has been done at this step; whether it was done now."""
-        at = self.counters
+        """Evaluates the model on the validation data, unless that was done at this step; whether it was done now."""
+        state, at = self.state, self.counters
         if self.validation is None or at.validated_step == at.step:
             return False
-        begun, at.validated_step, self.is_saved = perf_counter(), at.step, False
-        with self.to_be_used():
+        self.saving.is_current = False
+        begun, at.validated_step = perf_counter(), at.step
+        with state.weights_to_use():
             values = evaluate(self.trained, self.validation, self.metrics, self.precision, self.processes)
             at.monitored = values[self.options.monitor]
-            is_best = self.best.offer(at.monitored, at.step, self.trained)
-            if is_best and self.checkpoints is not None:
-                self.write_best()
+            is_best = state.best.offer(at.monitored, at.step, self.trained)
+            if is_best:
+                self.saving.save_best()
         loss = values.pop("loss")
         seconds = perf_counter() - begun
-        on_average = self.average is not None
+        on_average = state.average is not None
         numbers = (at.step, at.epoch, loss, values, at.train_loss)
         self.report.validated(Validated(*numbers, is_best, on_average, seconds))
-        if (message := self.watch.validated(at.step, loss, at.train_loss)) is not None:
-            self.report.message(message)
+        self.tell(self.watch.validated(at.step, loss, at.train_loss))
         self.interval_begun += perf_counter() - begun  # it is no training time
         return True
 
-    @contextmanager
-    def to_be_used(self) -> Iterator[None]:
-        """The model holds the weights to be used, the average if there is one, and afterwards those of before."""
-        with self.modes.evaluation(), nullcontext() if self.average is None else self.average.applied():
-            yield
-
-    def write_best(self) -> None:
-        """The weights just validated, as best.pt. Collective."""
-        weights = plain({**self.trained.state(), "step": self.counters.step})
-        weights.setdefault(self.options.monitor, self.best.value)
-        if self.processes.is_first:
-            self.write(lambda: write(weights, Path(str(self.options.directory)) / "best.pt"))
-
-    def is_late(self) -> bool:
-        """Whether so many minutes have passed since the last checkpoint."""
-        if self.checkpoints is None or not self.processes.is_first:
-            return False
-        return perf_counter() - self.saved_at >= 60 * self.options.checkpoint_minutes
-
-    def save(self) -> None:
-        """A checkpoint of everything, unless the newest one holds it."""
-        if self.checkpoints is None or self.is_saved:
-            return
-        begun, checkpoints = perf_counter(), self.checkpoints
-        with self.modes.evaluation():  # until it is written: what is collected is no copy
-            everything = state.collect(self)
-            if self.processes.is_first:
-                written = self.write(lambda: checkpoints.save(everything, self.counters.step))
-                self.checkpoint = written or self.checkpoint
-        self.is_saved, self.saved_at = True, perf_counter()
-        self.saving_took = self.saved_at - begun
-        self.interval_begun += self.saving_took
-
-    def write(self, writing: Callable[[], Any]) -> Any:
-        """What `writing` returns, or None where it fails: training goes on, and the person is told."""
-        try:
-            return writing()
-        except OSError as error:
-            last = f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint yet"
-            self.say("trouble", "checkpoint", f"could not save: {error.strerror or error}; training goes on, {last}")
-            return None
-
     def total_steps(self) -> int | None:
         """Updates of the whole run if none is skipped; None where the data has no length."""
-        if self.options.steps is not None:
-            return self.options.steps
-        if self.source.length is None or self.options.epochs is None:
-            return None
-        return self.options.epochs * -(-self.source.length // self.options.accumulation)
+        return self.options.total_steps(self.source.length)
 
     def say(self, kind: str, topic: str, text: str) -> None:
         """A sentence for the person."""
         self.report.message(Message(self.counters.step, kind, topic, text))
+
+    def tell(self, message: Message | None) -> None:
+        """What the watch has found, if anything."""
+        if message is not None:
+            self.report.message(message)
 
     def say_what_is_counted(self, window: Window) -> None:
         """Once, what had to be assumed of what the loss counts, where anything depends on it."""
         self.has_said_what_is_counted = True
         if not window.is_alone or self.validation is not None:
             self.say("warning", "count", str(self.criterion.assumed))
-
-
-def planned_by_shape(trained: Trained, targets: Tensor) -> Callable[[Any], Count]:
-    """What the loss counts in a batch, from its shape alone where nothing in any target is ignored or weighted."""
-    by_shape = trained.criterion.counts_by_shape(targets)
-    return trained.planned if by_shape is None else lambda batch: by_shape(trained.split(batch)[1])
-
-
-def with_folder(report: Report, directory: Path) -> Report:
-    """A report that writes to the run's directory too, unless it does already."""
-    reports = report.reports if isinstance(report, Several) else (report,)
-    if any(isinstance(each, Folder) and each.path.resolve() == directory.resolve() for each in reports):
-        return report
-    return Several(*reports, Folder(directory))

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from trainopt.training import random_state
 from trainopt.training.data import Source, move, source_of
 from trainopt.training.distributed import Processes
-from trainopt.training.nonfinite import uncompiled
+from trainopt.training.fields import whole
 from trainopt.training.precision import Precision
 from trainopt.training.trained import Trained
+from trainopt.training.watch.first_nonfinite import uncompiled
 
 SMOOTHED = 0.25  # decades of the learning rate that the curve is smoothed over
 BLOWN_UP = 4.0  # times the lowest smoothed loss: the test ends
@@ -64,7 +65,7 @@ class LrCurve:
         Raises:
             ImportError: matplotlib is not installed (``pip install 'trainopt[plot]'``).
         """
-        from trainopt.training.plot import figure
+        from trainopt.training.folder import figure
 
         picture = figure((8, 5))
         axes = picture.subplots()
@@ -113,8 +114,7 @@ def lr_find(
         raise ValueError(
             f"lowest is {lowest!r} and highest {highest!r}; they must be positive, and the first the smaller"
         )
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-        raise ValueError(f"steps is {steps!r}; it must be a whole number of at least 2")
+    whole(2).check("steps", steps)
     device = next(model.parameters()).device
     source = source_of(data, batch_size, True, Processes(0, 1, device))
     state = [saved.clone() for saved in source.state()]
@@ -140,26 +140,26 @@ class _Test:
     def __init__(self, model: Any, loss: Any, optimizer: Any, split: Any, precision: Precision) -> None:
         self.given, self.precision = (Trained(model, loss, optimizer, split=split), optimizer), precision
         first = float(optimizer.param_groups[0]["lr"])
-        self.shares = [float(group["lr"]) / first if first else 1.0 for group in optimizer.param_groups]
+        self.ratios = [float(group["lr"]) / first if first else 1.0 for group in optimizer.param_groups]
 
     def updates(self, batches: Iterable[Any], rates: Iterable[float]) -> Iterator[float]:
         """The loss before each update of a copy."""
-        task, optimizer = copy.deepcopy(self.given)
-        task.begin()
+        trained, optimizer = copy.deepcopy(self.given)
+        trained.begin()
         if hasattr(optimizer, "train"):  # schedule-free methods have modes
             optimizer.train()
         precision = self.precision
         scaler = None if precision.scaler is None else torch.amp.GradScaler(precision.device.type)
         for batch, rate in zip(batches, rates, strict=False):
-            for group, share in zip(optimizer.param_groups, self.shares, strict=True):
+            for group, ratio in zip(optimizer.param_groups, self.ratios, strict=True):
                 if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate * share)
+                    group["lr"].fill_(rate * ratio)
                 else:
-                    group["lr"] = rate * share
-            inputs, target = task.split(move(batch, precision.device))
+                    group["lr"] = rate * ratio
+            inputs, target = trained.split(move(batch, precision.device))
             optimizer.zero_grad()
             with precision.autocast():
-                value = task.loss(task.output(task.called, inputs), target)
+                value = trained.loss(trained.output(trained.called, inputs), target)
             (value if scaler is None else scaler.scale(value)).backward()
             yield value.item()
             if scaler is None:
@@ -179,9 +179,9 @@ class _Test:
             if not math.isfinite(loss):
                 break
             losses.append(loss)
-            mean = sum(losses[-width:]) / len(losses[-width:])
-            best = min(best, mean)
-            if mean > best + (BLOWN_UP - 1) * abs(best):
+            recent = mean(losses[-width:])
+            best = min(best, recent)
+            if recent > best + (BLOWN_UP - 1) * abs(best):
                 break
         if not losses:
             raise ValueError("the loss is not finite before the first update: the learning rate has no part in that")
@@ -200,7 +200,7 @@ class _Test:
             if len(after) < len(before):
                 continue
             gains = [a - b for a, b in zip(before[-COUNTED:], after[-COUNTED:], strict=True)]
-            falls[rate] = sum(gains) / len(gains)
+            falls[rate] = mean(gains)
             best = max(best, falls[rate])
             fruitless = fruitless + 1 if falls[rate] < 0.5 * best else 0
             if fruitless == FRUITLESS:
@@ -231,6 +231,10 @@ def _endless(source: Source, seed: int) -> Iterator[Any]:
             yield micro_batch.batch
 
 
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def width_of(rates: Sequence[float]) -> int:
     """How many points in a row the curve is smoothed over: at least 3, so that one batch is nothing."""
     decades = math.log10(rates[-1] / rates[0])
@@ -240,8 +244,7 @@ def width_of(rates: Sequence[float]) -> int:
 def curve_of(rates: list[float], losses: list[float], falls: dict[float, float] | None = None) -> LrCurve:
     """The curve through the losses at these rates, smoothed, with its lowest point; the suggestion from `falls`."""
     reach = width_of(rates) // 2
-    windows = [losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses))]
-    smoothed = [sum(window) / len(window) for window in windows]
+    smoothed = [mean(losses[max(0, i - reach) : i + reach + 1]) for i in range(len(losses))]
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
     falls = falls or {}
     best = max(falls.values(), default=0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from trainopt.training.fields import FLAG, TEXT, check, choice, option, real, whole
+
 PRECISIONS = ("float32", "bfloat16", "float16")
 NONFINITE = ("skip", "stop", "ignore")
-TOO_MANY = 2**63
 SCHEDULE_UNITS = ("update", "epoch", "validation")
 
 #: Words in the names of metrics that grow when things go well, and of those that fall.
@@ -60,7 +60,7 @@ class Options:
         steps: updates of the weights.
         batch_size: samples in a micro-batch, over all processes, where the data are plain tensors; "full" for all of
             them (gradient descent). A DataLoader has its own.
-        shuffle: whether plain tensors are gone through in a new random order each epoch. A DataLoader decides itself.
+        shuffle: whether plain tensors come in a new random order in each epoch. A DataLoader decides itself.
         accumulation: micro-batches in one update. The gradient is that of the mean over all that the loss counts in
             them, as if they were one batch. At the end of an epoch an update may have fewer.
         precision: "float32", or the type that autocast computes in: "bfloat16", or "float16" with a GradScaler.
@@ -87,66 +87,42 @@ class Options:
             after `nonfinite_limit` such in a row; "stop": the run stops at the first; "ignore": no check, and so on an
             accelerator no waiting for the device. Where a gradient overflows for float16's scale, the update is left
             out in any case, and counts as one of these only once the scale is down to 1.
-        nonfinite_limit: see there.
+        nonfinite_limit: updates left out in a row after which the run stops.
         log_every: updates between Progress events. Between them nothing is read from the device but whether the
             gradient is finite.
         seed: of the order of the data, 0 to 2**63 - 1. None: drawn from torch's generator when a new run starts.
         sharded: that in a run of several processes the data already are this process's own part.
     """
 
-    epochs: int | None = None
-    steps: int | None = None
-    batch_size: int | str | None = None
-    shuffle: bool = True
-    accumulation: int = 1
-    precision: str = "float32"
-    clip: float | None = None
-    average: float | None = None
-    average_warmup: bool = True
-    validate_every: int | None = None
-    early_stopping: int | None = None
-    monitor: str = "loss"
-    maximize: bool | None = None
-    schedule_every: str | None = None
-    directory: str | os.PathLike[str] | None = None
-    checkpoint_every: int | None = None
-    checkpoint_minutes: float = 10.0
-    keep: int = 3
-    resume: bool = True
-    nonfinite: str = "skip"
-    nonfinite_limit: int = 10
-    log_every: int = 50
-    seed: int | None = None
-    sharded: bool = False
+    epochs: int | None = option(None, whole(1))
+    steps: int | None = option(None, whole(1))
+    batch_size: int | str | None = option(None, whole(1, word="full"))
+    shuffle: bool = option(True, FLAG)
+    accumulation: int = option(1, whole(1))
+    precision: str = option("float32", choice(*PRECISIONS))
+    clip: float | None = option(None, real(0, above=True))
+    average: float | None = option(None, real(0, 1.0, below=True))
+    average_warmup: bool = option(True, FLAG)
+    validate_every: int | None = option(None, whole(1))
+    early_stopping: int | None = option(None, whole(1))
+    monitor: str = option("loss", TEXT)
+    maximize: bool | None = option(None, FLAG)
+    schedule_every: str | None = option(None, choice(*SCHEDULE_UNITS))
+    directory: str | os.PathLike[str] | None = option(None, TEXT)  # noqa: RUF009
+    checkpoint_every: int | None = option(None, whole(1))
+    checkpoint_minutes: float = option(10.0, real(0, above=True))
+    keep: int = option(3, whole(1))
+    resume: bool = option(True, FLAG)
+    nonfinite: str = option("skip", choice(*NONFINITE))
+    nonfinite_limit: int = option(10, whole(1))
+    log_every: int = option(50, whole(1))
+    seed: int | None = option(None, whole(0))
+    sharded: bool = option(False, FLAG)
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"give epochs or steps, one of them: epochs is {self.epochs}, steps is {self.steps}")
-        for name in ("epochs", "steps", "validate_every", "early_stopping", "checkpoint_every"):
-            self._check_count(name, optional=True)
-        for name in ("accumulation", "keep", "nonfinite_limit", "log_every"):
-            self._check_count(name)
-        if self.batch_size != "full":
-            self._check_count("batch_size", optional=True, also=' or "full"')
-        self._check_choice("precision", PRECISIONS)
-        self._check_choice("nonfinite", NONFINITE)
-        if self.schedule_every is not None:
-            self._check_choice("schedule_every", SCHEDULE_UNITS)
-        self._check_number("clip", low=0.0, low_open=True)
-        self._check_number("average", low=0.0, high=1.0)
-        if self.checkpoint_minutes is None:
-            raise ValueError("checkpoint_minutes is None; it must be a number greater than 0")
-        self._check_number("checkpoint_minutes", low=0.0, low_open=True)
-        if not isinstance(self.monitor, str):
-            raise ValueError(f"monitor is {self.monitor!r}; it must be 'loss' or the name of a metric")
-        seed = self.seed
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
-            raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to 2**63 - 1")
-        for name in ("shuffle", "average_warmup", "resume", "sharded"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
-        if self.maximize is not None and not isinstance(self.maximize, bool):
-            raise ValueError(f"maximize is {self.maximize!r}; it must be True or False")
+        check(self)
 
     @classmethod
     def of(cls, options: Options | None, choices: Mapping[str, Any]) -> Options:
@@ -173,35 +149,20 @@ class Options:
             )
         return grows
 
+    def total_steps(self, batches: int | None) -> int | None:
+        """Updates of the whole run, none of them skipped, with so many micro-batches in an epoch; None where that is
+        not known."""
+        if self.steps is not None:
+            return self.steps
+        if batches is None or self.epochs is None:
+            return None
+        return self.epochs * -(-batches // self.accumulation)
+
     def plain(self) -> dict[str, Any]:
         """The options as JSON knows them: numbers, strings, booleans and None."""
         options = asdict(self)
         options["directory"] = None if self.directory is None else str(Path(self.directory))
         return options
-
-    def _check_count(self, name: str, optional: bool = False, also: str = "") -> None:
-        value = getattr(self, name)
-        if optional and value is None:
-            return
-        if isinstance(value, int) and value >= TOO_MANY:  # islice and torch count in 64 bits
-            raise ValueError(f"{name} is {f'{value:.3g}' if value < 10**300 else 'too large'}; it must be below 2**63")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1{also}")
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
-
-    def _check_number(self, name: str, low: float, high: float = math.inf, low_open: bool = False) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not low <= value < high or (low_open and value == low):
-            bounds = f"greater than {low:g}" if low_open else f"of at least {low:g}"
-            below = "" if high == math.inf else f" and less than {high:g}"
-            raise ValueError(f"{name} is {value!r}; it must be a number {bounds}{below}")
 
 
 def parts_of_name(name: str) -> set[str]:

@@ -6,11 +6,13 @@ plain Python numbers: whoever receives an event touches no device.
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from trainopt.training.options import Options
 
@@ -48,7 +50,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Validated:
-    """The validation data has been gone through."""
+    """The model has been evaluated on the validation data."""
 
     step: int
     epoch: int
@@ -85,7 +87,7 @@ class Finished:
     best: float | None  # the best value of `monitor`; None without validation
     best_step: int | None
     seconds: float
-    samples: int  # gone through by this process group since it started
+    samples: int  # trained on by this process group since it started
     checkpoint: Path | None  # the newest whole one
 
 
@@ -162,3 +164,137 @@ class Lines:
 
     def _line(self, text: str) -> None:
         print(text, file=self._stream or sys.stdout, flush=True)
+
+
+def console() -> Report:
+    """`Terminal` where standard output is a terminal and rich is installed, else `Lines`."""
+    if sys.stdout.isatty():
+        try:
+            return Terminal()
+        except ImportError:
+            pass
+    return Lines()
+
+
+class Terminal(Lines):
+    """A bar with loss, learning rate, gradient norm, samples a second and time left; validations and messages above it.
+
+    Drawn anew when there is news, without a thread: nothing draws while the model trains. ImportError without rich.
+    """
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        super().__init__()  # rich prints above the bar what goes to standard output
+        self.bar: Any = Bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            auto_refresh=False,
+            transient=True,
+        )
+        self._task: Any = None
+
+    def started(self, event: Started) -> None:
+        super().started(event)
+        self._task = self.bar.add_task("step", total=event.total_steps, completed=event.step, numbers="")
+        self.bar.start()
+
+    def progress(self, event: Progress) -> None:
+        parts = [f"loss {event.loss:.4f}", f"lr {event.lr:.3g}"]
+        if event.grad_norm is not None:
+            parts.append(f"|grad| {event.grad_norm:.3g}")
+        parts.append(f"{event.samples_per_second:,.0f} samples/s")
+        if event.seconds_left is not None:
+            parts.append(f"{duration(event.seconds_left)} left")
+        if event.skipped:
+            parts.append(f"{event.skipped} skipped")
+        self.bar.update(self._task, completed=event.step, numbers="  ".join(parts), refresh=True)
+
+    def finished(self, event: Finished) -> None:
+        self.bar.stop()
+        super().finished(event)
+
+
+class Several:
+    """Hands every event on to several reporters, in order."""
+
+    def __init__(self, *reports: Report) -> None:
+        self.reports = reports
+
+    def started(self, event: Started) -> None:
+        for report in self.reports:
+            report.started(event)
+
+    def progress(self, event: Progress) -> None:
+        for report in self.reports:
+            report.progress(event)
+
+    def validated(self, event: Validated) -> None:
+        for report in self.reports:
+            report.validated(event)
+
+    def message(self, event: Message) -> None:
+        for report in self.reports:
+            report.message(event)
+
+    def finished(self, event: Finished) -> None:
+        for report in self.reports:
+            report.finished(event)
+
+
+def duration(seconds: float) -> str:
+    """As 42 s, 7:05 or 2:07:05."""
+    whole = math.ceil(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class TensorBoard:
+    """A reporter that writes event files for ``tensorboard --logdir``.
+
+    Args:
+        path: the folder for them.
+
+    Raises:
+        ImportError: the package tensorboard is not installed (``pip install 'trainopt[tensorboard]'``).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._make: Any = SummaryWriter
+        self._path = os.fspath(path)
+        self._writer: Any = None
+
+    def started(self, event: Started) -> None:
+        # What an interrupted run wrote after the checkpoint is hidden by the new one.
+        self._writer = self._make(self._path, purge_step=event.step + 1 if event.step else None)
+
+    def progress(self, event: Progress) -> None:
+        numbers = {
+            "loss/training": event.loss,
+            "learning rate": event.lr,
+            "gradient norm": event.grad_norm,
+            "samples per second": event.samples_per_second,
+        }
+        for name, number in numbers.items():
+            if number is not None:
+                self._writer.add_scalar(name, number, event.step)
+
+    def validated(self, event: Validated) -> None:
+        self._writer.add_scalar("loss/validation", event.loss, event.step)
+        for name, number in event.metrics.items():
+            self._writer.add_scalar(name, number, event.step)
+
+    def message(self, event: Message) -> None:
+        self._writer.add_text(event.topic, event.text, event.step)
+
+    def finished(self, event: Finished) -> None:
+        if self._writer is not None:
+            self._writer.close()

@@ -1,33 +1,29 @@
-"""What a checkpoint of a run holds, and how a run takes it over.
-
-Everything is checked before anything is changed. It is numbers, tensors, strings, dicts and lists alone, for
-`torch.load(weights_only=True)`.
-"""
+"""The state of a run: what a checkpoint holds, and how a run takes one over."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainopt.training import gradients, random_state
-from trainopt.training.checkpoint import CorruptCheckpoint, plain
-from trainopt.training.distributed import like
-from trainopt.training.given import is_plain
-from trainopt.training.interval import Interval
-from trainopt.training.trained import plain_name, plain_state
+from trainopt.training.arguments import differences, given_to
+from trainopt.training.average import Modes, WeightAverage
+from trainopt.training.checkpoint import plain
+from trainopt.training.data import Source
+from trainopt.training.distributed import Processes, is_sharded, like
+from trainopt.training.evaluation import Best
+from trainopt.training.format import FORMAT, upgraded
+from trainopt.training.history import Interval
+from trainopt.training.options import Options
+from trainopt.training.precision import Precision
+from trainopt.training.trained import Trained, plain_state
 from trainopt.training.watch import Watch
 from trainopt.training.window import Window
-
-if TYPE_CHECKING:
-    from trainopt.training.loop import Loop
-
-FORMAT = 2  # 1, without the loss's own state, is read too
 
 
 @dataclass
@@ -51,59 +47,178 @@ class Counters:
         vars(self).update({name: value for name, value in state.items() if name in vars(self)})
 
 
-def collect(run: Loop) -> dict[str, Any]:
-    """The whole state of a run: at any moment between two micro-batches. Collective: every process must call it."""
-    params, pending = gradients.parameters(run.optimizer), run.window
-    state = {
-        "format": FORMAT,
-        **run.trained.state(),
-        **{name: None if part is None else part.state_dict() for name, part in run.parts().items()},
-        "training_weights": run.modes.weights,
-        "given": run.given,
-        "data": {**data_of(run), "seed": run.seed, "generators": run.source.state()},
-        "window": None if pending is None else pending.state_dict(),
-        "gradients": [param.grad for param in params] if pending is not None and pending.done else None,
-        "random": run.processes.gather(random_state.capture(run.processes.device)),
-    }
-    return plain(state)
+class State:
+    """What a run trains and by what, and how far it is: all that a checkpoint holds.
 
+    Args: what a run is made of. Nothing of it is changed before `begin` or `restore`.
+    """
 
-def restore(run: Loop, state: dict[str, Any], path: Any) -> None:
-    """Makes a run what it was. ValueError, with nothing changed, if `check` finds that it is of another run; ValueError
-    too where the optimizer, say, cannot take its part over."""
-    state = upgraded(state)
-    check(run, state, path)
-    try:
-        take_over(run, state)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be taken over: {type(error).__name__}: {error}; remove it to begin from an older one"
-        ) from error
+    def __init__(
+        self,
+        options: Options,
+        trained: Trained,
+        optimizer: torch.optim.Optimizer,
+        schedule: Any,
+        precision: Precision,
+        source: Source,
+        processes: Processes,
+    ) -> None:
+        self.options, self.trained, self.optimizer, self.schedule = options, trained, optimizer, schedule
+        self.precision, self.source, self.processes = precision, source, processes
+        self.is_sharded = is_sharded(trained.model)
+        self.given = given_to(options, optimizer, schedule)
+        self.modes = Modes(optimizer)
+        self.average: WeightAverage | None = None
+        self.buffers: list[Tensor] = []  # of what is trained
 
+        self.counters = Counters()
+        self.interval = Interval()
+        stops_early = options.early_stopping is not None
+        self.watch = Watch(options.log_every, stops_early, measures=not self.is_sharded)
+        self.best = Best(options.is_larger_better, keeps_weights=stops_early)
+        self.window: Window | None = None  # the update under way
+        self.seed = 0 if options.seed is None else options.seed
 
-def take_over(run: Loop, state: dict[str, Any]) -> None:
-    trained, params = run.trained, gradients.parameters(run.optimizer)
-    parts = {"model": state["model"]}
-    if holds_state(run):
-        parts["criterion"] = state["criterion"]
-    trained.load(parts)
-    run.optimizer.load_state_dict(spread(state["optimizer"], params))
-    for name, part in run.parts().items():
-        if name != "optimizer" and part is not None and state[name] is not None:
-            part.load_state_dict(state[name])
-    run.modes.train(state["training_weights"])
-    run.seed = state["data"]["seed"]
-    run.source.load(state["data"]["generators"])
-    if state["window"] is not None:
-        run.window = Window.from_state(state["window"], run.device)
-    if state["gradients"] is not None:
-        for param, gradient in zip(params, state["gradients"], strict=True):
-            param.grad = None if gradient is None else like(gradient.to(param.device), param)
-    rank, states = run.processes.rank, state["random"]
-    if rank < len(states):
-        random_state.restore(states[rank], run.processes.device)
-    else:  # there were fewer processes: a stream of its own for each new one
-        random_state.reseed(random_state.derived(run.seed, -rank - 1 - run.counters.step))
+    def place(self) -> None:
+        """Brings what is trained to its device, and makes what is as large as that."""
+        self.trained.place()
+        self.buffers = list(self.trained.buffers())
+        if self.options.average is not None:
+            self.average = WeightAverage(self.trained, self.options.average, self.options.average_warmup)
+
+    def begin(self) -> None:
+        """A new run: its seed, and a stream of random numbers for each process."""
+        if self.options.seed is None:
+            self.seed = self.processes.broadcast(int(torch.randint(2**63 - 1, ())))
+        if self.processes.rank > 0:  # a script seeds every process alike, but dropout must differ
+            random_state.reseed(random_state.derived(self.seed, -self.processes.rank))
+        self.modes.train()
+
+    def put_back_buffers(self, kept: Sequence[Tensor]) -> None:
+        """The buffers of what is trained as they were when these copies were made."""
+        for buffer, copy in zip(self.buffers, kept, strict=True):
+            buffer.copy_(copy)
+
+    @contextmanager
+    def weights_to_use(self) -> Iterator[None]:
+        """The model holds the weights to be used, the average if there is one, and afterwards those of before."""
+        with self.modes.evaluation(), nullcontext() if self.average is None else self.average.applied():
+            yield
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own, beside what is trained; None for what there is not."""
+        return {
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "scaler": self.precision.scaler,
+            "average": self.average,
+            "counters": self.counters,
+            "interval": self.interval,
+            "watch": self.watch,
+            "best": self.best,
+        }
+
+    def _data(self) -> dict[str, Any]:
+        """What the position in the data means something for."""
+        options = self.options
+        return {"batch_size": options.batch_size, "shuffle": options.shuffle, "batches": self.source.length}
+
+    # Into a checkpoint ------------------------------------------------------------------------------------------------
+
+    def collect(self) -> dict[str, Any]:
+        """All of it, at any moment between two micro-batches. Collective: every process must call it.
+
+        TypeError for what a checkpoint cannot hold.
+        """
+        params, pending = gradients.parameters(self.optimizer), self.window
+        state = {
+            "format": FORMAT,
+            **self.trained.state(),
+            **{name: None if part is None else part.state_dict() for name, part in self._parts().items()},
+            "training_weights": self.modes.weights,
+            "given": self.given,
+            "data": {**self._data(), "seed": self.seed, "generators": self.source.state()},
+            "window": None if pending is None else pending.state_dict(),
+            "gradients": [param.grad for param in params] if pending is not None and pending.done else None,
+            "random": self.processes.gather(random_state.capture(self.processes.device)),
+        }
+        return plain(state)
+
+    # Out of one -------------------------------------------------------------------------------------------------------
+
+    def restore(self, saved: dict[str, Any], path: Any) -> list[str]:
+        """Makes a run what it was; a sentence for each argument that differs from what it was given then.
+
+        ValueError, with nothing changed, where the checkpoint is of another run; ValueError too where the optimizer,
+        say, cannot take its part over.
+        """
+        before, saved = saved.get("given"), upgraded(saved)
+        self._check(saved, path)
+        try:
+            self._take_over(saved)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} cannot be taken over: {type(error).__name__}: {error}; remove it to begin from an older one"
+            ) from error
+        if before is None:  # of an older version
+            return []
+        then, now = before["options"], self.given["options"]
+        if any(then.get(name) != now[name] for name in ("monitor", "maximize")):
+            self.best = Best(self.options.is_larger_better, self.best.keeps_weights)
+        return list(differences(before, self.given))
+
+    def _check(self, saved: dict[str, Any], path: Any) -> None:
+        """ValueError if a checkpoint is not one of this run."""
+        if saved["format"] != FORMAT:
+            raise ValueError(f"{path} has format {saved['format']!r}; this version reads {FORMAT} and those before")
+        check_shapes(saved["model"], plain_state(self.trained.model), f"{path} is of another model: ")
+        owned = self.trained.criterion.owned
+        if saved["criterion"] is None and any(True for _ in owned.parameters()):
+            raise ValueError(f"{path} is of an older version, which did not save the parameters of the loss")
+        if saved["criterion"] is not None and self._loss_has_state():
+            check_shapes(saved["criterion"], plain_state(owned), f"{path} is of another loss: ")
+        there, here = (
+            [len(group["params"]) for group in groups]
+            for groups in (saved["optimizer"]["param_groups"], self.optimizer.param_groups)
+        )
+        if there != here:
+            raise ValueError(
+                f"{path} is of another optimizer: its groups have {there} parameters, here they have {here}"
+            )
+        for name, value in self._data().items():
+            if saved["data"].get(name) != value:
+                raise ValueError(
+                    f"{path} is of other data: {name} is {saved['data'].get(name)!r} there and {value!r} here, and so "
+                    "the position in it means nothing: use another directory"
+                )
+        if self.options.seed is not None and saved["data"]["seed"] != self.options.seed:
+            raise ValueError(f"seed is {self.options.seed}, but {path} is of a run with seed {saved['data']['seed']}")
+
+    def _loss_has_state(self) -> bool:
+        """Whether what the loss owns is state. The buffers of torch's losses, such as class weights, are arguments."""
+        criterion = self.trained.criterion
+        return criterion.known is None or any(True for _ in criterion.owned.parameters())
+
+    def _take_over(self, saved: dict[str, Any]) -> None:
+        params = gradients.parameters(self.optimizer)
+        self.trained.load({name: saved[name] for name in ("model", *["criterion"] * self._loss_has_state())})
+        self.optimizer.load_state_dict(spread(saved["optimizer"], params))
+        for name, part in self._parts().items():
+            if name != "optimizer" and part is not None and saved[name] is not None:
+                part.load_state_dict(saved[name])
+        self.modes.train(saved["training_weights"])
+        self.seed = saved["data"]["seed"]
+        self.source.load(saved["data"]["generators"])
+        if saved["window"] is not None:
+            self.window = Window.from_state(saved["window"], self.precision.device)
+        if saved["gradients"] is not None:
+            for param, gradient in zip(params, saved["gradients"], strict=True):
+                param.grad = None if gradient is None else like(gradient.to(param.device), param)
+        rank, states = self.processes.rank, saved["random"]
+        if rank < len(states):
+            random_state.restore(states[rank], self.processes.device)
+        else:  # there were fewer processes: a stream of its own for each new one
+            random_state.reseed(random_state.derived(self.seed, -rank - 1 - self.counters.step))
 
 
 def spread(state: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
@@ -120,47 +235,6 @@ def spread(state: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
         for index, entries in state["state"].items()
     }
     return {**state, "state": spread_out}
-
-
-def holds_state(run: Loop) -> bool:
-    """Whether what the loss owns is state. The buffers of torch's losses, such as class weights, are arguments."""
-    criterion = run.trained.criterion
-    return criterion.known is None or any(True for _ in criterion.owned.parameters())
-
-
-def data_of(run: Loop) -> dict[str, Any]:
-    """What the position in the data means something for."""
-    options = run.options
-    return {"batch_size": options.batch_size, "shuffle": options.shuffle, "batches": run.source.length}
-
-
-# Whose it is ----------------------------------------------------------------------------------------------------------
-
-
-def check(run: Loop, state: dict[str, Any], path: Any) -> None:
-    """ValueError if a state, of this format, is not one of this run."""
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path} has format {state['format']!r}; this version reads {FORMAT} and those before")
-    check_shapes(state["model"], plain_state(run.trained.model), f"{path} is of another model: ")
-    owned = run.trained.criterion.owned
-    if state["criterion"] is None and any(True for _ in owned.parameters()):
-        raise ValueError(f"{path} is of an older version, which did not save the parameters of the loss")
-    if state["criterion"] is not None and holds_state(run):
-        check_shapes(state["criterion"], plain_state(owned), f"{path} is of another loss: ")
-    there, here = (
-        [len(group["params"]) for group in groups]
-        for groups in (state["optimizer"]["param_groups"], run.optimizer.param_groups)
-    )
-    if there != here:
-        raise ValueError(f"{path} is of another optimizer: its groups have {there} parameters, here they have {here}")
-    for name, value in data_of(run).items():
-        if state["data"].get(name) != value:
-            raise ValueError(
-                f"{path} is of other data: {name} is {state['data'].get(name)!r} there and {value!r} here, and so the"
-                " position in it means nothing: use another directory"
-            )
-    if run.options.seed is not None and state["data"]["seed"] != run.options.seed:
-        raise ValueError(f"seed is {run.options.seed}, but {path} is of a run with seed {state['data']['seed']}")
 
 
 def check_shapes(state: dict[str, Any], own: dict[str, Any], of_another: str) -> None:
@@ -180,163 +254,3 @@ def shapes_of(state: dict[str, Any]) -> dict[str, str]:
         else type(value).__name__
         for name, value in state.items()
     }
-
-
-def upgraded(state: dict[str, Any]) -> dict[str, Any]:
-    """A state of format 1 as one of this format; any other as it is."""
-    if state["format"] != 1:
-        return state
-    model = {plain_name(name): value for name, value in state["model"].items()}
-    state = {**state, "format": FORMAT, "model": model, "criterion": None, "training_weights": None, "given": None}
-    if (average := state["average"]) is not None:
-        weights = {plain_name(name): value for name, value in average["weights"].items()}
-        state["average"] = {**average, "weights": weights}
-    if (weights := state["best"]["weights"]) is not None:
-        best = {plain_name(name): value for name, value in weights.items()}
-        state["best"] = {**state["best"], "weights": {"model": best}}
-    if (window := state["window"]) is not None:
-        window = {name: value for name, value in window.items() if name != "asked_to_stop"}
-        state["window"] = {
-            **window,
-            "planned": window["counts"],
-            "counts": window["counts"][: window["done"]],
-            "asked": "",
-        }
-    return state
-
-
-# Whether it is one ----------------------------------------------------------------------------------------------------
-
-#: The type of each field; a dict stands for one with at least these, None among several for a field that may be None,
-#: object for what is its owner's affair.
-FIELDS: dict[str, Any] = {
-    "format": int,
-    "model": {},
-    "optimizer": {"state": {}, "param_groups": list},
-    "schedule": object,
-    "scaler": (dict, None),
-    "average": (dict, None),
-    "counters": {
-        **dict.fromkeys(("step", "epoch", "batch", "samples", "skipped", "skipped_in_a_row", "validated_step"), int),
-        "train_loss": float,
-    },
-    "interval": {"total": float, "counted": (float, int), "samples": int},
-    "watch": {},
-    "best": {"value": (float, int, None), "step": (int, None), "since": int, "weights": (dict, None)},
-    "data": {},
-    "window": (dict, None),
-    "gradients": (list, None),
-    "random": list,
-}
-DATA = {"seed": int, "generators": list, "batch_size": (int, str, None), "shuffle": bool, "batches": (int, None)}
-NEW_FIELDS = {"criterion": {}, "training_weights": (list, None), "given": (dict, None)}  # since format 2
-
-
-def check_fields(state: dict[str, Any]) -> None:
-    """CorruptCheckpoint for what is no state of any run: a field that is missing, or of the wrong type."""
-    has_format = isinstance(state.get("format"), int) and not isinstance(state["format"], bool)
-    if has_format and state["format"] > FORMAT:
-        return  # of a later version; `check` says so
-    check_types(state, FIELDS | (NEW_FIELDS if has_format and state["format"] > 1 else {}), "")
-    for name, value in state["counters"].items():
-        if isinstance(value, int) and value < (-1 if name == "validated_step" else 0):
-            raise CorruptCheckpoint(f"its counters.{name} is {value}")
-    if state["average"] is not None:
-        check_types(state["average"], {"count": int, "log_bias": float, "weights": {}}, "average.")
-    check_types(state["data"], DATA, "data.")
-    check_optimizer(state)
-    if state.get("given") is not None:
-        check_given(state["given"])
-    for name, part in (("watch", Watch()), ("interval", Interval())):
-        check_alike(state[name], part.state_dict(), name)
-        with taken_over(name):
-            part.load_state_dict(state[name])
-    own = random_state.capture()
-    for index, generators in enumerate(state["random"]):
-        check_types(generators, {"python": tuple, "torch": Tensor}, f"random.{index}.")
-        check_alike(generators, own, f"random.{index}")
-    if state["window"] is not None:
-        with taken_over("window"):
-            Window.from_state(upgraded(state)["window"], torch.device("cpu"))
-
-
-@contextmanager
-def taken_over(name: str) -> Iterator[None]:
-    """CorruptCheckpoint where a part's own loading fails."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CorruptCheckpoint(f"its {name} cannot be taken over: {type(error).__name__}: {error}") from error
-
-
-def check_optimizer(state: dict[str, Any]) -> None:
-    """Whose state each entry is, and as many gradients as parameters."""
-    owners: list[Any] = []
-    for index, group in enumerate(state["optimizer"]["param_groups"]):
-        check_types(group, {"params": list}, f"optimizer.param_groups.{index}.")
-        rate = group.get("lr", 0.0)
-        rate = rate.item() if isinstance(rate, Tensor) and rate.numel() == 1 else rate
-        if type(rate) not in (int, float) or rate != rate:
-            raise CorruptCheckpoint(f"its optimizer.param_groups.{index}.lr is {shown(rate)}")
-        owners += group["params"]
-    numbers = {owner for owner in owners if type(owner) is int}
-    entries = {key: value for key, value in state["optimizer"]["state"].items() if type(key) is int}
-    if len(numbers) < len(owners) or not numbers.issuperset(entries):  # keys that are no numbers are nobody's
-        raise CorruptCheckpoint("its optimizer.param_groups do not say whose states there are")
-    for index, values in entries.items():
-        check_types(values, {}, f"optimizer.state.{index}.")
-    found = state["gradients"]
-    if found is not None and (len(found) != len(owners) or any(type(each) not in (Tensor, NoneType) for each in found)):
-        raise CorruptCheckpoint(f"its gradients are not those of {len(owners)} parameters")
-
-
-def check_given(given: dict[str, Any]) -> None:
-    """What `trainopt.training.given` compares: plain values by name."""
-    check_types(given, {"options": {}, "optimizer": {"class": str, "groups": list}, "schedule": (dict, None)}, "given.")
-    parts = [given["options"], *given["optimizer"]["groups"]]
-    if given["schedule"] is not None:
-        check_types(given["schedule"], {"class": str}, "given.schedule.")
-        parts.append(given["schedule"])
-    if not all(isinstance(part, dict) and all(map(is_plain, part.values())) for part in parts):
-        raise CorruptCheckpoint("its given has something that is no plain value")
-
-
-def check_alike(value: Any, own: Any, where: str) -> None:
-    """CorruptCheckpoint where something is of another type than in a state that this program would write itself.
-
-    A number may stand for a number, and anything for None. Of a dict the common keys are looked at, for another version
-    may have others.
-    """
-    numbers = (int, float)
-    if type(value) is not type(own) and own is not None and not (type(value) in numbers and type(own) in numbers):
-        raise CorruptCheckpoint(f"its {where} is {shown(value)}")
-    if isinstance(own, dict):
-        for name in own.keys() & value.keys():
-            check_alike(value[name], own[name], f"{where}.{name}")
-    elif isinstance(own, tuple):
-        if len(value) != len(own):
-            raise CorruptCheckpoint(f"its {where} has {len(value)} entries, not {len(own)}")
-        for index, (each, other) in enumerate(zip(value, own, strict=True)):
-            check_alike(each, other, f"{where}.{index}")
-    elif isinstance(own, Tensor) and (value.dtype, value.shape) != (own.dtype, own.shape):
-        raise CorruptCheckpoint(f"its {where} is of another shape or dtype")
-
-
-def check_types(state: Any, fields: dict[str, Any], where: str) -> None:
-    if not isinstance(state, dict):
-        raise CorruptCheckpoint(f"its {where.rstrip('.') or 'content'} is a {type(state).__name__}, not a dict")
-    for name, types in fields.items():
-        if name not in state:
-            raise CorruptCheckpoint(f"it has no {where}{name}")
-        value = state[name]
-        if isinstance(types, dict):
-            check_types(value, types, f"{where}{name}.")
-            continue
-        allowed = types if isinstance(types, tuple) else (types,)
-        if object not in allowed and type(value) not in allowed and not (value is None and None in allowed):
-            raise CorruptCheckpoint(f"its {where}{name} is {shown(value)}")
-
-
-def shown(value: Any) -> str:
-    is_short = isinstance(value, int | float | str) and len(str(value)) < 40
-    return f"{value!r}" if is_short else f"a {type(value).__name__}"

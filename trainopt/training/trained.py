@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainopt.training.callables import bare, has_compiled, inside
-from trainopt.training.counting import Count, is_counted, on_host, samples_in
-from trainopt.training.criterion import Criterion
+from trainopt.training.criterion.callables import bare, has_compiled, inside
+from trainopt.training.criterion.counting import Count, is_counted, on_host, samples_in
+from trainopt.training.criterion.criterion import Criterion
+from trainopt.training.criterion.observing import Observer
 from trainopt.training.data import tensors_in
 from trainopt.training.distributed import Processes, is_sharded, like
 from trainopt.training.gradients import parameters
-from trainopt.training.observing import Observer
 
 COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
-State = dict[str, Any]
+StateDict = dict[str, Any]
 
 
 class Trained(nn.Module):
@@ -152,11 +152,11 @@ class Trained(nn.Module):
 
     # As one -----------------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, State]:
+    def state(self) -> dict[str, StateDict]:
         """The states of the model and of the loss, under the names of the person's own modules; not copied."""
         return {"model": plain_state(self.model), "criterion": plain_state(self.criterion.owned)}
 
-    def load(self, state: Mapping[str, State]) -> None:
+    def load(self, state: Mapping[str, StateDict]) -> None:
         """Takes over what `state` gave, whatever was wrapped then and is now."""
         load_plain(self.model, state["model"])
         if "criterion" in state:  # older files have none
@@ -208,6 +208,12 @@ class Trained(nn.Module):
         return [module for module in found if isinstance(module, DistributedDataParallel)]
 
 
+def planned_by_shape(trained: Trained, targets: Tensor) -> Callable[[Any], Count]:
+    """What the loss counts in a batch, from its shape alone where nothing in any target is ignored or weighted."""
+    by_shape = trained.criterion.counts_by_shape(targets)
+    return trained.planned if by_shape is None else lambda batch: by_shape(trained.split(batch)[1])
+
+
 def below_ddp(model: nn.Module) -> nn.Module:
     """The model without DistributedDataParallel and what is round that; compiled if it is under it."""
     found, module = model, model
@@ -231,7 +237,7 @@ def plain_name(name: str) -> str:
     return name.replace(COMPILED, "")
 
 
-def plain_state(module: nn.Module) -> State:
+def plain_state(module: nn.Module) -> StateDict:
     """A module's state under the names that it has when nothing in it is compiled."""
     return {plain_name(name): value for name, value in module.state_dict().items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainopt.training.counting import Count, is_counted, samples_in, weight_of, widest
+from trainopt.training.criterion.counting import Count, is_counted, samples_in, weight_of, widest
 from trainopt.training.data import MicroBatch
 from trainopt.training.distributed import Processes
 
@@ -50,9 +50,10 @@ class Window:
         is_empty = not isinstance(total, Tensor) and total == 0
         return cls(batches, counts, weights, samples, is_empty, is_alone=len(counts) == 1)
 
-    def share(self, processes: Processes, asks: str) -> None:
-        """Weighs the micro-batches among those of all processes, and hears what each asks for. Collective: every
-        process must call it.
+    def all_reduce(self, processes: Processes, asks: str) -> None:
+        """Weighs the micro-batches among those of all processes, and learns what each process asks for.
+
+        Collective: every process must call it.
 
         The gradients will be averaged over the processes: hence their number in the weights.
         """

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from trainopt.optim.report import count_nonfinite
 from trainopt.training import random_state
 from trainopt.training.data import move, tensors_in
-from trainopt.training.origin import Backward, Call, Event, Trace, layers_of
 from trainopt.training.precision import Precision
 from trainopt.training.trained import Trained
+from trainopt.training.watch.origin import Backward, Call, Event, Trace, layers_of
 
 SEARCHES = 8  # lost updates that are all looked into; after them only each that doubles their number
 LARGE = 1e4  # a weight that has blown up
@@ -85,50 +85,39 @@ class Finding:
 
 
 def first_nonfinite(
-    model: nn.Module,
-    micro_batches: Sequence[tuple[Any, float | Tensor]],
-    task: Trained,
-    precision: Precision,
-    device: torch.device,
+    micro_batches: Sequence[tuple[Any, float | Tensor]], trained: Trained, precision: Precision
 ) -> Finding | None:
     """What was not finite first; None if all is finite when computed again. The gradients are cleared.
 
     Args:
-        model: the bare module, not sharded: a process that stops earlier than the others would leave them waiting for
-            it. Its buffers are not restored.
         micro_batches: each with the weight of its mean loss in the update. float16's scale is right for the weighed
             loss, and may overflow for a healthy one that is not.
+        trained: the model must not be sharded: a process that stops earlier than the others would leave them waiting
+            for it. Its buffers are not restored.
     """
-    if (bad := nonfinite_parameter(model)) is not None:
+    if (bad := nonfinite_parameter(trained.model)) is not None:
         return bad
     try:
-        with random_state.preserved(device=device), uncompiled():
-            return _in_all(model, micro_batches, task, precision, device)
+        with random_state.preserved(device=precision.device), uncompiled():
+            return _in_all(micro_batches, trained, precision)
     except Exception as error:  # a model that cannot be looked into must not end the training
-        text = nonfinite_gradient(model) or "a gradient is not finite"
+        text = nonfinite_gradient(trained.model) or "a gradient is not finite"
         text = f"{text}; looking for its origin failed: {type(error).__name__}: {error}"
         return Finding(text, "search failed")
     finally:
-        model.zero_grad()
+        trained.model.zero_grad()
 
 
 def _in_all(
-    model: nn.Module,
-    micro_batches: Sequence[tuple[Any, float | Tensor]],
-    task: Trained,
-    precision: Precision,
-    device: torch.device,
+    micro_batches: Sequence[tuple[Any, float | Tensor]], trained: Trained, precision: Precision
 ) -> Finding | None:
-    model.zero_grad()
+    trained.model.zero_grad()
     for batch, weight in micro_batches:
-        moved = move(batch, device)
-        if (found := _in_one(model, moved, weight, task, precision)) is not None:
-            return (
-                found
-                if precision.dtype is not torch.float16
-                else _apart_from_float16(found, model, moved, task, device)
-            )
-    if (text := nonfinite_gradient(model)) is not None:
+        moved = move(batch, precision.device)
+        if (found := _in_one(moved, weight, trained, precision)) is not None:
+            is_float16 = precision.dtype is torch.float16
+            return _apart_from_float16(found, moved, trained, precision) if is_float16 else found
+    if (text := nonfinite_gradient(trained.model)) is not None:
         text += ", while those of each micro-batch are finite: their sum overflows"
         return Finding(text, "sum", "a smaller loss, fewer micro-batches, or bfloat16")
     return None
@@ -151,15 +140,14 @@ def nonfinite_gradient(module: nn.Module, of: str = "") -> str | None:
     return None
 
 
-def _in_one(
-    model: nn.Module, batch: Any, weight: float | Tensor, task: Trained, precision: Precision
-) -> Finding | None:
+def _in_one(batch: Any, weight: float | Tensor, trained: Trained, precision: Precision) -> Finding | None:
     """The finding in one micro-batch; its gradients are added to those of the ones before."""
-    inputs, target = task.split(batch)
+    model = trained.model
+    inputs, target = trained.split(batch)
     trace = Trace(model)
     for kind, tensors in (
-        ("parameter", task.criterion.owned.named_parameters()),
-        ("buffer", task.criterion.owned.named_buffers()),
+        ("parameter", trained.criterion.owned.named_parameters()),
+        ("buffer", trained.criterion.owned.named_buffers()),
     ):
         for name, tensor in tensors:
             trace.know(f"{kind} '{name}' of the loss", tensor)
@@ -169,8 +157,8 @@ def _in_one(
     outputs = _Outputs(model)
     with outputs.watched():
         with trace.following(), precision.autocast():
-            output = task.output(model, inputs)
-            loss = task.loss(output, target)
+            output = trained.output(model, inputs)
+            loss = trained.loss(output, target)
         if (found := described(loss)) is not None:
             origin = trace.origin(loss)
             if origin is None:  # computed by something that cannot be looked into
@@ -250,11 +238,11 @@ def _backward_finding(trace: Trace, backward: Backward, outputs: _Outputs, model
     return Finding(f"{what}: {made}", f"backward {event.name} {where}", "; ".join(advice))
 
 
-def _apart_from_float16(found: Finding, model: nn.Module, batch: Any, task: Trained, device: torch.device) -> Finding:
+def _apart_from_float16(found: Finding, batch: Any, trained: Trained, precision: Precision) -> Finding:
     """Whether the same computation is finite in float32: then it is an overflow, and no NaN of the model's."""
-    model.zero_grad()
+    trained.model.zero_grad()
     try:
-        again = _in_one(model, batch, 1.0, task, Precision("float32", device))
+        again = _in_one(batch, 1.0, trained, Precision("float32", precision.device))
     except RuntimeError:  # the model itself converts to float16
         return found
     if again is None:
@@ -309,7 +297,7 @@ class _Outputs:
             self.first_gradient = f"the gradient of the output of {layer} {found}"
 
 
-class Lost:
+class SkippedUpdates:
     """The updates left out so far: each fault is told once, and at the end how often it came."""
 
     def __init__(self) -> None:

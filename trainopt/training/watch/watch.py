@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainopt.training.evidence import Evidence, Measurement, Units
-from trainopt.training.guessing import FAULTS, Guessing
 from trainopt.training.history import History
-from trainopt.training.nonfinite import Finding, Lost
+from trainopt.training.precision import Precision
 from trainopt.training.report import Message
-from trainopt.training.suspicion import Losses, Suspicion
+from trainopt.training.trained import Trained
+from trainopt.training.watch.evidence import Evidence, Measurement, Units
+from trainopt.training.watch.first_nonfinite import Finding, SkippedUpdates
+from trainopt.training.watch.guessing import FAULTS, Guessing
+from trainopt.training.watch.suspicion import Losses, Suspicion
 from trainopt.training.window import Window
 
 TOO_SHORT, TOO_FAR = 100, 0.5  # times an update that would still help; of the loss, by which one update changes it
@@ -49,7 +51,7 @@ class Watch:
         self.log_every, self.stops_early, self.measures = log_every, stops_early, measures
         self.told: list[str] = []  # what has been said
         self.guessing, self.losses, self.validation = Guessing(), Losses(), Validation()
-        self.lost = Lost()  # updates
+        self.lost = SkippedUpdates()  # updates
         self.suspicion: Suspicion | None = None  # that updates are measured for
         self.next_look = self.next_units = self.next_measured = 0.0  # steps
         self.living: dict[str, int] = {}  # of each layer, the units that had a gradient in the first update
@@ -88,16 +90,16 @@ class Watch:
         if self.measurement is not None:
             self.measurement.before_step(params)
 
-    def after_step(self, run: Any, params: Sequence[Tensor], window: Window, norm: Any) -> Message | None:
-        """After the update: what has been measured, where that is complete now."""
+    def after_step(
+        self, params: Sequence[Tensor], window: Window, norm: Tensor | None, trained: Trained, precision: Precision
+    ) -> Evidence | None:
+        """After an update, where updates are measured: the evidence for `measured`, once it is complete."""
         measurement = self.measurement
         if measurement is None:
             return None
         gradient = math.nan if norm is None else float(norm)
-        measurement.after_step(run, params, window.batches[-1], window.losses[-1], gradient)
-        if not measurement.is_done:
-            return None
-        return self.measured(run.counters.step, run.total_steps(), measurement.evidence, float(run.lr))
+        measurement.after_step(params, window.batches[-1], window.losses[-1], gradient, trained, precision)
+        return measurement.evidence if measurement.is_done else None
 
     # What the losses show -----------------------------------------------------------------------------------------
 

@@ -61,12 +61,13 @@ NAMES = {
     "_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention",
 }
 LINE = 60  # characters of a source line that are shown
-FOLDER = os.path.dirname(os.path.abspath(__file__))
+FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+PACKAGE = os.path.dirname(os.path.dirname(FOLDER))
 #: Files whose frames stand between a person's line and the operation, because they look at operations as they go by.
-LOOKING = (os.path.abspath(__file__), os.path.join(FOLDER, "observing.py"))
+LOOKING = (os.path.abspath(__file__), os.path.join(FOLDER, "criterion", "observing.py"))
 #: Whose lines are not the person's: trainopt's, torch's, and the standard library's that both go through.
 LIBRARIES = (
-    os.path.dirname(FOLDER),
+    PACKAGE,
     os.path.dirname(os.path.abspath(torch.__file__)),
     contextlib.__file__,
     functools.__file__,
@@ -226,9 +227,9 @@ class Trace(TorchDispatchMode):
         while id(event) not in seen:
             seen.add(id(event))
             parents = [parent for parent in event.parents if not parent.is_constant]
-            alike = [parent for parent in parents if bool(parent.nan) >= bool(event.nan)]
-            if alike:
-                event = alike[0]
+            candidates = [parent for parent in parents if bool(parent.nan) >= bool(event.nan)]
+            if candidates:
+                event = candidates[0]
             elif parents:  # NaN out of infinities
                 maker = event
                 event = parents[0]
@@ -404,7 +405,7 @@ def line_of_lines(lines: Any) -> str:
 def is_loops(file: str) -> bool:
     """Whether a file is of the training loop, which calls the person's code."""
     file = os.path.abspath(file)
-    return os.path.dirname(file) == FOLDER and file not in LOOKING
+    return file.startswith(FOLDER) and file not in LOOKING
 
 
 def is_persons(file: str) -> bool:

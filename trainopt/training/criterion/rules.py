@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainopt.training.callables import Core, walk
-from trainopt.training.counting import Count, count_in, elements_in, known_loss, reduction_of, samples_in
-from trainopt.training.observing import Reduced
+from trainopt.training.criterion.callables import Core, walk
+from trainopt.training.criterion.counting import Count, count_in, elements_in, known_loss, reduction_of, samples_in
+from trainopt.training.criterion.observing import Reduced
 
 Rule = Callable[[Any], Count]
 

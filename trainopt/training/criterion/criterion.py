@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trainopt.training import random_state
-from trainopt.training.callables import Core, bare, core_of, reached, rebound
-from trainopt.training.count_rules import Rule, guess_of, learned_rule, own_loss, scripted_rule
-from trainopt.training.counting import (
+from trainopt.training.criterion.callables import Core, bare, core_of, reached, rebound
+from trainopt.training.criterion.counting import (
     LABELED,
     Count,
     check,
@@ -23,8 +22,9 @@ from trainopt.training.counting import (
     on_host,
     samples_in,
 )
+from trainopt.training.criterion.observing import Observer
+from trainopt.training.criterion.rules import Rule, guess_of, learned_rule, own_loss, scripted_rule
 from trainopt.training.data import tensors_in
-from trainopt.training.observing import Observer
 
 
 class Criterion(nn.Module):
@@ -35,7 +35,7 @@ class Criterion(nn.Module):
 
     What it counts is known before it is called where it is one of torch's or trainopt's losses, whatever stands round
     it (torch.compile, functools.partial, its own `forward`); `is_exact` then. Any other is watched while it is computed
-    (`trainopt.training.observing`), or says it itself by returning (sum, count).
+    (`trainopt.training.criterion.observing`), or says it itself by returning (sum, count).
 
     Args:
         loss: `loss(output, target)`, None where the output has its own as `.loss`.

@@ -1,13 +1,85 @@
-"""What a run was given, and what becomes of it when the same run is started again with something else."""
+"""The arguments of a run: whether they go together, and how they differ from those that it was given before."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from trainopt.training.criterion.callables import inside
+from trainopt.training.data import Source, is_tensors
 from trainopt.training.options import Options
+
+Metrics = Mapping[str, Callable[[Any, Any], Any]]
+
+
+def check_objects(
+    model: Any, optimizer: Any, options: Options, validation: Any, metrics: Metrics, schedule: Any
+) -> torch.device:
+    """The model's device; ValueError or TypeError for objects that do not go together."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    first = next(model.parameters(), None)
+    if first is None:
+        raise ValueError(f"model, a {type(model).__name__}, has no parameters")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("optimizer is LBFGS, whose step needs a closure; fit gives none")
+    check_wrappers(model, options)
+    if options.monitor != "loss" and options.monitor not in metrics:
+        raise ValueError(
+            f"monitor is {options.monitor!r}; it must be 'loss' or a metric: {sorted(metrics) or 'there is none'}"
+        )
+    options.is_larger_better  # noqa: B018  (a ValueError where it is not known)
+    if schedule is None and options.schedule_every is not None:
+        raise ValueError(f"schedule_every is {options.schedule_every!r}, but there is no schedule")
+    for name in ("validate_every", "early_stopping"):
+        if validation is None and getattr(options, name) is not None:
+            raise ValueError(f"{name} is {getattr(options, name)}, but there is no validation data")
+    if "loss" in metrics:
+        raise ValueError("metrics has 'loss', the name of the validation loss")
+    return first.device
+
+
+def check_wrappers(model: nn.Module, options: Options) -> None:
+    """ValueError for a model in a wrapper that cannot do what the options ask for."""
+    wrapper: nn.Module | None = model
+    while wrapper is not None:
+        if (
+            isinstance(wrapper, DistributedDataParallel)
+            and getattr(wrapper, "static_graph", False)
+            and options.accumulation > 1
+        ):
+            raise ValueError(
+                f"accumulation is {options.accumulation}, but model is a DistributedDataParallel with "
+                "static_graph=True, which must average in every backward pass: leave static_graph out, or accumulation"
+            )
+        wrapper = inside(wrapper)
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(
+            "model is sharded by FullyShardedDataParallel, whose parameters fit cannot save; shard it with "
+            "torch.distributed.fsdp.fully_shard"
+        )
+
+
+def check_validation(source: Source) -> None:
+    """ValueError for validation data that give no batch, where their length does not say so."""
+    if source.length is None:
+        batches = source.epoch(seed=0, epoch=0, skip=0)
+        if next(batches, None) is None:
+            raise ValueError("validation is empty: it gives no batch")
+
+
+def validation_size(size: int | str | None, validation: Any) -> int | str | None:
+    """The size of validation's batches: that of training for plain tensors, or all where they are fewer."""
+    if not is_tensors(validation):
+        return None
+    return "full" if not isinstance(size, int) or size > len(validation[0]) else size
+
 
 Given = dict[str, Any]
 

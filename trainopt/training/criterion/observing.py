@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from trainopt.training.counting import Count, arguments_of, counted, name_of_function, on_host, reduction_of
+from trainopt.training.criterion.counting import Count, arguments_of, counted, name_of_function, on_host, reduction_of
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from trainopt.training import random_state
 from trainopt.training.data import move
+from trainopt.training.precision import Precision
+from trainopt.training.trained import Trained
 
 MEASURED, TRIED = 8, 4  # updates whose sum is measured; updates after them whose batches it is tried on
 LONGEST = 10**6  # times an update, in the search along it
@@ -67,7 +69,23 @@ class Measurement:
             self._last = [param.clone() for param in params]
 
     @torch.no_grad()
-    def after_step(self, run: Any, params: Sequence[Tensor], batch: Any, loss: Tensor, gradient: float) -> None:
+    def after_step(
+        self,
+        params: Sequence[Tensor],
+        batch: Any,
+        loss: Tensor,
+        gradient: float,
+        trained: Trained,
+        precision: Precision,
+    ) -> None:
+        """Takes in an update.
+
+        Args:
+            params: as the update left them.
+            batch, loss: of its last micro-batch.
+            gradient: norm of its gradient.
+            trained, precision: what the loss is computed by, where it is looked at along the updates.
+        """
         self._updates += 1
         self._losses.append(loss)
         if self.searches and self._updates == MEASURED:
@@ -83,10 +101,12 @@ class Measurement:
         losses: dict[float, float] = {}
         jump = 0.0
         if self.searches and update:
-            kept = [buffer.clone() for buffer in run.buffers]
-            with random_state.preserved(device=run.device):
-                losses, jump = search(params, self._first or (), last, loss_of(run, self._batches))
-            for buffer, old in zip(run.buffers, kept, strict=True):
+            buffers = list(trained.buffers())
+            kept = [buffer.clone() for buffer in buffers]
+            with random_state.preserved(device=precision.device):
+                loss_now = loss_of(self._batches, trained, precision)
+                losses, jump = search(params, self._first or (), last, loss_now)
+            for buffer, old in zip(buffers, kept, strict=True):
                 buffer.copy_(old)
         level = float(torch.stack(self._losses).float().mean())
         self.evidence = Evidence(level, gradient, weights, update, losses, jump)
@@ -131,17 +151,16 @@ def search(
     return {times: loss for times, loss in losses.items() if math.isfinite(loss)}, jump
 
 
-def loss_of(run: Any, batches: Sequence[Any]) -> Callable[[], float]:
-    """What gives the mean loss of some batches as `run` has it, each time with the same random numbers."""
-    trained = run.trained
-    moved = [trained.split(move(batch, run.device)) for batch in batches]
+def loss_of(batches: Sequence[Any], trained: Trained, precision: Precision) -> Callable[[], float]:
+    """What gives the mean loss of some batches, each time with the same random numbers."""
+    moved = [trained.split(move(batch, precision.device)) for batch in batches]
 
     def forward(inputs: Any, target: Any) -> Tensor:
         return trained.loss(trained.output(trained.model, inputs), target)
 
     def loss() -> float:
         torch.manual_seed(0)
-        return sum(float(run.precision.run(forward, *parts)) for parts in moved) / len(moved)
+        return sum(float(precision.run(forward, *parts)) for parts in moved) / len(moved)
 
     return loss
 

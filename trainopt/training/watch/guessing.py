@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainopt.training.callables import Core, core_of
+from trainopt.training.criterion.callables import Core, core_of
 
 LARGEST = 2**22  # elements of an output that are looked at
 NUMBERS = 256  # of a target, that its variance is estimated from
@@ -35,33 +35,44 @@ KINDS = ("squares", "absolute", "binary", "of shares", "huber")  # of losses of 
 
 #: In the sentences: what was found, why it is wrong, and what to do.
 FAULTS = {
-    "softmax": "the model's output is a softmax already (its rows are probabilities), and the loss takes a softmax of "
-    "it again: the gradient is a fraction of what it should be, and the loss cannot fall below {floor:.3g}; give the "
-    "loss the logits, the output before the softmax",
-    "softmax of columns": "the model's output is a softmax over the batch (its columns sum to 1, not its rows), "
-    "and the "
-    "loss takes a softmax of it again; give the loss the logits, the output before the softmax",
-    "sigmoid": "the model's output is a sigmoid already (it lies in [0, 1]), and the loss takes a sigmoid of it "
-    "again: it cannot fall below {floor:.3g} for a target of 1; give the loss the logits, the output before the "
-    "sigmoid",
-    "relu": "the model's output, which the loss takes for logits, has gone through a ReLU: {zeros:.0%} of it is "
-    "exactly "
-    "0 and none negative; leave out the activation after the last layer",
-    "probabilities": "the loss takes log-probabilities (NLLLoss), and the model's output is probabilities; end "
-    "the model "
-    "in log_softmax, or give the logits to CrossEntropyLoss",
-    "logits": "the loss takes log-probabilities (NLLLoss), and the rows of exp(output) do not sum to 1; end the "
-    "model in "
-    "log_softmax, or give its output to CrossEntropyLoss",
-    "activation": "the model's output, which the loss takes for logits, has gone through {name} and lies in "
-    "{range}: the "
-    "loss cannot fall below {floor:.3g}; leave out the activation after the last layer",
-    "sorted": "one batch holds targets of one class alone, and another batch those of another: the data seems "
-    "to be sorted "
-    "by class, and each part of it undoes what the part before has taught; shuffle it",
-    "shapes": "output {output} and target {target} are broadcast against each other to {broadcast}: every output is "
-    "compared with every target of the batch, not with its own; give both the same shape, as by squeeze(1) or "
-    "unsqueeze(1)",
+    "softmax": (
+        "the model's output is a softmax already (its rows are probabilities), and the loss takes a softmax of it "
+        "again: the gradient is a fraction of what it should be, and the loss cannot fall below {floor:.3g}; give the"
+        " loss the logits, the output before the softmax"
+    ),
+    "softmax of columns": (
+        "the model's output is a softmax over the batch (its columns sum to 1, not its rows), and the loss takes a "
+        "softmax of it again; give the loss the logits, the output before the softmax"
+    ),
+    "sigmoid": (
+        "the model's output is a sigmoid already (it lies in [0, 1]), and the loss takes a sigmoid of it again: it "
+        "cannot fall below {floor:.3g} for a target of 1; give the loss the logits, the output before the sigmoid"
+    ),
+    "relu": (
+        "the model's output, which the loss takes for logits, has gone through a ReLU: {zeros:.0%} of it is exactly 0"
+        " and none negative; leave out the activation after the last layer"
+    ),
+    "probabilities": (
+        "the loss takes log-probabilities (NLLLoss), and the model's output is probabilities; end the model in "
+        "log_softmax, or give the logits to CrossEntropyLoss"
+    ),
+    "logits": (
+        "the loss takes log-probabilities (NLLLoss), and the rows of exp(output) do not sum to 1; end the model in "
+        "log_softmax, or give its output to CrossEntropyLoss"
+    ),
+    "activation": (
+        "the model's output, which the loss takes for logits, has gone through {name} and lies in {range}: the loss "
+        "cannot fall below {floor:.3g}; leave out the activation after the last layer"
+    ),
+    "sorted": (
+        "one batch holds targets of one class alone, and another batch those of another: the data seems to be sorted "
+        "by class, and each part of it undoes what the part before has taught; shuffle it"
+    ),
+    "shapes": (
+        "output {output} and target {target} are broadcast against each other to {broadcast}: every output is "
+        "compared with every target of the batch, not with its own; give both the same shape, as by squeeze(1) or "
+        "unsqueeze(1)"
+    ),
 }
 
 
@@ -197,9 +208,9 @@ class Guessing:
         elif self.kind == "absolute":
             self.constant = distances / count
         elif self.kind in ("binary", "of shares"):
-            share = min(max(mean, 1e-6), 1 - 1e-6)
+            positive = min(max(mean, 1e-6), 1 - 1e-6)  # the fraction of positive answers
             self.uniform = math.log(2)
-            self.constant = -share * math.log(share) - (1 - share) * math.log(1 - share)
+            self.constant = -positive * math.log(positive) - (1 - positive) * math.log(1 - positive)
             # Logits of a healthy model may lie there too for a while: their values alone are no evidence.
             inside = own == ["binary"] and 0 <= values["lowest"] < values["highest"] <= 1
             self.inside = self.inside + 1 if inside and re.match(HIDDEN, seen.ending) else -100

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import _reduction
 
-from trainopt.training.callables import Core, core_of
+from trainopt.training.criterion.callables import Core, core_of
 
 Count = int | float | Tensor
 

@@ -1,7 +1,10 @@
-"""The twin of a run: the same network on the same batches, in a plain loop with torch's own optimizer and loss.
+"""Digits, trained by trainopt's loop and by its twin: a plain loop with torch's own optimizer and loss.
 
-It trains an epoch after each of the run's, so that a machine that slows down for a while slows both.
-Before the first epoch each has taken a few steps on throw-away weights: costs paid once are in neither figure.
+The twin has the same network and batches. It trains an epoch after each of the run's, so that a machine that slows down
+for a while slows both. Before the first epoch each has taken a few steps on throw-away weights: costs paid once are in
+neither figure.
+
+    python -m benchmarks.twin [options of `trainopt train digits`]
 """
 
 from __future__ import annotations
@@ -9,18 +12,32 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from trainopt.experiments import Task
+from trainopt.cli import setup, train
+from trainopt.experiments import Problem, digits
+from trainopt.training.data import Shard, TensorSource
 from trainopt.training.report import Finished, Message, Progress, Started, Validated
 
+#: With these the twin's plain loop does the same as the run.
+COMPARED = {
+    "accumulation": 1,
+    "precision": "float32",
+    "average": None,
+    "early_stopping": None,
+    "validate_every": None,
+    "steps": None,
+}
+DESCRIPTION = f"{digits.DESCRIPTION} A twin is trained beside it, with torch.optim in a plain loop."
+DEFAULTS, Options, make, finish = digits.DEFAULTS, digits.Options, digits.make, digits.finish
 WARM_UP = 10  # steps
 Optimizer = torch.optim.Optimizer
 Batch = tuple[Tensor, Tensor]
@@ -70,7 +87,7 @@ class Comparison:
     """The reporter that trains the twin, prints a row an epoch for both, and at the end what they cost.
 
     Args:
-        task: what the run trains; its model has not been trained yet.
+        problem: what the run trains; its model has not been trained yet.
         optimizer: the run's.
         make_stock: the torch optimizer and the scheduler, if there is one, for the twin's model.
         batches: the batches of an epoch, in the run's own order.
@@ -80,17 +97,17 @@ class Comparison:
 
     def __init__(
         self,
-        task: Task,
+        problem: Problem,
         optimizer: Optimizer,
         make_stock: Callable[[nn.Module], tuple[Optimizer, Any]],
         batches: Callable[[int], Iterable[Batch]],
         clip: float | None,
         head: str,
     ) -> None:
-        self.task, self.batches, self.clip, self.head = task, batches, clip, head
-        twin = copy.deepcopy(task.model)
+        self.problem, self.batches, self.clip, self.head = problem, batches, clip, head
+        twin = copy.deepcopy(problem.model)
         stock, self.scheduler = make_stock(twin)
-        self.ours = Side(f"trainopt.{type(optimizer).__name__}", task.model, optimizer)
+        self.ours = Side(f"trainopt.{type(optimizer).__name__}", problem.model, optimizer)
         self.twin = Side(f"torch.optim.{type(stock).__name__}", twin, stock)
         self.bar = progress_bar() if sys.stdout.isatty() else None
 
@@ -114,7 +131,7 @@ class Comparison:
         return mean, perf_counter() - start, side.in_step - in_step
 
     def warm_up(self) -> None:
-        for side, loss in ((self.ours, self.task.loss), (self.twin, cross_entropy)):
+        for side, loss in ((self.ours, self.problem.loss), (self.twin, cross_entropy)):
             model, optimizer = copy.deepcopy((side.model, side.optimizer))
             for _, (images, labels) in zip(range(WARM_UP), self.batches(0), strict=False):
                 loss(model(images), labels).backward()
@@ -124,7 +141,7 @@ class Comparison:
 
     def started(self, event: Started) -> None:
         if event.step:
-            raise ValueError(f"argument --compare: this run has made {event.step:,} updates already; give a new --name")
+            raise ValueError(f"argument --name: this run has made {event.step:,} updates already; give a new one")
         self.warm_up()
         if self.bar is not None:
             self.bar_task = self.bar.add_task("epochs", total=event.options.epochs)
@@ -165,10 +182,10 @@ class Comparison:
 
     def held_out(self) -> tuple[float, float]:
         """Loss and accuracy of the twin on the held-out data."""
-        images, labels = self.task.validation
+        images, labels = self.problem.validation
         with torch.no_grad():
             logits = self.twin.model(images)
-            return cross_entropy(logits, labels).item(), float(self.task.metrics["accuracy"](logits, labels))
+            return cross_entropy(logits, labels).item(), float(self.problem.metrics["accuracy"](logits, labels))
 
     def summary(self) -> str:
         """Held-out accuracy, training time, and the optimizer's share of it, a column a side."""
@@ -194,3 +211,43 @@ def progress_bar() -> Any:
     except ImportError:
         return None
     return Progress(*Progress.get_default_columns(), auto_refresh=False, transient=True)
+
+
+def check(settings: SimpleNamespace) -> None:
+    """ValueError for options that the twin's plain loop has not."""
+    digits.check(settings)
+    for key, value in COMPARED.items():
+        if getattr(settings, key) != value:
+            flag = key.replace("_", "-")
+            raise ValueError(f"argument --{flag}: {getattr(settings, key)}, but the twin's plain loop has no --{flag}")
+
+
+def reporter(problem: Problem, settings: SimpleNamespace, optimizer: Optimizer) -> Comparison:
+    """The table of both twins."""
+    total = setup.total_steps(problem, settings)
+    settings.log_every = total // settings.epochs  # one mean loss an epoch
+    settings.checkpoint_every = total  # what the twin does not do is no part of the run's time
+    source = TensorSource(problem.data, settings.batch_size, settings.shuffle, Shard(), "data")
+
+    def batches(epoch: int) -> Iterator[Any]:
+        return (micro_batch.batch for micro_batch in source.epoch(settings.seed, epoch, 0))
+
+    def stock(model: nn.Module) -> tuple[Optimizer, Any]:
+        optimizer = setup.optimizer_of(replace(problem, model=model), settings, torch.optim)
+        curve = setup.curve_of(problem, settings)
+        scheduler = None if curve is None else torch.optim.lr_scheduler.LambdaLR(optimizer, curve)
+        return optimizer, scheduler
+
+    missing = "torch.optim has neither l1 nor noise: its run trains without them\n"
+    head = missing if settings.l1 or settings.noise else ""
+    return Comparison(problem, optimizer, stock, batches, settings.clip, head)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    experiment: Any = sys.modules[__name__]
+    return train.run("python -m benchmarks.twin", "digits", experiment, given, reporter)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The loss of a run: what it is under its wrappers, what it owns, and what it counts."""
