@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from helpers import CLASSES, OPTIONS, SHAPES, Twins, assert_same_bits, each_class, snapshot
 
 import trainopt
+from trainopt.optim.report import Record
 from trainopt.schedules import linear
 
 NAN, INF = float("nan"), float("inf")
@@ -295,3 +296,13 @@ def ranks(rank, folder, name):
 @pytest.mark.slow
 def test_ranks_that_share_dtensors_decide_alike(name, tmp_path):
     mp.spawn(ranks, (str(tmp_path), name), nprocs=2)
+
+
+def test_steps_left_to_a_device_are_counted_whoever_found_what_is_not_finite():
+    """GradScaler's number has a dimension and the optimizer's own has none: a run may begin with either."""
+    for shapes in [(), (1,)], [(1,), ()]:
+        record = Record()
+        for shape in shapes:
+            record.count_unread(torch.zeros(shape))
+            record.count_unread(torch.ones(shape))
+        assert record.completed() == 2 and record.was_skipped()

@@ -39,7 +39,7 @@ class Record:
         self.steps += 1
         self.skipped = found_inf if found_inf is not None else False
         if found_inf is not None:
-            skipped = found_inf.ne(0)
+            skipped = found_inf.ne(0).reshape(())  # GradScaler's has a dimension, the optimizer's own has none
             self.skipped_steps = skipped.long() if self.skipped_steps is None else self.skipped_steps.add_(skipped)
 
 
