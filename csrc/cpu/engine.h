@@ -33,10 +33,10 @@ struct Rule {
   const char* const* states;
   int state_count;
   bool counts_steps;
-  int (*states_needed)(const double* options);
+  StateSet (*states_needed)(const double* options);
   bool (*takes)(const double* options);
   Decay (*decay)(const double* options);
-  void (*prepare)(const double* options, const Moment&, bool wide, Scalars*);
+  void (*prepare)(const double* options, const StepInfo&, bool wide, Scalars*);
   int index;  // in the kernel tables
 };
 

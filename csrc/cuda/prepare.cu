@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareT
     }
   }
   const float* scale = table.header.gradient_scale;
-  const Moment now{settings.lr, settings.single_lr != 0, step, count.first != 0 || step == 1};
+  const StepInfo now{settings.lr, settings.single_lr != 0, settings.weight_decay, step, count.first != 0 || step == 1};
   Prepared& out = table.header.out[i];
   stages_of(out.scalars, S()) =
       prepare_stages<S>(settings, now, Rule::decay(options), scale != nullptr ? static_cast<double>(*scale) : 1.0);

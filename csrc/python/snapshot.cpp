@@ -122,7 +122,7 @@ const c10::TensorImpl* Snapshot::see_state(PyObject* value, bool is_count, Specs
   return leaf.local;
 }
 
-bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, int64_t states_needed,
+bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, StateSet states_needed,
                    Specs* specs, Operands* operands) {
   set_idle(param);
   state_ = state;
@@ -139,7 +139,7 @@ bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11:
     if (!operands->states_are_tensors) break;
     const int name = find_name(names, key);
     Role role = Role::kIgnored;
-    if (value != Py_None && (name == count_name || name < states_needed)) {
+    if (value != Py_None && (name == count_name || contains(states_needed, name))) {
       role = name == count_name ? Role::kCount : Role::kState;
       const c10::TensorImpl* tensor = see_state(value, role == Role::kCount, specs, operands);
       if (tensor == nullptr) break;

@@ -13,9 +13,10 @@ struct Adam {
   static constexpr const char* kOptions[] = {"betas.0",        "betas.1", "eps", "amsgrad", "decoupled_weight_decay",
                                              "bias_correction"};
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  static constexpr StateSet kStateSets[] = {0b011, 0b111};
   static constexpr bool kCountsSteps = true;
 
-  TRAINOPT_INLINE static int states_needed(const double* options) { return options[kAmsgrad] != 0 ? 3 : 2; }
+  TRAINOPT_INLINE static StateSet states_needed(const double* options) { return options[kAmsgrad] != 0 ? 0b111 : 0b011; }
   // Beyond this range torch's bias corrections are negative, or complex numbers, which it refuses.
   TRAINOPT_INLINE static bool takes(const double* options) {
     return options[kBeta1] >= 0 && options[kBeta1] < 1 && options[kBeta2] >= 0 && options[kBeta2] < 1;
@@ -31,7 +32,7 @@ struct Adam {
   };
 
   template <class S>
-  TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const Moment& now) {
+  TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& now) {
     // 1 - beta^t without the cancellation that a small t brings.
     const auto correction = [&](double beta) {
       return options[kBiasCorrection] != 0 && beta > 0 ? -__builtin_expm1(now.step * __builtin_log(beta)) : 1.0;

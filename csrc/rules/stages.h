@@ -52,19 +52,20 @@ TRAINOPT_FUNCTION const Stages<double>& stages_of(const Scalars& s, double) { re
 
 // Gradients are divided by `gradient_scale`, and written back unless it is 1.
 template <class S>
-TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const Moment& now, Decay decay,
+TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const StepInfo& now, Decay decay,
                                            double gradient_scale) {
-  const bool coupled = decay == Decay::kGradient;
   Stages<S> stages;
   stages.scaled = stages.write_gradient = gradient_scale != 1;
   stages.negate = group.maximize != 0;
-  stages.decay_gradient = group.weight_decay != 0 && coupled;
+  stages.decay_gradient = decay == Decay::kGradient && group.weight_decay != 0;
   stages.l1_gradient = group.l1 != 0 && group.l1_proximal == 0;
   stages.l1_proximal = group.l1 != 0 && group.l1_proximal != 0;
   stages.noisy = group.noise != 0;
   stages.gradient_scale = static_cast<S>(gradient_scale);
   stages.weight_decay = static_cast<S>(group.weight_decay);
-  stages.keep = coupled ? S(1) : static_cast<S>(now.rounded(1 - now.rounded(now.lr * now.rounded(group.weight_decay))));
+  stages.keep = decay == Decay::kParameter
+                    ? static_cast<S>(now.rounded(1 - now.rounded(now.lr * now.rounded(group.weight_decay))))
+                    : S(1);
   stages.l1 = static_cast<S>(group.l1);
   stages.threshold = static_cast<S>(now.lr * group.l1);
   stages.noise = static_cast<S>(group.noise);
@@ -73,9 +74,6 @@ TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const Moment& 
   stages.step = key.step;
   return stages;
 }
-
-template <class Rule>
-constexpr int kStateCount = sizeof(Rule::kStates) / sizeof(Rule::kStates[0]);
 
 // One register of elements, from load to store. `noise` holds standard normal values, and is read if stages.noisy.
 // kPlain: only weight decay, if anything.

@@ -138,7 +138,7 @@ void test_rules() {
 
 // Conversions of each SIMD variant: what the kernels load and store.
 void test_conversions_in_kernels() {
-  const Setting still{"still", "sgd", {0, 0, 0}, true, 0, 0, false, 0, false, 0, 1, 0};
+  const Setting still{"still", "sgd", {0, 0, 0}, kCoupled, 0, 0, false, 0, false, 0, 1, 0};
   Setting copy = still;
   copy.lr = -1;
   for (const cpu::Variant variant : variants()) {

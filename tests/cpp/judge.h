@@ -218,7 +218,7 @@ struct Setting {
   const char* name;
   const char* rule;
   std::vector<double> options;  // in the rule's order
-  bool coupled_decay;
+  Decay decay;
   double lr, weight_decay;
   bool maximize;
   double l1;
@@ -227,22 +227,28 @@ struct Setting {
   double step;
 };
 
-// The options' order: SGD momentum, dampening, nesterov; Adam beta1, beta2, eps, amsgrad, decoupled, bias correction.
+// The options' order: SGD momentum, dampening, nesterov; Adam beta1, beta2, eps, amsgrad, decoupled, bias correction;
+// eight, the rule in contract/rules/rules.h, set, decay.
+constexpr Decay kCoupled = Decay::kGradient, kDecoupled = Decay::kParameter, kInUpdate = Decay::kUpdate;
 inline const std::vector<Setting> kSettings = {
-    {"plain", "sgd", {0, 0, 0}, true, 0.1, 0, false, 0, false, 0, 1, 0},
-    {"decay", "sgd", {0, 0, 0}, true, 0.1, 0.3, true, 0, false, 0, 1, 0},
-    {"momentum", "sgd", {0.9, 0.2, 0}, true, 0.1, 0.3, false, 0, false, 0, 1, 0},
-    {"first", "sgd", {0.9, 0.2, 0}, true, 0.1, 0.3, false, 0, false, 0, 1, 1},
-    {"nesterov", "sgd", {0.9, 0, 1}, true, 0.1, 0.3, false, 0.2, false, 0.1, 3, 2},
-    {"proximal", "sgd", {0.9, 0, 1}, true, 0.1, 0.3, true, 3, true, 0, 1, 5},
-    {"l1, maximize", "sgd", {0.9, 0.2, 0}, true, 0.1, 0.3, true, 0.5, false, 0, 1, 2},
-    {"plain", "adam", {0.9, 0.99, 0.05, 0, 0, 1}, true, 0.05, 0, false, 0, false, 0, 1, 3},
-    {"beta1 0.4", "adam", {0.4, 0.9, 0.05, 0, 0, 1}, true, 0.05, 0.3, true, 0, false, 0, 1, 1},
-    {"beta1 0", "adam", {0, 0.9, 0.05, 0, 0, 1}, true, 0.05, 0.3, false, 0, false, 0, 1, 2},
-    {"decoupled", "adam", {0.9, 0.99, 0.05, 0, 1, 1}, false, 0.05, 0.3, false, 0, false, 0, 1, 7},
-    {"amsgrad", "adam", {0.9, 0.5, 0.05, 1, 1, 1}, false, 0.05, 0.3, true, 0, false, 0, 1, 4},
-    {"uncorrected", "adam", {0.9, 0.99, 0.05, 0, 0, 0}, true, 0.05, 0.3, false, 0.5, false, 0, 1, 4},
-    {"everything", "adam", {0.8, 0.7, 0.05, 1, 1, 1}, false, 0.05, 0.3, true, 2, true, 0.1, 3, 4},
+    {"plain", "sgd", {0, 0, 0}, kCoupled, 0.1, 0, false, 0, false, 0, 1, 0},
+    {"decay", "sgd", {0, 0, 0}, kCoupled, 0.1, 0.3, true, 0, false, 0, 1, 0},
+    {"momentum", "sgd", {0.9, 0.2, 0}, kCoupled, 0.1, 0.3, false, 0, false, 0, 1, 0},
+    {"first", "sgd", {0.9, 0.2, 0}, kCoupled, 0.1, 0.3, false, 0, false, 0, 1, 1},
+    {"nesterov", "sgd", {0.9, 0, 1}, kCoupled, 0.1, 0.3, false, 0.2, false, 0.1, 3, 2},
+    {"proximal", "sgd", {0.9, 0, 1}, kCoupled, 0.1, 0.3, true, 3, true, 0, 1, 5},
+    {"l1, maximize", "sgd", {0.9, 0.2, 0}, kCoupled, 0.1, 0.3, true, 0.5, false, 0, 1, 2},
+    {"plain", "adam", {0.9, 0.99, 0.05, 0, 0, 1}, kCoupled, 0.05, 0, false, 0, false, 0, 1, 3},
+    {"beta1 0.4", "adam", {0.4, 0.9, 0.05, 0, 0, 1}, kCoupled, 0.05, 0.3, true, 0, false, 0, 1, 1},
+    {"beta1 0", "adam", {0, 0.9, 0.05, 0, 0, 1}, kCoupled, 0.05, 0.3, false, 0, false, 0, 1, 2},
+    {"decoupled", "adam", {0.9, 0.99, 0.05, 0, 1, 1}, kDecoupled, 0.05, 0.3, false, 0, false, 0, 1, 7},
+    {"amsgrad", "adam", {0.9, 0.5, 0.05, 1, 1, 1}, kDecoupled, 0.05, 0.3, true, 0, false, 0, 1, 4},
+    {"uncorrected", "adam", {0.9, 0.99, 0.05, 0, 0, 0}, kCoupled, 0.05, 0.3, false, 0.5, false, 0, 1, 4},
+    {"everything", "adam", {0.8, 0.7, 0.05, 1, 1, 1}, kDecoupled, 0.05, 0.3, true, 2, true, 0.1, 3, 4},
+    {"no state", "eight", {0, 0}, kCoupled, 0.05, 0.3, false, 0, false, 0, 1, 1},
+    {"two ends", "eight", {1, 1}, kDecoupled, 0.05, 0.3, true, 0, false, 0, 1, 2},
+    {"four apart", "eight", {2, 2}, kInUpdate, 0.05, 0.3, false, 0.5, false, 0.1, 3, 3},
+    {"all", "eight", {3, 2}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 4},
 };
 
 inline double sign(double x) { return x > 0 ? 1 : x < 0 ? -1 : 0; }
@@ -251,9 +257,9 @@ inline double sign(double x) { return x > 0 ? 1 : x < 0 ? -1 : 0; }
 inline void reference(const Setting& s, double& p, double& g, double* state, double noise) {
   g /= s.gradient_scale;
   double slope = s.maximize ? -g : g;
-  if (s.coupled_decay) slope += s.weight_decay * p;
+  if (s.decay == kCoupled) slope += s.weight_decay * p;
   if (!s.l1_proximal) slope += s.l1 * sign(p);
-  if (!s.coupled_decay) p *= 1 - s.lr * s.weight_decay;
+  if (s.decay == kDecoupled) p *= 1 - s.lr * s.weight_decay;
   const std::vector<double>& o = s.options;
   if (std::strcmp(s.rule, "sgd") == 0) {
     if (o[0] != 0) {
@@ -261,6 +267,10 @@ inline void reference(const Setting& s, double& p, double& g, double* state, dou
       slope = o[2] != 0 ? slope + o[0] * state[0] : state[0];
     }
     p -= s.lr * slope;
+  } else if (std::strcmp(s.rule, "eight") == 0) {
+    double sum = s.decay == kInUpdate ? s.weight_decay * p : 0;
+    for (int i = 0; i < 8; ++i) sum += state[i] = state[i] / 2 + std::ldexp(slope, -i);
+    p -= s.lr * sum;
   } else {
     state[0] = o[0] * state[0] + (1 - o[0]) * slope;
     state[1] = o[1] * state[1] + (1 - o[1]) * slope * slope;
@@ -290,8 +300,8 @@ inline Settings settings_of(const Setting& s) {
 
 inline Scalars scalars_of(const Setting& s, bool wide) {
   const cpu::Rule* rule = cpu::find_rule(s.rule);
-  const Moment now{s.lr, false, s.step, s.step == 1};
-  const Decay decay = s.coupled_decay ? Decay::kGradient : Decay::kParameter;
+  const StepInfo now{s.lr, false, s.weight_decay, s.step, s.step == 1};
+  const Decay decay = rule->decay(s.options.data());
   const Settings settings = settings_of(s);
   Scalars result;
   if (wide) {
@@ -313,21 +323,23 @@ struct Arrangement {
 // Tensors of one parameter, with the same values for the same number.
 struct Parameter {
   Array param, gradient;
-  std::vector<Array*> states;
+  Array* states[kMaxStates];  // null for those that are not there
   int64_t numel;
 
-  Parameter(int64_t n, int64_t number, int state_count, const Arrangement& a)
+  Parameter(int64_t n, int64_t number, StateSet set, const Arrangement& a)
       : param(a.param_dtype, n, a.param, a.guarded), gradient(a.gradient_dtype, n, a.gradient, a.guarded), numel(n) {
-    for (int s = 0; s < state_count; ++s) states.push_back(new Array(a.state_dtype, n, a.state, a.guarded));
+    for (int s = 0; s < kMaxStates; ++s)
+      states[s] = contains(set, s) ? new Array(a.state_dtype, n, a.state, a.guarded) : nullptr;
     Numbers numbers{static_cast<uint64_t>(number)};
     const bool expanded = std::strcmp(a.gradient.name, "expanded") == 0;
     for (int64_t i = 0; i < n; ++i) {
       param.set(i, numbers.value());
       const double g = numbers.value();
       if (!expanded || i < a.gradient.columns) gradient.set(i, g);
-      for (size_t s = 0; s < states.size(); ++s) {
+      for (Array* state : states) {
+        if (state == nullptr) continue;
         const double value = numbers.value();
-        states[s]->set(i, s == 0 ? value : std::fabs(value));
+        state->set(i, state == states[0] ? value : std::fabs(value));
       }
     }
   }
@@ -337,15 +349,24 @@ struct Parameter {
     for (Array* state : states) delete state;
   }
 
+  // What every engine's task has of it.
+  template <class Task>
+  void describe(Task* task) const {
+    task->numel = numel;
+    task->param = param.view();
+    task->gradient = gradient.view();
+    for (int s = 0; s < kMaxStates; ++s) task->state[s] = states[s] == nullptr ? TensorView{} : states[s]->view();
+  }
+
   bool is_intact() const {
     bool intact = param.is_intact() && gradient.is_intact();
-    for (const Array* state : states) intact = intact && state->is_intact();
+    for (const Array* state : states) intact = intact && (state == nullptr || state->is_intact());
     return intact;
   }
 };
 
-inline int states_of(const Setting& s) {
-  return std::strcmp(s.rule, "sgd") == 0 ? s.options[0] != 0 : s.options[3] != 0 ? 3 : 2;
+inline StateSet states_of(const Setting& s) {
+  return cpu::find_rule(s.rule)->states_needed(s.options.data());
 }
 
 using Parameters = std::vector<Parameter*>;
@@ -357,17 +378,12 @@ inline void run_cpu(const Setting& s, const Parameters& parameters, bool wide, i
   std::vector<cpu::Task> tasks;
   std::vector<int64_t> starts{0};
   for (size_t i = 0; i < parameters.size(); ++i) {
-    const Parameter& from = *parameters[i];
     cpu::Task task;
-    task.numel = from.numel;
-    task.param = from.param.view();
-    task.gradient = from.gradient.view();
-    for (TensorView& state : task.state) state = TensorView{};
-    for (size_t k = 0; k < from.states.size(); ++k) task.state[k] = from.states[k]->view();
+    parameters[i]->describe(&task);
     task.scalars = &scalars;
     task.tensor = static_cast<uint32_t>(i);
     tasks.push_back(task);
-    starts.push_back(starts.back() + cpu::blocks_of(from.numel));
+    starts.push_back(starts.back() + cpu::blocks_of(task.numel));
   }
   const cpu::Run run{tasks.data(), starts.data(), tasks.size(), rule, wide};
   const int64_t all = starts.back();
@@ -394,8 +410,8 @@ inline bool same_bits(const Parameters& a, const Parameters& b, bool with_gradie
     for (int64_t i = 0; i < a[t]->numel; ++i) {
       if (a[t]->param.bits(i) != b[t]->param.bits(i)) return false;
       if (with_gradient && a[t]->gradient.bits(i) != b[t]->gradient.bits(i)) return false;
-      for (size_t s = 0; s < a[t]->states.size(); ++s)
-        if (a[t]->states[s]->bits(i) != b[t]->states[s]->bits(i)) return false;
+      for (int s = 0; s < kMaxStates; ++s)
+        if (a[t]->states[s] != nullptr && a[t]->states[s]->bits(i) != b[t]->states[s]->bits(i)) return false;
     }
   return true;
 }
@@ -412,15 +428,17 @@ inline bool is_right(const Setting& s, const Parameters& before, const Parameter
     std::vector<float> noise(static_cast<size_t>(after[t]->numel));
     cpu::gaussian(noise.data(), 0, after[t]->numel, kSeed, static_cast<uint32_t>(s.step), static_cast<uint32_t>(t));
     for (int64_t i = 0; i < after[t]->numel; ++i) {
-      double p = before[t]->param.get(i), g = before[t]->gradient.get(i), state[3] = {};
-      for (size_t k = 0; k < after[t]->states.size(); ++k) state[k] = before[t]->states[k]->get(i);
+      double p = before[t]->param.get(i), g = before[t]->gradient.get(i), state[kMaxStates] = {};
+      for (int k = 0; k < kMaxStates; ++k)
+        if (before[t]->states[k] != nullptr) state[k] = before[t]->states[k]->get(i);
       const double scale = 1 + std::fabs(p) + g * g;
       if (!wide) g = static_cast<double>(static_cast<float>(g));
       reference(s, p, g, state, static_cast<double>(noise[static_cast<size_t>(i)]));
       if (!is_close(after[t]->param.get(i), p, a.param_dtype, wide, scale)) return false;
       if (s.gradient_scale != 1 && !is_close(after[t]->gradient.get(i), g, a.gradient_dtype, wide, scale)) return false;
-      for (size_t k = 0; k < after[t]->states.size(); ++k)
-        if (!is_close(after[t]->states[k]->get(i), state[k], a.state_dtype, wide, scale * scale)) return false;
+      for (int k = 0; k < kMaxStates; ++k)
+        if (after[t]->states[k] != nullptr &&
+            !is_close(after[t]->states[k]->get(i), state[k], a.state_dtype, wide, scale * scale)) return false;
     }
   }
   return true;

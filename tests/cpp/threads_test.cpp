@@ -32,10 +32,7 @@ struct Optimizer {
       parameters.push_back(new Parameter(size, size + 1, states_of(setting_of(number, 0)), arrangement));
     for (const Parameter* from : parameters) {
       cpu::Task task{};
-      task.numel = from->numel;
-      task.param = from->param.view();
-      task.gradient = from->gradient.view();
-      for (size_t k = 0; k < from->states.size(); ++k) task.state[k] = from->states[k]->view();
+      from->describe(&task);
       task.scalars = &scalars;
       task.tensor = static_cast<uint32_t>(tasks.size());
       tasks.push_back(task);

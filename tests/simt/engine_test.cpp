@@ -22,12 +22,8 @@ void check_no_faults(const std::string& what) {
 std::vector<cuda::Task> tasks_of(const Parameters& parameters) {
   std::vector<cuda::Task> tasks;
   for (size_t i = 0; i < parameters.size(); ++i) {
-    const Parameter& from = *parameters[i];
     cuda::Task task{};
-    task.numel = from.numel;
-    task.param = from.param.view();
-    task.gradient = from.gradient.view();
-    for (size_t k = 0; k < from.states.size(); ++k) task.state[k] = from.states[k]->view();
+    parameters[i]->describe(&task);
     task.tensor = static_cast<uint32_t>(i);
     tasks.push_back(task);
   }
@@ -194,7 +190,7 @@ void test_many() {
         const Placement place = i % 11 == 3 && n % 3 == 0 ? kTransposed : run_of(i % 3);
         const Arrangement a{type, type, type, place, run_of(0), run_of(i % 2), true};
         // Some without amsgrad's state.
-        for (Parameters* to : {&expected, &found}) to->push_back(new Parameter(n, i, i % 5 == 4 ? 2 : 3, a));
+        for (Parameters* to : {&expected, &found}) to->push_back(new Parameter(n, i, i % 5 == 4 ? 0b011 : 0b111, a));
       }
       std::vector<cuda::Prepared> prepared;
       std::vector<Setting> settings;
@@ -228,7 +224,7 @@ void test_launches() {
   const Arrangement a{DType::kFloat32, DType::kFloat32, DType::kFloat32, run_of(0), run_of(0), run_of(0), false};
   const int64_t fitting = cuda::kParameterBytes > 4096 ? 480 : 50;
   Parameters parameters;
-  for (int64_t i = 0; i < fitting; ++i) parameters.push_back(new Parameter(3, i, 2, a));
+  for (int64_t i = 0; i < fitting; ++i) parameters.push_back(new Parameter(3, i, 0b011, a));
   simt::take_launches();
   run_cuda(s, parameters, false);
   check(simt::take_launches() == std::vector<unsigned>{static_cast<unsigned>(fitting)}, "one launch for all tensors");
@@ -288,7 +284,7 @@ void test_groups() {
     Scalars expected;
     std::memset(static_cast<void*>(&expected), 0, sizeof expected);
     const cuda::GroupSource& source = sources[counts[i].group];
-    rule->prepare(source.options, Moment{source.settings.lr, false, i % 7 + 1.0, i % 7 == 0}, false, &expected);
+    rule->prepare(source.options, StepInfo{source.settings.lr, false, 0, i % 7 + 1.0, i % 7 == 0}, false, &expected);
     Adam::Scalars<float> a, b;
     std::memcpy(&a, expected.rule, sizeof a);
     std::memcpy(&b, prepared[i].scalars.rule, sizeof b);

@@ -117,8 +117,8 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   const c10::TensorImpl* param = operands.param;
   const c10::TensorImpl* gradient = operands.gradient;
   if (!is_there(param) || !is_there(gradient) || !is_there(operands.steps)) return Path::kNoMemory;
-  for (const c10::TensorImpl* state : operands.states)
-    if (!is_there(state)) return Path::kNoMemory;
+  for (int s = 0; s < rule_.state_count; ++s)
+    if (!is_there(operands.states[s])) return Path::kNoMemory;
   if (group.differentiable != 0) return Path::kDifferentiable;
   if (group.unreadable != 0) return Path::kOptions;
   if (operands.shard != nullptr && operands.shard->is_pending) return Path::kPending;
@@ -160,7 +160,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
 
   if (!operands.states_are_known) return Path::kStateValue;
   if (!operands.states_are_tensors) return Path::kStateForm;
-  for (int s = 0; s < kMaxStates; ++s) {
+  for (int s = 0; s < rule_.state_count; ++s) {
     TensorView& view = task->state[s];
     view.data = nullptr;
     const c10::TensorImpl* state = operands.states[s];
@@ -203,7 +203,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   if (in_order && !logical_order) return Path::kFused;
   std::vector<Arranged> arranged{{param, &task->param}};
   if (gradient != nullptr) arranged.push_back({gradient, &task->gradient});
-  for (int s = 0; s < kMaxStates; ++s)
+  for (int s = 0; s < rule_.state_count; ++s)
     if (operands.states[s] != nullptr) arranged.push_back({operands.states[s], &task->state[s]});
   return arrange(arranged, logical_order, &layouts_) ? Path::kFused : Path::kMemory;
 }
@@ -295,7 +295,7 @@ void Batch::note_read(const c10::TensorImpl* tensor, uint32_t index) {
 
 void Batch::note_operands(const Operands& operands, uint32_t tensor, bool writes_gradient) {
   note_written(operands.param, tensor);
-  for (const c10::TensorImpl* state : operands.states) note_written(state, tensor);
+  for (int s = 0; s < rule_.state_count; ++s) note_written(operands.states[s], tensor);
   note_written(operands.steps, tensor);
   writes_gradient ? note_written(operands.gradient, tensor) : note_read(operands.gradient, tensor);
 }

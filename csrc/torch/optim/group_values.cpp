@@ -33,7 +33,7 @@ void GroupValues::read_device_numbers(const cpu::Rule& rule) {
 cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first, bool wide,
                                   double gradient_scale) const {
   cpu::Scalars result;
-  const Moment now{lr, single_lr != 0, step, first};
+  const StepInfo now{lr, single_lr != 0, weight_decay, step, first};
   const Decay decay = rule.decay(options);
   if (wide) {
     result.stages64 = prepare_stages<double>(*this, now, decay, gradient_scale);
