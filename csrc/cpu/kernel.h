@@ -122,14 +122,14 @@ TRAINOPT_FUNCTION void run_tile(const Stages<S>& stages, const typename Rule::te
 // for it as if it were only read.
 constexpr int64_t kAheadElements = 64 * 1024;  // of a tensor that are left; shorter ones are in the caches
 template <class Stored>
-TRAINOPT_FUNCTION void ask_ahead(const Stored* block) {
+TRAINOPT_FUNCTION void prefetch_ahead(const Stored* block) {
   const char* ahead = reinterpret_cast<const char*>(block + 4 * kBlock);
   for (size_t line = 0; line < kBlock * sizeof(Stored); line += 64) __builtin_prefetch(ahead + line, 1);
 }
 
 // All tensors are runs of one type: they are worked on where they lie.
 template <class Rule, StateSet kSet, class Stored, class S>
-TRAINOPT_FUNCTION void run_direct(const Task& task, const Stages<S>& stages,
+TRAINOPT_FUNCTION void run_direct(const TensorTask& task, const Stages<S>& stages,
                                   const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
@@ -138,9 +138,9 @@ TRAINOPT_FUNCTION void run_direct(const Task& task, const Stages<S>& stages,
     for (int s = 0; s < kStateCount<Rule>; ++s)
       if (contains(kSet, s)) tile.state[s] = static_cast<Stored*>(task.state[s].data) + at;
     if (end - at >= kAheadElements) {
-      ask_ahead(tile.p);
+      prefetch_ahead(tile.p);
       for (int s = 0; s < kStateCount<Rule>; ++s)
-        if (contains(kSet, s)) ask_ahead(tile.state[s]);
+        if (contains(kSet, s)) prefetch_ahead(tile.state[s]);
     }
     run_tile<Rule, true, kSet>(stages, scalars, tile, count);
   }
@@ -148,7 +148,7 @@ TRAINOPT_FUNCTION void run_direct(const Task& task, const Stages<S>& stages,
 
 // Any types, any layouts, any stages: what is not a run of the arithmetic's type goes through a buffer.
 template <class Rule, StateSet kSet, class S>
-TRAINOPT_FUNCTION void run_buffered(const Task& task, const Stages<S>& stages,
+TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& stages,
                                     const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
   S buffer[3 + kStateCount<Rule>][kBlock];
   float gaussians[kBlock];
@@ -176,7 +176,7 @@ TRAINOPT_FUNCTION void run_buffered(const Task& task, const Stages<S>& stages,
 }
 
 template <class Stored>
-TRAINOPT_FUNCTION bool is_uniform(const Task& task, StateSet set) {
+TRAINOPT_FUNCTION bool is_uniform(const TensorTask& task, StateSet set) {
   bool uniform = is_run_of<Stored>(task.param) && is_run_of<Stored>(task.gradient);
   for (int s = 0; s < kMaxStates; ++s)
     if (contains(set, s)) uniform = uniform && is_run_of<Stored>(task.state[s]);
@@ -184,7 +184,7 @@ TRAINOPT_FUNCTION bool is_uniform(const Task& task, StateSet set) {
 }
 
 template <class Rule, StateSet kSet, class S>
-void run_set(const Task& task, int64_t begin, int64_t end) {
+void run_set(const TensorTask& task, int64_t begin, int64_t end) {
   // Copies: nothing that the loop writes can alias them.
   const Stages<S> stages = stages_of(*task.scalars, S());
   typename Rule::template Scalars<S> scalars;
@@ -204,7 +204,7 @@ void run_set(const Task& task, int64_t begin, int64_t end) {
 
 // By the states that the task has: the kernel of that set.
 template <class Rule, class S>
-void run(const Task& task, int64_t begin, int64_t end) {
+void run(const TensorTask& task, int64_t begin, int64_t end) {
   const StateSet states = states_of<Rule>(task);
   for_each_set<Rule>([&](auto set) {
     constexpr StateSet kSet = decltype(set)::kSet;

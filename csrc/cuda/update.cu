@@ -255,7 +255,7 @@ struct Roles {
   const TensorView* view[2 + kMaxStates];
   int count = 2;
 
-  explicit Roles(const Task& task) : view{&task.param, &task.gradient} {
+  explicit Roles(const TensorTask& task) : view{&task.param, &task.gradient} {
     for (const TensorView& state : task.state)
       if (state.data != nullptr) view[count++] = &state;
   }
@@ -265,7 +265,7 @@ struct Roles {
 enum class StoredAs : uint8_t { kFloat32, kBFloat16, kFloat16, kMixed, kStrided };
 
 template <class S>
-StoredAs stored_as(const Task& task, const Roles& roles) {
+StoredAs stored_as(const TensorTask& task, const Roles& roles) {
   if (task.shard != nullptr) return StoredAs::kStrided;
   bool same = sizeof(S) == sizeof(float), vectorisable = true;
   const DType dtype = task.param.dtype;
@@ -311,7 +311,7 @@ void update_those(const Update& work, const std::vector<Kind>& kinds, Kind mine,
 
   for (size_t t = 0; t < work.count; ++t) {
     if (!(kinds[t] == mine) || work.tasks[t].numel == 0) continue;
-    const Task& task = work.tasks[t];
+    const TensorTask& task = work.tasks[t];
     filler.make_room(chunks_of(task.numel));
     uint32_t set = task.prepared;
     if (!work.prepared_on_device) {
@@ -348,7 +348,7 @@ void update_all(const Update& work, Stream stream) {
   std::vector<Kind> kinds;
   kinds.reserve(work.count);
   for (size_t t = 0; t < work.count; ++t) {
-    const Task& task = work.tasks[t];
+    const TensorTask& task = work.tasks[t];
     kinds.push_back({states_of<Rule>(task), stored_as<S>(task, Roles(task))});
   }
   for_each_set<Rule>([&](auto set) {
@@ -375,7 +375,7 @@ void update(const Update& work, Stream stream) {
 #define TRAINOPT_UPDATES(rule) {update_all<rule, float>, update_all<rule, double>},
   static constexpr Function kUpdates[][2] = {TRAINOPT_FOR_EACH_RULE(TRAINOPT_UPDATES)};
 #undef TRAINOPT_UPDATES
-  kUpdates[work.rule][work.wide](work, stream);
+  kUpdates[work.rule][work.is_float64](work, stream);
 }
 
 }  // namespace trainopt::cuda

@@ -310,7 +310,8 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
                             const pybind11::object& found_inf, bool gradients_seen) {
   // Two threads in one optimizer's step race for its values, as with any in-place operation, but not for the plan.
   if (is_running_)
-    return Plan(rule_.name).step(groups, state, gradient_scale, fresh, stepped, device_scale, found_inf, gradients_seen);
+    return Plan(rule_.name)
+        .step(groups, state, gradient_scale, fresh, stepped, device_scale, found_inf, gradients_seen);
   const DeviceScaling scaling{number_or_none("device_scale", device_scale), number_or_none("found_inf", found_inf)};
   const bool writes_gradient = gradient_scale != 1 || scaling.gradient_scale.defined();
   bool all_next = false;
@@ -328,7 +329,8 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
     if (const auto& refused = unfinished.refused)
       TORCH_CHECK(false, "parameter ", refused->first, ": ", describe(refused->second));
     const bool can_recall = std::exchange(can_recall_, false);  // only what has been prepared
-    if (scaling.exists() && (!batch_.is_for_devices_alone() || !unfinished.rest.empty())) return answer_of("ask the host");
+    if (scaling.exists() && (!batch_.is_for_devices_alone() || !unfinished.rest.empty()))
+      return answer_of("ask the host");
     check_capture();
     if (!unfinished.empty()) return answer_of("unfinished", unfinished);
     batch_.prepare(gradient_scale, scaling);
@@ -383,7 +385,7 @@ std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& grou
         path = Path::kMode;
       } else if (THPVariable_Check(object)) {
         Operands operands;
-        Task task;
+        TensorTask task;
         Entry entry;
         if (Snapshot().see(object, cursor.find(object), state_names_, group.states_needed, &specs_, &operands))
           path = batch_.look(operands, group, false, &task, &entry);

@@ -1,5 +1,5 @@
-// What an optimizer's rule is: the arithmetic of one element, and what the engine must know of it. The struct is the one
-// place where these facts stand; Python asks the module for them.
+// What an optimizer's rule is: the arithmetic of one element, and what the engine must know of it. The struct is the
+// one place where these facts stand; Python asks the module for them.
 //
 // A rule is a struct with
 //   kName                    its name in the engine's table

@@ -19,19 +19,19 @@ struct Sgd {
 
   template <class S>
   struct Scalars {
-    S lr, momentum, new_share;
+    S lr, momentum, one_minus_dampening;
     bool has_momentum, nesterov, first;
   };
 
   template <class S>
-  TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& now) {
+  TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
     Scalars<S> k;
-    k.lr = static_cast<S>(now.lr);
+    k.lr = static_cast<S>(info.lr);
     k.momentum = static_cast<S>(options[kStepInfoum]);
-    k.new_share = static_cast<S>(1 - options[kDampening]);
+    k.one_minus_dampening = static_cast<S>(1 - options[kDampening]);
     k.has_momentum = options[kStepInfoum] != 0;
     k.nesterov = options[kNesterov] != 0;
-    k.first = now.first;
+    k.first = info.first;
     return k;
   }
 
@@ -40,7 +40,7 @@ struct Sgd {
     if (k.has_momentum) {
       T& buffer = state[0];
       // torch's first momentum step takes the gradient whole, dampening or not.
-      buffer = k.first ? g : buffer * T(k.momentum) + g * T(k.new_share);
+      buffer = k.first ? g : buffer * T(k.momentum) + g * T(k.one_minus_dampening);
       g = k.nesterov ? g + buffer * T(k.momentum) : buffer;
     }
     p = p - g * T(k.lr);

@@ -15,7 +15,7 @@ struct ShardLayout {
   Layout layout;
 };
 
-struct Task {
+struct TensorTask {
   int64_t numel;
   TensorView param, gradient;
   uint32_t tensor;                     // its index in the optimizer, for the random numbers
@@ -25,7 +25,7 @@ struct Task {
 
 // The states that a task has.
 template <class Rule>
-TRAINOPT_FUNCTION StateSet states_of(const Task& task) {
+TRAINOPT_FUNCTION StateSet states_of(const TensorTask& task) {
   StateSet set = 0;
   for (int s = 0; s < kStateCount<Rule>; ++s) set |= static_cast<StateSet>((task.state[s].data != nullptr) << s);
   return set;

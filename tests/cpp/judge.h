@@ -256,24 +256,24 @@ inline double sign(double x) { return x > 0 ? 1 : x < 0 ? -1 : 0; }
 // One element by the formulas, in double.
 inline void reference(const Setting& s, double& p, double& g, double* state, double noise) {
   g /= s.gradient_scale;
-  double slope = s.maximize ? -g : g;
-  if (s.decay == kCoupled) slope += s.weight_decay * p;
-  if (!s.l1_proximal) slope += s.l1 * sign(p);
+  double direction = s.maximize ? -g : g;
+  if (s.decay == kCoupled) direction += s.weight_decay * p;
+  if (!s.l1_proximal) direction += s.l1 * sign(p);
   if (s.decay == kDecoupled) p *= 1 - s.lr * s.weight_decay;
   const std::vector<double>& o = s.options;
   if (std::strcmp(s.rule, "sgd") == 0) {
     if (o[0] != 0) {
-      state[0] = s.step == 1 ? slope : o[0] * state[0] + (1 - o[1]) * slope;
-      slope = o[2] != 0 ? slope + o[0] * state[0] : state[0];
+      state[0] = s.step == 1 ? direction : o[0] * state[0] + (1 - o[1]) * direction;
+      direction = o[2] != 0 ? direction + o[0] * state[0] : state[0];
     }
-    p -= s.lr * slope;
+    p -= s.lr * direction;
   } else if (std::strcmp(s.rule, "eight") == 0) {
     double sum = s.decay == kInUpdate ? s.weight_decay * p : 0;
-    for (int i = 0; i < 8; ++i) sum += state[i] = state[i] / 2 + std::ldexp(slope, -i);
+    for (int i = 0; i < 8; ++i) sum += state[i] = state[i] / 2 + std::ldexp(direction, -i);
     p -= s.lr * sum;
   } else {
-    state[0] = o[0] * state[0] + (1 - o[0]) * slope;
-    state[1] = o[1] * state[1] + (1 - o[1]) * slope * slope;
+    state[0] = o[0] * state[0] + (1 - o[0]) * direction;
+    state[1] = o[1] * state[1] + (1 - o[1]) * direction * direction;
     double v = state[1];
     if (o[3] != 0) v = state[2] = std::max(state[2], v);
     const double correction1 = o[5] != 0 ? 1 - std::pow(o[0], s.step) : 1;
@@ -298,18 +298,18 @@ inline Settings settings_of(const Setting& s) {
   return settings;
 }
 
-inline Scalars scalars_of(const Setting& s, bool wide) {
+inline Scalars scalars_of(const Setting& s, bool is_float64) {
   const cpu::Rule* rule = cpu::find_rule(s.rule);
-  const StepInfo now{s.lr, false, s.weight_decay, s.step, s.step == 1};
+  const StepInfo info{s.lr, false, s.weight_decay, s.step, s.step == 1};
   const Decay decay = rule->decay(s.options.data());
   const Settings settings = settings_of(s);
   Scalars result;
-  if (wide) {
-    result.stages64 = prepare_stages<double>(settings, now, decay, s.gradient_scale);
+  if (is_float64) {
+    result.stages64 = prepare_stages<double>(settings, info, decay, s.gradient_scale);
   } else {
-    result.stages32 = prepare_stages<float>(settings, now, decay, s.gradient_scale);
+    result.stages32 = prepare_stages<float>(settings, info, decay, s.gradient_scale);
   }
-  rule->prepare(s.options.data(), now, wide, &result);
+  rule->prepare(s.options.data(), info, is_float64, &result);
   return result;
 }
 
@@ -350,8 +350,8 @@ struct Parameter {
   }
 
   // What every engine's task has of it.
-  template <class Task>
-  void describe(Task* task) const {
+  template <class TensorTask>
+  void describe(TensorTask* task) const {
     task->numel = numel;
     task->param = param.view();
     task->gradient = gradient.view();
@@ -365,27 +365,25 @@ struct Parameter {
   }
 };
 
-inline StateSet states_of(const Setting& s) {
-  return cpu::find_rule(s.rule)->states_needed(s.options.data());
-}
+inline StateSet states_of(const Setting& s) { return cpu::find_rule(s.rule)->states_needed(s.options.data()); }
 
 using Parameters = std::vector<Parameter*>;
 
 // Runs the engine over these parameters; their blocks in pieces of `piece` (all at once if 0), the last first.
-inline void run_cpu(const Setting& s, const Parameters& parameters, bool wide, int64_t piece) {
+inline void run_cpu(const Setting& s, const Parameters& parameters, bool is_float64, int64_t piece) {
   const cpu::Rule* rule = cpu::find_rule(s.rule);
-  const Scalars scalars = scalars_of(s, wide);
-  std::vector<cpu::Task> tasks;
+  const Scalars scalars = scalars_of(s, is_float64);
+  std::vector<cpu::TensorTask> tasks;
   std::vector<int64_t> starts{0};
   for (size_t i = 0; i < parameters.size(); ++i) {
-    cpu::Task task;
+    cpu::TensorTask task;
     parameters[i]->describe(&task);
     task.scalars = &scalars;
     task.tensor = static_cast<uint32_t>(i);
     tasks.push_back(task);
     starts.push_back(starts.back() + cpu::blocks_of(task.numel));
   }
-  const cpu::Run run{tasks.data(), starts.data(), tasks.size(), rule, wide};
+  const cpu::Update run{tasks.data(), starts.data(), tasks.size(), rule, is_float64};
   const int64_t all = starts.back();
   if (piece == 0) return cpu::run_blocks(run, 0, all);
   for (int64_t at = (all - 1) / piece * piece; at >= 0; at -= piece)
@@ -417,13 +415,13 @@ inline bool same_bits(const Parameters& a, const Parameters& b, bool with_gradie
 }
 
 // Whether `found` is `exact` rounded once, but for the arithmetic's own error.
-inline bool is_close(double found, double exact, DType dtype, bool wide, double scale) {
-  const double arithmetic = (wide ? 0x1p-52 : 0x1p-23) * 16 * (scale + std::fabs(exact));
+inline bool is_close(double found, double exact, DType dtype, bool is_float64, double scale) {
+  const double arithmetic = (is_float64 ? 0x1p-52 : 0x1p-23) * 16 * (scale + std::fabs(exact));
   return std::fabs(found - exact) <= 0.5 * spacing(exact, dtype) + arithmetic;
 }
 
 inline bool is_right(const Setting& s, const Parameters& before, const Parameters& after, const Arrangement& a,
-                     bool wide) {
+                     bool is_float64) {
   for (size_t t = 0; t < after.size(); ++t) {
     std::vector<float> noise(static_cast<size_t>(after[t]->numel));
     cpu::gaussian(noise.data(), 0, after[t]->numel, kSeed, static_cast<uint32_t>(s.step), static_cast<uint32_t>(t));
@@ -432,13 +430,15 @@ inline bool is_right(const Setting& s, const Parameters& before, const Parameter
       for (int k = 0; k < kMaxStates; ++k)
         if (before[t]->states[k] != nullptr) state[k] = before[t]->states[k]->get(i);
       const double scale = 1 + std::fabs(p) + g * g;
-      if (!wide) g = static_cast<double>(static_cast<float>(g));
+      if (!is_float64) g = static_cast<double>(static_cast<float>(g));
       reference(s, p, g, state, static_cast<double>(noise[static_cast<size_t>(i)]));
-      if (!is_close(after[t]->param.get(i), p, a.param_dtype, wide, scale)) return false;
-      if (s.gradient_scale != 1 && !is_close(after[t]->gradient.get(i), g, a.gradient_dtype, wide, scale)) return false;
+      if (!is_close(after[t]->param.get(i), p, a.param_dtype, is_float64, scale)) return false;
+      if (s.gradient_scale != 1 && !is_close(after[t]->gradient.get(i), g, a.gradient_dtype, is_float64, scale))
+        return false;
       for (int k = 0; k < kMaxStates; ++k)
         if (after[t]->states[k] != nullptr &&
-            !is_close(after[t]->states[k]->get(i), state[k], a.state_dtype, wide, scale * scale)) return false;
+            !is_close(after[t]->states[k]->get(i), state[k], a.state_dtype, is_float64, scale * scale))
+          return false;
     }
   }
   return true;

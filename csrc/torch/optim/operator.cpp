@@ -65,7 +65,7 @@ void optimizer_step_(std::string_view name, at::TensorList params, at::TensorLis
   if (!group.leave_on_device(lr, cuda::DeviceNumber::kLr)) group.lr = lr.item().toDouble();
   const auto is_elsewhere = [](const at::Tensor& param) { return !is_plain_cuda(param.unsafeGetTensorImpl()); };
   if (std::any_of(params.begin(), params.end(), is_elsewhere)) group.read_device_numbers(rule);
-  group.single_lr = lr.scalar_type() == at::kFloat;
+  group.lr_is_float32 = lr.scalar_type() == at::kFloat;
   group.weight_decay = weight_decay;
   group.maximize = maximize;
   group.l1 = l1;
