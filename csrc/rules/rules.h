@@ -2,6 +2,7 @@
 #pragma once
 
 #include "rules/adam.h"
+#include "rules/lion.h"
 #include "rules/sgd.h"
 
 // The tests of the engines have a rule of their own.
@@ -12,4 +13,5 @@
 #define TRAINOPT_FOR_EACH_RULE(DO) \
   DO(Sgd)                          \
   DO(Adam)                         \
+  DO(Lion)                         \
   TRAINOPT_RULES_OF_TESTS(DO)
