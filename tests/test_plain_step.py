@@ -223,8 +223,6 @@ def test_groups_of_another_librarys_file_are_completed(own, stock, options):
         ({"weight_decay": -0.5}, ValueError, "Invalid weight_decay value: -0.5"),
         ({"l1": -0.5}, ValueError, "Invalid l1 value: -0.5"),
         ({"momentun": 1}, TypeError, "got an unexpected keyword argument 'momentun'"),
-        ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
-        ({"fused": True, "foreach": True}, RuntimeError, "cannot be `True` together"),
     ],
     ids=str,
 )

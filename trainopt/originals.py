@@ -97,7 +97,7 @@ else:
         for package, root in ((torch.optim, torch.optim.Optimizer), (torch.nn, torch.nn.Module)):
             found = vars(package).get(name)
             if found is not None:
-                own = (cls for cls in (found, *_descendants(root)) if _is_torchs(cls, name, package.__name__))
+                own = (cls for cls in (found, *_descendants(root)) if _is_stock(cls, name, package.__name__))
                 found = next(own, found)
                 if root is torch.optim.Optimizer:
                     step_of(found)
@@ -105,7 +105,7 @@ else:
         raise AttributeError(f"torch {torch.__version__} has no optimizer and no module {name}")
 
 
-def _is_torchs(found: Any, name: str, package: str) -> bool:
+def _is_stock(found: Any, name: str, package: str) -> bool:
     return isinstance(found, type) and found.__name__ == name and found.__module__.startswith(package)
 
 
@@ -122,8 +122,8 @@ def step_of(cls: type) -> FunctionType:
 
 
 @functools.cache
-def _step_of(torchs: type) -> FunctionType:
-    bases = [base for base in torchs.__mro__ if base.__module__.startswith("torch.optim")]
+def _step_of(stock: type) -> FunctionType:
+    bases = [base for base in stock.__mro__ if base.__module__.startswith("torch.optim")]
     for i, base in enumerate(bases):
         if "step" not in vars(base):
             continue
@@ -134,4 +134,4 @@ def _step_of(torchs: type) -> FunctionType:
         made = _from_source(sys.modules[base.__module__], f"{base.__name__}.step")
         if made is not None:
             return made
-    raise AttributeError(f"{torchs.__name__} has no step")
+    raise AttributeError(f"{stock.__name__} has no step")

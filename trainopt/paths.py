@@ -13,7 +13,7 @@ import trainopt.clip
 from trainopt import switches
 from trainopt._extension import _C
 from trainopt.losses import dispatch
-from trainopt.optim.explain import Explanation, ParameterPath
+from trainopt.optim.explain import Explanation, ParameterPath, kernel, outline
 from trainopt.optim.explain import explain as explain_optimizer
 
 CLIPPING = ("clip_grad_norm_", "get_total_norm")
@@ -143,14 +143,6 @@ def own_leaf(value: Any, has_gradient: bool) -> Any:
     copied = value.detach().clone()
     can_have = copied.is_floating_point() or copied.is_complex()
     return copied.requires_grad_() if can_have and (has_gradient or value.requires_grad) else copied
-
-
-def kernel(device: str) -> str:
-    return f"fused (cpu, {_C.cpu_variant()})" if device == "cpu" else f"fused ({device})"
-
-
-def outline(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
 
 
 def name_of(thing: Any) -> str:

@@ -78,8 +78,8 @@ pybind11::dict rules() {
   const auto facts = pybind11::module_::import("collections").attr("namedtuple")("Rule", "options states counts_steps");
   pybind11::dict result;
   for (int i = 0; const cpu::Rule* rule = cpu::rule_at(i); ++i)
-    result[rule->name] = facts(names(rule->options, rule->option_count), names(rule->states, rule->state_count),
-                               rule->counts_steps);
+    result[rule->name] =
+        facts(names(rule->options, rule->option_count), names(rule->states, rule->state_count), rule->counts_steps);
   return result;
 }
 

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from trainopt import checks, switches
+from trainopt import switches
 from trainopt._extension import _C
 from trainopt.optim import loading, registry, torch_path, traced
 from trainopt.optim.depth import apply_depth
-from trainopt.optim.options import STOCK_DEFAULTS, check_extras, not_default, places_of
+from trainopt.optim.options import check_extras, defaults_of, not_default
 from trainopt.optim.report import NonfiniteReport
 from trainopt.optim.skipping import found_nonfinite, lie_on_device, skips_nonfinite, step_on_device
 from trainopt.optim.states import States, numbered
@@ -43,26 +43,11 @@ class Fused(States):
     def __init__(self, params: Any, **options: Any) -> None:
         self._extras = not_default({name: options.pop(name) for name in self.EXTRAS if name in options})
         self._start_recording()
-        if self._torch_class is None:
-            super().__init__(params, self._checked(options))
-        else:
+        if self._torch_class is not None:
             super().__init__(params, **options)
-
-    def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The defaults of an optimizer that torch does not have, or an error as torch's constructors raise it."""
-        known = {"lr", "weight_decay", *STOCK_DEFAULTS, *(key for key, _ in places_of(self._rule))}
-        for name in given.keys() - known:
-            raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
-        options = {"weight_decay": 0.0, **STOCK_DEFAULTS, **given}
-        for name in options.keys() & {"lr", "betas", "eps", "weight_decay", "momentum"}:
-            checks.stock_option(name, options[name])
-        if options["fused"]:
-            if options["differentiable"]:
-                raise RuntimeError("`fused` does not support `differentiable`")
-            if options["foreach"]:
-                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-            self._step_supports_amp_scaling = True  # GradScaler leaves its scale to the step
-        return options
+            return
+        self._step_supports_amp_scaling = bool(options.get("fused"))  # GradScaler leaves its scale to the step
+        super().__init__(params, defaults_of(type(self).__name__, self._rule, options))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as torch does."""
@@ -193,24 +178,6 @@ class Fused(States):
                 started |= missing
                 stepped.update(answer.rest, odd)
                 answer = step()
-
-    @property
-    def last_step_skipped(self) -> bool:
-        """Whether the last step was skipped for a gradient that is not finite.
-
-        That GradScaler has found (``fused=True``), or the optimizer itself (``skip_nonfinite=True``). On a CUDA device
-        the step does not wait to know it; to read it here does.
-        """
-        return self._record.was_skipped()
-
-    @property
-    def completed_steps(self) -> int:
-        """How many steps this object has completed since it was made.
-
-        Not counted are skipped steps, and those that only ask for states to be made (`init_state`). Waits for a CUDA
-        device only where a step's fate was left to it (`last_step_skipped`).
-        """
-        return self._record.completed()
 
     def nonfinite_report(self) -> NonfiniteReport:
         """The parameters with NaN or infinite elements in their gradient, states or value, by name and count.

@@ -63,7 +63,7 @@ def explain(optimizer: Any) -> Explanation:
     if not isinstance(optimizer, States):
         rows = [p for group in optimizer.param_groups for p in group["params"]]
         why = f"{type(optimizer).__module__}.{type(optimizer).__qualname__} is not one of trainopt's"
-        return Explanation(ParameterPath(f"parameter {i}", "torch", why, _outline(p)) for i, p in enumerate(rows))
+        return Explanation(ParameterPath(f"parameter {i}", "torch", why, outline(p)) for i, p in enumerate(rows))
     groups = optimizer._snapshot()
     params = [param for group in groups for param in group["params"]]
     if switches.REFERENCE_FORCED:
@@ -74,7 +74,7 @@ def explain(optimizer: Any) -> Explanation:
             paths = ["states in a container that is no plain dict"] * len(params)
         reasons = [_reason(said, param.device) for said, param in zip(paths, params, strict=True)]
     return Explanation(
-        ParameterPath(name, "torch" if reason else _kernel(param.device), reason, _outline(param), note)
+        ParameterPath(name, "torch" if reason else kernel(param.device.type), reason, outline(param), note)
         for name, reason, param, note in zip(names_of(optimizer), reasons, params, _notes(optimizer), strict=True)
     )
 
@@ -102,9 +102,10 @@ def _reason(said: str, device: torch.device) -> str:
     return (said and device.type == "cuda" and why_no_cuda()) or said
 
 
-def _kernel(device: torch.device) -> str:
-    return f"fused (cpu, {_C.cpu_variant()})" if device.type == "cpu" else f"fused ({device.type})"
+def kernel(device: str) -> str:
+    """How the fused path is called on a type of device."""
+    return f"fused (cpu, {_C.cpu_variant()})" if device == "cpu" else f"fused ({device})"
 
 
-def _outline(param: torch.Tensor) -> str:
-    return f"{str(param.dtype).removeprefix('torch.')} {tuple(param.shape)} on {param.device}"
+def outline(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"

@@ -65,11 +65,6 @@ STOCK_DEFAULTS: dict[str, Any] = {
 }
 
 
-def extras_of(rule_options: tuple[str, ...]) -> dict[str, Any]:
-    """The options beyond torch's of a class whose rule reads these, with their defaults."""
-    return {name: v for name, v in DEFAULTS.items() if name in Extras.__annotations__ or name in rule_options}
-
-
 def extra(group: Mapping[str, Any], name: str) -> Any:
     """One of these options in a group."""
     return group[name] if name in group else DEFAULTS[name]
@@ -85,6 +80,16 @@ def check_extras(options: Mapping[str, Any]) -> None:
     for name in ("l1", "noise"):
         checks.stock_option(name, options[name])
     checks.seed(options["seed"])
+
+
+def defaults_of(class_name: str, rule: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of an optimizer that torch does not have; errors are as those of torch's constructors."""
+    known = {"lr", "weight_decay", *STOCK_DEFAULTS, *(key for key, _ in places_of(rule))}
+    for name in given.keys() - known:
+        raise TypeError(f"{class_name}.__init__() got an unexpected keyword argument {name!r}")
+    for name in given.keys() & {"lr", "betas", "eps", "weight_decay", "momentum"}:
+        checks.stock_option(name, given[name])
+    return {"weight_decay": 0.0, **STOCK_DEFAULTS, **given}
 
 
 @functools.cache
@@ -113,12 +118,9 @@ def snapshot(group: Mapping[str, Any], rule: str) -> dict[str, Any]:
 
 def show_options(init: Any, defaults: Mapping[str, Any]) -> None:
     """Lets `inspect.signature` show the options that a constructor takes by ``**``, one by one."""
-    own = list(inspect.signature(init).parameters.values())
-    types = {**PlainOptions.__annotations__, **AdamExtras.__annotations__}
-    shown = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
-        for name, default in defaults.items()
-    ]
-    init.__signature__ = inspect.Signature(
-        [*(p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD), *shown], return_annotation=None
-    )
+    signature, types = inspect.signature(init), {**PlainOptions.__annotations__, **AdamExtras.__annotations__}
+    shown = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name, default in defaults.items():
+        kind, type_ = inspect.Parameter.KEYWORD_ONLY, types.get(name, Any)
+        shown.append(inspect.Parameter(name, kind, default=default, annotation=type_))
+    init.__signature__ = signature.replace(parameters=shown)

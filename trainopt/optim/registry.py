@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trainopt._extension import _C
-from trainopt.optim.options import STOCK_DEFAULTS, extras_of, show_options
+from trainopt.optim.options import DEFAULTS, STOCK_DEFAULTS, Extras, show_options
 from trainopt.optim.states import States
 
 #: By the name of the class.
@@ -28,7 +28,7 @@ def enter(cls: type[States], rule: str) -> None:
     cls._torch_class = next(filter(is_torch_class, cls.__mro__), None)
     if cls._torch_class is None and not hasattr(cls, "plain_step"):
         raise TypeError(f"{cls.__name__} needs a plain_step: torch has no such optimizer")
-    cls.EXTRAS = extras_of(facts.options)
+    cls.EXTRAS = {k: v for k, v in DEFAULTS.items() if k in Extras.__annotations__ or k in facts.options}
     if "__init__" in vars(cls):
         show_options(cls.__init__, cls.EXTRAS if cls._torch_class else {**STOCK_DEFAULTS, **cls.EXTRAS})
     OPTIMIZERS[cls.__name__] = cls

@@ -83,13 +83,13 @@ class Schedule(LRScheduler):
         self._beyond_torch = getattr(type(optimizer), "EXTRAS", {})
         self._values_after(self._completed, self._with_bases(optimizer.param_groups, self._override))
 
-        self._watch = Watch.of(optimizer)
-        self._counted = self._watch.completed(optimizer)
+        self._counter = StepCounter.of(optimizer)
+        self._counted = self._counter.completed(optimizer)
         self.optimizer = optimizer
         self._take_bases(optimizer.param_groups)
         self._set_bases(optimizer.param_groups, self._override)
         super().__init__(optimizer)
-        self._watch.schedules.add(self)
+        self._counter.schedules.add(self)
 
     def _initial_step(self) -> None:
         """Called by the constructor of LRScheduler, and by SequentialLR."""
@@ -130,12 +130,12 @@ class Schedule(LRScheduler):
         completed = self.last_epoch + self._pending() if epoch is None else whole(self, "epoch", epoch)
         values = self._values_after(completed, groups)
         self.last_epoch = completed
-        self._counted = self._watch.completed(self.optimizer)
+        self._counted = self._counter.completed(self.optimizer)
         self._write(values)
 
     def _pending(self) -> int:
         """The steps completed since the options were last set."""
-        return self._watch.completed(self.optimizer) - self._counted
+        return self._counter.completed(self.optimizer) - self._counted
 
     def _values_after(self, completed: int, groups: Sequence[Group]) -> list[tuple[int, str, float]]:
         """(group, option, value) after so many steps; ValueError for a value that the option cannot have."""
@@ -233,29 +233,29 @@ class Schedule(LRScheduler):
         self._is_unsure = False
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("_watch", "_counted")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_counter", "_counted")}
         return {**kept, "_pending_steps": self._pending()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         pending = state.pop("_pending_steps")
         self.__dict__.update(state)
-        self._watch = Watch.of(self.optimizer)
-        self._counted = self._watch.completed(self.optimizer) - pending
-        self._watch.schedules.add(self)
+        self._counter = StepCounter.of(self.optimizer)
+        self._counted = self._counter.completed(self.optimizer) - pending
+        self._counter.schedules.add(self)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{option}={factor!r}" for option, factor in self._factors.items())
         return f"Schedule({options}) after {self.last_epoch} steps"
 
 
-class Watch:
+class StepCounter:
     """Tells the schedules of one optimizer of its completed steps, and of groups that are added or loaded."""
 
     @classmethod
-    def of(cls, optimizer: Any) -> Watch:
-        if "_schedule_watch" not in optimizer.__dict__:
-            optimizer._schedule_watch = cls(optimizer)
-        return optimizer._schedule_watch
+    def of(cls, optimizer: Any) -> StepCounter:
+        if "_step_counter" not in optimizer.__dict__:
+            optimizer._step_counter = cls(optimizer)
+        return optimizer._step_counter
 
     def __init__(self, optimizer: Any) -> None:
         self.schedules: WeakSet[Schedule] = WeakSet()

@@ -46,6 +46,24 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         self._record = Record()
         self._unstarted = set()
 
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last step was skipped for a gradient that is not finite.
+
+        That GradScaler has found (``fused=True``), or the optimizer itself (``skip_nonfinite=True``). On a CUDA device
+        the step does not wait to know it; to read it here does.
+        """
+        return self._record.was_skipped()
+
+    @property
+    def completed_steps(self) -> int:
+        """How many steps this object has completed since it was made.
+
+        Not counted are skipped steps, and those that only ask for states to be made (`init_state`). Waits for a CUDA
+        device only where a step's fate was left to it (`last_step_skipped`).
+        """
+        return self._record.completed()
+
     def init_state(self) -> None:
         """Makes the state of every parameter that requires a gradient and has none yet, as before its first step.
 

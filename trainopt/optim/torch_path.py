@@ -34,6 +34,9 @@ def step(
     chosen = [(index, group, param) for index, group, param in wanted if param.grad is not None]
     if not chosen:
         return
+    sparse = [param for _, _, param in chosen if param.grad is not None and param.grad.layout is not torch.strided]
+    if sparse and optimizer._torch_class is None:
+        raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
     if scale != 1:
         for _, _, param in chosen:
             assert param.grad is not None
@@ -102,24 +105,21 @@ def _make_plain_step(optimizer: Any) -> None:
 
     As in the engine, arithmetic is float32 (float64 for float64 parameters), and complex numbers are pairs of reals.
     """
-    chosen = [both for _, *both in optimizer._enumerate() if both[1].grad is not None]
-    for _, param in chosen:
-        if param.grad.layout is not torch.strided:
-            raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
-    for group, param in chosen:
+    for _, group, param in optimizer._enumerate():
         optimizer._start(param, group)
         state = optimizer.state.get(param, {})
         if optimizer._counts_steps:
             state["step"] += 1
-        dtype = torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
-        stored = {name: _real(state[name]) for name in optimizer._states_needed(group)}
-        wide = {name: value.to(dtype) for name, value in stored.items()}
-        values, gradient = _real(param).to(dtype), _real(param.grad).to(dtype)
-        optimizer.plain_step(values, -gradient if group["maximize"] else gradient, {**state, **wide}, group)
-        stored[""], wide[""] = _real(param), values
-        for name, value in wide.items():
-            if value.dtype is not stored[name].dtype:
-                stored[name].copy_(value)
+        names = optimizer._states_needed(group)
+        stored = [_real(tensor) for tensor in (param, *(state[name] for name in names))]
+        dtype = torch.float64 if stored[0].dtype is torch.float64 else torch.float32
+        gradient = _real(param.grad).to(dtype)
+        values, *states = results = [tensor.to(dtype) for tensor in stored]  # themselves where they have this dtype
+        named = {**state, **dict(zip(names, states, strict=True))}
+        optimizer.plain_step(values, -gradient if group["maximize"] else gradient, named, group)
+        for tensor, result in zip(stored, results, strict=True):
+            if result.dtype is not tensor.dtype:
+                tensor.copy_(result)
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,6 @@ from trainopt.optim.states import States
 #: The last argument of `_init_group` that asks for `gather`; without it the call is torch's.
 GATHER = "trainopt"
 
-
 # Where each rule's options are in a group; a compiler does not look into what `places_of` asks.
 _PLACES = {rule: places_of(rule) for rule in _C.rules()}
 # Passed by name: what all rules share. trainopt's own are missing in a group that torch made.
