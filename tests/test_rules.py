@@ -243,7 +243,7 @@ def test_extremes_give_torchs_pattern(row, extreme, dtype):
 
 @each_dtype
 @pytest.mark.parametrize("late", [1e7, 2.0**24, 1e12])
-@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if "exp_avg" in row.states])
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.ours._counts_steps])
 def test_late_steps(name, late, dtype):
     """A step count in the millions, and one that float32 can no longer count on."""
     row = TABLE[name]
@@ -271,3 +271,18 @@ def test_all_gradients_zero(row):
     options = {"weight_decay": 0.0}
     found = result_of(row.make, start, zeros, **options)
     assert torch.equal(found["param"][0], start[0])
+
+
+@each_dtype
+@pytest.mark.parametrize("plain", [False, True], ids=["engine", "plain step"])
+def test_the_sign_of_a_zero_is_zero_and_of_a_nan_a_nan(plain, dtype, variant):
+    """Lion moves by lr for the smallest gradient, by nothing for either zero, and hides no NaN."""
+    tiny, inf, nan = torch.finfo(dtype).tiny, float("inf"), float("nan")
+    gradient = torch.tensor([nan, 0.0, -0.0, inf, -inf, 8 * tiny, -8 * tiny, 3.0] * 9, dtype=dtype)
+    moved = torch.tensor([nan, 0.0, 0.0, 0.5, -0.5, 0.5, -0.5, 0.5] * 9, dtype=dtype)
+    row = TABLE["Lion"]
+    for value in (1.0, 0.0, -0.0):
+        start = torch.full_like(gradient, value)
+        _, (p,) = run(row.make_plain_loop if plain else row.make, [start], [[gradient]], lr=0.5, betas=(0.5, 0.5))
+        expected = torch.where(moved == 0, start, start - moved)
+        assert_same_bits({"param": [p.detach()]}, {"param": [expected]}, any_nan=True)

@@ -109,7 +109,7 @@ std::vector<std::string> states_needed(const std::string& rule_name, const pybin
   group.refresh(dict.ptr(), rule);
   std::vector<std::string> names;
   for (int s = 0; s < rule.state_count; ++s)
-    if (contains(group.states_needed, s)) names.emplace_back(rule.states[s]);
+    if (trainopt::contains(group.states_needed, s)) names.emplace_back(rule.states[s]);
   return names;
 }
 
