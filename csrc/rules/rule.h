@@ -52,9 +52,9 @@ struct SetOf {
   static constexpr StateSet kSet = kStates;
 };
 
-// Calls `use` with each of a rule's sets, as a SetOf.
+// Calls `use` with each of a rule's sets, as a SetOf; on the host.
 template <class Rule, int kIndex = 0, class Use>
-TRAINOPT_FUNCTION constexpr void for_each_set(const Use& use) {
+static constexpr void for_each_set(const Use& use) {
   if constexpr (kIndex < kSetCount<Rule>) {
     use(SetOf<Rule::kStateSets[kIndex]>());
     for_each_set<Rule, kIndex + 1>(use);
