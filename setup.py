@@ -517,7 +517,8 @@ class Sanitize(Command):
         self, name: str, files: list[Path], flags: list[str], sanitizer: list[str] = SANITIZER_FLAGS
     ) -> list[Path]:
         compiler = Compiler(SANITIZED / name)
-        return compiler.compile({file: kernel_flags(file) + sanitizer + flags for file in files})
+        rules = ["-Itests/cpp/contract"]  # has a rule of the tests beside those of csrc/rules
+        return compiler.compile({file: rules + kernel_flags(file) + sanitizer + flags for file in files})
 
     def link(self, name: str, objects: list[Path], sanitizer: list[str] = SANITIZER_FLAGS) -> Path:
         return Compiler(SANITIZED / name).link(objects, SANITIZED / name / "test", [*sanitizer, "-pthread"])

@@ -96,6 +96,14 @@ def version() -> str:
 TYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
 
 
+def states_of(mask: int) -> str:
+    """A set of a rule's states in words: how many, or which if it is not the first of them."""
+    present = [str(state) for state in range(8) if mask >> state & 1]
+    if present and int(present[-1]) >= len(present):
+        return f"states {' '.join(present)}"
+    return {0: "no state", 1: "1 state"}.get(len(present), f"{len(present)} states")
+
+
 def describe(mangled: str) -> str:
     """A kernel's name and template arguments in words."""
     names = "update|prepare|partial|clip|finish|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
@@ -110,9 +118,8 @@ def describe(mangled: str) -> str:
         if way[1] == "General":
             return f"{name}, general, {TYPES[types[0]]}"
         return f"{name}, {TYPES[types[0]]}" + (f" to {TYPES[types[1]]}" if types[1:] and types[1] != types[0] else "")
-    if rule := re.search(r"^INS_\d+([A-Z][A-Za-z]+)E([fd])(?:Li(\d)E(.*))?", arguments):
-        states = {"0": "no state", "1": "1 state"}.get(rule[3], f"{rule[3]} states")
-        parts.append(rule[1] + (f" with {states}" if rule[3] else ""))
+    if rule := re.search(r"^INS_\d+([A-Z][A-Za-z]+)E([fd])(?:Lh(\d+)E(.*))?", arguments):
+        parts.append(rule[1] + (f" with {states_of(int(rule[3]))}" if rule[3] else ""))
         storage = re.search(r"Mixed|Strided|BFloat16|Float16|f", rule[4] or "")
         if storage and storage[0] in TYPES:
             return ", ".join([*parts, TYPES[storage[0]]])

@@ -14,14 +14,19 @@ pytestmark = [
     pytest.mark.skipif(cuda_kernels.nvcc() is None, reason="nvcc is neither on the PATH nor in CUDA_HOME"),
 ]
 
-RULES = ("Adam", "Sgd")
+RULES = re.findall(r"\bDO\((\w+)\)", (ROOT / "csrc" / "rules" / "rules.h").read_text())
+#: The sets of states of each rule, as its header lists them.
+SETS = [
+    re.search(r"kStateSets\[\] = \{(.*)\}", (ROOT / "csrc" / "rules" / f"{rule.lower()}.h").read_text())[1].split(",")
+    for rule in RULES
+]
 LOSSES = re.findall(r"\bDO\((\w+)\)", (ROOT / "csrc" / "losses" / "pointwise.h").read_text())
 TYPES = ("float32", "float64")
 
 #: How many kernels each file has.
 COUNTS = {
-    # All states and all but one; in any types, strided or not; and in one type each, in float32 arithmetic.
-    "update": len(RULES) * 2 * (2 * len(TYPES) + 3),
+    # For each set of states: in any types, strided or not; and in one type each, in float32 arithmetic.
+    "update": sum(map(len, SETS)) * (2 * len(TYPES) + 3),
     "prepare": len(RULES) * len(TYPES),
     "norm": 2 * len(TYPES) * 2 + 1,  # partial and clip, strided or not; finish
     "pointwise": 2 * len(LOSSES) * len(TYPES) + 1,  # forward and backward; finish
@@ -93,7 +98,7 @@ def test_aligned_tensors_are_loaded_and_stored_16_bytes_at_a_time(architecture):
     for kernel, ptx in cuda_kernels.ptx_of("update", architecture).items():
         if "strided" in kernel:
             continue
-        roles = 2 + int((re.search(r"with (\d)", kernel) or ["", "0"])[1])
+        roles = 2 + int((re.search(r"with (\d) state", kernel) or ["", "0"])[1])
         loads, stores = words(ptx)
         # Two words of each tensor under way; in any types a tensor as float32 and in 16 bits.
         assert loads >= 2 * roles and stores >= 2 * (roles - 1), (kernel, loads, stores)

@@ -18,6 +18,7 @@ from judge import (
     result_of,
     run,
     spacing,
+    take_undecided,
 )
 
 import trainopt
@@ -344,7 +345,7 @@ def test_parameters_that_are_not_dense(row):
     """A leaf that is a slice of something else: only its own elements change, as torch's loop changes them."""
     start, gradients = random_problem(((20, 30),), torch.float32, 4, 12)
     options = row.settings["all"]
-    torchs = result_of(row.make_torchs_loop, start, gradients, **options)
+    torchs = result_of(row.make_plain_loop, start, gradients, **options)
     wide = torch.full((20, 61), 7.0)
     p = wide[:, 1::2].copy_(start[0]).detach().requires_grad_()
     optimizer = row.make([p], **options)
@@ -361,7 +362,7 @@ def test_overlapping_parameters(row, cut):
     """Parameters that share memory are stepped one after the other, as torch does."""
     start, gradients = random_problem((200, 100, cut.stop - cut.start, 40), torch.float32, 4, 13)
     results = []
-    for make in (row.make, row.make_torchs_loop):
+    for make in (row.make, row.make_plain_loop):
         memory = start[0].clone()
         params = [memory[:100].detach(), memory[cut].detach(), start[3].clone()]
         optimizer = make([p.requires_grad_() for p in params], **row.settings["all"])
@@ -378,7 +379,7 @@ def test_memory_shared_only_from_a_later_step_on(row):
     """`p.data = q.data` between two steps."""
     start, gradients = random_problem((64, 64), torch.float32, 4, 14)
     results = []
-    for make in (row.make, row.make_torchs_loop):
+    for make in (row.make, row.make_plain_loop):
         params = [torch.nn.Parameter(p.clone()) for p in start]
         optimizer = make(params, **row.settings["all"])
         for i, now in enumerate(gradients):
@@ -418,6 +419,8 @@ def test_gradient_of_another_dtype(row, param_dtype, grad_dtype, layout):
             found = p.detach() if name == "param" else optimizer.state[p][name]
             assert found.dtype == param_dtype
             scale = torch.finfo(wide).eps * 16 * (1 + exact.abs() + old.abs() + g.double().abs().square())
+            if name == "param" and (undecided := take_undecided(torch.finfo(wide).eps)) is not None:
+                scale[undecided] = float("inf")
             allowed = spacing(exact, param_dtype) / 2 + scale
             assert ((found.double() - exact).abs() <= allowed).all(), (name, step)
     assert path_of(optimizer)[0].startswith("fused")
@@ -539,7 +542,7 @@ def test_every_variant_is_right(row, dtype, variant):
     options = row.settings["all"]
     assert_no_worse(
         result_of(row.make, start, gradients, **options),
-        result_of(row.make_torchs_loop, start, gradients, **options),
-        result_of(row.make_torchs_loop, start, gradients, torch.float64, **options),
+        result_of(row.make_plain_loop, start, gradients, **options),
+        result_of(row.make_plain_loop, start, gradients, torch.float64, **options),
         dtype,
     )

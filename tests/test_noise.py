@@ -397,7 +397,7 @@ def test_a_float32_count_is_widened_when_it_is_met(row):
 @ROWS
 def test_without_noise_nothing_is_kept_that_torch_does_not_keep(row):
     states = []
-    for make in (row.make, row.make_torchs_loop):
+    for make in (row.make, row.make_plain_loop):
         (p,) = zeros(8)
         p.grad = torch.ones(8)
         optimizer = make([p], **row.settings["all"])

@@ -17,7 +17,7 @@ COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name
 FLAGS = shlex.split(
     "-std=c++17 -O1 -w -ffp-contract=off -fno-math-errno -DTRAINOPT_SIMT -DTRAINOPT_PARAMETER_BYTES=4096"
 )
-FLAGS.append(f"-I{ROOT / 'tests' / 'simt'}")
+FLAGS += [f"-I{ROOT / 'tests' / 'simt'}", f"-I{ROOT / 'tests' / 'cpp' / 'contract'}"]
 ROWS, COLUMNS = "cross_entropy_rows.cu", "cross_entropy_columns.cu"
 PLAIN = "cross_entropy_plain.h"
 KERNELS = (

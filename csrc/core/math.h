@@ -17,6 +17,10 @@ TRAINOPT_FUNCTION double maximum(double a, double b) { return b > a || b != b ? 
 TRAINOPT_FUNCTION float sign_of(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }
 TRAINOPT_FUNCTION double sign_of(double x) { return x > 0 ? 1.0 : x < 0 ? -1.0 : 0.0; }
 
+// Likewise, but NaN for NaN: an update that is a sign must not hide it.
+TRAINOPT_FUNCTION float sign_or_nan(float x) { return x != x ? x : sign_of(x); }
+TRAINOPT_FUNCTION double sign_or_nan(double x) { return x != x ? x : sign_of(x); }
+
 // x moved towards 0 by `threshold`, and to exactly 0 if it is nearer than that; NaN stays NaN.
 TRAINOPT_FUNCTION float soft_threshold(float x, float threshold) {
   return x - (x > threshold ? threshold : x < -threshold ? -threshold : x);

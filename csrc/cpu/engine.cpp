@@ -10,27 +10,36 @@ namespace trainopt::cpu {
 namespace {
 
 template <class S, class R>
-void prepare_as(const double* options, const Moment& now, unsigned char* bytes) {
-  const typename R::template Scalars<S> scalars = R::template prepare<S>(options, now);
+void prepare_as(const double* options, const StepInfo& info, unsigned char* bytes) {
+  const typename R::template Scalars<S> scalars = R::template prepare<S>(options, info);
   static_assert(sizeof scalars <= kRuleScalarBytes);
   std::memcpy(bytes, &scalars, sizeof scalars);
+}
+
+// Options that call for states for which there is no kernel are not taken.
+template <class R>
+bool takes(const double* options) {
+  bool has_kernel = false;
+  for_each_set<R>([&](auto set) { has_kernel = has_kernel || R::states_needed(options) == decltype(set)::kSet; });
+  return has_kernel && R::takes(options);
 }
 
 template <class R>
 constexpr Rule describe(int index) {
   static_assert(sizeof(R::kOptions) / sizeof(R::kOptions[0]) <= kMaxOptions);
-  static_assert(sizeof(R::kStates) / sizeof(R::kStates[0]) <= kMaxStates);
+  static_assert(kStateCount<R> <= kMaxStates);
   return {R::kName,
           R::kOptions,
           sizeof(R::kOptions) / sizeof(R::kOptions[0]),
           R::kStates,
-          sizeof(R::kStates) / sizeof(R::kStates[0]),
+          kStateCount<R>,
           R::kCountsSteps,
           R::states_needed,
-          R::takes,
+          takes<R>,
           R::decay,
-          [](const double* options, const Moment& now, bool wide, Scalars* out) {
-            wide ? prepare_as<double, R>(options, now, out->rule) : prepare_as<float, R>(options, now, out->rule);
+          [](const double* options, const StepInfo& info, bool is_float64, Scalars* out) {
+            is_float64 ? prepare_as<double, R>(options, info, out->rule)
+                       : prepare_as<float, R>(options, info, out->rule);
           },
           index};
 }
@@ -63,15 +72,15 @@ const KernelTable& table_of(Variant variant) {
 }
 
 // Asks for the first lines of a task's tensors: the processor's own prefetching begins anew with each tensor.
-void prefetch_start(const Task& task) {
+void prefetch_start(const TensorTask& task, int state_count) {
   constexpr int kLines = 4;
   const auto ask = [](const void* data) {
     for (int line = 0; line < kLines; ++line) __builtin_prefetch(static_cast<const char*>(data) + 64 * line, 1);
   };
   ask(task.param.data);
   ask(task.gradient.data);
-  for (const TensorView& state : task.state)
-    if (state.data != nullptr) ask(state.data);
+  for (int s = 0; s < state_count; ++s)
+    if (task.state[s].data != nullptr) ask(task.state[s].data);
 }
 
 // Chosen in one thread while others may step.
@@ -89,19 +98,19 @@ const Rule* find_rule(const char* name) {
 
 const Rule* rule_at(int index) { return index < kRules ? &kRuleList[index] : nullptr; }
 
-void run_blocks(const Run& run, int64_t first, int64_t last) {
-  const Kernel kernel = table_in_use().rule[run.rule->index][run.wide];
+void run_blocks(const Update& update, int64_t first, int64_t last) {
+  const Kernel kernel = table_in_use().rule[update.rule->index][update.is_float64];
   // The task that block `first` belongs to: the last one that starts at or before it.
-  size_t low = 0, high = run.count;
+  size_t low = 0, high = update.count;
   while (high - low > 1) {
     const size_t middle = low + (high - low) / 2;
-    (run.starts[middle] <= first ? low : high) = middle;
+    (update.starts[middle] <= first ? low : high) = middle;
   }
-  for (size_t t = low; t < run.count && run.starts[t] < last; ++t) {
-    const Task& task = run.tasks[t];
-    if (t + 1 < run.count) prefetch_start(run.tasks[t + 1]);
-    const int64_t begin = first > run.starts[t] ? (first - run.starts[t]) * kBlock : 0;
-    const int64_t end = (last - run.starts[t]) * kBlock;
+  for (size_t t = low; t < update.count && update.starts[t] < last; ++t) {
+    const TensorTask& task = update.tasks[t];
+    if (t + 1 < update.count) prefetch_start(update.tasks[t + 1], update.rule->state_count);
+    const int64_t begin = first > update.starts[t] ? (first - update.starts[t]) * kBlock : 0;
+    const int64_t end = (last - update.starts[t]) * kBlock;
     kernel(task, begin, end < task.numel ? end : task.numel);
   }
 }

@@ -18,12 +18,12 @@ constexpr int64_t kBlock = 256;
 
 using trainopt::Scalars;
 
-struct Task : trainopt::Task {
+struct TensorTask : trainopt::TensorTask {
   const Scalars* scalars;
 };
 
 // Runs a rule over elements [begin, end) of a task; begin is a multiple of kBlock.
-using Kernel = void (*)(const Task&, int64_t begin, int64_t end);
+using Kernel = void (*)(const TensorTask&, int64_t begin, int64_t end);
 
 // A rule as the layers above see it.
 struct Rule {
@@ -33,10 +33,10 @@ struct Rule {
   const char* const* states;
   int state_count;
   bool counts_steps;
-  int (*states_needed)(const double* options);
+  StateSet (*states_needed)(const double* options);
   bool (*takes)(const double* options);
   Decay (*decay)(const double* options);
-  void (*prepare)(const double* options, const Moment&, bool wide, Scalars*);
+  void (*prepare)(const double* options, const StepInfo&, bool is_float64, Scalars*);
   int index;  // in the kernel tables
 };
 
@@ -44,15 +44,15 @@ const Rule* find_rule(const char* name);  // null if there is none
 const Rule* rule_at(int index);           // null past the last
 
 // Blocks [first, last) of all tasks' blocks one after the other; starts[i] is the first block of task i, starts[count]
-// their total. `wide` selects float64 arithmetic.
-struct Run {
-  const Task* tasks;
+// their total. `is_float64` selects float64 arithmetic.
+struct Update {
+  const TensorTask* tasks;
   const int64_t* starts;
   size_t count;
   const Rule* rule;
-  bool wide;
+  bool is_float64;
 };
-void run_blocks(const Run& run, int64_t first, int64_t last);
+void run_blocks(const Update& update, int64_t first, int64_t last);
 
 inline int64_t blocks_of(int64_t numel) { return (numel + kBlock - 1) / kBlock; }
 

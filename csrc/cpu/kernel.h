@@ -72,36 +72,38 @@ struct Tile {
   const S* noise;  // null without noise
 };
 
-template <class Rule, bool kPlain, int kPresent, class Stored, class S>
+template <class Rule, bool kPlain, StateSet kSet, class Stored, class S>
 TRAINOPT_FUNCTION void update_at(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars,
                                  const Tile<Stored, S, kStateCount<Rule>>& tile, int i) {
   using T = Register<Stored>;
   T p = load(tile.p + i), g = load(tile.g + i), state[kStateCount<Rule>];
-  for (int s = 0; s < kStateCount<Rule>; ++s) state[s] = s < kPresent ? load(tile.state[s] + i) : T(S(0));
+  for (int s = 0; s < kStateCount<Rule>; ++s) state[s] = contains(kSet, s) ? load(tile.state[s] + i) : T(S(0));
   T noise(S(0));
   if constexpr (!kPlain)
     if (tile.noise != nullptr) noise = load(tile.noise + i);
   step_elements<Rule, kPlain>(stages, scalars, p, g, state, noise);
   store(tile.p + i, p);
-  for (int s = 0; s < kPresent; ++s) store(tile.state[s] + i, state[s]);
+  for (int s = 0; s < kStateCount<Rule>; ++s)
+    if (contains(kSet, s)) store(tile.state[s] + i, state[s]);
   if (!kPlain && stages.write_gradient) store(tile.g + i, g);
 }
 
-template <class Rule, bool kPlain, int kPresent, class Stored, class S>
+template <class Rule, bool kPlain, StateSet kSet, class Stored, class S>
 TRAINOPT_FUNCTION void run_tile(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars,
                                 const Tile<Stored, S, kStateCount<Rule>>& tile, int count) {
   constexpr int kSize = Register<Stored>::kSize;
   int i = 0;
-  for (; i + kSize <= count; i += kSize) update_at<Rule, kPlain, kPresent>(stages, scalars, tile, i);
+  for (; i + kSize <= count; i += kSize) update_at<Rule, kPlain, kSet>(stages, scalars, tile, i);
   if (i == count) return;
   // The rest of a tensor, less than a vector: the same code over a padded copy.
   const size_t bytes = (count - i) * sizeof(Stored);
-  Stored padded[kPresent + 2][kSize] = {};
+  Stored padded[2 + kStateCount<Rule>][kSize] = {};
   S padded_noise[kSize] = {};
   Tile<Stored, S, kStateCount<Rule>> rest{padded[0], padded[1], {}, nullptr};
   __builtin_memcpy(rest.p, tile.p + i, bytes);
   __builtin_memcpy(rest.g, tile.g + i, bytes);
-  for (int s = 0; s < kPresent; ++s) {
+  for (int s = 0; s < kStateCount<Rule>; ++s) {
+    if (!contains(kSet, s)) continue;
     rest.state[s] = padded[2 + s];
     __builtin_memcpy(rest.state[s], tile.state[s] + i, bytes);
   }
@@ -109,9 +111,10 @@ TRAINOPT_FUNCTION void run_tile(const Stages<S>& stages, const typename Rule::te
     __builtin_memcpy(padded_noise, tile.noise + i, (count - i) * sizeof(S));
     rest.noise = padded_noise;
   }
-  update_at<Rule, kPlain, kPresent>(stages, scalars, rest, 0);
+  update_at<Rule, kPlain, kSet>(stages, scalars, rest, 0);
   __builtin_memcpy(tile.p + i, rest.p, bytes);
-  for (int s = 0; s < kPresent; ++s) __builtin_memcpy(tile.state[s] + i, rest.state[s], bytes);
+  for (int s = 0; s < kStateCount<Rule>; ++s)
+    if (contains(kSet, s)) __builtin_memcpy(tile.state[s] + i, rest.state[s], bytes);
   if (!kPlain && stages.write_gradient) __builtin_memcpy(tile.g + i, rest.g, bytes);
 }
 
@@ -119,39 +122,42 @@ TRAINOPT_FUNCTION void run_tile(const Stages<S>& stages, const typename Rule::te
 // for it as if it were only read.
 constexpr int64_t kAheadElements = 64 * 1024;  // of a tensor that are left; shorter ones are in the caches
 template <class Stored>
-TRAINOPT_FUNCTION void ask_ahead(const Stored* block) {
+TRAINOPT_FUNCTION void prefetch_ahead(const Stored* block) {
   const char* ahead = reinterpret_cast<const char*>(block + 4 * kBlock);
   for (size_t line = 0; line < kBlock * sizeof(Stored); line += 64) __builtin_prefetch(ahead + line, 1);
 }
 
 // All tensors are runs of one type: they are worked on where they lie.
-template <class Rule, int kPresent, class Stored, class S>
-TRAINOPT_FUNCTION void run_direct(const Task& task, const Stages<S>& stages,
+template <class Rule, StateSet kSet, class Stored, class S>
+TRAINOPT_FUNCTION void run_direct(const TensorTask& task, const Stages<S>& stages,
                                   const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
     Tile<Stored, S, kStateCount<Rule>> tile{
         static_cast<Stored*>(task.param.data) + at, static_cast<Stored*>(task.gradient.data) + at, {}, nullptr};
-    for (int s = 0; s < kPresent; ++s) tile.state[s] = static_cast<Stored*>(task.state[s].data) + at;
+    for (int s = 0; s < kStateCount<Rule>; ++s)
+      if (contains(kSet, s)) tile.state[s] = static_cast<Stored*>(task.state[s].data) + at;
     if (end - at >= kAheadElements) {
-      ask_ahead(tile.p);
-      for (int s = 0; s < kPresent; ++s) ask_ahead(tile.state[s]);
+      prefetch_ahead(tile.p);
+      for (int s = 0; s < kStateCount<Rule>; ++s)
+        if (contains(kSet, s)) prefetch_ahead(tile.state[s]);
     }
-    run_tile<Rule, true, kPresent>(stages, scalars, tile, count);
+    run_tile<Rule, true, kSet>(stages, scalars, tile, count);
   }
 }
 
 // Any types, any layouts, any stages: what is not a run of the arithmetic's type goes through a buffer.
-template <class Rule, int kPresent, class S>
-TRAINOPT_FUNCTION void run_buffered(const Task& task, const Stages<S>& stages,
+template <class Rule, StateSet kSet, class S>
+TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& stages,
                                     const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
-  S buffer[kPresent + 3][kBlock];
+  S buffer[3 + kStateCount<Rule>][kBlock];
   float gaussians[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
     Tile<S, S, kStateCount<Rule>> tile{
         load_tile(task.param, at, count, buffer[0]), load_tile(task.gradient, at, count, buffer[1]), {}, nullptr};
-    for (int s = 0; s < kPresent; ++s) tile.state[s] = load_tile(task.state[s], at, count, buffer[3 + s]);
+    for (int s = 0; s < kStateCount<Rule>; ++s)
+      if (contains(kSet, s)) tile.state[s] = load_tile(task.state[s], at, count, buffer[3 + s]);
     if (stages.noisy) {
       if (task.shard == nullptr) {
         gaussian_tile(gaussians, at, stages.seed, stages.step, task.tensor);
@@ -161,48 +167,49 @@ TRAINOPT_FUNCTION void run_buffered(const Task& task, const Stages<S>& stages,
       for (int i = 0; i < kBlock; ++i) buffer[2][i] = gaussians[i];
       tile.noise = buffer[2];
     }
-    run_tile<Rule, false, kPresent>(stages, scalars, tile, count);
+    run_tile<Rule, false, kSet>(stages, scalars, tile, count);
     store_tile(task.param, at, count, tile.p);
-    for (int s = 0; s < kPresent; ++s) store_tile(task.state[s], at, count, tile.state[s]);
+    for (int s = 0; s < kStateCount<Rule>; ++s)
+      if (contains(kSet, s)) store_tile(task.state[s], at, count, tile.state[s]);
     if (stages.write_gradient) store_tile(task.gradient, at, count, tile.g);
   }
 }
 
 template <class Stored>
-TRAINOPT_FUNCTION bool is_uniform(const Task& task, int present) {
+TRAINOPT_FUNCTION bool is_uniform(const TensorTask& task, StateSet set) {
   bool uniform = is_run_of<Stored>(task.param) && is_run_of<Stored>(task.gradient);
-  for (int s = 0; s < present; ++s) uniform = uniform && is_run_of<Stored>(task.state[s]);
+  for (int s = 0; s < kMaxStates; ++s)
+    if (contains(set, s)) uniform = uniform && is_run_of<Stored>(task.state[s]);
   return uniform;
 }
 
-template <class Rule, int kPresent, class S>
-TRAINOPT_FUNCTION void run_present(const Task& task, const Stages<S>& stages,
-                                   const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
-  const bool plain = !(stages.scaled || stages.negate || stages.l1_gradient || stages.l1_proximal || stages.noisy ||
-                       stages.write_gradient);
-  if (plain && is_uniform<S>(task, kPresent)) return run_direct<Rule, kPresent, S>(task, stages, scalars, begin, end);
-  if constexpr (sizeof(S) == sizeof(float)) {
-    if (plain && is_uniform<BFloat16>(task, kPresent))
-      return run_direct<Rule, kPresent, BFloat16>(task, stages, scalars, begin, end);
-    if (plain && is_uniform<Float16>(task, kPresent))
-      return run_direct<Rule, kPresent, Float16>(task, stages, scalars, begin, end);
-  }
-  run_buffered<Rule, kPresent>(task, stages, scalars, begin, end);
-}
-
-// A rule needs all of its states, or all but the last.
-template <class Rule, class S>
-void run(const Task& task, int64_t begin, int64_t end) {
+template <class Rule, StateSet kSet, class S>
+void run_set(const TensorTask& task, int64_t begin, int64_t end) {
   // Copies: nothing that the loop writes can alias them.
   const Stages<S> stages = stages_of(*task.scalars, S());
   typename Rule::template Scalars<S> scalars;
   static_assert(sizeof scalars <= kRuleScalarBytes);
   __builtin_memcpy(&scalars, task.scalars->rule, sizeof scalars);
-  if (task.state[kStateCount<Rule> - 1].data == nullptr) {
-    run_present<Rule, kStateCount<Rule> - 1>(task, stages, scalars, begin, end);
-  } else {
-    run_present<Rule, kStateCount<Rule>>(task, stages, scalars, begin, end);
+  const bool plain = !(stages.scaled || stages.negate || stages.l1_gradient || stages.l1_proximal || stages.noisy ||
+                       stages.write_gradient);
+  if (plain && is_uniform<S>(task, kSet)) return run_direct<Rule, kSet, S>(task, stages, scalars, begin, end);
+  if constexpr (sizeof(S) == sizeof(float)) {
+    if (plain && is_uniform<BFloat16>(task, kSet))
+      return run_direct<Rule, kSet, BFloat16>(task, stages, scalars, begin, end);
+    if (plain && is_uniform<Float16>(task, kSet))
+      return run_direct<Rule, kSet, Float16>(task, stages, scalars, begin, end);
   }
+  run_buffered<Rule, kSet>(task, stages, scalars, begin, end);
+}
+
+// By the states that the task has: the kernel of that set.
+template <class Rule, class S>
+void run(const TensorTask& task, int64_t begin, int64_t end) {
+  const StateSet states = states_of<Rule>(task);
+  for_each_set<Rule>([&](auto set) {
+    constexpr StateSet kSet = decltype(set)::kSet;
+    if (states == kSet) run_set<Rule, kSet, S>(task, begin, end);
+  });
 }
 
 }  // namespace

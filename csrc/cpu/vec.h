@@ -114,6 +114,12 @@ TRAINOPT_FUNCTION Vec<S> sign_of(Vec<S> x) {
   return x.lanes > zero.lanes ? one.lanes : (x.lanes < zero.lanes ? minus_one.lanes : zero.lanes);
 }
 
+// Likewise, but NaN for NaN.
+template <class S>
+TRAINOPT_FUNCTION Vec<S> sign_or_nan(Vec<S> x) {
+  return x.lanes != x.lanes ? x.lanes : sign_of(x).lanes;
+}
+
 // x moved towards 0 by `threshold`, and to exactly 0 if it is nearer than that; NaN stays NaN.
 template <class S>
 TRAINOPT_FUNCTION Vec<S> soft_threshold(Vec<S> x, Vec<S> threshold) {
@@ -158,6 +164,7 @@ TRAINOPT_OPERATOR(/)
 
 TRAINOPT_FUNCTION Pair square_root(Pair x) { return {square_root(x.even), square_root(x.odd)}; }
 TRAINOPT_FUNCTION Pair maximum(Pair a, Pair b) { return {maximum(a.even, b.even), maximum(a.odd, b.odd)}; }
+TRAINOPT_FUNCTION Pair sign_or_nan(Pair x) { return {sign_or_nan(x.even), sign_or_nan(x.odd)}; }
 
 typedef uint32_t WordLanes __attribute__((vector_size(TRAINOPT_VECTOR_BYTES)));
 

@@ -24,14 +24,14 @@ struct Prepared {
 };
 
 // Data lie on the device, layouts on the host.
-struct Task : trainopt::Task {
+struct TensorTask : trainopt::TensorTask {
   uint32_t prepared;  // which of the update's is its
 };
 
 struct Update {
-  int rule;   // its place in TRAINOPT_FOR_EACH_RULE
-  bool wide;  // float64 arithmetic
-  const Task* tasks;
+  int rule;         // its place in TRAINOPT_FOR_EACH_RULE
+  bool is_float64;  // float64 arithmetic
+  const TensorTask* tasks;
   size_t count;
   const Prepared* prepared;
   bool prepared_on_device;  // by `prepare`; else they lie on the host, and travel with the launch
@@ -68,7 +68,7 @@ struct Count {
 
 struct Preparation {
   int rule;
-  bool wide;
+  bool is_float64;
   const GroupSource* groups;
   size_t group_count;
   const Count* counts;

@@ -53,17 +53,18 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareT
     const double value = number_at(from.data, from.is_double != 0);
     if (from.option == DeviceNumber::kLr) {
       settings.lr = value;
-      settings.single_lr = from.is_double == 0;
+      settings.lr_is_float32 = from.is_double == 0;
     } else {
       options[from.option] = value;
     }
   }
   const float* scale = table.header.gradient_scale;
-  const Moment now{settings.lr, settings.single_lr != 0, step, count.first != 0 || step == 1};
+  const StepInfo info{settings.lr, settings.lr_is_float32 != 0, settings.weight_decay, step,
+                      count.first != 0 || step == 1};
   Prepared& out = table.header.out[i];
   stages_of(out.scalars, S()) =
-      prepare_stages<S>(settings, now, Rule::decay(options), scale != nullptr ? static_cast<double>(*scale) : 1.0);
-  const typename Rule::template Scalars<S> scalars = Rule::template prepare<S>(options, now);
+      prepare_stages<S>(settings, info, Rule::decay(options), scale != nullptr ? static_cast<double>(*scale) : 1.0);
+  const typename Rule::template Scalars<S> scalars = Rule::template prepare<S>(options, info);
   __builtin_memcpy(out.scalars.rule, &scalars, sizeof scalars);
   out.step = random_key(settings.seed, step).step;
 }
@@ -110,7 +111,7 @@ void prepare(const Preparation& work, Stream stream) {
 #define TRAINOPT_PREPARES(rule) {prepare_all<rule, float>, prepare_all<rule, double>},
   static constexpr Function kPrepares[][2] = {TRAINOPT_FOR_EACH_RULE(TRAINOPT_PREPARES)};
 #undef TRAINOPT_PREPARES
-  kPrepares[work.rule][work.wide](work, stream);
+  kPrepares[work.rule][work.is_float64](work, stream);
 }
 
 }  // namespace trainopt::cuda

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -73,8 +74,9 @@ __device__ __forceinline__ float gaussian_one(uint64_t seed, uint32_t step, uint
 }
 
 // All that is the same for the elements of a chunk.
-template <class Rule, class S, class Storage, int kRoles>
+template <class Rule, class S, class Storage, StateSet kSet>
 struct Chunk {
+  static constexpr int kRoles = 2 + count_of(kSet);
   void* data[kRoles];  // in registers: what the table says would be read again after each store
   DType dtypes[kRoles];
   Stages<S> stages;
@@ -105,11 +107,15 @@ struct Chunk {
   template <bool kPlain, int kCount>
   __device__ __forceinline__ void step_value(S (&value)[kRoles][kCount], int i, S noise) const {
     S state[kStateCount<Rule>] = {};
+    int role = 2;
 #pragma unroll
-    for (int s = 0; s < kRoles - 2; ++s) state[s] = value[2 + s][i];
+    for (int s = 0; s < kStateCount<Rule>; ++s)
+      if (contains(kSet, s)) state[s] = value[role++][i];
     step_elements<Rule, kPlain>(stages, scalars, value[0][i], value[1][i], state, noise);
+    role = 2;
 #pragma unroll
-    for (int s = 0; s < kRoles - 2; ++s) value[2 + s][i] = state[s];
+    for (int s = 0; s < kStateCount<Rule>; ++s)
+      if (contains(kSet, s)) value[role++][i] = state[s];
   }
 
   __device__ __forceinline__ bool writes(int role) const { return role != 1 || stages.write_gradient; }
@@ -210,17 +216,18 @@ constexpr int kFewRolesBlocks = 3;
 template <class S, class Storage, int kRoles>
 constexpr int kMinBlocks = sizeof(S) == sizeof(double)         ? 1
                            : kIsOneType<Storage> && kRoles < 5 ? kFewRolesBlocks
-                                                               : 2;
+                           : kRoles < 7                        ? 2
+                                                               : 1;
 
 // One block, one chunk.
-template <class Rule, class S, int kPresent, class Storage>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<S, Storage, kPresent + 2>) update_kernel(
-    const typename TableOf<kPresent + 2, std::is_same_v<Storage, Strided>>::type __grid_constant__ table) {
+template <class Rule, class S, StateSet kSet, class Storage>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<S, Storage, 2 + count_of(kSet)>) update_kernel(
+    const typename TableOf<2 + count_of(kSet), std::is_same_v<Storage, Strided>>::type __grid_constant__ table) {
   if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const auto& row = table.rows[index];
   const Prepared* on_device = table.header.on_device;
-  const Chunk<Rule, S, Storage, kPresent + 2> chunk(
+  const Chunk<Rule, S, Storage, kSet> chunk(
       row, on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared]);
 
   int64_t at = static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kChunk;
@@ -243,42 +250,50 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S, Storage, kPresent + 2>
 
 // On the host -------------------------------------------------------------------------------------------------------
 
-const TensorView& role_of(const Task& task, int role) {
-  return role == 0 ? task.param : role == 1 ? task.gradient : task.state[role - 2];
-}
+// The tensors of a task in the order of their roles.
+struct Roles {
+  const TensorView* view[2 + kMaxStates];
+  int count = 2;
 
-// Which kernel a task is for: how many of the rule's states it has, and how they are stored.
-struct Kind {
-  bool all_states;
-  enum Storage { kFloat32, kBFloat16, kFloat16, kMixed, kStrided } storage;
+  explicit Roles(const TensorTask& task) : view{&task.param, &task.gradient} {
+    for (const TensorView& state : task.state)
+      if (state.data != nullptr) view[count++] = &state;
+  }
 };
-constexpr int kStorages = Kind::kStrided + 1;
 
-template <class Rule, class S>
-Kind kind_of(const Task& task) {
-  Kind kind{task.state[kStateCount<Rule> - 1].data != nullptr, Kind::kMixed};
-  if (task.shard != nullptr) return {kind.all_states, Kind::kStrided};
-  const int roles = 2 + kStateCount<Rule> - (kind.all_states ? 0 : 1);
+// How a task's tensors are stored.
+enum class StoredAs : uint8_t { kFloat32, kBFloat16, kFloat16, kMixed, kStrided };
+
+template <class S>
+StoredAs stored_as(const TensorTask& task, const Roles& roles) {
+  if (task.shard != nullptr) return StoredAs::kStrided;
   bool same = sizeof(S) == sizeof(float), vectorisable = true;
   const DType dtype = task.param.dtype;
-  for (int r = 0; r < roles; ++r) {
-    const TensorView& view = role_of(task, r);
-    if (view.layout != nullptr) return {kind.all_states, Kind::kStrided};
+  for (int r = 0; r < roles.count; ++r) {
+    const TensorView& view = *roles.view[r];
+    if (view.layout != nullptr) return StoredAs::kStrided;
     same = same && view.dtype == dtype;
     vectorisable = vectorisable && is_vectorisable<S>(view);
   }
-  if (same && vectorisable)
-    kind.storage = dtype == DType::kFloat32    ? Kind::kFloat32
-                   : dtype == DType::kBFloat16 ? Kind::kBFloat16
-                   : dtype == DType::kFloat16  ? Kind::kFloat16
-                                               : Kind::kMixed;
-  return kind;
+  if (!same || !vectorisable) return StoredAs::kMixed;
+  return dtype == DType::kFloat32    ? StoredAs::kFloat32
+         : dtype == DType::kBFloat16 ? StoredAs::kBFloat16
+         : dtype == DType::kFloat16  ? StoredAs::kFloat16
+                                     : StoredAs::kMixed;
 }
 
+// Which kernel a task is for.
+struct Kind {
+  StateSet states;
+  StoredAs stored;
+
+  bool operator==(const Kind& other) const { return states == other.states && stored == other.stored; }
+};
+
 // The tasks of one kind.
-template <class Rule, class S, int kPresent, class Storage>
-void update_those(const Update& work, const std::vector<uint8_t>& kinds, uint8_t mine, Stream stream) {
-  constexpr int kRoles = kPresent + 2;
+template <class Rule, class S, StateSet kSet, class Storage>
+void update_those(const Update& work, const std::vector<Kind>& kinds, Kind mine, Stream stream) {
+  constexpr int kRoles = 2 + count_of(kSet);
   constexpr bool kStrided = std::is_same_v<Storage, Strided>;
   using Table = typename TableOf<kRoles, kStrided>::type;
   static_assert(sizeof(Table) <= kParameterBytes);
@@ -289,14 +304,14 @@ void update_those(const Update& work, const std::vector<uint8_t>& kinds, uint8_t
   table.header.found_inf = work.found_inf;
   uint32_t sets[kSets] = {}, set_count = 0;  // what is in the table
   const auto start = [&](const Table& full, int64_t chunks) {
-    launch("update", update_kernel<Rule, S, kPresent, Storage>, {chunks, kThreads}, stream, full);
+    launch("update", update_kernel<Rule, S, kSet, Storage>, {chunks, kThreads}, stream, full);
     set_count = 0;
   };
   Filler<Table, decltype(start)> filler(table, start);
 
   for (size_t t = 0; t < work.count; ++t) {
-    if (kinds[t] != mine) continue;
-    const Task& task = work.tasks[t];
+    if (!(kinds[t] == mine) || work.tasks[t].numel == 0) continue;
+    const TensorTask& task = work.tasks[t];
     filler.make_room(chunks_of(task.numel));
     uint32_t set = task.prepared;
     if (!work.prepared_on_device) {
@@ -315,8 +330,9 @@ void update_those(const Update& work, const std::vector<uint8_t>& kinds, uint8_t
     row.prepared = set;
     row.tensor = task.tensor;
     row.vectorisable = true;
+    const Roles roles(task);
     for (int r = 0; r < kRoles; ++r) {
-      const TensorView& view = role_of(task, r);
+      const TensorView& view = *roles.view[r];
       row.data[r] = view.data;
       row.dtype[r] = view.dtype;
       row.vectorisable = row.vectorisable && is_vectorisable<S>(view);
@@ -329,29 +345,27 @@ void update_those(const Update& work, const std::vector<uint8_t>& kinds, uint8_t
 
 template <class Rule, class S>
 void update_all(const Update& work, Stream stream) {
-  constexpr uint8_t kNone = 0xff;
-  constexpr int kAll = kStateCount<Rule>;
-  std::vector<uint8_t> kinds(work.count, kNone);
-  uint32_t present = 0;
+  std::vector<Kind> kinds;
+  kinds.reserve(work.count);
   for (size_t t = 0; t < work.count; ++t) {
-    if (work.tasks[t].numel == 0) continue;
-    const Kind kind = kind_of<Rule, S>(work.tasks[t]);
-    kinds[t] = static_cast<uint8_t>(kind.storage + (kind.all_states ? 0 : kStorages));
-    present |= 1u << kinds[t];
+    const TensorTask& task = work.tasks[t];
+    kinds.push_back({states_of<Rule>(task), stored_as<S>(task, Roles(task))});
   }
-  const auto run = [&](auto storage, Kind::Storage as) {
-    using Storage = decltype(storage);
-    const uint8_t all = as, fewer = static_cast<uint8_t>(as + kStorages);
-    if ((present >> all & 1) != 0) update_those<Rule, S, kAll, Storage>(work, kinds, all, stream);
-    if ((present >> fewer & 1) != 0) update_those<Rule, S, kAll - 1, Storage>(work, kinds, fewer, stream);
-  };
-  if constexpr (sizeof(S) == sizeof(float)) {
-    run(float(), Kind::kFloat32);
-    run(BFloat16(), Kind::kBFloat16);
-    run(Float16(), Kind::kFloat16);
-  }
-  run(Mixed(), Kind::kMixed);
-  run(Strided(), Kind::kStrided);
+  for_each_set<Rule>([&](auto set) {
+    constexpr StateSet kSet = decltype(set)::kSet;
+    const auto run = [&](auto storage, StoredAs stored) {
+      const Kind mine{kSet, stored};
+      if (std::find(kinds.begin(), kinds.end(), mine) != kinds.end())
+        update_those<Rule, S, kSet, decltype(storage)>(work, kinds, mine, stream);
+    };
+    if constexpr (sizeof(S) == sizeof(float)) {
+      run(float(), StoredAs::kFloat32);
+      run(BFloat16(), StoredAs::kBFloat16);
+      run(Float16(), StoredAs::kFloat16);
+    }
+    run(Mixed(), StoredAs::kMixed);
+    run(Strided(), StoredAs::kStrided);
+  });
 }
 
 }  // namespace
@@ -361,7 +375,7 @@ void update(const Update& work, Stream stream) {
 #define TRAINOPT_UPDATES(rule) {update_all<rule, float>, update_all<rule, double>},
   static constexpr Function kUpdates[][2] = {TRAINOPT_FOR_EACH_RULE(TRAINOPT_UPDATES)};
 #undef TRAINOPT_UPDATES
-  kUpdates[work.rule][work.wide](work, stream);
+  kUpdates[work.rule][work.is_float64](work, stream);
 }
 
 }  // namespace trainopt::cuda

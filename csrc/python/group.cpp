@@ -237,8 +237,8 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   states_needed = rule.states_needed(options);
   PyObject* lr_value = reader.require(keys.lr);
   lr = reader.number_or_device(lr_value, cuda::DeviceNumber::kLr);
-  single_lr = !PyFloat_CheckExact(lr_value) && THPVariable_CheckExact(lr_value) &&
-              THPVariable_Unpack(lr_value).scalar_type() == at::kFloat;
+  lr_is_float32 = !PyFloat_CheckExact(lr_value) && THPVariable_CheckExact(lr_value) &&
+                  THPVariable_Unpack(lr_value).scalar_type() == at::kFloat;
   weight_decay = reader.torchs(reader.require(keys.weight_decay));
   maximize = reader.truth(reader.require(keys.maximize));
   differentiable = reader.truth(reader.require(keys.differentiable));

@@ -107,7 +107,10 @@ std::vector<std::string> states_needed(const std::string& rule_name, const pybin
   const cpu::Rule& rule = rule_named(rule_name);
   Group group;
   group.refresh(dict.ptr(), rule);
-  return {rule.states, rule.states + group.states_needed};
+  std::vector<std::string> names;
+  for (int s = 0; s < rule.state_count; ++s)
+    if (trainopt::contains(group.states_needed, s)) names.emplace_back(rule.states[s]);
+  return names;
 }
 
 Plan::GroupForm::GroupForm(const Group& group)
@@ -142,8 +145,8 @@ bool Plan::refresh(PyObject* groups, PyObject* state) {
 }
 
 bool Plan::lacks_states(const Operands& operands, const Group& group) const {
-  const auto found = std::count_if(std::begin(operands.states), std::end(operands.states),
-                                   [](const c10::TensorImpl* state) { return state != nullptr; });
+  StateSet found = 0;
+  for (int s = 0; s < rule_.state_count; ++s) found |= static_cast<StateSet>((operands.states[s] != nullptr) << s);
   if (found != group.states_needed) return true;
   const bool needs_steps = rule_.counts_steps || group.noise != 0;
   if (needs_steps && operands.steps == nullptr) return true;
@@ -382,7 +385,7 @@ std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& grou
         path = Path::kMode;
       } else if (THPVariable_Check(object)) {
         Operands operands;
-        Task task;
+        TensorTask task;
         Entry entry;
         if (Snapshot().see(object, cursor.find(object), state_names_, group.states_needed, &specs_, &operands))
           path = batch_.look(operands, group, false, &task, &entry);

@@ -97,8 +97,8 @@ bool Snapshot::see_param(PyObject* param, Specs* specs, Operands* operands) {
   if (operands->gradient == nullptr) return true;
   PyObject* gradient = operands->gradient->pyobj_slot()->load_pyobj();
   const Leaf found = leaf_of(gradient, specs);
-  operands->lies_alike = lie_alike(leaf, found);
-  if (!operands->lies_alike) return true;
+  operands->placements_match = lie_alike(leaf, found);
+  if (!operands->placements_match) return true;
   distributed_->gradient = {spec_of(gradient), nullptr, found.local};
   operands->gradient = found.local;
   operands->outer_gradient = found.outer;
@@ -113,7 +113,8 @@ const c10::TensorImpl* Snapshot::see_state(PyObject* value, bool is_count, Specs
     return operands->states_are_tensors ? impl_of(value) : nullptr;
   }
   const Leaf leaf = leaf_of(value, specs);
-  operands->lies_alike = operands->lies_alike && lie_alike({nullptr, operands->outers[0], operands->shard}, leaf);
+  operands->placements_match =
+      operands->placements_match && lie_alike({nullptr, operands->outers[0], operands->shard}, leaf);
   operands->states_are_tensors = leaf.local != nullptr && !leaf.outer->requires_grad();
   if (!operands->states_are_tensors) return nullptr;
   distributed_->items.resize(items_.size() + 1);
@@ -122,7 +123,7 @@ const c10::TensorImpl* Snapshot::see_state(PyObject* value, bool is_count, Specs
   return leaf.local;
 }
 
-bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, int64_t states_needed,
+bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, StateSet states_needed,
                    Specs* specs, Operands* operands) {
   set_idle(param);
   state_ = state;
@@ -139,7 +140,7 @@ bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11:
     if (!operands->states_are_tensors) break;
     const int name = find_name(names, key);
     Role role = Role::kIgnored;
-    if (value != Py_None && (name == count_name || name < states_needed)) {
+    if (value != Py_None && (name == count_name || contains(states_needed, name))) {
       role = name == count_name ? Role::kCount : Role::kState;
       const c10::TensorImpl* tensor = see_state(value, role == Role::kCount, specs, operands);
       if (tensor == nullptr) break;
@@ -168,7 +169,7 @@ bool Snapshot::note(const Operands& operands, const Batch& batch) {
   if (!is_plain_cpu(operands.param) || !is_counted) return false;
   const Entry& entry = batch.entries.back();
   if (entry.task < 0) return true;
-  const cpu::Task& task = batch.tasks[entry.wide][entry.task];
+  const cpu::TensorTask& task = batch.tasks[entry.is_float64][entry.task];
   bool is_simple = task.param.layout == nullptr && task.gradient.layout == nullptr;
   for (const TensorView& state : task.state)
     is_simple = is_simple && (state.data == nullptr || state.layout == nullptr);
@@ -226,12 +227,13 @@ bool Snapshot::look_into_dtensors() {
   Entry& entry = batch.entries[entry_];
   return is_same(param, param_) && param->numel() == numel_ && param->is_contiguous() == contiguous_ &&
          param->is_non_overlapping_and_dense() &&
-         gradient_matches(param, gradient, batch, entry.task < 0 ? nullptr : &batch.tasks[entry.wide][entry.task]) &&
+         gradient_matches(param, gradient, batch,
+                          entry.task < 0 ? nullptr : &batch.tasks[entry.is_float64][entry.task]) &&
          items_match(param, entry, all_next);
 }
 
 bool Snapshot::gradient_matches(const c10::TensorImpl* param, const c10::TensorImpl* gradient, const Batch& batch,
-                                cpu::Task* task) {
+                                cpu::TensorTask* task) {
   if (!is_plain_cpu(gradient) || gradient->dtype() != gradient_.dtype || !same_elements(param, gradient)) return false;
   if (same_memory(gradient, gradient_, false)) {
     gradient_.impl = gradient;  // what the step reads, of whichever tensor

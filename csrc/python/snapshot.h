@@ -33,9 +33,10 @@ class Snapshot {
   // A parameter that takes no part in the step.
   void set_idle(PyObject* param);
 
-  // Unpacks a parameter, a tensor. `names` are the rule's states, then "step"; the first `states_needed` count. False
-  // if the parameter is of a class that the engine knows nothing of; then its own tensors are unpacked all the same.
-  bool see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, int64_t states_needed,
+  // Unpacks a parameter, a tensor. `names` are the rule's states, then "step"; of the states `states_needed` count.
+  // False if the parameter is of a class that the engine knows nothing of; then its own tensors are unpacked all the
+  // same.
+  bool see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, StateSet states_needed,
            Specs* specs, Operands* operands);
 
   // Notes where the memory is, once the batch has taken the parameter as its last entry. False if the next step cannot
@@ -104,7 +105,7 @@ class Snapshot {
   const c10::TensorImpl* see_state(PyObject* value, bool is_count, Specs* specs, Operands* operands);
   bool look_into_dtensors();
   bool gradient_matches(const c10::TensorImpl* param, const c10::TensorImpl* gradient, const Batch& batch,
-                        cpu::Task* task);
+                        cpu::TensorTask* task);
   bool items_match(const c10::TensorImpl* param, Entry& entry, bool* all_next) const;
 };
 

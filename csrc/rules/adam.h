@@ -13,9 +13,12 @@ struct Adam {
   static constexpr const char* kOptions[] = {"betas.0",        "betas.1", "eps", "amsgrad", "decoupled_weight_decay",
                                              "bias_correction"};
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  static constexpr StateSet kStateSets[] = {0b011, 0b111};
   static constexpr bool kCountsSteps = true;
 
-  TRAINOPT_INLINE static int states_needed(const double* options) { return options[kAmsgrad] != 0 ? 3 : 2; }
+  TRAINOPT_INLINE static StateSet states_needed(const double* options) {
+    return options[kAmsgrad] != 0 ? 0b111 : 0b011;
+  }
   // Beyond this range torch's bias corrections are negative, or complex numbers, which it refuses.
   TRAINOPT_INLINE static bool takes(const double* options) {
     return options[kBeta1] >= 0 && options[kBeta1] < 1 && options[kBeta2] >= 0 && options[kBeta2] < 1;
@@ -26,25 +29,25 @@ struct Adam {
 
   template <class S>
   struct Scalars {
-    S beta1, new_share1, beta2, new_share2, step_size, root_scale, eps;
-    bool forgets_fast, amsgrad;
+    S beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_sqrt_correction2, eps;
+    bool beta1_is_small, amsgrad;
   };
 
   template <class S>
-  TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const Moment& now) {
+  TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
     // 1 - beta^t without the cancellation that a small t brings.
     const auto correction = [&](double beta) {
-      return options[kBiasCorrection] != 0 && beta > 0 ? -__builtin_expm1(now.step * __builtin_log(beta)) : 1.0;
+      return options[kBiasCorrection] != 0 && beta > 0 ? -__builtin_expm1(info.step * __builtin_log(beta)) : 1.0;
     };
     Scalars<S> k;
     k.beta1 = static_cast<S>(options[kBeta1]);
-    k.new_share1 = static_cast<S>(1 - options[kBeta1]);
+    k.one_minus_beta1 = static_cast<S>(1 - options[kBeta1]);
     k.beta2 = static_cast<S>(options[kBeta2]);
-    k.new_share2 = static_cast<S>(1 - options[kBeta2]);
-    k.step_size = static_cast<S>(now.rounded(now.lr / now.rounded(correction(options[kBeta1]))));
-    k.root_scale = static_cast<S>(1 / __builtin_sqrt(correction(options[kBeta2])));
+    k.one_minus_beta2 = static_cast<S>(1 - options[kBeta2]);
+    k.step_size = static_cast<S>(info.rounded(info.lr / info.rounded(correction(options[kBeta1]))));
+    k.inverse_sqrt_correction2 = static_cast<S>(1 / __builtin_sqrt(correction(options[kBeta2])));
     k.eps = static_cast<S>(options[kEps]);
-    k.forgets_fast = options[kBeta1] <= 0.5;
+    k.beta1_is_small = options[kBeta1] <= 0.5;
     k.amsgrad = options[kAmsgrad] != 0;
     return k;
   }
@@ -54,12 +57,12 @@ struct Adam {
     T& m = state[0];
     T& v = state[1];
     // Interpolate from the nearer end: with beta1 = 0 the average is the gradient exactly.
-    m = k.forgets_fast ? g - (g - m) * T(k.beta1) : m + (g - m) * T(k.new_share1);
+    m = k.beta1_is_small ? g - (g - m) * T(k.beta1) : m + (g - m) * T(k.one_minus_beta1);
     // The share times g first: g * g alone overflows where the product does not.
-    v = v * T(k.beta2) + g * T(k.new_share2) * g;
-    T peak = v;
-    if (k.amsgrad) peak = state[2] = maximum(state[2], v);
-    p = p - m * T(k.step_size) / (square_root(peak) * T(k.root_scale) + T(k.eps));
+    v = v * T(k.beta2) + g * T(k.one_minus_beta2) * g;
+    T v_max = v;
+    if (k.amsgrad) v_max = state[2] = maximum(state[2], v);
+    p = p - m * T(k.step_size) / (square_root(v_max) * T(k.inverse_sqrt_correction2) + T(k.eps));
   }
 };
 

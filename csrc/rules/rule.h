@@ -1,21 +1,22 @@
-// What an optimizer's rule is: the arithmetic of one element, and what the engine must know of it.
+// What an optimizer's rule is: the arithmetic of one element, and what the engine must know of it. The struct is the
+// one place where these facts stand; Python asks the module for them.
 //
 // A rule is a struct with
-//   kName                     its name in the engine's table
-//   kOptions, enum Option     the hyper-parameters it reads from a parameter group, as doubles ("betas.0" is the first
-//   of
-//                             a pair); those that all rules share (lr, weight_decay, maximize, l1, noise) are the
-//                             engine's
-//   kStates                   the names of its states in torch's state dict, in the order of `state` below
-//   kCountsSteps              whether it needs the number of steps of each parameter
-//   states_needed(options)    how many of its states these options need: all, or all but the last
-//   takes(options)            whether the arithmetic is torch's for these options; where it is not, torch's own path
-//   has to
-//                             find the result, or the error
-//   decay(options)            where weight decay belongs
-//   Scalars<S>, prepare<S>    what it needs once for each parameter and step, computed in double
-//   update(scalars, p, g, s)  one element: changes parameter p and states s by gradient g. T is float or double, or a
-//                             vector of these whose lanes are elements.
+//   kName                    its name in the engine's table
+//   kOptions, enum Option    the hyper-parameters that it reads from a parameter group, as doubles; "betas.0" is the
+//                            first of a pair. Those that all rules share (lr, weight_decay, maximize, l1, noise) are
+//                            the engine's
+//   kStates                  the names of its states in torch's state dict, eight at most
+//   kStateSets               the sets of states that its options can call for; each is compiled into kernels of its own
+//   kCountsSteps             whether it needs the number of steps of each parameter
+//   states_needed(options)   the set of states that these options call for, one of kStateSets
+//   takes(options)           whether the arithmetic is torch's for these options; where it is not, torch's own path has
+//                            to find the result, or the error
+//   decay(options)           where weight decay belongs
+//   Scalars<S>, prepare<S>   what it needs once for each parameter and step, computed in double
+//   update(scalars, p, g, s) one element: changes parameter p and states s by gradient g. s[i] is the state kStates[i];
+//                            one that is not in the set is 0, and what is written to it is dropped. T is float or
+//                            double, or a vector of these whose lanes are elements.
 // Its functions are TRAINOPT_INLINE, which lets them run on a GPU too.
 #pragma once
 
@@ -25,19 +26,53 @@
 
 namespace trainopt {
 
-constexpr int kMaxStates = 4;
+constexpr int kMaxStates = 8;
 constexpr int kMaxOptions = 12;
 
-// Where weight decay goes: into the gradient (L2 regularisation, torch's Adam and SGD) or onto the parameter before the
-// update (decoupled, torch's AdamW).
-enum class Decay { kGradient, kParameter };
+// A set of a rule's states: bit i stands for kStates[i].
+using StateSet = uint8_t;
+static_assert(kMaxStates <= 8 * sizeof(StateSet));
 
-// One parameter's place in its training, for `prepare`.
-struct Moment {
+TRAINOPT_FUNCTION constexpr bool contains(StateSet set, int state) { return (set >> state & 1) != 0; }
+
+TRAINOPT_FUNCTION constexpr int count_of(StateSet set) {
+  int count = 0;
+  for (int state = 0; state < kMaxStates; ++state) count += contains(set, state);
+  return count;
+}
+
+template <class Rule>
+constexpr int kStateCount = sizeof(Rule::kStates) / sizeof(Rule::kStates[0]);
+template <class Rule>
+constexpr int kSetCount = sizeof(Rule::kStateSets) / sizeof(Rule::kStateSets[0]);
+
+// A set as a type, for what is compiled once for each.
+template <StateSet kStates>
+struct SetOf {
+  static constexpr StateSet kSet = kStates;
+};
+
+// Calls `use` with each of a rule's sets, as a SetOf; on the host.
+template <class Rule, int kIndex = 0, class Use>
+static constexpr void for_each_set(const Use& use) {
+  if constexpr (kIndex < kSetCount<Rule>) {
+    use(SetOf<Rule::kStateSets[kIndex]>());
+    for_each_set<Rule, kIndex + 1>(use);
+  }
+}
+
+// Where weight decay goes: into the gradient (L2 regularisation, torch's Adam and SGD); onto the parameter before the
+// update (decoupled, torch's AdamW); or into the update (LAMB), which the rule does itself, with
+// StepInfo::weight_decay.
+enum class Decay { kGradient, kParameter, kUpdate };
+
+// Which step of a parameter it is, and the group's values that `prepare` may need.
+struct StepInfo {
   double lr;
   bool single_lr;  // the learning rate is a float32 tensor: torch rounds what it makes of it to float32
-  double step;     // 1 in the first step
-  bool first;      // the states hold nothing yet
+  double weight_decay;
+  double step;  // 1 in the first step
+  bool first;   // the states hold nothing yet
 
   TRAINOPT_INLINE double rounded(double x) const { return single_lr ? static_cast<double>(static_cast<float>(x)) : x; }
 };

@@ -2,8 +2,16 @@
 #pragma once
 
 #include "rules/adam.h"
+#include "rules/lion.h"
 #include "rules/sgd.h"
+
+// The tests of the engines have a rule of their own.
+#if !defined(TRAINOPT_RULES_OF_TESTS)
+#define TRAINOPT_RULES_OF_TESTS(DO)
+#endif
 
 #define TRAINOPT_FOR_EACH_RULE(DO) \
   DO(Sgd)                          \
-  DO(Adam)
+  DO(Adam)                         \
+  DO(Lion)                         \
+  TRAINOPT_RULES_OF_TESTS(DO)

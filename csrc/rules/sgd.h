@@ -7,30 +7,31 @@ namespace trainopt {
 
 struct Sgd {
   static constexpr const char* kName = "sgd";
-  enum Option { kMomentum, kDampening, kNesterov };
+  enum Option { kStepInfoum, kDampening, kNesterov };
   static constexpr const char* kOptions[] = {"momentum", "dampening", "nesterov"};
   static constexpr const char* kStates[] = {"momentum_buffer"};
+  static constexpr StateSet kStateSets[] = {0b0, 0b1};
   static constexpr bool kCountsSteps = false;
 
-  TRAINOPT_INLINE static int states_needed(const double* options) { return options[kMomentum] != 0 ? 1 : 0; }
+  TRAINOPT_INLINE static StateSet states_needed(const double* options) { return options[kStepInfoum] != 0 ? 0b1 : 0b0; }
   TRAINOPT_INLINE static bool takes(const double*) { return true; }
   TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kGradient; }
 
   template <class S>
   struct Scalars {
-    S lr, momentum, new_share;
+    S lr, momentum, one_minus_dampening;
     bool has_momentum, nesterov, first;
   };
 
   template <class S>
-  TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const Moment& now) {
+  TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
     Scalars<S> k;
-    k.lr = static_cast<S>(now.lr);
-    k.momentum = static_cast<S>(options[kMomentum]);
-    k.new_share = static_cast<S>(1 - options[kDampening]);
-    k.has_momentum = options[kMomentum] != 0;
+    k.lr = static_cast<S>(info.lr);
+    k.momentum = static_cast<S>(options[kStepInfoum]);
+    k.one_minus_dampening = static_cast<S>(1 - options[kDampening]);
+    k.has_momentum = options[kStepInfoum] != 0;
     k.nesterov = options[kNesterov] != 0;
-    k.first = now.first;
+    k.first = info.first;
     return k;
   }
 
@@ -39,7 +40,7 @@ struct Sgd {
     if (k.has_momentum) {
       T& buffer = state[0];
       // torch's first momentum step takes the gradient whole, dampening or not.
-      buffer = k.first ? g : buffer * T(k.momentum) + g * T(k.new_share);
+      buffer = k.first ? g : buffer * T(k.momentum) + g * T(k.one_minus_dampening);
       g = k.nesterov ? g + buffer * T(k.momentum) : buffer;
     }
     p = p - g * T(k.lr);

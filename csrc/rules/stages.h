@@ -12,9 +12,9 @@
 
 namespace trainopt {
 
-// The hyper-parameters that all rules share, as a parameter group gives them. All fields are eight bytes wide.
+// The hyper-parameters that all rules share, as a parameter group gives them. All fields are eight bytes is_float64.
 struct Settings {
-  double lr = 0, single_lr = 0;  // single_lr: the learning rate is a float32 tensor
+  double lr = 0, lr_is_float32 = 0;  // lr_is_float32: the learning rate is a float32 tensor
   double weight_decay = 0, l1 = 0, noise = 0;
   double maximize = 0, l1_proximal = 0;  // truth values
   uint64_t seed = 0;
@@ -26,7 +26,7 @@ struct Stages {
   bool scaled, negate, decay_gradient, l1_gradient, l1_proximal, noisy, write_gradient;
   S gradient_scale;  // the gradient is divided by it
   S weight_decay;    // L2: added to the gradient, times the parameter
-  S keep;            // decoupled decay: the parameter is multiplied by it; else 1
+  S decay_factor;    // decoupled decay: the parameter is multiplied by it; else 1
   S l1;              // added to the gradient, times the parameter's sign
   S threshold;       // the proximal form: the parameter is moved to 0 by this
   S noise;           // standard deviation
@@ -52,30 +52,28 @@ TRAINOPT_FUNCTION const Stages<double>& stages_of(const Scalars& s, double) { re
 
 // Gradients are divided by `gradient_scale`, and written back unless it is 1.
 template <class S>
-TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const Moment& now, Decay decay,
+TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const StepInfo& info, Decay decay,
                                            double gradient_scale) {
-  const bool coupled = decay == Decay::kGradient;
   Stages<S> stages;
   stages.scaled = stages.write_gradient = gradient_scale != 1;
   stages.negate = group.maximize != 0;
-  stages.decay_gradient = group.weight_decay != 0 && coupled;
+  stages.decay_gradient = decay == Decay::kGradient && group.weight_decay != 0;
   stages.l1_gradient = group.l1 != 0 && group.l1_proximal == 0;
   stages.l1_proximal = group.l1 != 0 && group.l1_proximal != 0;
   stages.noisy = group.noise != 0;
   stages.gradient_scale = static_cast<S>(gradient_scale);
   stages.weight_decay = static_cast<S>(group.weight_decay);
-  stages.keep = coupled ? S(1) : static_cast<S>(now.rounded(1 - now.rounded(now.lr * now.rounded(group.weight_decay))));
+  stages.decay_factor = decay == Decay::kParameter
+                            ? static_cast<S>(info.rounded(1 - info.rounded(info.lr * info.rounded(group.weight_decay))))
+                            : S(1);
   stages.l1 = static_cast<S>(group.l1);
-  stages.threshold = static_cast<S>(now.lr * group.l1);
+  stages.threshold = static_cast<S>(info.lr * group.l1);
   stages.noise = static_cast<S>(group.noise);
-  const RandomKey key = random_key(group.seed, now.step);
+  const RandomKey key = random_key(group.seed, info.step);
   stages.seed = key.seed;
   stages.step = key.step;
   return stages;
 }
-
-template <class Rule>
-constexpr int kStateCount = sizeof(Rule::kStates) / sizeof(Rule::kStates[0]);
 
 // One register of elements, from load to store. `noise` holds standard normal values, and is read if stages.noisy.
 // kPlain: only weight decay, if anything.
@@ -84,14 +82,14 @@ TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rul
                                      T& g, T* state, T noise) {
   if constexpr (!kPlain)
     if (stages.scaled) g = g / T(stages.gradient_scale);
-  T slope = g;
+  T direction = g;
   if constexpr (!kPlain)
-    if (stages.negate) slope = -slope;
-  if (stages.decay_gradient) slope = slope + p * T(stages.weight_decay);
+    if (stages.negate) direction = -direction;
+  if (stages.decay_gradient) direction = direction + p * T(stages.weight_decay);
   if constexpr (!kPlain)
-    if (stages.l1_gradient) slope = slope + sign_of(p) * T(stages.l1);
-  p = p * T(stages.keep);  // times 1 without decoupled decay
-  Rule::update(scalars, p, slope, state);
+    if (stages.l1_gradient) direction = direction + sign_of(p) * T(stages.l1);
+  p = p * T(stages.decay_factor);  // times 1 without decoupled decay
+  Rule::update(scalars, p, direction, state);
   if constexpr (!kPlain) {
     if (stages.l1_proximal) p = soft_threshold(p, T(stages.threshold));
     if (stages.noisy) p = p + noise * T(stages.noise);

@@ -15,12 +15,20 @@ struct ShardLayout {
   Layout layout;
 };
 
-struct Task {
+struct TensorTask {
   int64_t numel;
   TensorView param, gradient;
-  TensorView state[kMaxStates];        // without data where the rule needs none
   uint32_t tensor;                     // its index in the optimizer, for the random numbers
   const ShardLayout* shard = nullptr;  // likewise: null for a whole
+  TensorView state[kMaxStates];        // in the rule's order; without data where the options call for none
 };
+
+// The states that a task has.
+template <class Rule>
+TRAINOPT_FUNCTION StateSet states_of(const TensorTask& task) {
+  StateSet set = 0;
+  for (int s = 0; s < kStateCount<Rule>; ++s) set |= static_cast<StateSet>((task.state[s].data != nullptr) << s);
+  return set;
+}
 
 }  // namespace trainopt

@@ -94,14 +94,14 @@ void test_rules() {
 
   for (const Setting& s : kSettings) {
     for (const Types& t : types) {
-      const bool wide = t.param == DType::kFloat64;
+      const bool is_float64 = t.param == DType::kFloat64;
       const std::string what = std::string(s.rule) + " " + s.name + ", " + format_of(t.param).name + ", gradient " +
                                format_of(t.gradient).name + ", states " + format_of(t.state).name;
       const Arrangement plain{t.param, t.gradient, t.state, run_of(0), run_of(0), run_of(0), true};
       cpu::set_variant(cpu::Variant::kBaseline);
       Parameters before = make(s, plain), expected = make(s, plain);
-      run_cpu(s, expected, wide, 0);
-      check(is_right(s, before, expected, plain, wide), what + ": not what the formula gives");
+      run_cpu(s, expected, is_float64, 0);
+      check(is_right(s, before, expected, plain, is_float64), what + ": not what the formula gives");
       for (const cpu::Variant variant : variants()) {
         cpu::set_variant(variant);
         for (const Places& p : places) {
@@ -111,7 +111,7 @@ void test_rules() {
             {
               const Arrangement arrangement{t.param, t.gradient, t.state, p.param, p.gradient, p.state, guarded};
               Parameters found = make(s, arrangement);
-              run_cpu(s, found, wide, piece);
+              run_cpu(s, found, is_float64, piece);
               const std::string where = what + ", " + cpu::name_of(variant) + ", " + p.param.name + " " +
                                         p.gradient.name + " " + p.state.name + ", pieces of " + std::to_string(piece);
               check(same_bits(expected, found, true), where + ": other bits");
@@ -124,8 +124,9 @@ void test_rules() {
           // A gradient of stride 0 is read, and never written.
           const Arrangement expanded{t.param, t.gradient, t.state, run_of(0), kExpanded, run_of(0), false};
           Parameters start = make(s, expanded), found = make(s, expanded);
-          run_cpu(s, found, wide, 0);
-          check(is_right(s, start, found, expanded, wide), what + ", " + cpu::name_of(variant) + ", expanded gradient");
+          run_cpu(s, found, is_float64, 0);
+          check(is_right(s, start, found, expanded, is_float64),
+                what + ", " + cpu::name_of(variant) + ", expanded gradient");
           drop(start);
           drop(found);
         }
@@ -138,7 +139,7 @@ void test_rules() {
 
 // Conversions of each SIMD variant: what the kernels load and store.
 void test_conversions_in_kernels() {
-  const Setting still{"still", "sgd", {0, 0, 0}, true, 0, 0, false, 0, false, 0, 1, 0};
+  const Setting still{"still", "sgd", {0, 0, 0}, kCoupled, 0, 0, false, 0, false, 0, 1, 0};
   Setting copy = still;
   copy.lr = -1;
   for (const cpu::Variant variant : variants()) {

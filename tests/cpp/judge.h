@@ -218,7 +218,7 @@ struct Setting {
   const char* name;
   const char* rule;
   std::vector<double> options;  // in the rule's order
-  bool coupled_decay;
+  Decay decay;
   double lr, weight_decay;
   bool maximize;
   double l1;
@@ -227,22 +227,28 @@ struct Setting {
   double step;
 };
 
-// The options' order: SGD momentum, dampening, nesterov; Adam beta1, beta2, eps, amsgrad, decoupled, bias correction.
+// The options' order: SGD momentum, dampening, nesterov; Adam beta1, beta2, eps, amsgrad, decoupled, bias correction;
+// eight, the rule in contract/rules/rules.h, set, decay.
+constexpr Decay kCoupled = Decay::kGradient, kDecoupled = Decay::kParameter, kInUpdate = Decay::kUpdate;
 inline const std::vector<Setting> kSettings = {
-    {"plain", "sgd", {0, 0, 0}, true, 0.1, 0, false, 0, false, 0, 1, 0},
-    {"decay", "sgd", {0, 0, 0}, true, 0.1, 0.3, true, 0, false, 0, 1, 0},
-    {"momentum", "sgd", {0.9, 0.2, 0}, true, 0.1, 0.3, false, 0, false, 0, 1, 0},
-    {"first", "sgd", {0.9, 0.2, 0}, true, 0.1, 0.3, false, 0, false, 0, 1, 1},
-    {"nesterov", "sgd", {0.9, 0, 1}, true, 0.1, 0.3, false, 0.2, false, 0.1, 3, 2},
-    {"proximal", "sgd", {0.9, 0, 1}, true, 0.1, 0.3, true, 3, true, 0, 1, 5},
-    {"l1, maximize", "sgd", {0.9, 0.2, 0}, true, 0.1, 0.3, true, 0.5, false, 0, 1, 2},
-    {"plain", "adam", {0.9, 0.99, 0.05, 0, 0, 1}, true, 0.05, 0, false, 0, false, 0, 1, 3},
-    {"beta1 0.4", "adam", {0.4, 0.9, 0.05, 0, 0, 1}, true, 0.05, 0.3, true, 0, false, 0, 1, 1},
-    {"beta1 0", "adam", {0, 0.9, 0.05, 0, 0, 1}, true, 0.05, 0.3, false, 0, false, 0, 1, 2},
-    {"decoupled", "adam", {0.9, 0.99, 0.05, 0, 1, 1}, false, 0.05, 0.3, false, 0, false, 0, 1, 7},
-    {"amsgrad", "adam", {0.9, 0.5, 0.05, 1, 1, 1}, false, 0.05, 0.3, true, 0, false, 0, 1, 4},
-    {"uncorrected", "adam", {0.9, 0.99, 0.05, 0, 0, 0}, true, 0.05, 0.3, false, 0.5, false, 0, 1, 4},
-    {"everything", "adam", {0.8, 0.7, 0.05, 1, 1, 1}, false, 0.05, 0.3, true, 2, true, 0.1, 3, 4},
+    {"plain", "sgd", {0, 0, 0}, kCoupled, 0.1, 0, false, 0, false, 0, 1, 0},
+    {"decay", "sgd", {0, 0, 0}, kCoupled, 0.1, 0.3, true, 0, false, 0, 1, 0},
+    {"momentum", "sgd", {0.9, 0.2, 0}, kCoupled, 0.1, 0.3, false, 0, false, 0, 1, 0},
+    {"first", "sgd", {0.9, 0.2, 0}, kCoupled, 0.1, 0.3, false, 0, false, 0, 1, 1},
+    {"nesterov", "sgd", {0.9, 0, 1}, kCoupled, 0.1, 0.3, false, 0.2, false, 0.1, 3, 2},
+    {"proximal", "sgd", {0.9, 0, 1}, kCoupled, 0.1, 0.3, true, 3, true, 0, 1, 5},
+    {"l1, maximize", "sgd", {0.9, 0.2, 0}, kCoupled, 0.1, 0.3, true, 0.5, false, 0, 1, 2},
+    {"plain", "adam", {0.9, 0.99, 0.05, 0, 0, 1}, kCoupled, 0.05, 0, false, 0, false, 0, 1, 3},
+    {"beta1 0.4", "adam", {0.4, 0.9, 0.05, 0, 0, 1}, kCoupled, 0.05, 0.3, true, 0, false, 0, 1, 1},
+    {"beta1 0", "adam", {0, 0.9, 0.05, 0, 0, 1}, kCoupled, 0.05, 0.3, false, 0, false, 0, 1, 2},
+    {"decoupled", "adam", {0.9, 0.99, 0.05, 0, 1, 1}, kDecoupled, 0.05, 0.3, false, 0, false, 0, 1, 7},
+    {"amsgrad", "adam", {0.9, 0.5, 0.05, 1, 1, 1}, kDecoupled, 0.05, 0.3, true, 0, false, 0, 1, 4},
+    {"uncorrected", "adam", {0.9, 0.99, 0.05, 0, 0, 0}, kCoupled, 0.05, 0.3, false, 0.5, false, 0, 1, 4},
+    {"everything", "adam", {0.8, 0.7, 0.05, 1, 1, 1}, kDecoupled, 0.05, 0.3, true, 2, true, 0.1, 3, 4},
+    {"no state", "eight", {0, 0}, kCoupled, 0.05, 0.3, false, 0, false, 0, 1, 1},
+    {"two ends", "eight", {1, 1}, kDecoupled, 0.05, 0.3, true, 0, false, 0, 1, 2},
+    {"four apart", "eight", {2, 2}, kInUpdate, 0.05, 0.3, false, 0.5, false, 0.1, 3, 3},
+    {"all", "eight", {3, 2}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 4},
 };
 
 inline double sign(double x) { return x > 0 ? 1 : x < 0 ? -1 : 0; }
@@ -250,20 +256,24 @@ inline double sign(double x) { return x > 0 ? 1 : x < 0 ? -1 : 0; }
 // One element by the formulas, in double.
 inline void reference(const Setting& s, double& p, double& g, double* state, double noise) {
   g /= s.gradient_scale;
-  double slope = s.maximize ? -g : g;
-  if (s.coupled_decay) slope += s.weight_decay * p;
-  if (!s.l1_proximal) slope += s.l1 * sign(p);
-  if (!s.coupled_decay) p *= 1 - s.lr * s.weight_decay;
+  double direction = s.maximize ? -g : g;
+  if (s.decay == kCoupled) direction += s.weight_decay * p;
+  if (!s.l1_proximal) direction += s.l1 * sign(p);
+  if (s.decay == kDecoupled) p *= 1 - s.lr * s.weight_decay;
   const std::vector<double>& o = s.options;
   if (std::strcmp(s.rule, "sgd") == 0) {
     if (o[0] != 0) {
-      state[0] = s.step == 1 ? slope : o[0] * state[0] + (1 - o[1]) * slope;
-      slope = o[2] != 0 ? slope + o[0] * state[0] : state[0];
+      state[0] = s.step == 1 ? direction : o[0] * state[0] + (1 - o[1]) * direction;
+      direction = o[2] != 0 ? direction + o[0] * state[0] : state[0];
     }
-    p -= s.lr * slope;
+    p -= s.lr * direction;
+  } else if (std::strcmp(s.rule, "eight") == 0) {
+    double sum = s.decay == kInUpdate ? s.weight_decay * p : 0;
+    for (int i = 0; i < 8; ++i) sum += state[i] = state[i] / 2 + std::ldexp(direction, -i);
+    p -= s.lr * sum;
   } else {
-    state[0] = o[0] * state[0] + (1 - o[0]) * slope;
-    state[1] = o[1] * state[1] + (1 - o[1]) * slope * slope;
+    state[0] = o[0] * state[0] + (1 - o[0]) * direction;
+    state[1] = o[1] * state[1] + (1 - o[1]) * direction * direction;
     double v = state[1];
     if (o[3] != 0) v = state[2] = std::max(state[2], v);
     const double correction1 = o[5] != 0 ? 1 - std::pow(o[0], s.step) : 1;
@@ -288,18 +298,18 @@ inline Settings settings_of(const Setting& s) {
   return settings;
 }
 
-inline Scalars scalars_of(const Setting& s, bool wide) {
+inline Scalars scalars_of(const Setting& s, bool is_float64) {
   const cpu::Rule* rule = cpu::find_rule(s.rule);
-  const Moment now{s.lr, false, s.step, s.step == 1};
-  const Decay decay = s.coupled_decay ? Decay::kGradient : Decay::kParameter;
+  const StepInfo info{s.lr, false, s.weight_decay, s.step, s.step == 1};
+  const Decay decay = rule->decay(s.options.data());
   const Settings settings = settings_of(s);
   Scalars result;
-  if (wide) {
-    result.stages64 = prepare_stages<double>(settings, now, decay, s.gradient_scale);
+  if (is_float64) {
+    result.stages64 = prepare_stages<double>(settings, info, decay, s.gradient_scale);
   } else {
-    result.stages32 = prepare_stages<float>(settings, now, decay, s.gradient_scale);
+    result.stages32 = prepare_stages<float>(settings, info, decay, s.gradient_scale);
   }
-  rule->prepare(s.options.data(), now, wide, &result);
+  rule->prepare(s.options.data(), info, is_float64, &result);
   return result;
 }
 
@@ -313,21 +323,23 @@ struct Arrangement {
 // Tensors of one parameter, with the same values for the same number.
 struct Parameter {
   Array param, gradient;
-  std::vector<Array*> states;
+  Array* states[kMaxStates];  // null for those that are not there
   int64_t numel;
 
-  Parameter(int64_t n, int64_t number, int state_count, const Arrangement& a)
+  Parameter(int64_t n, int64_t number, StateSet set, const Arrangement& a)
       : param(a.param_dtype, n, a.param, a.guarded), gradient(a.gradient_dtype, n, a.gradient, a.guarded), numel(n) {
-    for (int s = 0; s < state_count; ++s) states.push_back(new Array(a.state_dtype, n, a.state, a.guarded));
+    for (int s = 0; s < kMaxStates; ++s)
+      states[s] = contains(set, s) ? new Array(a.state_dtype, n, a.state, a.guarded) : nullptr;
     Numbers numbers{static_cast<uint64_t>(number)};
     const bool expanded = std::strcmp(a.gradient.name, "expanded") == 0;
     for (int64_t i = 0; i < n; ++i) {
       param.set(i, numbers.value());
       const double g = numbers.value();
       if (!expanded || i < a.gradient.columns) gradient.set(i, g);
-      for (size_t s = 0; s < states.size(); ++s) {
+      for (Array* state : states) {
+        if (state == nullptr) continue;
         const double value = numbers.value();
-        states[s]->set(i, s == 0 ? value : std::fabs(value));
+        state->set(i, state == states[0] ? value : std::fabs(value));
       }
     }
   }
@@ -337,39 +349,41 @@ struct Parameter {
     for (Array* state : states) delete state;
   }
 
+  // What every engine's task has of it.
+  template <class TensorTask>
+  void describe(TensorTask* task) const {
+    task->numel = numel;
+    task->param = param.view();
+    task->gradient = gradient.view();
+    for (int s = 0; s < kMaxStates; ++s) task->state[s] = states[s] == nullptr ? TensorView{} : states[s]->view();
+  }
+
   bool is_intact() const {
     bool intact = param.is_intact() && gradient.is_intact();
-    for (const Array* state : states) intact = intact && state->is_intact();
+    for (const Array* state : states) intact = intact && (state == nullptr || state->is_intact());
     return intact;
   }
 };
 
-inline int states_of(const Setting& s) {
-  return std::strcmp(s.rule, "sgd") == 0 ? s.options[0] != 0 : s.options[3] != 0 ? 3 : 2;
-}
+inline StateSet states_of(const Setting& s) { return cpu::find_rule(s.rule)->states_needed(s.options.data()); }
 
 using Parameters = std::vector<Parameter*>;
 
 // Runs the engine over these parameters; their blocks in pieces of `piece` (all at once if 0), the last first.
-inline void run_cpu(const Setting& s, const Parameters& parameters, bool wide, int64_t piece) {
+inline void run_cpu(const Setting& s, const Parameters& parameters, bool is_float64, int64_t piece) {
   const cpu::Rule* rule = cpu::find_rule(s.rule);
-  const Scalars scalars = scalars_of(s, wide);
-  std::vector<cpu::Task> tasks;
+  const Scalars scalars = scalars_of(s, is_float64);
+  std::vector<cpu::TensorTask> tasks;
   std::vector<int64_t> starts{0};
   for (size_t i = 0; i < parameters.size(); ++i) {
-    const Parameter& from = *parameters[i];
-    cpu::Task task;
-    task.numel = from.numel;
-    task.param = from.param.view();
-    task.gradient = from.gradient.view();
-    for (TensorView& state : task.state) state = TensorView{};
-    for (size_t k = 0; k < from.states.size(); ++k) task.state[k] = from.states[k]->view();
+    cpu::TensorTask task;
+    parameters[i]->describe(&task);
     task.scalars = &scalars;
     task.tensor = static_cast<uint32_t>(i);
     tasks.push_back(task);
-    starts.push_back(starts.back() + cpu::blocks_of(from.numel));
+    starts.push_back(starts.back() + cpu::blocks_of(task.numel));
   }
-  const cpu::Run run{tasks.data(), starts.data(), tasks.size(), rule, wide};
+  const cpu::Update run{tasks.data(), starts.data(), tasks.size(), rule, is_float64};
   const int64_t all = starts.back();
   if (piece == 0) return cpu::run_blocks(run, 0, all);
   for (int64_t at = (all - 1) / piece * piece; at >= 0; at -= piece)
@@ -394,33 +408,37 @@ inline bool same_bits(const Parameters& a, const Parameters& b, bool with_gradie
     for (int64_t i = 0; i < a[t]->numel; ++i) {
       if (a[t]->param.bits(i) != b[t]->param.bits(i)) return false;
       if (with_gradient && a[t]->gradient.bits(i) != b[t]->gradient.bits(i)) return false;
-      for (size_t s = 0; s < a[t]->states.size(); ++s)
-        if (a[t]->states[s]->bits(i) != b[t]->states[s]->bits(i)) return false;
+      for (int s = 0; s < kMaxStates; ++s)
+        if (a[t]->states[s] != nullptr && a[t]->states[s]->bits(i) != b[t]->states[s]->bits(i)) return false;
     }
   return true;
 }
 
 // Whether `found` is `exact` rounded once, but for the arithmetic's own error.
-inline bool is_close(double found, double exact, DType dtype, bool wide, double scale) {
-  const double arithmetic = (wide ? 0x1p-52 : 0x1p-23) * 16 * (scale + std::fabs(exact));
+inline bool is_close(double found, double exact, DType dtype, bool is_float64, double scale) {
+  const double arithmetic = (is_float64 ? 0x1p-52 : 0x1p-23) * 16 * (scale + std::fabs(exact));
   return std::fabs(found - exact) <= 0.5 * spacing(exact, dtype) + arithmetic;
 }
 
 inline bool is_right(const Setting& s, const Parameters& before, const Parameters& after, const Arrangement& a,
-                     bool wide) {
+                     bool is_float64) {
   for (size_t t = 0; t < after.size(); ++t) {
     std::vector<float> noise(static_cast<size_t>(after[t]->numel));
     cpu::gaussian(noise.data(), 0, after[t]->numel, kSeed, static_cast<uint32_t>(s.step), static_cast<uint32_t>(t));
     for (int64_t i = 0; i < after[t]->numel; ++i) {
-      double p = before[t]->param.get(i), g = before[t]->gradient.get(i), state[3] = {};
-      for (size_t k = 0; k < after[t]->states.size(); ++k) state[k] = before[t]->states[k]->get(i);
+      double p = before[t]->param.get(i), g = before[t]->gradient.get(i), state[kMaxStates] = {};
+      for (int k = 0; k < kMaxStates; ++k)
+        if (before[t]->states[k] != nullptr) state[k] = before[t]->states[k]->get(i);
       const double scale = 1 + std::fabs(p) + g * g;
-      if (!wide) g = static_cast<double>(static_cast<float>(g));
+      if (!is_float64) g = static_cast<double>(static_cast<float>(g));
       reference(s, p, g, state, static_cast<double>(noise[static_cast<size_t>(i)]));
-      if (!is_close(after[t]->param.get(i), p, a.param_dtype, wide, scale)) return false;
-      if (s.gradient_scale != 1 && !is_close(after[t]->gradient.get(i), g, a.gradient_dtype, wide, scale)) return false;
-      for (size_t k = 0; k < after[t]->states.size(); ++k)
-        if (!is_close(after[t]->states[k]->get(i), state[k], a.state_dtype, wide, scale * scale)) return false;
+      if (!is_close(after[t]->param.get(i), p, a.param_dtype, is_float64, scale)) return false;
+      if (s.gradient_scale != 1 && !is_close(after[t]->gradient.get(i), g, a.gradient_dtype, is_float64, scale))
+        return false;
+      for (int k = 0; k < kMaxStates; ++k)
+        if (after[t]->states[k] != nullptr &&
+            !is_close(after[t]->states[k]->get(i), state[k], a.state_dtype, is_float64, scale * scale))
+          return false;
     }
   }
   return true;

@@ -22,7 +22,7 @@ struct Optimizer {
   const int number;
   const Arrangement arrangement;
   Parameters parameters;
-  std::vector<cpu::Task> tasks;
+  std::vector<cpu::TensorTask> tasks;
   std::vector<int64_t> starts{0};
   Scalars scalars;
 
@@ -31,11 +31,8 @@ struct Optimizer {
     for (const int64_t size : {int64_t{3}, int64_t{258}, int64_t{4098}, int64_t{0}, int64_t{1029}})
       parameters.push_back(new Parameter(size, size + 1, states_of(setting_of(number, 0)), arrangement));
     for (const Parameter* from : parameters) {
-      cpu::Task task{};
-      task.numel = from->numel;
-      task.param = from->param.view();
-      task.gradient = from->gradient.view();
-      for (size_t k = 0; k < from->states.size(); ++k) task.state[k] = from->states[k]->view();
+      cpu::TensorTask task{};
+      from->describe(&task);
       task.scalars = &scalars;
       task.tensor = static_cast<uint32_t>(tasks.size());
       tasks.push_back(task);
@@ -49,7 +46,7 @@ struct Optimizer {
   void step(int which, int threads) {
     const Setting s = setting_of(number, which);
     scalars = scalars_of(s, false);
-    const cpu::Run run{tasks.data(), starts.data(), tasks.size(), cpu::find_rule(s.rule), false};
+    const cpu::Update run{tasks.data(), starts.data(), tasks.size(), cpu::find_rule(s.rule), false};
     const auto share = [&](int part) {
       const int64_t blocks = starts.back();
       cpu::run_blocks(run, blocks * part / threads, blocks * (part + 1) / threads);

@@ -32,7 +32,7 @@ def step(optimizer, params, steps):
 
 
 def torchs_six_steps(name):
-    optimizer, params = judge.run(TABLE[name].make_torchs_loop, *PROBLEM, **TABLE[name].usual)
+    optimizer, params = judge.run(TABLE[name].make_plain_loop, *PROBLEM, **TABLE[name].usual)
     return judge.outcome(optimizer, params)
 
 
@@ -60,7 +60,7 @@ def moved_over(make_first, make_second, device, change=lambda state: state):
 def test_state_dicts_go_both_ways(device, name):
     row, truth = TABLE[name], torchs_six_steps(name)
     for kind in kinds_of(name).values():
-        for makes in ((row.torchs, row.ours), (row.ours, row.torchs)):
+        for makes in ((row.peer, row.ours), (row.ours, row.peer)):
             first, second = (partial(cls, **row.usual, **kind) for cls in makes)
             assert_close(*moved_over(first, second, device), truth)
 
@@ -70,7 +70,7 @@ def test_state_keys_and_places_are_torchs(device, name):
     row = TABLE[name]
     for kind in kinds_of(name).values():
         states = []
-        for cls in (row.ours, row.torchs):
+        for cls in (row.ours, row.peer):
             params = fresh(device)
             optimizer = cls(params, **row.usual, **kind)
             step(optimizer, params, slice(2))

@@ -103,7 +103,7 @@ def assert_torch_takes_it(make_params, set_gradients, device):
     """With torch's results, and the other parameter's step fused."""
     for name, row in TABLE.items():
         outcomes = []
-        for cls in (row.ours, row.torchs):
+        for cls in (row.ours, row.peer):
             params = [*make_params(), torch.nn.Parameter(torch.ones(5, device=device))]
             optimizer = cls(params, lr=0.1)
             for _ in range(2):
@@ -162,7 +162,7 @@ def test_memory_that_two_parameters_share(device, flags, share):
     """By torch's plain loop, whatever is asked for: its foreach kernels race for such memory."""
     for name, row in TABLE.items():
         results = []
-        for make, chosen in ((row.ours, flags), (row.make_torchs_loop, {})):
+        for make, chosen in ((row.ours, flags), (row.make_plain_loop, {})):
             whole = torch.linspace(-1, 1, 20, device=device)
             parts = [whole[:6], whole[4:10]] if share is overlapping else [whole[:6], whole[10:16]]
             params = [torch.nn.Parameter(part) for part in parts]

@@ -48,8 +48,8 @@ def test_every_option_where_the_device_knows_alone(device, row, options):
 @each_row
 def test_no_further_from_float64_than_torchs_loop(device, name, dtype):
     row, work = TABLE[name], problem(((300,), (2500,)), dtype, 7)
-    truth = judge.result_of(row.make_torchs_loop, *work, dtype=torch.float64, **row.usual)
-    peer = judge.result_of(row.make_torchs_loop, *work, **row.usual)
+    truth = judge.result_of(row.make_plain_loop, *work, dtype=torch.float64, **row.usual)
+    peer = judge.result_of(row.make_plain_loop, *work, **row.usual)
     for extra in ({}, counts_on_device(name)):
         judge.assert_no_worse(outcome_on(device, row.make, work, **row.usual, **extra), peer, truth, dtype)
 

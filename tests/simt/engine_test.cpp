@@ -19,34 +19,32 @@ void check_no_faults(const std::string& what) {
   check(faults.empty(), what + ": " + (faults.empty() ? "" : faults[0].text));
 }
 
-std::vector<cuda::Task> tasks_of(const Parameters& parameters) {
-  std::vector<cuda::Task> tasks;
+std::vector<cuda::TensorTask> tasks_of(const Parameters& parameters) {
+  std::vector<cuda::TensorTask> tasks;
   for (size_t i = 0; i < parameters.size(); ++i) {
-    const Parameter& from = *parameters[i];
-    cuda::Task task{};
-    task.numel = from.numel;
-    task.param = from.param.view();
-    task.gradient = from.gradient.view();
-    for (size_t k = 0; k < from.states.size(); ++k) task.state[k] = from.states[k]->view();
+    cuda::TensorTask task{};
+    parameters[i]->describe(&task);
     task.tensor = static_cast<uint32_t>(i);
     tasks.push_back(task);
   }
   return tasks;
 }
 
-cuda::Prepared prepared_of(const Setting& s, bool wide) { return {scalars_of(s, wide), static_cast<uint32_t>(s.step)}; }
+cuda::Prepared prepared_of(const Setting& s, bool is_float64) {
+  return {scalars_of(s, is_float64), static_cast<uint32_t>(s.step)};
+}
 
 // With scalars that the host prepared.
-void run_cuda(const Setting& s, const Parameters& parameters, bool wide, const float* found_inf = nullptr) {
-  const cuda::Prepared prepared = prepared_of(s, wide);
-  const std::vector<cuda::Task> tasks = tasks_of(parameters);
+void run_cuda(const Setting& s, const Parameters& parameters, bool is_float64, const float* found_inf = nullptr) {
+  const cuda::Prepared prepared = prepared_of(s, is_float64);
+  const std::vector<cuda::TensorTask> tasks = tasks_of(parameters);
   const int rule = cpu::find_rule(s.rule)->index;
-  cuda::update({rule, wide, tasks.data(), tasks.size(), &prepared, false, found_inf}, nullptr);
+  cuda::update({rule, is_float64, tasks.data(), tasks.size(), &prepared, false, found_inf}, nullptr);
 }
 
 // With scalars prepared on the device, from step counts there, GradScaler's scale and, if `tensors`, a learning rate
 // and a first option (a beta, a momentum) that are tensors.
-void run_prepared(const Setting& s, const Parameters& parameters, bool wide, bool tensors, bool double_steps,
+void run_prepared(const Setting& s, const Parameters& parameters, bool is_float64, bool tensors, bool double_steps,
                   float found_inf, std::vector<double>* steps_after) {
   cuda::GroupSource source{};
   source.settings = settings_of(s);
@@ -57,12 +55,12 @@ void run_prepared(const Setting& s, const Parameters& parameters, bool wide, boo
     source.replaced[0] = {&lr, cuda::DeviceNumber::kLr, 1};
     source.replaced[1] = {&option, 0, 1};
   }
-  std::vector<cuda::Task> tasks = tasks_of(parameters);
+  std::vector<cuda::TensorTask> tasks = tasks_of(parameters);
   std::vector<float> float_steps(tasks.size(), static_cast<float>(s.step - 1));
-  std::vector<double> wide_steps(tasks.size(), s.step - 1);
+  std::vector<double> double_steps_of(tasks.size(), s.step - 1);
   std::vector<cuda::Count> counts;
   for (size_t i = 0; i < tasks.size(); ++i) {
-    void* steps = double_steps ? static_cast<void*>(&wide_steps[i]) : &float_steps[i];
+    void* steps = double_steps ? static_cast<void*>(&double_steps_of[i]) : &float_steps[i];
     counts.push_back({steps, 0, 0, double_steps, 0});
     tasks[i].prepared = static_cast<uint32_t>(i);
   }
@@ -70,12 +68,12 @@ void run_prepared(const Setting& s, const Parameters& parameters, bool wide, boo
   std::memset(static_cast<void*>(prepared.data()), 0xff, prepared.size() * sizeof(cuda::Prepared));
   const auto scale = static_cast<float>(s.gradient_scale);
   const int rule = cpu::find_rule(s.rule)->index;
-  cuda::prepare({rule, wide, &source, 1, counts.data(), counts.size(), s.gradient_scale == 1 ? nullptr : &scale,
+  cuda::prepare({rule, is_float64, &source, 1, counts.data(), counts.size(), s.gradient_scale == 1 ? nullptr : &scale,
                  &found_inf, prepared.data()},
                 nullptr);
-  cuda::update({rule, wide, tasks.data(), tasks.size(), prepared.data(), true, &found_inf}, nullptr);
+  cuda::update({rule, is_float64, tasks.data(), tasks.size(), prepared.data(), true, &found_inf}, nullptr);
   for (size_t i = 0; i < tasks.size(); ++i)
-    steps_after->push_back(double_steps ? wide_steps[i] : static_cast<double>(float_steps[i]));
+    steps_after->push_back(double_steps ? double_steps_of[i] : static_cast<double>(float_steps[i]));
 }
 
 struct Types {
@@ -103,21 +101,21 @@ void test_rules() {
   int turn = 0;
   for (const Setting& s : kSettings) {
     for (const Types& t : kTypes) {
-      const bool wide = t.param == DType::kFloat64;
+      const bool is_float64 = t.param == DType::kFloat64;
       const std::string what = std::string(s.rule) + " " + s.name + ", " + format_of(t.param).name + ", gradient " +
                                format_of(t.gradient).name + ", states " + format_of(t.state).name;
       const Arrangement plain{t.param, t.gradient, t.state, run_of(0), run_of(0), run_of(0), true};
       Parameters before = make(s, plain), expected = make(s, plain);
-      run_cpu(s, expected, wide, 0);
+      run_cpu(s, expected, is_float64, 0);
       for (const Places& p : kPlaces) {
         // Every other time without guards: AddressSanitizer sees the ends then.
         ++turn;
         simt::set_order(turn % 2 == 0 ? simt::Order::kAscending : simt::Order::kDescending);
         const Arrangement arrangement{t.param, t.gradient, t.state, p.param, p.gradient, p.state, turn % 4 < 2};
         Parameters found = make(s, arrangement);
-        run_cuda(s, found, wide);
+        run_cuda(s, found, is_float64);
         const std::string where = what + ", " + p.param.name + " " + p.gradient.name + " " + p.state.name;
-        check(is_right(s, before, found, arrangement, wide), where + ": not what the formula gives");
+        check(is_right(s, before, found, arrangement, is_float64), where + ": not what the formula gives");
         check(same_bits(expected, found, true), where + ": not the CPU's bits");
         check(is_intact(found), where + ": written where nothing is to be written");
         check_no_faults(where);
@@ -127,13 +125,13 @@ void test_rules() {
       std::vector<double> steps;
       const bool counts = s.step > 0;
       if (counts) {
-        run_prepared(s, found, wide, turn % 2 == 0, turn % 3 == 0, 0, &steps);
+        run_prepared(s, found, is_float64, turn % 2 == 0, turn % 3 == 0, 0, &steps);
         check(same_bits(expected, found, true), what + ", prepared on the device: not the CPU's bits");
         for (const double step : steps) check(step == s.step, what + ": the step is not counted");
         drop(found);
         found = make(s, plain);
         steps.clear();
-        run_prepared(s, found, wide, false, false, 1, &steps);
+        run_prepared(s, found, is_float64, false, false, 1, &steps);
         check(same_bits(before, found, true), what + ", found_inf: something has changed");
         for (const double step : steps) check(step == s.step - 1, what + ", found_inf: the step is counted");
       }
@@ -194,7 +192,7 @@ void test_many() {
         const Placement place = i % 11 == 3 && n % 3 == 0 ? kTransposed : run_of(i % 3);
         const Arrangement a{type, type, type, place, run_of(0), run_of(i % 2), true};
         // Some without amsgrad's state.
-        for (Parameters* to : {&expected, &found}) to->push_back(new Parameter(n, i, i % 5 == 4 ? 2 : 3, a));
+        for (Parameters* to : {&expected, &found}) to->push_back(new Parameter(n, i, i % 5 == 4 ? 0b011 : 0b111, a));
       }
       std::vector<cuda::Prepared> prepared;
       std::vector<Setting> settings;
@@ -204,7 +202,7 @@ void test_many() {
         settings.back().options[3] = k % 2 == 0;
         prepared.push_back(prepared_of(settings.back(), false));
       }
-      std::vector<cuda::Task> tasks = tasks_of(found);
+      std::vector<cuda::TensorTask> tasks = tasks_of(found);
       for (size_t i = 0; i < tasks.size(); ++i) {
         tasks[i].prepared = static_cast<uint32_t>(i) * 5 % sets * 2 + (i % 5 == 4);
         const Parameters one{expected[i]};
@@ -228,7 +226,7 @@ void test_launches() {
   const Arrangement a{DType::kFloat32, DType::kFloat32, DType::kFloat32, run_of(0), run_of(0), run_of(0), false};
   const int64_t fitting = cuda::kParameterBytes > 4096 ? 480 : 50;
   Parameters parameters;
-  for (int64_t i = 0; i < fitting; ++i) parameters.push_back(new Parameter(3, i, 2, a));
+  for (int64_t i = 0; i < fitting; ++i) parameters.push_back(new Parameter(3, i, 0b011, a));
   simt::take_launches();
   run_cuda(s, parameters, false);
   check(simt::take_launches() == std::vector<unsigned>{static_cast<unsigned>(fitting)}, "one launch for all tensors");
@@ -243,7 +241,7 @@ void test_first() {
   const Arrangement a{DType::kFloat32, DType::kFloat32, DType::kFloat32, run_of(0), run_of(0), run_of(0), false};
   Parameters expected = make(s, a), found = make(s, a);
   run_cpu(s, expected, false, 0);
-  std::vector<cuda::Task> tasks = tasks_of(found);
+  std::vector<cuda::TensorTask> tasks = tasks_of(found);
   std::vector<cuda::Count> counts;
   for (uint32_t i = 0; i < tasks.size(); ++i) {
     counts.push_back({nullptr, 0, 0, 0, 1});
@@ -288,11 +286,12 @@ void test_groups() {
     Scalars expected;
     std::memset(static_cast<void*>(&expected), 0, sizeof expected);
     const cuda::GroupSource& source = sources[counts[i].group];
-    rule->prepare(source.options, Moment{source.settings.lr, false, i % 7 + 1.0, i % 7 == 0}, false, &expected);
+    rule->prepare(source.options, StepInfo{source.settings.lr, false, 0, i % 7 + 1.0, i % 7 == 0}, false, &expected);
     Adam::Scalars<float> a, b;
     std::memcpy(&a, expected.rule, sizeof a);
     std::memcpy(&b, prepared[i].scalars.rule, sizeof b);
-    same = same && a.step_size == b.step_size && a.root_scale == b.root_scale && prepared[i].step == i % 7 + 1;
+    same = same && a.step_size == b.step_size && a.inverse_sqrt_correction2 == b.inverse_sqrt_correction2 &&
+           prepared[i].step == i % 7 + 1;
   }
   check(same, "scalars of many groups");
   check_no_faults("scalars of many groups");
@@ -311,7 +310,7 @@ void test_huge() {
   const uint16_t one = to_bfloat16(1.0f).bits;
   const int64_t places[] = {0, 16383, n - 9, n - 8, n - 1};
   for (const int64_t at : places) gradient[at] = one;
-  cuda::Task task{};
+  cuda::TensorTask task{};
   task.numel = n;
   task.param = {param, nullptr, DType::kBFloat16};
   task.gradient = {gradient, nullptr, DType::kBFloat16};

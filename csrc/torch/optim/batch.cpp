@@ -107,22 +107,23 @@ void Batch::clear() {
   spans_ = 0;
   owns_written_ = true;
   read_.clear();
-  for (int wide = 0; wide < 2; ++wide) {
-    tasks[wide].clear();
-    starts_[wide].assign(1, 0);
+  for (int is_float64 = 0; is_float64 < 2; ++is_float64) {
+    tasks[is_float64].clear();
+    starts_[is_float64].assign(1, 0);
   }
 }
 
-Path Batch::look(const Operands& operands, const GroupValues& group, bool writes_gradient, Task* task, Entry* entry) {
+Path Batch::look(const Operands& operands, const GroupValues& group, bool writes_gradient, TensorTask* task,
+                 Entry* entry) {
   const c10::TensorImpl* param = operands.param;
   const c10::TensorImpl* gradient = operands.gradient;
   if (!is_there(param) || !is_there(gradient) || !is_there(operands.steps)) return Path::kNoMemory;
-  for (const c10::TensorImpl* state : operands.states)
-    if (!is_there(state)) return Path::kNoMemory;
+  for (int s = 0; s < rule_.state_count; ++s)
+    if (!is_there(operands.states[s])) return Path::kNoMemory;
   if (group.differentiable != 0) return Path::kDifferentiable;
   if (group.unreadable != 0) return Path::kOptions;
   if (operands.shard != nullptr && operands.shard->is_pending) return Path::kPending;
-  if (!operands.lies_alike) return Path::kPlacement;
+  if (!operands.placements_match) return Path::kPlacement;
   const bool on_cuda = is_plain_cuda(param);
   if (!on_cuda && !is_plain_cpu(param)) return Path::kDevice;
   const auto is_beside = [&](const c10::TensorImpl* tensor) {
@@ -160,7 +161,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
 
   if (!operands.states_are_known) return Path::kStateValue;
   if (!operands.states_are_tensors) return Path::kStateForm;
-  for (int s = 0; s < kMaxStates; ++s) {
+  for (int s = 0; s < rule_.state_count; ++s) {
     TensorView& view = task->state[s];
     view.data = nullptr;
     const c10::TensorImpl* state = operands.states[s];
@@ -203,19 +204,19 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   if (in_order && !logical_order) return Path::kFused;
   std::vector<Arranged> arranged{{param, &task->param}};
   if (gradient != nullptr) arranged.push_back({gradient, &task->gradient});
-  for (int s = 0; s < kMaxStates; ++s)
+  for (int s = 0; s < rule_.state_count; ++s)
     if (operands.states[s] != nullptr) arranged.push_back({operands.states[s], &task->state[s]});
   return arrange(arranged, logical_order, &layouts_) ? Path::kFused : Path::kMemory;
 }
 
 Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t tensor, bool first, bool writes_gradient) {
-  const bool wide = operands.param->dtype() == caffe2::TypeMeta::Make<double>();
-  cpu::Task& task = tasks[wide].emplace_back();
+  const bool is_float64 = operands.param->dtype() == caffe2::TypeMeta::Make<double>();
+  cpu::TensorTask& task = tasks[is_float64].emplace_back();
   Entry& entry = entries.emplace_back();
   const Path path = look(operands, *group, writes_gradient, &task, &entry);
   note_operands(operands, tensor, writes_gradient);
   if (path != Path::kFused) {
-    tasks[wide].pop_back();
+    tasks[is_float64].pop_back();
     entries.pop_back();
     return path;
   }
@@ -226,27 +227,27 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
   entry.group = group;
   entry.task = -1;
   entry.first = first;
-  entry.wide = wide;
+  entry.is_float64 = is_float64;
   task.tensor = tensor;
   if (is_plain_cuda(operands.param)) {
     const c10::Device device = operands.param->device();
     cuda.visit(device);
-    cuda.add(task, group, device, wide, first,
+    cuda.add(task, group, device, is_float64, first,
              {entry.device_steps, entry.steps_are_double, entry.step, entry.steps != nullptr});
     ++cuda_entries_;
-    tasks[wide].pop_back();
+    tasks[is_float64].pop_back();
   } else if (task.numel == 0) {
-    tasks[wide].pop_back();
+    tasks[is_float64].pop_back();
   } else {
-    entry.task = static_cast<int64_t>(tasks[wide].size()) - 1;
+    entry.task = static_cast<int64_t>(tasks[is_float64].size()) - 1;
     elements += task.numel;
-    starts_[wide].push_back(starts_[wide].back() + cpu::blocks_of(task.numel));
+    starts_[is_float64].push_back(starts_[is_float64].back() + cpu::blocks_of(task.numel));
   }
   return path;
 }
 
 Path Batch::announce(const Operands& operands, const GroupValues& group, uint32_t tensor, bool writes_gradient) {
-  Task task;
+  TensorTask task;
   Entry entry;
   const Path path = look(operands, group, writes_gradient, &task, &entry);
   if (path == Path::kFused && is_plain_cuda(operands.param)) cuda.visit(operands.param->device());
@@ -295,7 +296,7 @@ void Batch::note_read(const c10::TensorImpl* tensor, uint32_t index) {
 
 void Batch::note_operands(const Operands& operands, uint32_t tensor, bool writes_gradient) {
   note_written(operands.param, tensor);
-  for (const c10::TensorImpl* state : operands.states) note_written(state, tensor);
+  for (int s = 0; s < rule_.state_count; ++s) note_written(operands.states[s], tensor);
   note_written(operands.steps, tensor);
   writes_gradient ? note_written(operands.gradient, tensor) : note_read(operands.gradient, tensor);
 }
@@ -354,8 +355,8 @@ bool Batch::is_clear(const c10::TensorImpl* gradient) const {
 
 // The step ------------------------------------------------------------------------------------------------------------
 
-cpu::Scalars Batch::scalars_of(const Run& run, double gradient_scale) const {
-  return run.group->scalars(rule_, run.step, run.first, run.wide, gradient_scale);
+cpu::Scalars Batch::scalars_of(const ScalarsKey& key, double gradient_scale) const {
+  return key.group->scalars(rule_, key.step, key.first, key.is_float64, gradient_scale);
 }
 
 void Batch::prepare(double gradient_scale, const DeviceScaling& scaling) {
@@ -364,38 +365,39 @@ void Batch::prepare(double gradient_scale, const DeviceScaling& scaling) {
               " give the optimizer capturable=True");
   gradient_scale_ = gradient_scale;
   scaling_ = scaling;
-  runs_.clear();
+  scalars_keys_.clear();
   scalars_.clear();
   scalars_.reserve(entries.size());  // tasks point into it
-  alike_.clear();
+  equal_groups_.clear();
   for (Entry& entry : entries) {
     if (entry.task < 0) continue;
-    const Run run{entry.group, entry.step, entry.steps != nullptr, entry.first || entry.step == 1, entry.wide};
-    const Run* last = runs_.empty() ? nullptr : &runs_.back();
-    const bool joins = last != nullptr && last->step == run.step && last->counts == run.counts &&
-                       last->first == run.first && last->wide == run.wide &&
-                       (last->group == run.group || *last->group == *run.group);
+    const ScalarsKey key{entry.group, entry.step, entry.steps != nullptr, entry.first || entry.step == 1,
+                         entry.is_float64};
+    const ScalarsKey* last = scalars_keys_.empty() ? nullptr : &scalars_keys_.back();
+    const bool joins = last != nullptr && last->step == key.step && last->counts == key.counts &&
+                       last->first == key.first && last->is_float64 == key.is_float64 &&
+                       (last->group == key.group || *last->group == *key.group);
     if (!joins) {
-      runs_.push_back(run);
-      scalars_.push_back(scalars_of(run, gradient_scale));
-    } else if (last->group != run.group && (alike_.empty() || alike_.back().second != run.group)) {
-      alike_.emplace_back(last->group, run.group);
+      scalars_keys_.push_back(key);
+      scalars_.push_back(scalars_of(key, gradient_scale));
+    } else if (last->group != key.group && (equal_groups_.empty() || equal_groups_.back().second != key.group)) {
+      equal_groups_.emplace_back(last->group, key.group);
     }
-    tasks[entry.wide][entry.task].scalars = &scalars_.back();
+    tasks[entry.is_float64][entry.task].scalars = &scalars_.back();
   }
 }
 
 // The entries and the tasks need not be touched if the runs stay what they were.
 void Batch::prepare_again(double gradient_scale, bool all_next) {
-  for (const auto& [group, other] : alike_) all_next = all_next && *group == *other;
-  for (const Run& run : runs_) all_next = all_next && !run.first && !(run.counts && run.step == 0);
+  for (const auto& [group, other] : equal_groups_) all_next = all_next && *group == *other;
+  for (const ScalarsKey& key : scalars_keys_) all_next = all_next && !key.first && !(key.counts && key.step == 0);
   if (!all_next) {
     for (Entry& entry : entries) entry.first = false;
     return prepare(gradient_scale);
   }
-  for (size_t i = 0; i < runs_.size(); ++i) {
-    runs_[i].step += runs_[i].counts ? 1 : 0;
-    scalars_[i] = scalars_of(runs_[i], gradient_scale);
+  for (size_t i = 0; i < scalars_keys_.size(); ++i) {
+    scalars_keys_[i].step += scalars_keys_[i].counts ? 1 : 0;
+    scalars_[i] = scalars_of(scalars_keys_[i], gradient_scale);
   }
 }
 
@@ -410,11 +412,12 @@ void Batch::work(bool counts, bool updates) {
       for (int64_t i = cut(tensors, part); i < cut(tensors, part + 1); ++i) count_and_tell(entries[i]);
     if (counts && part == 0)
       for (VersionCounter* counter : outer_written_) move_on(counter);
-    for (int wide = 0; wide < 2 && updates; ++wide) {
-      if (tasks[wide].empty()) continue;
-      const cpu::Run run{tasks[wide].data(), starts_[wide].data(), tasks[wide].size(), &rule_, wide == 1};
-      const int64_t blocks = starts_[wide].back();
-      cpu::run_blocks(run, cut(blocks, part), cut(blocks, part + 1));
+    for (int is_float64 = 0; is_float64 < 2 && updates; ++is_float64) {
+      if (tasks[is_float64].empty()) continue;
+      const cpu::Update update{tasks[is_float64].data(), starts_[is_float64].data(), tasks[is_float64].size(), &rule_,
+                               is_float64 == 1};
+      const int64_t blocks = starts_[is_float64].back();
+      cpu::run_blocks(update, cut(blocks, part), cut(blocks, part + 1));
     }
   };
   if (parts == 1) return run_part(0);

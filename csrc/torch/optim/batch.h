@@ -49,7 +49,7 @@ struct Operands {
   bool states_are_tensors = true;                      // else there is a state that is a subclass of one
   bool states_are_known = true;                        // else there is a state that is something else
   const Shard* shard = nullptr;                        // of a DTensor
-  bool lies_alike = true;                              // so do the gradient and the states
+  bool placements_match = true;                        // so do the gradient and the states
   c10::SmallVector<const c10::TensorImpl*, 0> outers;  // the DTensors that are written to, the parameter first
   const c10::TensorImpl* outer_gradient = nullptr;
 };
@@ -61,7 +61,7 @@ struct Entry {
   void* steps;         // the count of its steps where the host keeps it, else null
   double step;         // that count with this step
   void* device_steps;  // the count of its steps where a CUDA device keeps it, else null
-  bool steps_are_double, first, wide;
+  bool steps_are_double, first, is_float64;
   VersionCounter* written[kMaxOperands];  // those of the tensors that the step writes; null after the last
 
   // Reads the count of steps again. Whether this step is the one after that of before.
@@ -94,7 +94,7 @@ class Batch {
   bool is_clear(const c10::TensorImpl* gradient) const;
 
   // What would become of a parameter, with or without a gradient. For kFused, fills the task and the entry.
-  Path look(const Operands&, const GroupValues&, bool writes_gradient, Task*, Entry*);
+  Path look(const Operands&, const GroupValues&, bool writes_gradient, TensorTask*, Entry*);
 
   // The step. `prepare` reads the groups' values. `count` moves version counters and step counts, and `update` changes
   // the elements and touches nothing else, so that it may run without Python's interpreter if the tensors' memory is
@@ -104,7 +104,7 @@ class Batch {
   void count() { work(true, false); }
   void update() { work(false, true); }
 
-  // Whether the host need not know if the step is skipped.
+  // True if the device alone can skip the step: every parameter lies there, and so does the count of its steps.
   bool is_for_devices_alone() const { return cuda_entries_ == entries.size() && !cuda.counts_on_host(); }
 
   // In place of `prepare` where the entries are those of the last step, recounted. `all_next`: each one's step is the
@@ -112,8 +112,8 @@ class Batch {
   void prepare_again(double gradient_scale, bool all_next);
 
   std::vector<Entry> entries;
-  std::vector<cpu::Task> tasks[2];  // float arithmetic, double arithmetic
-  int64_t elements = 0;             // on the CPU
+  std::vector<cpu::TensorTask> tasks[2];  // float arithmetic, double arithmetic
+  int64_t elements = 0;                   // on the CPU
   CudaBatch cuda;
 
  private:
@@ -127,18 +127,18 @@ class Batch {
     bool alone;  // no other storage has this memory, unless it lies in memory that torch has not allocated
   };
 
-  // Neighbours of the same options at the same step, which share their scalars.
-  struct Run {
+  // Parameters beside each other that agree in all of this share their scalars.
+  struct ScalarsKey {
     const GroupValues* group;
     double step;
-    bool counts, first, wide;
+    bool counts, first, is_float64;
   };
 
   const cpu::Rule& rule_;
   std::vector<int64_t> starts_[2];
-  std::vector<Run> runs_;
-  std::vector<cpu::Scalars> scalars_;                                     // of the runs
-  std::vector<std::pair<const GroupValues*, const GroupValues*>> alike_;  // different groups in one run
+  std::vector<ScalarsKey> scalars_keys_;
+  std::vector<cpu::Scalars> scalars_;                                            // of each key
+  std::vector<std::pair<const GroupValues*, const GroupValues*>> equal_groups_;  // different groups that share scalars
   std::deque<Layout> layouts_;
   std::deque<ShardLayout> shard_layouts_;
   std::vector<VersionCounter*> outer_written_;  // of DTensors
@@ -164,7 +164,7 @@ class Batch {
   template <class Use>
   void for_each_written(const Span&, Use use) const;
   void work(bool counts, bool updates);
-  cpu::Scalars scalars_of(const Run& run, double gradient_scale) const;
+  cpu::Scalars scalars_of(const ScalarsKey& key, double gradient_scale) const;
 };
 
 // How many threads of torch's pool are worth waking for this many elements.

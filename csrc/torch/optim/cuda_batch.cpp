@@ -19,7 +19,7 @@ const void* number_on(const at::Tensor& tensor, c10::Device device, std::vector<
 
 // The parameters of one device and one arithmetic whose scalars are prepared in one place.
 struct Part {
-  std::vector<cuda::Task> tasks;
+  std::vector<cuda::TensorTask> tasks;
   std::vector<cuda::Prepared> prepared;    // by the host
   std::vector<cuda::Count> counts;         // for the device to prepare from
   std::vector<cuda::GroupSource> sources;  // likewise
@@ -41,7 +41,7 @@ cuda::GroupSource source_of(const GroupValues& group, c10::Device device, std::v
 }  // namespace
 
 void CudaBatch::clear() {
-  items_.clear();
+  device_tasks_.clear();
   devices_.clear();
 }
 
@@ -51,13 +51,14 @@ void CudaBatch::visit(c10::Device device) {
   devices_.push_back(device);
 }
 
-void CudaBatch::add(const Task& task, const GroupValues* group, c10::Device device, bool wide, bool first,
+void CudaBatch::add(const TensorTask& task, const GroupValues* group, c10::Device device, bool is_float64, bool first,
                     const StepCount& count) {
-  items_.push_back({task, group, device, wide, first, count});
+  device_tasks_.push_back({task, group, device, is_float64, first, count});
 }
 
 bool CudaBatch::counts_on_host() const {
-  return std::any_of(items_.begin(), items_.end(), [](const Item& item) { return item.count.on_host; });
+  return std::any_of(device_tasks_.begin(), device_tasks_.end(),
+                     [](const DeviceTask& item) { return item.count.on_host; });
 }
 
 bool CudaBatch::is_captured() const {
@@ -66,16 +67,16 @@ bool CudaBatch::is_captured() const {
 
 void CudaBatch::run(double gradient_scale, const DeviceScaling& scaling) {
   for (const c10::Device device : devices_)
-    for (const bool wide : {false, true}) run_on(device, wide, gradient_scale, scaling);
+    for (const bool is_float64 : {false, true}) run_on(device, is_float64, gradient_scale, scaling);
 }
 
-void CudaBatch::run_on(c10::Device device, bool wide, double gradient_scale, const DeviceScaling& scaling) {
+void CudaBatch::run_on(c10::Device device, bool is_float64, double gradient_scale, const DeviceScaling& scaling) {
   Part by_host, by_device;
   std::vector<at::Tensor> kept;
   double last_step = 0;
   bool last_first = false;
-  for (const Item& item : items_) {
-    if (item.device != device || item.wide != wide) continue;
+  for (const DeviceTask& item : device_tasks_) {
+    if (item.device != device || item.is_float64 != is_float64) continue;
     if (item.task.numel == 0 && item.count.on_device == nullptr) continue;  // else its steps are counted there
     const GroupValues& group = *item.group;
     const bool first = item.first || (item.count.on_host && item.count.step == 1);
@@ -86,7 +87,7 @@ void CudaBatch::run_on(c10::Device device, bool wide, double gradient_scale, con
     if (on_host) {
       if (new_group || last_step != item.count.step || last_first != first) {
         part.groups.push_back(&group);
-        part.prepared.push_back({group.scalars(rule_, item.count.step, first, wide, gradient_scale),
+        part.prepared.push_back({group.scalars(rule_, item.count.step, first, is_float64, gradient_scale),
                                  random_key(group.seed, item.count.step).step});
         last_step = item.count.step;
         last_first = first;
@@ -99,8 +100,8 @@ void CudaBatch::run_on(c10::Device device, bool wide, double gradient_scale, con
       part.counts.push_back({item.count.on_device, item.count.step, static_cast<uint32_t>(part.sources.size() - 1),
                              item.count.is_double, first});
     }
-    cuda::Task& task = part.tasks.emplace_back();
-    static_cast<Task&>(task) = item.task;
+    cuda::TensorTask& task = part.tasks.emplace_back();
+    static_cast<TensorTask&>(task) = item.task;
     task.prepared = static_cast<uint32_t>((on_host ? part.prepared.size() : part.counts.size()) - 1);
   }
   if (by_host.tasks.empty() && by_device.tasks.empty()) return;
@@ -111,7 +112,8 @@ void CudaBatch::run_on(c10::Device device, bool wide, double gradient_scale, con
   };
   const float* found_inf = float_on_device(scaling.found_inf);
   const auto update = [&](const Part& part, const cuda::Prepared* prepared, bool on_device) {
-    cuda::update({rule_.index, wide, part.tasks.data(), part.tasks.size(), prepared, on_device, found_inf}, on.stream);
+    cuda::update({rule_.index, is_float64, part.tasks.data(), part.tasks.size(), prepared, on_device, found_inf},
+                 on.stream);
   };
   if (!by_host.tasks.empty()) update(by_host, by_host.prepared.data(), false);
   if (by_device.tasks.empty()) return;
@@ -123,7 +125,7 @@ void CudaBatch::run_on(c10::Device device, bool wide, double gradient_scale, con
   const auto bytes = static_cast<int64_t>(by_device.counts.size() * sizeof(cuda::Prepared));
   const at::Tensor memory = at::empty({bytes}, at::TensorOptions(device).dtype(at::kByte));
   auto* prepared = static_cast<cuda::Prepared*>(memory.mutable_data_ptr());
-  cuda::prepare({rule_.index, wide, by_device.sources.data(), by_device.sources.size(), by_device.counts.data(),
+  cuda::prepare({rule_.index, is_float64, by_device.sources.data(), by_device.sources.size(), by_device.counts.data(),
                  by_device.counts.size(), scale, found_inf, prepared},
                 on.stream);
   update(by_device, prepared, true);

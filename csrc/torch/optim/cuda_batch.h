@@ -34,12 +34,12 @@ class CudaBatch {
   explicit CudaBatch(const cpu::Rule& rule) : rule_(rule) {}
 
   void clear();
-  bool empty() const { return items_.empty() && devices_.empty(); }
+  bool empty() const { return device_tasks_.empty() && devices_.empty(); }
 
   // Notes a device that is written to; RuntimeError if there are no kernels for it.
   void visit(c10::Device);
   // `group` must live as long as the step.
-  void add(const Task&, const GroupValues* group, c10::Device, bool wide, bool first, const StepCount&);
+  void add(const TensorTask&, const GroupValues* group, c10::Device, bool is_float64, bool first, const StepCount&);
 
   // Whether any count of steps is kept by the host, which must know then whether this step is skipped.
   bool counts_on_host() const;
@@ -50,19 +50,19 @@ class CudaBatch {
   void run(double gradient_scale, const DeviceScaling&);
 
  private:
-  struct Item {
-    Task task;
+  struct DeviceTask {
+    TensorTask task;
     const GroupValues* group;
     c10::Device device;
-    bool wide, first;
+    bool is_float64, first;
     StepCount count;
   };
 
   const cpu::Rule& rule_;
-  std::vector<Item> items_;
+  std::vector<DeviceTask> device_tasks_;
   std::vector<c10::Device> devices_;
 
-  void run_on(c10::Device, bool wide, double gradient_scale, const DeviceScaling&);
+  void run_on(c10::Device, bool is_float64, double gradient_scale, const DeviceScaling&);
 };
 
 #else
@@ -73,7 +73,7 @@ class CudaBatch {
   void clear() {}
   bool empty() const { return true; }
   void visit(c10::Device) {}
-  void add(const Task&, const GroupValues*, c10::Device, bool, bool, const StepCount&) {}
+  void add(const TensorTask&, const GroupValues*, c10::Device, bool, bool, const StepCount&) {}
   bool counts_on_host() const { return false; }
   bool is_captured() const { return false; }
   void run(double, const DeviceScaling&) {}

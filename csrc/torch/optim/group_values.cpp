@@ -30,17 +30,17 @@ void GroupValues::read_device_numbers(const cpu::Rule& rule) {
   if (!rule.takes(options)) unreadable = 1;
 }
 
-cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first, bool wide,
+cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first, bool is_float64,
                                   double gradient_scale) const {
   cpu::Scalars result;
-  const Moment now{lr, single_lr != 0, step, first};
+  const StepInfo info{lr, lr_is_float32 != 0, weight_decay, step, first};
   const Decay decay = rule.decay(options);
-  if (wide) {
-    result.stages64 = prepare_stages<double>(*this, now, decay, gradient_scale);
+  if (is_float64) {
+    result.stages64 = prepare_stages<double>(*this, info, decay, gradient_scale);
   } else {
-    result.stages32 = prepare_stages<float>(*this, now, decay, gradient_scale);
+    result.stages32 = prepare_stages<float>(*this, info, decay, gradient_scale);
   }
-  rule.prepare(options, now, wide, &result);
+  rule.prepare(options, info, is_float64, &result);
   return result;
 }
 

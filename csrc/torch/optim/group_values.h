@@ -16,16 +16,16 @@ struct DeviceOption {
   int64_t option = 0;                       // the rule's option that it is, or cuda::DeviceNumber::kLr
 };
 
-// What a group says. All fields are eight bytes wide, so that two groups can be compared as they lie in memory.
+// What a group says. All fields are eight bytes is_float64, so that two groups can be compared as they lie in memory.
 struct GroupValues : Settings {
   double options[kMaxOptions] = {};
   double differentiable = 0, skip_nonfinite = 0;  // truth values
-  double unreadable = 0;  // likewise: there is an option that only torch can judge, and the rest is not to be used
-  int64_t states_needed = 0;
+  double unreadable = 0;      // likewise: there is an option that only torch can judge, and the rest is not to be used
+  int64_t states_needed = 0;  // a StateSet
   DeviceOption on_device[cuda::kMaxDeviceNumbers];  // what the host has not read, the first first
 
   bool operator==(const GroupValues& other) const { return std::memcmp(this, &other, sizeof other) == 0; }
-  cpu::Scalars scalars(const cpu::Rule& rule, double step, bool first, bool wide, double gradient_scale) const;
+  cpu::Scalars scalars(const cpu::Rule& rule, double step, bool first, bool is_float64, double gradient_scale) const;
 
   // Leaves a number on its device if it can stay there; false if the host must read it.
   bool leave_on_device(const at::Tensor& number, int64_t option);

@@ -31,7 +31,7 @@ const cpu::Rule& check(std::string_view name, at::TensorList params, at::TensorL
                     " has ", rule->option_count, ", not ", options.size());
   TORCH_CHECK_VALUE(rule->takes(options.data()), "optimizer_step_: options: ", options, " is beyond the range of ",
                     name);
-  const size_t count = params.size(), needed = count * rule->states_needed(options.data());
+  const size_t count = params.size(), needed = count * count_of(rule->states_needed(options.data()));
   TORCH_CHECK_VALUE(gradients.size() == count, "optimizer_step_: gradients: ", gradients.size(), " for ", count,
                     " params");
   TORCH_CHECK_VALUE(states.size() == needed, "optimizer_step_: states: ", states.size(),
@@ -65,7 +65,7 @@ void optimizer_step_(std::string_view name, at::TensorList params, at::TensorLis
   if (!group.leave_on_device(lr, cuda::DeviceNumber::kLr)) group.lr = lr.item().toDouble();
   const auto is_elsewhere = [](const at::Tensor& param) { return !is_plain_cuda(param.unsafeGetTensorImpl()); };
   if (std::any_of(params.begin(), params.end(), is_elsewhere)) group.read_device_numbers(rule);
-  group.single_lr = lr.scalar_type() == at::kFloat;
+  group.lr_is_float32 = lr.scalar_type() == at::kFloat;
   group.weight_decay = weight_decay;
   group.maximize = maximize;
   group.l1 = l1;
@@ -78,7 +78,12 @@ void optimizer_step_(std::string_view name, at::TensorList params, at::TensorLis
     operands.param = params[i].unsafeGetTensorImpl();
     operands.gradient = gradients[i].unsafeGetTensorImpl();
     if (!steps.empty()) operands.steps = steps[i].unsafeGetTensorImpl();
-    for (int64_t s = 0; s < group.states_needed; ++s) operands.states[s] = states[s * count + i].unsafeGetTensorImpl();
+    size_t at = i;  // the states that these options call for, one after the other, each of all parameters
+    for (int s = 0; s < rule.state_count; ++s) {
+      if (!contains(group.states_needed, s)) continue;
+      operands.states[s] = states[at].unsafeGetTensorImpl();
+      at += count;
+    }
     const Path path = batch.add(operands, &group, static_cast<uint32_t>(i), false, false);
     TORCH_CHECK(path != Path::kNoMemory, "optimizer_step_: params[", i, "]: ", describe(path));
     TORCH_CHECK_VALUE(path == Path::kFused, "optimizer_step_: params[", i, "]: ", describe(path));

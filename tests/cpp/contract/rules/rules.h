@@ -1,0 +1,54 @@
+// In the tests of the engines this file stands before csrc/rules/rules.h: it adds a rule that has all that a rule may
+// have and no optimizer has yet.
+#pragma once
+
+#define TRAINOPT_RULES_OF_TESTS(DO) DO(Eight)
+#include_next "rules/rules.h"
+
+namespace trainopt {
+
+// Eight states in four sets, and decay in each of its places. Each state is an average of the gradient with a weight of
+// its own.
+struct Eight {
+  static constexpr const char* kName = "eight";
+  enum Option { kSet, kDecay };
+  static constexpr const char* kOptions[] = {"set", "decay"};
+  static constexpr const char* kStates[] = {"a", "b", "c", "d", "e", "f", "g", "h"};
+  static constexpr StateSet kStateSets[] = {0, 0b10000001, 0b01010110, 0b11111111};
+  static constexpr bool kCountsSteps = true;
+
+  // A set that is not among kStateSets for a number beyond them.
+  TRAINOPT_INLINE static StateSet states_needed(const double* options) {
+    return options[kSet] == 0   ? 0
+           : options[kSet] == 1 ? 0b10000001
+           : options[kSet] == 2 ? 0b01010110
+           : options[kSet] == 3 ? 0b11111111
+                                : 0b1;
+  }
+  TRAINOPT_INLINE static bool takes(const double*) { return true; }
+  TRAINOPT_INLINE static Decay decay(const double* options) {
+    return options[kDecay] == 0 ? Decay::kGradient : options[kDecay] == 1 ? Decay::kParameter : Decay::kUpdate;
+  }
+
+  template <class S>
+  struct Scalars {
+    S lr, decay;
+  };
+
+  template <class S>
+  TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
+    return {static_cast<S>(info.lr), static_cast<S>(decay(options) == Decay::kUpdate ? info.weight_decay : 0)};
+  }
+
+  template <class T, class S>
+  TRAINOPT_INLINE static void update(const Scalars<S>& k, T& p, T g, T* state) {
+    T sum = p * T(k.decay);
+    for (int i = 0; i < 8; ++i) {
+      state[i] = state[i] * T(S(0.5)) + g * T(S(1) / static_cast<S>(1 << i));
+      sum = sum + state[i];
+    }
+    p = p - sum * T(k.lr);
+  }
+};
+
+}  // namespace trainopt
