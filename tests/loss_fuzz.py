@@ -50,6 +50,7 @@ def _right(draw: Any, name: str, device: str) -> dict[str, Any]:
         "label_smoothing": draw(st.sampled_from((0.0, 0.1))),
     }
     arguments |= {"z_loss": draw(st.sampled_from((0.0, 0.1))), "softcap": draw(st.sampled_from((0.0, 3.0)))}
+    arguments["temperature"] = draw(st.sampled_from((1.0, 2.0)))
     arguments |= {"inplace_backward": draw(st.booleans()), "empty_is_zero": draw(st.booleans())}
     arguments |= {"log_target": draw(st.booleans()), "chunk": draw(st.sampled_from((1, 3, 10_000)))}
     arguments |= {"loss": draw(st.sampled_from(LOSSES))}

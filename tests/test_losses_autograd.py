@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainopt import functional
 from trainopt.losses import reference
+from trainopt.losses.options import CrossEntropyOptions
 
 TARGET = classes((5,), 4)
 PROBABILITIES = random(5, 4, seed=9).softmax(1)
@@ -184,6 +185,7 @@ def test_gradients_of_a_class_weight_are_as_in_torch():
 # Twice ----------------------------------------------------------------------------------------------------------------
 
 EXTRAS = {"z_loss": {"z_loss": 0.3}, "softcap": {"softcap": 3.0}, "both": {"z_loss": 0.3, "softcap": 3.0}}
+EXTRAS |= {"temperature": {"temperature": 2.0}, "all": {"z_loss": 0.3, "softcap": 3.0, "temperature": 0.5}}
 
 
 @each_loss
@@ -499,13 +501,12 @@ def test_the_reference_is_the_operator():
                 z_loss=0.2,
                 softcap=3.0,
                 empty=empty,
+                temperature=1.7,
             ),
             [inputs()],
         )
+        settings = CrossEntropyOptions(reduction, -100, smoothing, 0.2, 3.0, empty, 1.7)
         theirs = run(
-            lambda x, settings=(reduction, smoothing, 0.2, 3.0, empty): reference.cross_entropy(
-                x, TARGET, CLASS_WEIGHT, -100, *settings
-            )[0],
-            [inputs()],
+            lambda x, settings=settings: reference.cross_entropy(x, TARGET, CLASS_WEIGHT, settings)[0], [inputs()]
         )
         torch.testing.assert_close(mine, theirs)

@@ -56,6 +56,8 @@ CASES = {
     "cross_entropy of few very long rows": cross_entropy(100_003, 2),
     "cross_entropy of probabilities": cross_entropy(1001, 99, kind="probabilities"),
     "cross_entropy with extras": cross_entropy(333, 300, z_loss=0.1, softcap=5.0),
+    "cross_entropy with a temperature": cross_entropy(333, 300, temperature=0.6, z_loss=0.1),
+    "cross_entropy with all extras": cross_entropy(333, 300, temperature=2.0, z_loss=0.1, softcap=5.0),
     "cross_entropy class by class": cross_entropy(40, 3001, layout=lambda x: x.t().contiguous().t()),
     "mse": pointwise("mse_loss", SIZE),
     "l1": pointwise("l1_loss", SIZE),

@@ -27,13 +27,13 @@ def logits(*shape):
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
 def test_opcheck_of_cross_entropy(reduction, kind):
     target = classes((6,), 9) if kind == "classes" else random(6, 9, seed=1).softmax(1).float()
-    plain = (0.0, 0.0, 0.0, False, False)
-    extra = (0.1, 0.2, 3.0, False, True)
+    plain = (0.0, 0.0, 0.0, False)
+    extra = (0.1, 0.2, 3.0, True, 2.0)
     for options, weight in itertools.product((plain, extra), (None, torch.rand(9))):
-        opcheck(OPS.cross_entropy.default, (logits(), target, weight, reduction, -100, *options))
+        opcheck(OPS.cross_entropy.default, (logits(), target, weight, False, reduction, -100, *options))
     volume = logits(2, 9, 3)
     places = classes((2, 3), 9) if kind == "classes" else random(2, 9, 3, seed=1).softmax(1).float()
-    opcheck(OPS.cross_entropy.default, (volume, places, None, reduction, -100, *plain))
+    opcheck(OPS.cross_entropy.default, (volume, places, None, False, reduction, -100, *plain))
 
 
 @pytest.mark.parametrize("reduction", NUMBERS.values(), ids=NUMBERS)
@@ -72,11 +72,11 @@ def test_opcheck_of_the_named_pointwise_losses(reduction):
 @pytest.mark.parametrize("reduction", NUMBERS.values(), ids=NUMBERS)
 def test_opcheck_of_linear_cross_entropy(reduction):
     weight, bias, target = logits(11, 9), logits(11), classes((6,), 11)
-    for options in ((0.0, 0.0, 0.0, False), (0.1, 0.2, 3.0, True)):
+    for options in ((0.0, 0.0, 0.0, False), (0.1, 0.2, 3.0, True, 2.0)):
         for given in (None, bias):
             opcheck(
                 OPS.linear_cross_entropy.default,
-                (logits(), weight, target, given, None, reduction, -100, *options, 100),
+                (logits(), weight, target, given, None, 100, reduction, -100, *options),
             )
 
 
@@ -84,12 +84,12 @@ def test_opcheck_of_linear_cross_entropy(reduction):
 def test_opcheck_of_what_autograd_calls(reduction):
     """The operators that have no derivative themselves."""
     x, weight, bias, target = logits().detach(), logits(11, 9).detach(), logits(11).detach(), classes((6,), 11)
-    options = (0.1, 0.2, 3.0, True)
-    _, _, lse = OPS.cross_entropy(x, TARGET, None, reduction, -100, *options[:3], False, True)
+    options = (0.1, 0.2, 3.0, True, 2.0)
+    _, _, lse = OPS.cross_entropy(x, TARGET, None, False, reduction, -100, *options)
     upstream = torch.rand(6) if reduction == 0 else torch.rand(())
     opcheck(OPS.cross_entropy_backward.default, (upstream, x, TARGET, torch.rand(9), lse, reduction, -100, *options))
     for wanted in ([False] * 3, [reduction != 0] * 3):
-        linear = (x, weight, target, bias, torch.rand(11), reduction, -100, *options, 100, wanted)
+        linear = (x, weight, target, bias, torch.rand(11), 100, wanted, reduction, -100, *options)
         opcheck(OPS.linear_cross_entropy_forward.default, linear)
         lse = OPS.linear_cross_entropy_forward(*linear)[2]
         linear = (upstream, *linear[:5], lse, *linear[5:])
@@ -112,6 +112,7 @@ def test_every_operator_is_checked():
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 TARGET = classes((6,), 9)
+LAYER = random(9, 9, seed=2).float()
 PROBABILITIES = random(6, 9, seed=1).softmax(1).float()
 
 COMPILED = {
@@ -161,8 +162,9 @@ def test_compiled_whole(loss):
 
 def test_compiled_extras():
     def loss(x):
-        value, z = functional.cross_entropy(x, TARGET, z_loss=0.1, return_z_loss=True, softcap=3.0, empty="zero")
-        return value + 0 * z
+        options = {"z_loss": 0.1, "softcap": 3.0, "empty": "zero", "temperature": 2.0}
+        value, z = functional.cross_entropy(x, TARGET, return_z_loss=True, **options)
+        return value + 0 * z + functional.linear_cross_entropy(x, LAYER, TARGET, **options)
 
     for mine, theirs in zip(gradient(compiled(loss), logits()), gradient(loss, logits()), strict=True):
         torch.testing.assert_close(mine, theirs)

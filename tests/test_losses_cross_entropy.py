@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from trainopt import functional
 from trainopt.losses import reference
+from trainopt.losses.options import CrossEntropyOptions
 
 CLASSES = 7
 SHAPES = {"1-D": (), "2-D": (5,), "3-D": (3, 4), "4-D": (2, 3, 2)}  # of the rows
@@ -184,15 +185,18 @@ EXTRAS = {
     "both": {"z_loss": 0.1, "softcap": 2.0},
     "zero": {"empty": "zero"},
     "all": {"z_loss": 0.1, "softcap": 2.0, "empty": "zero", "label_smoothing": 0.1},
+    "temperature": {"temperature": 0.25},
+    "temperature and z_loss": {"temperature": 3.0, "z_loss": 0.1},
+    "temperature and softcap": {"temperature": 3.0, "softcap": 2.0},
+    "temperature and all": {"temperature": 0.7, "z_loss": 0.1, "softcap": 2.0, "empty": "zero", "label_smoothing": 0.1},
 }
 
 
 def by_formula(logits, target, weight, **options):
     """The same in plain torch."""
-    options = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0, "z_loss": 0.0, **options}
-    options = {"softcap": None, "empty": "nan", **options}
-    result = reference.cross_entropy(logits, target, weight, **options)
-    return result[0] if options["z_loss"] else result
+    settings = CrossEntropyOptions(**options)
+    result = reference.cross_entropy(logits, target, weight, settings)
+    return result[0] if settings.z_loss else result
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -266,14 +270,14 @@ def test_a_large_soft_cap_keeps_the_digits_of_small_logits(dtype):
 
 def test_the_formula_is_what_the_page_says():
     logits, target = problem((6,), "classes", ignored=-100)
-    capped = 5 * (logits / 5).tanh()
+    capped = 5 * (logits / 5).tanh() / 0.8
     lse = torch.log(capped.exp().sum(1))
     counted = target != -100
     each = (lse - capped.gather(1, target.clamp(min=0)[:, None])[:, 0] + 0.01 * lse**2) * counted
     for reduce, reduction in ((lambda x: x, "none"), (torch.sum, "sum"), (lambda x: x.sum() / counted.sum(), "mean")):
         for function in (functional.cross_entropy, by_formula):
             options = {} if function is functional.cross_entropy else {"weight": None}
-            found = function(logits, target, z_loss=0.01, softcap=5.0, reduction=reduction, **options)
+            found = function(logits, target, z_loss=0.01, softcap=5.0, temperature=0.8, reduction=reduction, **options)
             torch.testing.assert_close(found, reduce(each))
 
 
@@ -294,7 +298,7 @@ def test_z_loss_comes_separately(reduction):
 def test_extras_that_are_off_change_nothing():
     logits, target = problem((6,), "classes", ignored=-100)
     logits = logits.float()
-    off = {"z_loss": 0.0, "softcap": None, "empty": "nan", "inplace_backward": False}
+    off = {"z_loss": 0.0, "softcap": None, "empty": "nan", "inplace_backward": False, "temperature": 1.0}
     plain = run(lambda x: functional.cross_entropy(x, target), [logits])
     assert all(map(torch.equal, plain, run(lambda x: functional.cross_entropy(x, target, **off), [logits])))
     unempty = run(lambda x: functional.cross_entropy(x, target, empty="zero"), [logits])
@@ -304,7 +308,9 @@ def test_extras_that_are_off_change_nothing():
 # Nothing to count -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"softcap": 3.0}, {"temperature": 2.0}], ids=str
+)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("rows", [(4,), (2, 3), (0,)], ids=str)
 def test_all_ignored(options, reduction, rows):

@@ -59,7 +59,19 @@ def test_the_modules_functions_take_junk(name):
 
 
 RIGHT = {
-    "cross_entropy": (torch.ones(2, 3), torch.zeros(2, dtype=torch.int64), None, 1, -100, 0.0, 0.0, 0.0, False, False),
+    "cross_entropy": (
+        torch.ones(2, 3),
+        torch.zeros(2, dtype=torch.int64),
+        None,
+        False,
+        1,
+        -100,
+        0.0,
+        0.0,
+        0.0,
+        False,
+        1.0,
+    ),
     "pointwise_loss": ("mse_loss", torch.ones(2), torch.ones(2), None, None, 1, 0.0),
     "norm_of": ([torch.ones(2)], 2.0, False),
     "clip_gradients": ([torch.ones(2)], 1.0, 2.0),  # without gradients: there is nothing to do

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from trainopt import functional
 from trainopt.losses import reference
+from trainopt.losses.options import CrossEntropyOptions
 
 WIDTH, WORDS = 12, 31
 
@@ -28,12 +29,11 @@ def problem(tokens=(9,), words=WORDS, width=WIDTH, kind="classes", ignored=None,
 
 def by_logits(hidden, layer, target, linear_bias=None, weight=None, **options):
     """The same in plain torch, with the logits stored."""
-    defaults = {"ignore_index": None, "reduction": "mean", "label_smoothing": 0.0}
-    defaults |= {"z_loss": 0.0, "softcap": None, "empty": "nan", "out_dtype": None}
     options.pop("memory_budget", None)
-    options = {**defaults, **options}
-    result = reference.linear_cross_entropy(hidden, layer, target, linear_bias, weight, **options)
-    return result[0] if options["z_loss"] else result
+    out_dtype = options.pop("out_dtype", None)
+    settings = CrossEntropyOptions(**{"ignore_index": None, **options})
+    result = reference.linear_cross_entropy(hidden, layer, target, linear_bias, weight, settings, out_dtype)
+    return result[0] if settings.z_loss else result
 
 
 def compare(hidden, layer, bias, target, dtype, roundings=8.0, **options):
@@ -62,7 +62,12 @@ def test_the_grid(dtype, reduction):
         (False, True),
         (False, True),
         (0.0, 0.1),
-        ({}, {"z_loss": 0.01, "softcap": 4.0, "empty": "zero"}),
+        (
+            {},
+            {"z_loss": 0.01, "softcap": 4.0, "empty": "zero"},
+            {"temperature": 0.5},
+            {"temperature": 3.0, "softcap": 4.0},
+        ),
     ):
         hidden, weight, bias, target = problem(kind=kind, ignored=3)
         compare(
@@ -211,7 +216,7 @@ def test_gradcheck():
     hidden, weight, bias, target = problem((4,), 6, 3)
     leaves = [operand.requires_grad_() for operand in (hidden, weight, bias)]
     for reduction, extras in itertools.product(
-        REDUCTIONS, ({}, {"z_loss": 0.1, "softcap": 3.0, "label_smoothing": 0.2})
+        REDUCTIONS, ({}, {"z_loss": 0.1, "softcap": 3.0, "label_smoothing": 0.2, "temperature": 2.0})
     ):
         loss = partial(functional.linear_cross_entropy, reduction=reduction, memory_budget=100, **extras)
         assert torch.autograd.gradcheck(lambda h, w, b, loss=loss: loss(h, w, target, linear_bias=b), leaves)
@@ -222,7 +227,7 @@ def test_second_derivatives():
     hidden, weight, bias, target = problem((4,), 6, 3)
     leaves = [operand.requires_grad_() for operand in (hidden, weight, bias)]
     for reduction, extras in itertools.product(
-        REDUCTIONS, ({}, {"z_loss": 0.1, "softcap": 3.0, "label_smoothing": 0.2, "weight": random(6).abs()})
+        REDUCTIONS, ({}, {"z_loss": 0.1, "softcap": 3.0, "temperature": 2.0, "weight": random(6).abs()})
     ):
         loss = partial(functional.linear_cross_entropy, reduction=reduction, memory_budget=100, **extras)
         assert torch.autograd.gradgradcheck(lambda h, w, b, loss=loss: loss(h, w, target, linear_bias=b), leaves)

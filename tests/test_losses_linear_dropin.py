@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import trainopt
 from trainopt import functional
 from trainopt.losses import chunks, linear, older_torch, reference
+from trainopt.losses.options import CrossEntropyOptions
 
 TOKENS, WIDTH, WORDS = 6, 5, 7
 X, W, B = random(TOKENS, WIDTH).float(), random(WORDS, WIDTH, seed=1).float(), random(WORDS, seed=2).float()
@@ -23,17 +24,17 @@ CLASS_WEIGHT = random(WORDS, seed=4).abs().float()
 DEEP, DEEP_BIAS = random(WORDS, 3, 2, WIDTH).float(), random(WORDS, 3, 2).float()
 DEEP_LABELS, DEEP_P = classes((TOKENS, 3, 2), WORDS), random(TOKENS, WORDS, 3, 2).softmax(1).float()
 OPTIONS = trainopt.LinearCrossEntropyOptions
-EXTRAS = {"z_loss", "return_z_loss", "softcap", "empty", "memory_budget", "out_dtype"}
+EXTRAS = {"z_loss", "return_z_loss", "softcap", "empty", "memory_budget", "out_dtype", "temperature"}
 
 has_torchs = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has no linear_cross_entropy")
 
 
 def plain(input, linear_weight, target, **options):
     """What torch 2.13 computes, or raises, in its own words; also for a torch that is older."""
-    options = {"linear_bias": None, "weight": None, "reduction": "mean", "ignore_index": None, **options}
-    options = {"label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "empty": "nan", "out_dtype": None, **options}
+    bias, weight, dtype = (options.pop(name, None) for name in ("linear_bias", "weight", "out_dtype"))
     options.pop("options", None)
-    return reference.linear_cross_entropy(input, linear_weight, target, **options)
+    settings = CrossEntropyOptions(**{"ignore_index": None, **options})
+    return reference.linear_cross_entropy(input, linear_weight, target, bias, weight, settings, dtype)
 
 
 @pytest.fixture(params=[pytest.param("torch's", marks=has_torchs), "older torch"])
@@ -114,7 +115,7 @@ def test_one_row_may_have_a_target_of_one_element():
 
 
 def test_extras_of_a_k_dimensional_loss():
-    extras = {"z_loss": 0.1, "softcap": 3.0, "empty": "zero"}
+    extras = {"z_loss": 0.1, "softcap": 3.0, "empty": "zero", "temperature": 2.0}
     found = functional.linear_cross_entropy(X, DEEP, DEEP_LABELS, linear_bias=DEEP_BIAS, return_z_loss=True, **extras)
     logits = torch.einsum("nf,cabf->ncab", X, DEEP) + DEEP_BIAS
     expected = functional.cross_entropy(logits, DEEP_LABELS, return_z_loss=True, **extras)
@@ -262,7 +263,7 @@ def seen(monkeypatch):
             return getattr(torch.ops.trainopt, name)
 
         def linear_cross_entropy(self, *arguments):
-            found.append(arguments[-1])
+            found.append(arguments[5])
             return operator(*arguments)
 
     class Torch:
@@ -518,6 +519,7 @@ def test_arguments_that_the_module_refuses():
 
 def test_the_module_is_the_function_with_its_own_layer():
     extras = {"z_loss": 0.1, "softcap": 3.0, "empty": "zero", "memory_budget": 100, "out_dtype": torch.float64}
+    extras["temperature"] = 2.0
     module = trainopt.LinearCrossEntropyLoss(WIDTH, WORDS, bias=True, return_z_loss=True, **extras)
     found = module(X, LABELS)
     layer = module.linear

@@ -82,7 +82,7 @@ def test_modules_can_be_copied_pickled_and_saved(name):
 
 
 def test_the_extras_of_the_module():
-    options = {"z_loss": 0.1, "softcap": 3.0, "empty": "zero", "inplace_backward": True}
+    options = {"z_loss": 0.1, "softcap": 3.0, "empty": "zero", "inplace_backward": True, "temperature": 2.0}
     module = pickle.loads(pickle.dumps(trainopt.CrossEntropyLoss(return_z_loss=True, **options)))
     loss, z = module(X, LABELS)
     expected, expected_z = functional.cross_entropy(X, LABELS, return_z_loss=True, **options)
@@ -193,7 +193,7 @@ def test_a_subclass_sees_torchs_function(name):
 
 def test_a_subclass_has_the_extras():
     x = X.as_subclass(Logged)
-    options = {"z_loss": 0.1, "softcap": 3.0, "return_z_loss": True, "empty": "zero"}
+    options = {"z_loss": 0.1, "softcap": 3.0, "return_z_loss": True, "empty": "zero", "temperature": 2.0}
     Logged.calls = []
     found = functional.cross_entropy(x, LABELS, **options)
     for mine, theirs in zip(found, functional.cross_entropy(X, LABELS, **options), strict=True):

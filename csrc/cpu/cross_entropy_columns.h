@@ -55,23 +55,18 @@ template <class S>
 class ColumnGroup {
  public:
   ColumnGroup(const CrossEntropyTask& task, const Columns& logits, const Columns& probabilities, int count)
-      : task_(task),
-        cap_(softcap_in<S>(task.softcap)),
-        logits_(logits, count),
-        probabilities_(probabilities, count),
-        width_(padded(count)) {}
+      : task_(task), map_(task), logits_(logits, count), probabilities_(probabilities, count), width_(padded(count)) {}
 
-  // Calls use(c, x, mass) for each class; `mass` is null without one beside the spike.
+  // Calls use(c, x, mass) for each class; `mass` is null without one beside the label's.
   template <class Use>
   TRAINOPT_INLINE void for_each_class(Use use) {
     for (int64_t c = 0; c < task_.classes; ++c) use(c, logits(c), has_mass(task_) ? masses(c) : nullptr);
   }
   const S* logits(int64_t c) {
     const S* x = logits_.load(c);
-    if (cap_ == 0) return x;
-    for (int i = 0; i < width_; i += Vec<S>::kSize)
-      store(capped_ + i, SoftmaxCrossEntropy::capped(load(x + i), Vec<S>(cap_)));
-    return capped_;
+    if (map_.is_identity) return x;
+    for (int i = 0; i < width_; i += Vec<S>::kSize) store(mapped_ + i, map_(load(x + i)));
+    return mapped_;
   }
   const S* masses(int64_t c) {
     const S weight = static_cast<S>(task_.weight == nullptr ? 1 : task_.weight[c]);
@@ -87,10 +82,10 @@ class ColumnGroup {
 
  private:
   const CrossEntropyTask& task_;
-  const S cap_;
+  const LogitMap<S> map_;
   ColumnTiles<S> logits_, probabilities_;
   const int width_;
-  S capped_[kBlock], masses_[kBlock];
+  S mapped_[kBlock], masses_[kBlock];
 };
 
 // Sums of many small parts: in S over a few classes, then in double.
@@ -148,7 +143,8 @@ void columns_forward(const CrossEntropyTask& task, const Columns& logits, const 
     task.lse.peak[row] = peak;
     task.lse.log_sum[row] = log_sum;
     double loss = mass.total[i] * log_sum - products.total[i];
-    if (task.labels != nullptr) loss += spike_of(task, row) * ((peak - static_cast<double>(label_logit[i])) + log_sum);
+    if (task.labels != nullptr)
+      loss += label_mass_of(task, row) * ((peak - static_cast<double>(label_logit[i])) + log_sum);
     task.loss[row] = is_ignored(task, row) ? 0 : loss;
   }
 }
@@ -160,7 +156,8 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
   const int width = padded(count);
   ColumnGroup<S> group(task, logits, probabilities, count);
   ColumnTiles<S> gradients(gradient, count);
-  S peak[kBlock] = {}, log_sums[kBlock] = {}, upstream[kBlock] = {}, share[kBlock] = {}, spike[kBlock] = {};
+  S peak[kBlock] = {}, log_sums[kBlock] = {}, upstream[kBlock] = {}, probability_factor[kBlock] = {},
+    label_mass[kBlock] = {};
   ColumnSums<S> mass;
   if (has_mass(task))
     for (int64_t c = 0; c < task.classes; ++c) {
@@ -168,32 +165,35 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
       for (int i = 0; i < width; i += kSize) store(mass.part + i, load(mass.part + i) + load(m + i));
       if (ends_part(c, task.classes)) mass.flush(width);
     }
+  const double inverse_temperature = 1 / task.temperature;
   for (int i = 0; i < count; ++i) {
     const int64_t row = first_row + i;
-    const double log_sum = task.lse.log_sum[row], scale = task.scale[row];
-    const double at_label = spike_of(task, row);
+    const double log_sum = task.lse.log_sum[row], scale = task.scale[row] * inverse_temperature;
+    const double at_label = label_mass_of(task, row);
     peak[i] = static_cast<S>(task.lse.peak[row]);
     log_sums[i] = static_cast<S>(log_sum);
     upstream[i] = static_cast<S>(scale);
-    spike[i] = static_cast<S>(scale * at_label);
-    share[i] = static_cast<S>((scale * (mass.total[i] + at_label) + task.lse_scale[row]) *
-                              SoftmaxCrossEntropy::rounding_of<S>(log_sum));
+    label_mass[i] = static_cast<S>(scale * at_label);
+    probability_factor[i] =
+        static_cast<S>((scale * (mass.total[i] + at_label) + task.lse_scale[row] * inverse_temperature) *
+                       SoftmaxCrossEntropy::rounding_of<S>(log_sum));
   }
-  const S cap = softcap_in<S>(task.softcap);
+  const LogitMap<S> map(task);
   group.for_each_class([&](int64_t c, const S* x, const S* m) {
     S at_label[kBlock];
     if (task.labels != nullptr)
       for (int i = 0; i < width; ++i) {
-        const S slope = cap == 0 ? S(1) : SoftmaxCrossEntropy::cap_slope(x[i], cap);
-        at_label[i] = i < count && task.labels[first_row + i] == c ? spike[i] * slope : S(0);
+        const S derivative = map.cap == 0 ? S(1) : map.derivative(x[i]);
+        at_label[i] = i < count && task.labels[first_row + i] == c ? label_mass[i] * derivative : S(0);
       }
     S* out = gradients.start_writing(c);
     for (int i = 0; i < width; i += kSize) {
       const Vec<S> tile = load(x + i), masses = m == nullptr ? Vec<S>(S(0)) : load(m + i) * load(upstream + i);
-      Vec<S> slope = SoftmaxCrossEntropy::slope(tile, load(peak + i), load(log_sums + i), load(share + i), masses);
-      if (cap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(tile, Vec<S>(cap));
-      if (task.labels != nullptr) slope = slope - load(at_label + i);
-      store(out + i, slope);
+      Vec<S> derivative = SoftmaxCrossEntropy::derivative(tile, load(peak + i), load(log_sums + i),
+                                                          load(probability_factor + i), masses);
+      if (map.cap != 0) derivative = derivative * map.derivative(tile);
+      if (task.labels != nullptr) derivative = derivative - load(at_label + i);
+      store(out + i, derivative);
     }
     if (task.labels != nullptr)
       for (int i = 0; i < count; ++i)

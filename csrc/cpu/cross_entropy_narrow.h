@@ -11,9 +11,9 @@ constexpr int kFewClasses = 64;
 
 // Up to kLanes rows, class by class.
 template <class S>
-class Turned {
+class Transposed {
  public:
-  explicit Turned(const CrossEntropyTask& task) : classes_(static_cast<int>(task.classes)) {}
+  explicit Transposed(const CrossEntropyTask& task) : classes_(static_cast<int>(task.classes)) {}
 
   Columns columns() { return {{values_, nullptr, kDTypeOf<S>}, 0, kLanes}; }
 
@@ -47,7 +47,7 @@ class Turned {
 
 template <class S>
 void narrow_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
-  Turned<S> logits(task), probabilities(task);
+  Transposed<S> logits(task), probabilities(task);
   for (int64_t row = first_row; row < last_row; row += kLanes) {
     const int count = static_cast<int>(last_row - row < kLanes ? last_row - row : kLanes);
     logits.read(task.logits, row, count);
@@ -58,7 +58,7 @@ void narrow_forward(const CrossEntropyTask& task, int64_t first_row, int64_t las
 
 template <class S>
 void narrow_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
-  Turned<S> logits(task), probabilities(task);
+  Transposed<S> logits(task), probabilities(task);
   for (int64_t row = first_row; row < last_row; row += kLanes) {
     const int count = static_cast<int>(last_row - row < kLanes ? last_row - row : kLanes);
     logits.read(task.logits, row, count);

@@ -22,7 +22,7 @@ TRAINOPT_FUNCTION S* load_row_tile(const Rows& rows, int64_t row, int64_t at, in
 }
 
 // The mass at the label, or 0 where there is none: an ignored label need be no class.
-TRAINOPT_FUNCTION double spike_of(const CrossEntropyTask& task, int64_t row) {
+TRAINOPT_FUNCTION double label_mass_of(const CrossEntropyTask& task, int64_t row) {
   if (task.labels == nullptr || is_ignored(task, row)) return 0;
   return (1 - task.smoothing) * (task.weight == nullptr ? 1 : task.weight[task.labels[row]]);
 }
@@ -31,19 +31,17 @@ TRAINOPT_FUNCTION double spike_of(const CrossEntropyTask& task, int64_t row) {
 template <class S>
 class CrossEntropyRows {
  public:
-  explicit CrossEntropyRows(const CrossEntropyTask& task)
-      : task_(task), cap_(softcap_in<S>(task.softcap)), spread_(spread_of(task)) {}
+  explicit CrossEntropyRows(const CrossEntropyTask& task) : task_(task), map_(task), spread_(spread_of(task)) {}
 
-  // Up to kRowTile logits, capped, and `padding` up to a whole number of lanes.
+  // Up to kRowTile logits of the softmax, and `padding` up to a whole number of lanes.
   const S* logits(int64_t row, int64_t at, int count, S padding) {
     S* tile = load_row_tile(task_.logits, row, at, count, logits_buffer_);
     const int end = padded(count);
-    if (end == count && cap_ == 0) return tile;
+    if (end == count && map_.is_identity) return tile;
     if (tile != logits_buffer_) __builtin_memcpy(logits_buffer_, tile, count * sizeof(S));
     pad_logits(count, padding);
-    if (cap_ == 0) return logits_buffer_;
-    for (int i = 0; i < end; i += Vec<S>::kSize)
-      store(logits_buffer_ + i, SoftmaxCrossEntropy::capped(load(logits_buffer_ + i), Vec<S>(cap_)));
+    if (map_.is_identity) return logits_buffer_;
+    for (int i = 0; i < end; i += Vec<S>::kSize) store(logits_buffer_ + i, map_(load(logits_buffer_ + i)));
     pad_logits(count, padding);
     return logits_buffer_;
   }
@@ -55,11 +53,10 @@ class CrossEntropyRows {
 
   double logit(int64_t row, int64_t at) {
     S one;
-    const S x = *load_row_tile(task_.logits, row, at, 1, &one);
-    return cap_ == 0 ? x : SoftmaxCrossEntropy::capped(x, cap_);
+    return map_(*load_row_tile(task_.logits, row, at, 1, &one));
   }
 
-  // The masses of a tile beside the spike, and zeros.
+  // The masses of a tile beside the label's, and zeros.
   const S* masses(int64_t row, int64_t at, int count) {
     const S spread = static_cast<S>(spread_);
     if (task_.labels == nullptr) {
@@ -77,7 +74,7 @@ class CrossEntropyRows {
 
   // A: all of a row's mass.
   double total_mass(int64_t row) {
-    if (task_.labels != nullptr) return spike_of(task_, row) + spread_ * task_.total_weight;
+    if (task_.labels != nullptr) return label_mass_of(task_, row) + spread_ * task_.total_weight;
     LaneSums sums;
     for_each_tile([&](int64_t at, int count) {
       const S* mass = masses(row, at, count);
@@ -97,7 +94,7 @@ class CrossEntropyRows {
 
  private:
   const CrossEntropyTask& task_;
-  const S cap_;
+  const LogitMap<S> map_;
   const double spread_;
   S logits_buffer_[kRowTile], mass_buffer_[kRowTile];
 };
@@ -169,14 +166,15 @@ void wide_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_
       continue;
     }
     double loss = has_mass(task) ? sums.mass * log_sum - sums.mass_times_logit : 0;
-    if (task.labels != nullptr) loss += spike_of(task, row) * ((peak - rows.logit(row, task.labels[row])) + log_sum);
+    if (task.labels != nullptr)
+      loss += label_mass_of(task, row) * ((peak - rows.logit(row, task.labels[row])) + log_sum);
     task.loss[row] = loss;
   }
 }
 
-// Asks for what is read and written some way on: memory that is written while it is read, or just after, comes a third
-// sooner so.
-TRAINOPT_FUNCTION void ask_ahead(const char* read, const char* written) {
+// Prefetches 2 KiB ahead for reads and 4 KiB for writes: a third faster when measured, as memory here is written while
+// it is read or just after.
+TRAINOPT_FUNCTION void prefetch(const char* read, const char* written) {
   __builtin_prefetch(read + 2048, 0);
   __builtin_prefetch(written + 4096, 1);
 }
@@ -188,15 +186,17 @@ void wide_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last
   S buffer[kRowTile];
   const TensorView gradient{task.gradient.data, nullptr, task.gradient.dtype};
   const int64_t source_size = size_of(task.logits.dtype), target_size = size_of(gradient.dtype);
-  const S cap = softcap_in<S>(task.softcap);
+  const LogitMap<S> map(task);
+  const double inverse_temperature = 1 / task.temperature;
   for (int64_t row = first_row; row < last_row; ++row) {
     const bool ignored = is_ignored(task, row);
-    const double upstream = task.scale[row], log_sum = task.lse.log_sum[row];
-    const double spike = upstream * spike_of(task, row);
+    const double upstream = task.scale[row] * inverse_temperature, log_sum = task.lse.log_sum[row];
+    const double label_mass = upstream * label_mass_of(task, row);
     const Vec<S> peak(static_cast<S>(task.lse.peak[row])), log_sums(static_cast<S>(log_sum));
-    const Vec<S> share(ignored ? S(0)
-                               : static_cast<S>((upstream * rows.total_mass(row) + task.lse_scale[row]) *
-                                                SoftmaxCrossEntropy::rounding_of<S>(log_sum)));
+    const Vec<S> probability_factor(
+        ignored ? S(0)
+                : static_cast<S>((upstream * rows.total_mass(row) + task.lse_scale[row] * inverse_temperature) *
+                                 SoftmaxCrossEntropy::rounding_of<S>(log_sum)));
     const Vec<S> mass_scale(static_cast<S>(upstream));
     rows.for_each_tile([&](int64_t at, int count) {
       const int64_t place = row * task.gradient.stride + at;
@@ -209,19 +209,19 @@ void wide_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last
         const S* mass = has_mass(task) ? rows.masses(row, at, count) : nullptr;
         const bool has_label = task.labels != nullptr && task.labels[row] >= at && task.labels[row] < at + count;
         const int label = has_label ? static_cast<int>(task.labels[row] - at) : 0;
-        S label_slope = S(1);
-        if (has_label && cap != 0) label_slope = SoftmaxCrossEntropy::cap_slope(x[label], cap);
+        S label_derivative = S(1);
+        if (has_label && map.cap != 0) label_derivative = map.derivative(x[label]);
         const char* source = static_cast<const char*>(task.logits.data) + (row * task.logits.stride + at) * source_size;
         const char* target = static_cast<const char*>(gradient.data) + place * target_size;
         for (int i = 0; i < padded(count); i += kSize) {
           const Vec<S> tile = load(x + i);
           const Vec<S> masses = mass == nullptr ? Vec<S>(S(0)) : load(mass + i) * mass_scale;
-          Vec<S> slope = SoftmaxCrossEntropy::slope(tile, peak, log_sums, share, masses);
-          if (cap != 0) slope = slope * SoftmaxCrossEntropy::cap_slope(tile, Vec<S>(cap));
-          store(out + i, slope);
-          ask_ahead(source + i * source_size, target + i * target_size);
+          Vec<S> derivative = SoftmaxCrossEntropy::derivative(tile, peak, log_sums, probability_factor, masses);
+          if (map.cap != 0) derivative = derivative * map.derivative(tile);
+          store(out + i, derivative);
+          prefetch(source + i * source_size, target + i * target_size);
         }
-        if (has_label) out[label] -= static_cast<S>(spike) * label_slope;
+        if (has_label) out[label] -= static_cast<S>(label_mass) * label_derivative;
       }
       if (out != buffer) return;
       if (is_run_of<S>(gradient)) {

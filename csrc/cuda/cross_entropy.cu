@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kCountThreads)
   bad = combine_block<kWarps>(bad, first_bad, [](int64_t a, int64_t b) { return b < a ? b : a; });
   if (threadIdx.x != 0) return;
   if (bad != kNoRow && work.bad != nullptr) report(work, bad);
-  if (work.reduction == LossReduction::kNone) return;
-  if (work.reduction == LossReduction::kMean && !(work.empty_is_zero && counts.rows == 0)) {
+  if (work.reduction == Reduction::kNone) return;
+  if (work.reduction == Reduction::kMean && !(work.empty_is_zero && counts.rows == 0)) {
     loss /= counts.denominator;
     z /= counts.rows;
   }
@@ -121,8 +121,8 @@ constexpr int64_t ceiling(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 constexpr int64_t kMostPlainClasses = int64_t{1} << 30;
 
 bool is_plain(const CrossEntropyTask& task) {
-  return !task.wide && task.labels != nullptr && task.softcap == 0 && (task.smoothing == 0 || task.weight == nullptr) &&
-         task.classes <= kMostPlainClasses;
+  return !task.wide && task.labels != nullptr && task.softcap == 0 && task.temperature == 1 &&
+         (task.smoothing == 0 || task.weight == nullptr) && task.classes <= kMostPlainClasses;
 }
 
 Sharing sharing_of(const CrossEntropyTask& task) {

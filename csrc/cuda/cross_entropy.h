@@ -28,8 +28,7 @@ struct CrossEntropyTask : CrossEntropyBatch {
   int64_t rows;
   bool wide;           // float64 arithmetic
   const void* weight;  // of each class, in the type of the arithmetic; or absent
-  double z_loss;
-  // Of each row, kept from forward to backward: the largest logit, after the soft cap, and the sum of e^(x - peak). The
+  // Of each row, kept from forward to backward: the softmax's largest logit, and the sum of e^(x - peak). The
   // sum itself and not its logarithm: what probabilities are divided by has all its digits then.
   double *peak, *sum;
 };
@@ -93,13 +92,13 @@ struct BadTarget {
   int64_t position[kMaxDims];
 };
 
-enum class LossReduction : uint8_t { kNone, kMean, kSum };
+using LossReduction = Reduction;
 
 // Puts the partial sums of a batch together.
 struct FinishWork {
   const LossPartial* partials;
   int64_t count;
-  LossReduction reduction;
+  Reduction reduction;
   bool empty_is_zero;     // the mean of no rows is 0
   TensorView loss, z;     // one number each, as in RowsWork, but for kNone
   const int64_t* labels;  // of the whole batch; or absent

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kColumnThreads, kMinBlocks<S>)
                                 int64_t each) {
   if (is_done(work)) return;
   const CrossEntropyTask& task = work.task;
-  const Scales<S> scales(work);
+  const Scales<S> scales(work, constants);
   LossSums all;
   for_each_row(task.rows, each, [&](int64_t row) {
     const int64_t start = start_of(task, task.logits, row);
@@ -61,11 +61,11 @@ __global__ void __launch_bounds__(kColumnThreads, kMinBlocks<S>)
       finish_row(work, constants, row, sums, target, logit, all);
     }
     if (work.gradient.data == nullptr) return;
-    const RowSlopes<S> slopes(work, scales, row, sums.largest, static_cast<S>(sums.exponentials), target,
-                              static_cast<S>(sums.mass));
+    const RowGradient<S> of_row(work, scales, row, sums.largest, static_cast<S>(sums.exponentials), target,
+                                static_cast<S>(sums.mass));
     const int64_t gradient_start = start_of(task, work.gradient, row);
     for_each_item(task.classes, [&](const Strided& item) {
-      slopes.write(work, constants, start, probabilities_start, gradient_start, item);
+      of_row.write(work, constants, start, probabilities_start, gradient_start, item);
     });
   });
   if (work.forward) write_partial<kColumnThreads / 32>(work, all);

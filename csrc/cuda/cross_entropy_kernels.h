@@ -16,8 +16,8 @@ struct Sharing {
 };
 Sharing sharing_of(const CrossEntropyTask&);
 
-// Labels, and nothing else that a class's term depends on but the logit: the target's masses beside the spike are all
-// alike, and the logits are not capped.
+// Labels, and nothing else that a class's term depends on but the logit: the target's masses beside the label's are all
+// alike, and the logits are those of the softmax, neither capped nor scaled.
 bool is_plain(const CrossEntropyTask&);
 
 void rows_by_row(const RowsWork&, const Sharing&, Stream);

@@ -177,17 +177,19 @@ struct Plain {
   }
 
   static __device__ __forceinline__ void write_row(const RowsWork& work, const Constants<float>& constants,
-                                                   const RowSlopes<float>& slopes, int64_t row, int thread, int threads,
-                                                   const Kept& kept) {
+                                                   const RowGradient<float>& of_row, int64_t row, int thread,
+                                                   int threads, const Kept& kept) {
     const int64_t start = row * work.task.logits.stride;
     const T* logits = static_cast<const T*>(work.task.logits.data) + start;
     const int64_t gradient_start = row * work.gradient.stride;
     G* gradient = static_cast<G*>(work.gradient.data) + gradient_start;
     const Places places = places_of(work, start);
     const bool aligned = is_aligned(work.gradient, gradient_start + places.before, kEach * sizeof(G));
-    const float taken = constants.has_mass ? constants.spread * slopes.upstream : 0.0f;
-    const auto slope_of = [&](float x) { return multiply_add(fast_exp_of(x - slopes.peak), slopes.share, -taken); };
-    if (slopes.target.ignored) {
+    const float taken = constants.has_mass ? constants.spread * of_row.upstream : 0.0f;
+    const auto derivative_of = [&](float x) {
+      return multiply_add(fast_exp_of(x - of_row.peak), of_row.probability_factor, -taken);
+    };
+    if (of_row.target.ignored) {
       for_each_words(places, thread, threads, [&](const Words& words, int) {
         const float zero[kEach] = {};
 #pragma unroll
@@ -198,7 +200,7 @@ struct Plain {
       return;
     }
     // Before the gradient may be written over it.
-    const int label = static_cast<int>(slopes.target.label);
+    const int label = static_cast<int>(of_row.target.label);
     const bool owns_label = label >= 0 && thread == places.owner_of(label, threads);
     const float logit = owns_label ? widen(logits[label]) : 0.0f;
     for_each_words(places, thread, threads, [&](const Words& words, int number) {
@@ -215,15 +217,15 @@ struct Plain {
         float x[kEach];
         widen_word(word[w], T(), x);
 #pragma unroll
-        for (int k = 0; k < kEach; ++k) x[k] = slope_of(x[k]);
+        for (int k = 0; k < kEach; ++k) x[k] = derivative_of(x[k]);
         store(gradient, words.at(w), aligned, x);
       }
     });
     for (int s = thread; s < places.singles; s += threads) {
       const int c = places.single(s);
-      store_one(gradient + c, slope_of(widen(logits[c])));
+      store_one(gradient + c, derivative_of(widen(logits[c])));
     }
-    if (owns_label) store_one(gradient + label, slope_of(logit) - slopes.spike);
+    if (owns_label) store_one(gradient + label, derivative_of(logit) - of_row.label_mass);
   }
 };
 

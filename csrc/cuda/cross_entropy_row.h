@@ -1,6 +1,6 @@
-// The pieces of cross-entropy's kernels that do not depend on how the threads share the rows: how a thread reads and
-// writes some classes of a row, what it sums over them, and what comes of a row's sums. cross_entropy_plain.h has
-// faster ones for the plain case.
+// The pieces of cross-entropy's kernels that do not depend on how the threads share the rows: how a thread
+// reads and writes some classes of a row, what it sums over them, and what comes of a row's sums. cross_entropy_plain.h
+// has faster ones for the plain case.
 #pragma once
 
 #include "cuda/access.h"
@@ -98,29 +98,29 @@ __device__ __forceinline__ S exp_of(S x) {
 // Numbers that the host has computed for the kernel.
 template <class S>
 struct Constants {
-  S cap, spread, keep;
+  LogitMap<S> map;
+  double inverse_temperature;
+  S spread, keep;
   bool has_mass;
 
   explicit Constants(const CrossEntropyBatch& batch)
-      : cap(softcap_in<S>(batch.softcap)),
+      : map(batch),
+        inverse_temperature(1 / batch.temperature),
         spread(static_cast<S>(spread_of(batch))),
         keep(static_cast<S>(1 - batch.smoothing)),
         has_mass(trainopt::has_mass(batch)) {}
 
-  __device__ __forceinline__ S capped(S x) const {
-    using F = Formula<S>;
-    return cap == 0 ? x : value_of(SoftmaxCrossEntropy::capped(F(x), F(cap)));
-  }
+  __device__ __forceinline__ S mapped(S x) const { return map.is_identity ? x : value_of(map(Formula<S>(x))); }
 };
 
-// Capped; -infinity for those that the item does not have.
+// Of the softmax; -infinity for those that the item does not have.
 template <class S, class Item>
 __device__ __forceinline__ void load_logits(const CrossEntropyTask& task, const Constants<S>& constants, int64_t start,
                                             const Item& item, S (&x)[Item::kCount]) {
   item.load(task.logits, start, -kInfinity<S>, x);
-  if (constants.cap == 0) return;
+  if (constants.map.is_identity) return;
 #pragma unroll
-  for (int k = 0; k < Item::kCount; ++k) x[k] = item.has(k) ? constants.capped(x[k]) : -kInfinity<S>;
+  for (int k = 0; k < Item::kCount; ++k) x[k] = item.has(k) ? constants.mapped(x[k]) : -kInfinity<S>;
 }
 
 template <class S>
@@ -128,7 +128,8 @@ __device__ __forceinline__ S weight_of(const CrossEntropyTask& task, int64_t c) 
   return task.weight == nullptr ? S(1) : static_cast<const S*>(task.weight)[c];
 }
 
-// The masses beside the spike, and zeros for classes that the item does not have. `start` is that of the probabilities.
+// The masses beside the label's, and zeros for classes that the item does not have. `start` is that of the
+// probabilities.
 template <class S, class Item>
 __device__ __forceinline__ void load_masses(const CrossEntropyTask& task, const Constants<S>& constants, int64_t start,
                                             const Item& item, S (&mass)[Item::kCount]) {
@@ -176,11 +177,11 @@ struct RowTarget {
     weight = weight_of<S>(task, index);
   }
 
-  // The logit there, capped.
+  // The softmax's logit there.
   __device__ __forceinline__ S logit(const CrossEntropyTask& task, const Constants<S>& constants, int64_t row) const {
     if (label < 0) return S(0);
     const int64_t place = start_of(task, task.logits, row) + label * task.logits.class_stride;
-    return constants.capped(load_one<S>(task.logits.data, task.logits.dtype, place));
+    return constants.mapped(load_one<S>(task.logits.data, task.logits.dtype, place));
   }
 };
 
@@ -305,14 +306,15 @@ __device__ __forceinline__ void write_partial(const RowsWork& work, LossSums sum
 template <class S>
 struct Scales {
   S loss_factor, z_factor;  // with the one upstream gradient, if there is one
-  S spread_mass;            // of all classes of a row with a label, beside the spike
+  S spread_mass;            // of all classes of a row with a label, beside the label's
   bool by_row;
 
-  __device__ __forceinline__ Scales(const RowsWork& work) {
+  __device__ __forceinline__ Scales(const RowsWork& work, const Constants<S>& constants) {
     const TargetTotals totals = work.on_device != nullptr ? *work.on_device : work.totals;
     by_row = work.upstream != nullptr && work.upstream_stride != 0;
     const double above =
-        work.upstream == nullptr || by_row ? 1 : load_one<double>(work.upstream, work.upstream_dtype, 0);
+        (work.upstream == nullptr || by_row ? 1 : load_one<double>(work.upstream, work.upstream_dtype, 0)) *
+        constants.inverse_temperature;
     loss_factor = static_cast<S>(above * totals.loss_factor);
     z_factor = static_cast<S>(2 * work.task.z_loss * (above * totals.z_factor));
     spread_mass = static_cast<S>(spread_of(work.task) * totals.weight);
@@ -329,24 +331,24 @@ __device__ __forceinline__ bool is_done(const RowsWork& work) {
 
 // What the gradient of a row's logits is made of.
 template <class S>
-struct RowSlopes {
-  S peak, share;  // share: what e^(x - peak) is multiplied by
-  S upstream;     // of the masses
-  S spike;
+struct RowGradient {
+  S peak, probability_factor;  // probability_factor: what e^(x - peak) is multiplied by
+  S upstream;                  // of the masses
+  S label_mass;
   RowTarget<S> target;
 
-  // `mass` is that of all classes; for labels, that of those beside the spike is known.
-  __device__ __forceinline__ RowSlopes(const RowsWork& work, const Scales<S>& scales, int64_t row, S largest, S sum,
-                                       const RowTarget<S>& of, S mass)
+  // `mass` is that of all classes; for labels, that of those beside the label's is known.
+  __device__ __forceinline__ RowGradient(const RowsWork& work, const Scales<S>& scales, int64_t row, S largest, S sum,
+                                         const RowTarget<S>& of, S mass)
       : peak(largest), target(of) {
     const CrossEntropyTask& task = work.task;
     const S above = scales.by_row ? load_one<S>(work.upstream, work.upstream_dtype, row * work.upstream_stride) : S(1);
     const S at_label = static_cast<S>(1 - task.smoothing) * of.weight;
     upstream = above * scales.loss_factor;
-    spike = upstream * at_label;
+    label_mass = upstream * at_label;
     S all = upstream * (task.labels == nullptr ? mass : at_label + scales.spread_mass);
     if (task.z_loss != 0) all += above * scales.z_factor * (peak + value_of(logarithm(Formula<S>(sum))));
-    share = of.bad ? static_cast<S>(__builtin_nan("")) : all / sum;
+    probability_factor = of.bad ? static_cast<S>(__builtin_nan("")) : all / sum;
   }
 
   template <class Item>
@@ -360,10 +362,10 @@ struct RowSlopes {
       const int label_place = target.label < 0 ? -1 : item.place_of(target.label);
 #pragma unroll
       for (int k = 0; k < Item::kCount; ++k) {
-        S slope = exp_of(x[k] - peak) * share - (constants.has_mass ? mass[k] * upstream : S(0));
-        if (k == label_place) slope = slope - spike;
-        if (constants.cap != 0) slope = slope * value_of(SoftmaxCrossEntropy::cap_slope(F(x[k]), F(constants.cap)));
-        x[k] = slope;
+        S derivative = exp_of(x[k] - peak) * probability_factor - (constants.has_mass ? mass[k] * upstream : S(0));
+        if (k == label_place) derivative = derivative - label_mass;
+        if (constants.map.cap != 0) derivative = derivative * value_of(constants.map.derivative(F(x[k])));
+        x[k] = derivative;
       }
     }
     item.store(work.gradient, gradient_start, x);

@@ -6,7 +6,7 @@
 namespace trainopt::cuda {
 namespace {
 
-// Everything that Plain has not: any types, capped logits, masses of each class.
+// Everything that Plain has not: any types, capped or scaled logits, masses of each class.
 template <class Arithmetic>
 struct General {
   using S = Arithmetic;
@@ -58,12 +58,12 @@ struct General {
   static __device__ __forceinline__ void weigh(RowSums<S>&, const Constants<S>&) {}
 
   static __device__ __forceinline__ void write_row(const RowsWork& work, const Constants<S>& constants,
-                                                   const RowSlopes<S>& slopes, int64_t row, int thread, int threads,
+                                                   const RowGradient<S>& of_row, int64_t row, int thread, int threads,
                                                    const Kept&) {
     const CrossEntropyTask& task = work.task;
     const int64_t start = start_of(task, task.logits, row), probabilities_start = row * task.probabilities.stride;
     for_each_item(task.classes, head_of(work, row), thread, threads, [&](const auto& item) {
-      slopes.write(work, constants, start, probabilities_start, row * work.gradient.stride, item);
+      of_row.write(work, constants, start, probabilities_start, row * work.gradient.stride, item);
     });
   }
 };
@@ -93,10 +93,10 @@ constexpr int kMinBlocks = !kIsGeneral<Way>                           ? kPlainBl
                                                                       : 1;
 
 // Which rows a warp or block takes: `each` that follow each other.
-struct Share {
+struct RowRange {
   int64_t first, last;
 
-  __device__ __forceinline__ Share(int64_t worker, int64_t each, int64_t rows) : first(worker * each) {
+  __device__ __forceinline__ RowRange(int64_t worker, int64_t each, int64_t rows) : first(worker * each) {
     last = first + each < rows ? first + each : rows;
   }
 };
@@ -111,14 +111,14 @@ __global__ void __launch_bounds__(kWarpThreads, kMinBlocks<Way>)
   if (is_done(work)) return;
   const CrossEntropyTask& task = work.task;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const Share share(static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, each, task.rows);
-  const Scales<S> scales(work);
+  const RowRange range(static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, each, task.rows);
+  const Scales<S> scales(work, constants);
   TRAINOPT_DYNAMIC_SHARED(uint4, shared_words);
   const Kept kept{shared_words, static_cast<int>(threadIdx.x), kWarpThreads, kept_words};
   LossSums all;
   // What 32 rows have beside their classes is read, and what comes of their sums is worked out, by a lane each.
-  for (int64_t first = share.first; first < share.last; first += 32) {
-    const int count = static_cast<int>(share.last - first < 32 ? share.last - first : 32);
+  for (int64_t first = range.first; first < range.last; first += 32) {
+    const int count = static_cast<int>(range.last - first < 32 ? range.last - first : 32);
     RowTarget<S> my_target;
     RowSums<S> mine;
     S my_logit = 0;
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kWarpThreads, kMinBlocks<Way>)
       if (work.forward && i == lane) mine = sums;
       if (work.gradient.data == nullptr) continue;
       Way::write_row(work, constants,
-                     RowSlopes<S>(work, scales, first + i, sums.largest, sums.exponentials, target, sums.mass),
+                     RowGradient<S>(work, scales, first + i, sums.largest, sums.exponentials, target, sums.mass),
                      first + i, lane, 32, kept);
     }
     if (work.forward && lane < count) finish_row(work, constants, first + lane, mine, my_target, my_logit, all);
@@ -201,13 +201,13 @@ __global__ void __launch_bounds__(kMostThreads<Way>)
   };
   TRAINOPT_DYNAMIC_SHARED(uint4, shared_words);
   const Kept kept{shared_words, thread, threads, kept_words};
-  const Share share(blockIdx.x, each, task.rows);
-  const Scales<S> scales(work);
+  const RowRange range(blockIdx.x, each, task.rows);
+  const Scales<S> scales(work, constants);
   LossSums all;
-  int64_t label = label_at(task, share.first);
-  for (int64_t row = share.first; row < share.last; ++row) {
+  int64_t label = label_at(task, range.first);
+  for (int64_t row = range.first; row < range.last; ++row) {
     const RowTarget<S> target(task, label);
-    if (row + 1 < share.last) label = label_at(task, row + 1);  // early: the next row waits for it
+    if (row + 1 < range.last) label = label_at(task, row + 1);  // early: the next row waits for it
     RowSums<S> sums;
     if (!work.forward) {
       sums.largest = static_cast<S>(task.peak[row]);
@@ -231,8 +231,9 @@ __global__ void __launch_bounds__(kMostThreads<Way>)
       if (thread == 0) finish_row(work, constants, row, sums, target, logit, all);
     }
     if (work.gradient.data == nullptr) continue;
-    Way::write_row(work, constants, RowSlopes<S>(work, scales, row, sums.largest, sums.exponentials, target, sums.mass),
-                   row, thread, threads, kept);
+    Way::write_row(work, constants,
+                   RowGradient<S>(work, scales, row, sums.largest, sums.exponentials, target, sums.mass), row, thread,
+                   threads, kept);
   }
   if (work.forward && thread == 0) work.partials[blockIdx.x] = {all.loss, all.z, all.denominator, all.rows, all.bad};
 }

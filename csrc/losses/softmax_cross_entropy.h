@@ -1,43 +1,73 @@
-// Cross-entropy of a row of logits x_c with a target that gives each class a mass a_c (Szegedy et al. 2016,
+// Cross-entropy of a row of logits with a target that gives each class a mass a_c (Szegedy et al. 2016,
 // arXiv:1512.00567, for smoothing; the z-loss of Chowdhery et al. 2022, arXiv:2204.02311; the soft cap of Gemma 2,
-// arXiv:2408.00118):
+// arXiv:2408.00118; the temperature of Hinton et al. 2015, arXiv:1503.02531).
 //
-//   loss = A lse - sum_c a_c x_c      with lse = log sum_c e^x_c and A = sum_c a_c
-//   d loss / d x_c = A p_c - a_c      with p_c = e^(x_c - lse)
-//   z-loss = z lse^2, d / d x_c = 2 z lse p_c
+// With x_c the logit as it is given, capped softly and divided by the temperature T, in this order:
 //
-// where lse is kept as peak + log_sum (LogSumExp), and loss and p_c are taken of (peak - x_c) + log_sum.
+//   y_c = x_c, or cap tanh(x_c / cap)             d y_c / d x_c = 1 - (y_c / cap)^2
+//   z_c = y_c / T
+//   loss = A lse - sum_c a_c z_c                  with lse = log sum_c e^z_c and A = sum_c a_c
+//   d loss / d z_c = A p_c - a_c                  with p_c = e^(z_c - lse)
+//   z-loss = k lse^2, d / d z_c = 2 k lse p_c
 //
-// The mass of a class index y under smoothing e with class weights w is (1 - e) w_y at y, its spike, and e/C w_c
+// where lse is kept as peak + log_sum (LogSumExp), and loss and p_c are taken of (peak - z_c) + log_sum. The 1/T of
+// d z_c / d y_c is the same for all classes: the engines take it into the row's upstream gradients.
+//
+// The mass of a class index y under smoothing e with class weights w is (1 - e) w_y at y and, beside that, e/C w_c
 // everywhere; that of probabilities t_c is w_c ((1 - e) t_c + e/C). All of a row that is kept from forward to backward
 // is lse, in its two parts.
 #pragma once
 
 #include "core/elementary.h"
+#include "losses/cross_entropy_options.h"
 
 namespace trainopt {
 
-struct SoftmaxCrossEntropy {
-  // A logit squeezed into (-cap, cap), and the derivative of that.
+// From the logits as they are given to those of the softmax, in the type of the arithmetic: z = map(x).
+//
+// Soft cap and temperature are one formula, (cap / T) tanh(x / cap), so that a temperature costs a capped logit
+// nothing.
+template <class S>
+struct LogitMap {
+  S cap;          // 0: none
+  S scaled_cap;   // cap / T
+  S temperature;  // 1: none
+  S inverse;      // 1 / T
+  bool is_identity;
+
+  TRAINOPT_INLINE explicit LogitMap(const CrossEntropyOptions& options)
+      : cap(softcap_in<S>(options.softcap)),
+        scaled_cap(cap == S(0) ? S(0) : nearest_in<S>(static_cast<double>(cap) / options.temperature)),
+        temperature(nearest_in<S>(options.temperature)),
+        inverse(nearest_in<S>(1 / options.temperature)),
+        is_identity(cap == S(0) && temperature == S(1)) {}
+
+  // T is a number or a vector of numbers.
   template <class T>
-  static TRAINOPT_INLINE T capped(T x, T cap) {
+  TRAINOPT_INLINE T operator()(T x) const {
+    if (cap == S(0)) return temperature == S(1) ? x : x / T(temperature);
     // Far below the cap x stays as it is; x / cap may have lost its digits there.
-    return select_less(magnitude(x), cap * T(0x1p-28f), x, cap * hyperbolic_tangent(x / cap));
+    return select_less(magnitude(x), T(cap) * T(0x1p-28f), x * T(inverse),
+                       T(scaled_cap) * hyperbolic_tangent(x / T(cap)));
   }
+
+  // T dz/dx, for z = map(x): what the soft cap leaves of a gradient.
   template <class T>
-  static TRAINOPT_INLINE T cap_slope(T capped_x, T cap) {
-    const T u = capped_x / cap;
+  TRAINOPT_INLINE T derivative(T z) const {
+    const T u = z / T(scaled_cap);
     return T(1.0f) - u * u;
   }
+};
 
-  // The gradient but for the spike.
+struct SoftmaxCrossEntropy {
+  // The derivative by z, but for the mass at the label; `factor` is that of the probability.
   template <class T>
-  static TRAINOPT_INLINE T slope(T x, T peak, T log_sum, T share, T mass) {
-    return exponential((x - peak) - log_sum) * share - mass;
+  static TRAINOPT_INLINE T derivative(T z, T peak, T log_sum, T factor, T mass) {
+    return exponential((z - peak) - log_sum) * factor - mass;
   }
 
-  // What a row's share is multiplied by for the digits of log_sum that T does not have: all probabilities of the row
-  // would be off by them alike.
+  // What the factor of a row's probabilities is multiplied by for the digits of log_sum that T does not have: all of
+  // them would be off by these alike.
   template <class T>
   static TRAINOPT_INLINE double rounding_of(double log_sum) {
     return 1 - (log_sum - static_cast<double>(static_cast<T>(log_sum)));

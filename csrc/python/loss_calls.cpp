@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "torch/losses/cross_entropy_options.h"
 #include "torch/losses/findings.h"
 #include "torch/losses/support.h"
 
@@ -55,26 +56,18 @@ pybind11::object pointwise_loss(const std::string& loss, const pybind11::handle&
   return wrap(result);
 }
 
-pybind11::object cross_entropy(const pybind11::handle& input, const pybind11::handle& target,
-                               const pybind11::handle& weight, int64_t reduction, int64_t ignore_index,
-                               double label_smoothing, double z_loss, double softcap, bool inplace_backward,
-                               bool empty_is_zero) {
+pybind11::object cross_entropy(const CrossEntropyOptions& options, const pybind11::handle& input,
+                               const pybind11::handle& target, const pybind11::handle& weight, bool inplace_backward) {
   OptionalTensor tensors[3];
   if (!read(input, &tensors[0], tensors[0]) || !read(target, &tensors[1], tensors[0]) ||
       !read_optional(weight, &tensors[2], tensors[0]) || !tensors[0]->is_floating_point())
     return pybind11::none();
-  static const auto operation = c10::Dispatcher::singleton()
-                                    .findSchemaOrThrow("trainopt::cross_entropy", "")
-                                    .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-                                        const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t,
-                                        double, double, double, bool, bool)>();
   at::Tensor loss, z, lse;
   {
     const pybind11::gil_scoped_release release;
-    std::tie(loss, z, lse) = operation.call(*tensors[0], *tensors[1], tensors[2], reduction, ignore_index,
-                                            label_smoothing, z_loss, softcap, inplace_backward, empty_is_zero);
+    std::tie(loss, z, lse) = cross_entropy_operator()(options, *tensors[0], *tensors[1], tensors[2], inplace_backward);
   }
-  return z_loss == 0 ? wrap(loss) : pybind11::make_tuple(wrap(loss), wrap(z));
+  return options.z_loss == 0 ? wrap(loss) : pybind11::make_tuple(wrap(loss), wrap(z));
 }
 
 }  // namespace
@@ -84,12 +77,9 @@ void bind_loss_calls(pybind11::module_& m) {
   m.def("pointwise_loss", pointwise_loss, py::arg("loss"), py::arg("input"), py::arg("target"), py::arg("weight"),
         py::arg("pos_weight"), py::arg("reduction"), py::arg("parameter"),
         "torch.ops.trainopt.pointwise_loss, or None where it does not take these tensors as they are now.");
-  m.def(
-      "cross_entropy", cross_entropy, py::arg("input"), py::arg("target"), py::arg("weight"), py::arg("reduction"),
-      py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("z_loss"), py::arg("softcap"),
-      py::arg("inplace_backward"), py::arg("empty_is_zero"),
-      "torch.ops.trainopt.cross_entropy: the loss, with z_loss the pair of loss and its z-loss; or None where it does "
-      "not take these tensors as they are now.");
+  m.def("cross_entropy", TRAINOPT_UNPACK_OPTIONS(cross_entropy),
+        "torch.ops.trainopt.cross_entropy, with all of its arguments: the loss, with z_loss the pair of loss and its "
+        "z-loss; or None where it does not take these tensors as they are now.");
   m.def("check_targets", check_findings,
         "IndexError if a cross-entropy on a device other than the CPU has met a target that is no class since it was "
         "last told of, RuntimeError if a binary_cross_entropy has met an input or a target that is no probability. "

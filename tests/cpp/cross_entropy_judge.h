@@ -70,7 +70,7 @@ struct StoredLse {
 struct Case {
   int64_t classes, outer, inner;  // inner > 1: rows side by side
   bool probabilities, weighted;
-  double smoothing, softcap, z;
+  double smoothing, softcap, z, temperature = 1;
 };
 
 struct CrossEntropyProblem {
@@ -118,6 +118,7 @@ struct CrossEntropyProblem {
     batch.ignore_index = kIgnored;
     batch.smoothing = c.smoothing;
     batch.softcap = c.softcap;
+    batch.temperature = c.temperature;
   }
 
   struct Row {
@@ -131,7 +132,7 @@ struct CrossEntropyProblem {
     for (int64_t k = 0; k < c.classes; ++k) {
       const double raw = x[place(row, k)], w = c.weighted ? weight[k] : 1;
       const double target = c.probabilities ? t[place(row, k)] : labels[row] == k;
-      result.logit[k] = c.softcap == 0 ? raw : c.softcap * std::tanh(raw / c.softcap);
+      result.logit[k] = (c.softcap == 0 ? raw : c.softcap * std::tanh(raw / c.softcap)) / c.temperature;
       result.mass[k] =
           is_ignored(row) ? 0 : w * ((1 - c.smoothing) * target + c.smoothing / static_cast<double>(c.classes));
       mass += result.mass[k];
@@ -149,16 +150,17 @@ struct CrossEntropyProblem {
   // The derivative by the row's logit of class k of scale * loss + lse_scale * lse.
   double slope(const Row& row, bool ignored, int64_t k, double scale, double lse_scale) const {
     if (ignored) return 0;
-    const double u = row.logit[k] / c.softcap, cap = c.softcap == 0 ? 1 : 1 - u * u;
+    const double u = row.logit[k] * c.temperature / c.softcap, cap = c.softcap == 0 ? 1 : 1 - u * u;
     const double probability = std::exp((row.logit[k] - row.peak) - row.log_sum);
-    return ((scale * row.all_mass + lse_scale) * probability - scale * row.mass[k]) * cap;
+    return ((scale * row.all_mass + lse_scale) * probability - scale * row.mass[k]) * cap / c.temperature;
   }
 
   std::string describe() const {
     return "cross-entropy, " + std::string(format_of(dtype).name) + ", " + std::to_string(c.classes) + " classes, " +
            std::to_string(c.outer) + " x " + std::to_string(c.inner) + " rows" +
            (c.probabilities ? ", probabilities" : "") + (c.weighted ? ", weighted" : "") + ", smoothing " +
-           std::to_string(c.smoothing) + ", softcap " + std::to_string(c.softcap) + ", z " + std::to_string(c.z);
+           std::to_string(c.smoothing) + ", softcap " + std::to_string(c.softcap) + ", z " + std::to_string(c.z) +
+           ", temperature " + std::to_string(c.temperature);
   }
 };
 

@@ -179,7 +179,10 @@ void test_cross_entropy() {
           for (int option = 0; option < 4; ++option)
             test_cross_entropy(
                 {classes, inner == 300 ? 1 : 3 + 37 * (inner == 1 && classes < 100), inner, probabilities,
-                 option % 2 == 1, option < 2 ? 0.0 : 0.2, option == 3 ? 3.0 : 0.0, option == 1 ? 0.5 : 0.0},
+                 option % 2 == 1, option < 2 ? 0.0 : 0.2, option == 3 ? 3.0 : 0.0, option == 1 ? 0.5 : 0.0,
+                 option == 2   ? 1.5
+                 : option == 3 ? 2.0
+                               : 1.0},
                 dtype);
   for (const int64_t classes : {5, 100, 1500})
     for (const int64_t inner : {1, 37})

@@ -23,12 +23,15 @@ from torch.utils.checkpoint import checkpoint
 from trainopt import functional
 from trainopt._extension import _C
 from trainopt.losses import reference
+from trainopt.losses.options import CrossEntropyOptions
 
 ROWS = {"1-D": (), "2-D": (5,), "3-D": (3, 4), "4-D": (2, 3, 2)}
 EXTRAS = {
     "z_loss": {"z_loss": 0.1},
     "softcap": {"softcap": 2.0},
-    "all": {"z_loss": 0.1, "softcap": 2.0, "label_smoothing": 0.2},
+    "temperature": {"temperature": 0.5},
+    "cooler": {"temperature": 3.0, "softcap": 2.0},
+    "all": {"z_loss": 0.1, "softcap": 2.0, "label_smoothing": 0.2, "temperature": 2.0},
 }
 
 
@@ -60,16 +63,13 @@ def compare(device, logits, target, dtype, weighted=False, **options):
 
 def by_torch(logits, target, weight=None, **options):
     """With trainopt's extras, in plain torch."""
-    defaults = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
-    result = reference.cross_entropy(
-        logits, target, weight, **{**defaults, "z_loss": 0.0, "softcap": None, "empty": "nan", **options}
-    )
+    result = reference.cross_entropy(logits, target, weight, CrossEntropyOptions(**options))
     return result[0] if isinstance(result, tuple) else result
 
 
 def test_the_operator_takes_it(device):
     logits, target = problem((5,))
-    options = (1, -100, 0.0, 0.0, 0.0, False, False)
+    options = (False, 1, -100, 0.0, 0.0, 0.0, False, 1.0)
     assert _C.cross_entropy(logits.to(device), target.to(device), None, *options) is not None
     assert _C.cross_entropy(logits.to(device), target, None, *options) is None  # torch says what is wrong with that
 

@@ -10,6 +10,7 @@ from losses import on
 from trainopt import functional
 from trainopt._extension import _C
 from trainopt.losses import reference
+from trainopt.losses.options import CrossEntropyOptions
 
 WIDTH, WORDS = 12, 37
 
@@ -28,12 +29,11 @@ def problem(tokens=(9,), words=WORDS, width=WIDTH, kind="classes", ignored=None,
 
 def by_logits(hidden, layer, target, linear_bias=None, weight=None, **options):
     """The same in plain torch, with the logits stored."""
-    defaults = {"ignore_index": None, "reduction": "mean", "label_smoothing": 0.0}
-    defaults |= {"z_loss": 0.0, "softcap": None, "empty": "nan", "out_dtype": None}
     options.pop("memory_budget", None)
-    options = {**defaults, **options}
-    result = reference.linear_cross_entropy(hidden, layer, target, linear_bias, weight, **options)
-    return result[0] if options["z_loss"] else result
+    out_dtype = options.pop("out_dtype", None)
+    settings = CrossEntropyOptions(**{"ignore_index": None, **options})
+    result = reference.linear_cross_entropy(hidden, layer, target, linear_bias, weight, settings, out_dtype)
+    return result[0] if settings.z_loss else result
 
 
 def compare(device, hidden, layer, bias, target, dtype, **options):
@@ -60,7 +60,7 @@ def test_the_grid(device, dtype, reduction):
         ("classes", "probabilities"),
         (False, True),
         (False, True),
-        ({}, {"label_smoothing": 0.1}, {"z_loss": 0.01, "softcap": 4.0, "empty": "zero"}),
+        ({}, {"label_smoothing": 0.1}, {"z_loss": 0.01, "softcap": 4.0, "empty": "zero", "temperature": 2.0}),
     ):
         hidden, weight, bias, target = problem(kind=kind, ignored=3)
         compare(

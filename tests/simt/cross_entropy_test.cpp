@@ -264,7 +264,10 @@ void test_grid(int every) {
                          option % 2 == 1,
                          option < 2 ? 0.0 : 0.2,
                          option == 3 ? 3.0 : 0.0,
-                         option == 1 ? 0.5 : 0.0};
+                         option == 1 ? 0.5 : 0.0,
+                         option == 2   ? 1.5
+                         : option == 3 ? 2.0
+                                       : 1.0};
             Options options;
             options.reduction = static_cast<LossReduction>(turn / 3 % 3);
             // Aligned, aligned alike though not to 16 bytes, and not alike.

@@ -1,6 +1,5 @@
 """What the losses check of their arguments, beyond what torch checks."""
 
-import math
 import warnings
 
 from torch import Tensor
@@ -62,13 +61,3 @@ _BROADCASTING = "This will likely lead to incorrect results due to broadcasting.
 @assume_constant_result
 def _warn(message: str, stacklevel: int) -> None:
     warnings.warn(message, stacklevel=stacklevel)
-
-
-def check_extras(z_loss: float, softcap: float | None, empty: str) -> None:
-    """ValueError for an option of trainopt's own that is out of its range."""
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be finite and at least 0, not {z_loss!r}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be None, or finite and greater than 0, not {softcap!r}")
-    if empty not in ("nan", "zero"):
-        raise ValueError(f"empty must be 'nan' or 'zero', not {empty!r}")

@@ -9,9 +9,9 @@ from torch._C import _functorch
 from torch.compiler import assume_constant_result, is_compiling
 from torch.overrides import handle_torch_function
 
-import trainopt.losses.fake  # noqa: F401  (torch.compile needs it)
 from trainopt._extension import _C
 from trainopt.losses.chunks import only_torch_honours, tokens_in_chunk
+from trainopt.losses.options import CrossEntropyOptions, packed, with_ignore_index
 from trainopt.switches import REFERENCE_FORCED
 
 _NO_OVERRIDE = torch._C._disabled_torch_function_impl
@@ -58,30 +58,24 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    options: CrossEntropyOptions,
     inplace_backward: bool,
-    empty_is_zero: bool,
 ) -> Any:
     """The operator's loss, with z_loss the pair of it and its z-loss; None where it does not take these tensors."""
     if (
         REFERENCE_FORCED
-        or not _has_labels(input, target, ignore_index)
+        or not _has_labels(input, target, options.ignore_index)
         or (weight is not None and not _is_constant_of(weight, input))
         # torch reads uint8 as classes of a matrix alone, and not where it gathers their weights.
-        or (target.dtype is torch.uint8 and (input.dim() > 2 or (weight is not None and label_smoothing != 0)))
+        or (target.dtype is torch.uint8 and (input.dim() > 2 or (weight is not None and options.label_smoothing != 0)))
     ):
         return None
-    options = (reduction, ignore_index, label_smoothing, z_loss, softcap, inplace_backward, empty_is_zero)
     if not is_compiling():
-        return _C.cross_entropy(input, target, weight, *options)
+        return _C.cross_entropy(input, target, weight, inplace_backward, *packed(options))
     if not _are_traceable(input, None if target.dtype in _LABELS else target, weight):
         return None
-    loss, z, _ = torch.ops.trainopt.cross_entropy(input, target, weight, *options)
-    return (loss, z) if z_loss else loss
+    loss, z, _ = torch.ops.trainopt.cross_entropy(input, target, weight, inplace_backward, *packed(options))
+    return (loss, z) if options.z_loss else loss
 
 
 def linear_cross_entropy(
@@ -90,13 +84,8 @@ def linear_cross_entropy(
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    empty_is_zero: bool,
-    options: Any,
+    options: CrossEntropyOptions,
+    chunking: Any,
     memory_budget: int | None,
 ) -> Any:
     """The operator's loss, with z_loss the pair of it and its z-loss; None where it does not take these tensors.
@@ -104,25 +93,24 @@ def linear_cross_entropy(
     Both are float32, or float64 for float64 operands.
     """
     operands = (input, linear_weight, target, linear_bias, weight)
+    options = with_ignore_index(options)
     if (
         REFERENCE_FORCED
-        or not _has_labels(input, target, ignore_index)
+        or not _has_labels(input, target, options.ignore_index)
         or input.dtype not in _FLOATING
         or not needs_no_promotion(linear_weight, input)
         or (linear_bias is not None and not needs_no_promotion(linear_bias, input))
         or (weight is not None and not _is_constant_of(weight, input))
-        or only_torch_honours(options, input)
+        or only_torch_honours(chunking, input)
         or not (_are_traceable(input, linear_weight, linear_bias, weight) if is_compiling() else _C.takes(*operands))
     ):
         return None
-    chunk = tokens_in_chunk(input, linear_weight, options, memory_budget)
-    loss, z = torch.ops.trainopt.linear_cross_entropy(
-        *operands, reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero, chunk
-    )
-    return (loss, z) if z_loss else loss
+    chunk = tokens_in_chunk(input, linear_weight, chunking, memory_budget)
+    loss, z = torch.ops.trainopt.linear_cross_entropy(*operands, chunk, *packed(options))
+    return (loss, z) if options.z_loss else loss
 
 
-def _has_labels(input: Tensor, target: Tensor, ignore_index: int) -> bool:
+def _has_labels(input: Tensor, target: Tensor, ignore_index: int | None) -> bool:
     """Whether the target is one that the operators read as torch does: classes, or constant probabilities."""
     if not is_pair(input, target) or not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         return False

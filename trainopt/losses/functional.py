@@ -15,7 +15,6 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from trainopt._extension import _C
 from trainopt.losses import dispatch, reference
 from trainopt.losses.arguments import (
-    check_extras,
     is_number,
     legacy_reduction,
     number_of,
@@ -24,6 +23,7 @@ from trainopt.losses.arguments import (
 )
 from trainopt.losses.dispatch import alike, fits, is_only_a_mode, is_pair, overridden, pointwise_loss
 from trainopt.losses.linear import linear_cross_entropy
+from trainopt.losses.options import CrossEntropyOptions, check
 from trainopt.originals import functional as F
 
 __all__ = [
@@ -55,6 +55,7 @@ def cross_entropy(
     softcap: float | None = None,
     inplace_backward: bool = False,
     empty: str = "nan",
+    temperature: float = 1.0,
 ) -> Any:  # a pair with return_z_loss: a union would ask every caller which
     """Cross-entropy of logits against classes or probabilities: torch.nn.functional.cross_entropy, and more.
 
@@ -79,6 +80,8 @@ def cross_entropy(
         inplace_backward: permits backward to write the gradient over the logits' memory, which then saves one tensor of
             their size. Autograd refuses to use the logits afterwards, as after any operation in place.
         empty: "nan" or "zero": the mean where no row counts. The gradient is 0 in either case.
+        temperature: divides x, greater than 0, after the softcap (distillation, Hinton et al. 2015, arXiv:1503.02531;
+            policies that are sampled with a temperature). lse, and with it z_loss, are those of the divided logits.
 
     Raises:
         IndexError: a class out of range, with its value and position; on a GPU at the next call, see check_targets.
@@ -102,29 +105,17 @@ def cross_entropy(
             softcap=softcap,
             inplace_backward=inplace_backward,
             empty=empty,
+            temperature=temperature,
         )
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
-    if z_loss != 0 or softcap is not None or empty != "nan":
-        check_extras(z_loss, softcap, empty)
+    options = CrossEntropyOptions(reduction, ignore_index, label_smoothing, z_loss, softcap, empty, temperature)
+    check(options)
     result = None
     if not is_overridden and is_number(label_smoothing) and 0 <= label_smoothing <= 1:
-        result = dispatch.cross_entropy(
-            input,
-            target,
-            weight,
-            number_of(reduction),
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            softcap or 0.0,
-            bool(inplace_backward),
-            empty == "zero",
-        )
+        result = dispatch.cross_entropy(input, target, weight, options, bool(inplace_backward))
     if result is None:
-        result = reference.cross_entropy(
-            input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, empty
-        )
+        result = reference.cross_entropy(input, target, weight, options)
     if not return_z_loss:
         return result[0] if z_loss else result
     return result if z_loss else (result, torch.zeros_like(result))

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from trainopt.losses import chunks, dispatch, reference
-from trainopt.losses.arguments import check_extras, number_of
 from trainopt.losses.dispatch import is_only_a_mode
+from trainopt.losses.options import CrossEntropyOptions, are_torchs, check
 from trainopt.originals import functional as F
 
 
@@ -30,6 +30,7 @@ def linear_cross_entropy(
     empty: str = "nan",
     memory_budget: int | None = None,
     out_dtype: torch.dtype | None = None,
+    temperature: float = 1.0,
 ) -> Any:  # a pair with return_z_loss: a union would ask every caller which
     """cross_entropy(linear(input, linear_weight, linear_bias), target) without the logits of more than a few tokens.
 
@@ -48,7 +49,7 @@ def linear_cross_entropy(
         target: classes (int64 or uint8), (N) or (); or probabilities, (N, classes) or (classes). With d1, … at the end.
         linear_bias: of the output layer, (classes), or (classes, d1, …).
         weight: a factor for each class, (classes): cross_entropy's weight.
-        reduction, label_smoothing, z_loss, return_z_loss, softcap, empty: as for cross_entropy.
+        reduction, label_smoothing, z_loss, return_z_loss, softcap, empty, temperature: as for cross_entropy.
         ignore_index: rows of this class count for nothing; None is -100. With probabilities it must be None.
         options: torch.nn.LinearCrossEntropyOptions (trainopt.LinearCrossEntropyOptions is the same, or a stand-in where
             torch has none). There are chunks without it too. A size that it names is a chunk's; what only torch's own
@@ -86,28 +87,21 @@ def linear_cross_entropy(
             empty=empty,
             memory_budget=memory_budget,
             out_dtype=out_dtype,
+            temperature=temperature,
         )
-    check_options(z_loss, softcap, empty, memory_budget, out_dtype)
+    settings = CrossEntropyOptions(reduction, ignore_index, label_smoothing, z_loss, softcap, empty, temperature)
+    check(settings)
+    check_chunks(memory_budget, out_dtype)
     result = None
     if not is_overridden:
         check_tensors(*operands)
         if _fit(*operands, ignore_index) and 0 <= label_smoothing <= 1:
-            result = dispatch.linear_cross_entropy(
-                *operands,
-                number_of(reduction),
-                -100 if ignore_index is None else ignore_index,
-                label_smoothing,
-                z_loss,
-                softcap or 0.0,
-                empty == "zero",
-                options,
-                memory_budget,
-            )
+            result = dispatch.linear_cross_entropy(*operands, settings, options, memory_budget)
         if result is None:
             check_gathered(input, linear_weight)
     if result is not None:
         result = _rounded(result, input, out_dtype)
-    elif z_loss == 0 and softcap is None and empty == "nan" and out_dtype is None and _torchs is not None:
+    elif are_torchs(settings) and out_dtype is None and _torchs is not None:
         result = _torchs(
             input,
             linear_weight,
@@ -123,7 +117,7 @@ def linear_cross_entropy(
         if option := chunks.only_torch_honours(options, input):
             raise ValueError(
                 f"linear_cross_entropy: options with {option} need torch's own chunks, of torch 2.13 or newer, which"
-                " know no z_loss, softcap, empty or out_dtype"
+                " know no z_loss, softcap, empty, temperature or out_dtype"
             )
         if options is not None:
             warnings.warn(
@@ -131,9 +125,7 @@ def linear_cross_entropy(
                 " does not take",
                 stacklevel=2,
             )
-        result = reference.linear_cross_entropy(
-            *operands, reduction, ignore_index, label_smoothing, z_loss, softcap, empty, out_dtype
-        )
+        result = reference.linear_cross_entropy(*operands, settings, out_dtype)
     if not return_z_loss:
         return result[0] if z_loss else result
     return result if z_loss else (result, torch.zeros_like(result))
@@ -142,11 +134,8 @@ def linear_cross_entropy(
 _torchs = getattr(F, "linear_cross_entropy", None)
 
 
-def check_options(
-    z_loss: float, softcap: float | None, empty: str, memory_budget: int | None, out_dtype: torch.dtype | None
-) -> None:
-    """ValueError for an option of trainopt's own that is out of its range."""
-    check_extras(z_loss, softcap, empty)
+def check_chunks(memory_budget: int | None, out_dtype: torch.dtype | None) -> None:
+    """ValueError for an option of trainopt's own, beside those of cross_entropy, that is out of its range."""
     if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
         raise ValueError(f"memory_budget must be a whole number of bytes greater than 0, not {memory_budget!r}")
     if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):

@@ -1,5 +1,7 @@
 """The losses as modules: torch.nn's, over trainopt.functional. Arguments, attributes and state dicts are torch's."""
 
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from trainopt import originals
 from trainopt.losses import functional, linear, older_torch
-from trainopt.losses.arguments import check_extras
+from trainopt.losses.options import CrossEntropyOptions, check
 from trainopt.stand_in import StandIn
 
 if TYPE_CHECKING:
@@ -18,11 +20,32 @@ else:
     LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", older_torch.LinearCrossEntropyOptions)
 
 
+def _keywords(function: Callable[..., Any], *, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keyword-only arguments of a function, with their defaults."""
+    keywords = [each for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    return {each.name: each.default for each in keywords if each.name not in but}
+
+
 class _Ours(metaclass=StandIn):
     """What the modules have in common."""
 
-    #: Options beyond torch's. Their defaults are the class's too, for an object that torch's class has pickled.
-    EXTRAS: ClassVar[tuple[str, ...]] = ()
+    #: Options beyond torch's, as the function has them: keyword arguments of __init__, attributes of the same names.
+    EXTRAS: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        for name, default in vars(cls).get("EXTRAS", {}).items():
+            if name not in vars(cls):
+                setattr(cls, name, default)  # for an object that torch's class has pickled
+
+    def _checked_extras(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Of the arguments of __init__, what is beyond torch's; ValueError for what is out of its range."""
+        extras = {name: given[name] for name in self.EXTRAS}
+        check(CrossEntropyOptions(**{name: extras[name] for name in CrossEntropyOptions._fields if name in extras}))
+        return extras
+
+    def _extras(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.EXTRAS}
 
     def __prepare_scriptable__(self) -> Any:
         """torch's module for torch.jit.script, which compiles Python that ours is not; ours if torch's cannot do it."""
@@ -39,12 +62,7 @@ class _Ours(metaclass=StandIn):
 class CrossEntropyLoss(_Ours, originals.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss over trainopt.functional.cross_entropy, which explains the options beyond torch's."""
 
-    EXTRAS = ("z_loss", "return_z_loss", "softcap", "inplace_backward", "empty")
-    z_loss: float = 0.0
-    return_z_loss: bool = False
-    softcap: float | None = None
-    inplace_backward: bool = False
-    empty: str = "nan"
+    EXTRAS = _keywords(functional.cross_entropy)
 
     def __init__(
         self,
@@ -60,14 +78,11 @@ class CrossEntropyLoss(_Ours, originals.CrossEntropyLoss):
         softcap: float | None = None,
         inplace_backward: bool = False,
         empty: str = "nan",
+        temperature: float = 1.0,
     ) -> None:
-        check_extras(z_loss, softcap, empty)
+        extras = self._checked_extras(locals())
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.z_loss = z_loss
-        self.return_z_loss = return_z_loss
-        self.softcap = softcap
-        self.inplace_backward = inplace_backward
-        self.empty = empty
+        vars(self).update(extras)
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
         """The loss; with return_z_loss the pair of it and its z-loss."""
@@ -78,11 +93,7 @@ class CrossEntropyLoss(_Ours, originals.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            return_z_loss=self.return_z_loss,
-            softcap=self.softcap,
-            inplace_backward=self.inplace_backward,
-            empty=self.empty,
+            **self._extras(),
         )
 
 
@@ -162,16 +173,14 @@ class LinearCrossEntropyLoss(_Ours, TorchsLinearCrossEntropyLoss):
         weight: a factor for each class, (num_classes); a buffer.
         ignore_index: targets of this class count for nothing; None is -100 for classes, and due for probabilities.
         options: torch.nn.LinearCrossEntropyOptions.
-        z_loss, return_z_loss, softcap, empty, memory_budget, out_dtype: trainopt's own, as in the function.
+        z_loss, return_z_loss, softcap, empty, memory_budget, out_dtype, temperature: trainopt's own, as in the
+            function.
     """
 
-    EXTRAS = ("z_loss", "return_z_loss", "softcap", "empty", "memory_budget", "out_dtype")
-    z_loss: float = 0.0
-    return_z_loss: bool = False
-    softcap: float | None = None
-    empty: str = "nan"
-    memory_budget: int | None = None
-    out_dtype: torch.dtype | None = None
+    EXTRAS = _keywords(
+        functional.linear_cross_entropy,
+        but=("linear_bias", "weight", "reduction", "ignore_index", "label_smoothing", "options"),
+    )
 
     def __init__(
         self,
@@ -193,8 +202,10 @@ class LinearCrossEntropyLoss(_Ours, TorchsLinearCrossEntropyLoss):
         empty: str = "nan",
         memory_budget: int | None = None,
         out_dtype: torch.dtype | None = None,
+        temperature: float = 1.0,
     ) -> None:
-        linear.check_options(z_loss, softcap, empty, memory_budget, out_dtype)
+        extras = self._checked_extras(locals())
+        linear.check_chunks(memory_budget, out_dtype)
         super().__init__(
             in_features,
             num_classes,
@@ -208,12 +219,7 @@ class LinearCrossEntropyLoss(_Ours, TorchsLinearCrossEntropyLoss):
             label_smoothing=label_smoothing,
             options=options,
         )
-        self.z_loss = z_loss
-        self.return_z_loss = return_z_loss
-        self.softcap = softcap
-        self.empty = empty
-        self.memory_budget = memory_budget
-        self.out_dtype = out_dtype
+        vars(self).update(extras)
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
         """The loss of hidden states, (N, in_features); with return_z_loss the pair of it and its z-loss."""
@@ -234,10 +240,5 @@ class LinearCrossEntropyLoss(_Ours, TorchsLinearCrossEntropyLoss):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             options=self.options,
-            z_loss=self.z_loss,
-            return_z_loss=self.return_z_loss,
-            softcap=self.softcap,
-            empty=self.empty,
-            memory_budget=self.memory_budget,
-            out_dtype=self.out_dtype,
+            **self._extras(),
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainopt.losses.options import CrossEntropyOptions, are_torchs, with_ignore_index
 from trainopt.originals import functional as F
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -18,15 +19,11 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    empty: str,
+    options: CrossEntropyOptions,
 ) -> Any:
     """trainopt.functional.cross_entropy in plain torch: the loss, with z_loss the pair of it and its z-loss."""
-    if z_loss == 0 and softcap is None and empty == "nan":
+    reduction, ignore_index, label_smoothing, z_loss, softcap, empty, temperature = options
+    if are_torchs(options):
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     # As the operators do: float32 inside, whatever the logits are.
     halves = input.dtype in _HALVES
@@ -35,6 +32,8 @@ def cross_entropy(
         weight = weight.float()
     if softcap is not None:
         logits = _capped(logits, softcap)
+    if temperature != 1:
+        logits = logits / temperature
     loss = F.cross_entropy(logits, target, weight, None, ignore_index, None, reduction, label_smoothing)
     counted = _counted_rows(logits, target, ignore_index)
     losses = [loss]
@@ -56,28 +55,21 @@ def linear_cross_entropy(
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
-    reduction: str,
-    ignore_index: int | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    empty: str,
+    options: CrossEntropyOptions,
     out_dtype: torch.dtype | None,
 ) -> Any:
     """trainopt.functional.linear_cross_entropy in plain torch, over logits that are stored; returns as above.
 
     What torch.nn.functional.linear_cross_entropy computes and refuses, of which torch 2.12 has none.
     """
-    logits = _logits(input, linear_weight, target, linear_bias, ignore_index)
+    logits = _logits(input, linear_weight, target, linear_bias, options.ignore_index)
     if out_dtype is not None and logits.dtype in _HALVES:
         logits = logits.float()
         weight = weight if weight is None else weight.float()
-    if ignore_index is None:
-        ignore_index = -100
-    losses = cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, empty)
+    losses = cross_entropy(logits, target, weight, with_ignore_index(options))
     if out_dtype is None:
         return losses
-    return tuple(loss.to(out_dtype) for loss in losses) if z_loss != 0 else losses.to(out_dtype)
+    return tuple(loss.to(out_dtype) for loss in losses) if options.z_loss != 0 else losses.to(out_dtype)
 
 
 def _logits(
@@ -139,7 +131,7 @@ def _log_sum_exp(logits: Tensor) -> Tensor:
     return peak.squeeze(dim) + (logits - peak).logsumexp(dim)
 
 
-def _counted_rows(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def _counted_rows(logits: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
     """Which rows of logits the mean counts, in the shape of the rows."""
     if target.is_floating_point():
         return torch.ones_like(logits.select(_class_dim(logits), 0), dtype=torch.bool)

@@ -41,13 +41,15 @@ void check_arguments(std::initializer_list<LossArgument> arguments) {
   }
 }
 
-void check_reduction(int64_t reduction) {
-  TORCH_CHECK_VALUE(kNone <= reduction && reduction <= kSum, "reduction must be 0 (none), 1 (mean) or 2 (sum), not ",
-                    reduction);
+Reduction reduction_of(int64_t number) {
+  const auto reduction = static_cast<Reduction>(number);
+  TORCH_CHECK_VALUE(Reduction::kNone <= reduction && reduction <= Reduction::kSum,
+                    "reduction must be 0 (none), 1 (mean) or 2 (sum), not ", number);
+  return reduction;
 }
 
-void check_upstream(const at::Tensor& upstream, c10::IntArrayRef shape, int64_t reduction) {
-  const c10::IntArrayRef expected = reduction == kNone ? shape : c10::IntArrayRef();
+void check_upstream(const at::Tensor& upstream, c10::IntArrayRef shape, Reduction reduction) {
+  const c10::IntArrayRef expected = reduction == Reduction::kNone ? shape : c10::IntArrayRef();
   TORCH_CHECK_VALUE(upstream.sizes().equals(expected), "upstream must have the shape of the loss, ", expected, ", not ",
                     upstream.sizes());
 }

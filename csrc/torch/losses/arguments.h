@@ -7,6 +7,8 @@
 #include <initializer_list>
 #include <optional>
 
+#include "losses/reduction.h"
+
 namespace trainopt::aten {
 
 // A tensor of an operator, under its name in the schema; null where an optional one is absent.
@@ -30,10 +32,10 @@ struct LossArgument {
 // engines read (or of classes), in memory that is there.
 void check_arguments(std::initializer_list<LossArgument> arguments);
 
-// ValueError for a number that torch has for no reduction.
-void check_reduction(int64_t reduction);
+// A reduction by its number in a schema; ValueError for a number that torch has for none.
+Reduction reduction_of(int64_t number);
 
 // ValueError for an upstream gradient that does not have the shape of the loss, which is `shape` if it is not reduced.
-void check_upstream(const at::Tensor& upstream, c10::IntArrayRef shape, int64_t reduction);
+void check_upstream(const at::Tensor& upstream, c10::IntArrayRef shape, Reduction reduction);
 
 }  // namespace trainopt::aten

@@ -58,7 +58,7 @@ void HostTarget::scales(const at::Tensor& upstream, const LogSumExp& lse, int64_
                         std::vector<double>* loss_scale, std::vector<double>* lse_scale) const {
   loss_scale->resize(count);
   lse_scale->resize(count);
-  const bool by_row = options_.reduction == kNone;
+  const bool by_row = options_.reduction == Reduction::kNone;
   const bool nothing = options_.empty_is_zero && row_count_ == 0;
   at::Tensor each;
   double whole = 0, of_lse = 0;
@@ -66,8 +66,8 @@ void HostTarget::scales(const at::Tensor& upstream, const LogSumExp& lse, int64_
     each = upstream.reshape({-1}).narrow(0, first, count).to(at::kDouble).contiguous();
   } else if (!nothing) {
     const double above = number_in(upstream);
-    whole = options_.reduction == kMean ? above / denominator_ : above;
-    of_lse = options_.reduction == kMean ? above / row_count_ : above;
+    whole = options_.reduction == Reduction::kMean ? above / denominator_ : above;
+    of_lse = options_.reduction == Reduction::kMean ? above / row_count_ : above;
   }
   for (int64_t row = 0; row < count; ++row) {
     const double above = by_row ? each.const_data_ptr<double>()[row] : 0;
@@ -82,7 +82,7 @@ std::pair<at::Tensor, at::Tensor> HostTarget::reduce(const std::vector<double>& 
                                                      c10::IntArrayRef shape, const at::TensorOptions& options) const {
   const bool has_z = options_.z_loss != 0;
   const auto z_of = [&](int64_t row) { return is_counted(row) ? options_.z_loss * lse.of(row) * lse.of(row) : 0; };
-  if (options_.reduction == kNone) {
+  if (options_.reduction == Reduction::kNone) {
     at::Tensor each = at::empty({rows_}, at::kDouble), z = at::empty({has_z ? rows_ : 0}, at::kDouble);
     for (int64_t row = 0; row < rows_; ++row) {
       if (has_z) z.mutable_data_ptr<double>()[row] = z_of(row);
@@ -94,7 +94,7 @@ std::pair<at::Tensor, at::Tensor> HostTarget::reduce(const std::vector<double>& 
   for (int64_t row = 0; row < rows_; ++row) sum += loss[row];
   if (has_z)
     for (int64_t row = 0; row < rows_; ++row) z_sum += z_of(row);
-  if (options_.reduction == kMean && !(options_.empty_is_zero && row_count_ == 0)) {
+  if (options_.reduction == Reduction::kMean && !(options_.empty_is_zero && row_count_ == 0)) {
     sum /= denominator_;
     z_sum /= row_count_;
   }

@@ -55,13 +55,12 @@ cuda::RowsWork DeviceCrossEntropy::rows_work(const CrossEntropyBatch& batch, int
   work.task.rows = rows;
   work.task.wide = wide_;
   work.task.weight = target_.weight_data();
-  work.task.z_loss = target_.options().z_loss;
   if (lse.defined()) {
     const LogSumExp kept = lse_in(lse, target_.rows()).from(first);
     work.task.peak = kept.peak;
     work.task.sum = kept.log_sum;
   }
-  const double share = target_.options().reduction == kMean ? 1 / static_cast<double>(target_.rows()) : 1;
+  const double share = target_.options().reduction == Reduction::kMean ? 1 / static_cast<double>(target_.rows()) : 1;
   work.totals = {share, share, static_cast<double>(target_.classes()), 1};
   if (totals_.defined()) work.on_device = data_of<cuda::TargetTotals>(totals_);
   return work;
@@ -70,7 +69,7 @@ cuda::RowsWork DeviceCrossEntropy::rows_work(const CrossEntropyBatch& batch, int
 void DeviceCrossEntropy::start(c10::ScalarType loss_dtype) {
   const CrossEntropyOptions& options = target_.options();
   const at::TensorOptions as_loss = on_device_.dtype(loss_dtype);
-  const bool by_row = options.reduction == kNone;
+  const bool by_row = options.reduction == Reduction::kNone;
   lse = empty_lse(target_.rows(), on_device_);
   loss_ = by_row ? at::empty(target_.row_sizes(), as_loss) : at::empty({}, as_loss);
   z_ = options.z_loss == 0 ? at::empty({0}, as_loss) : at::empty_like(loss_);
@@ -84,7 +83,7 @@ void DeviceCrossEntropy::forward(const CrossEntropyBatch& batch, int64_t first, 
   work.forward = true;
   work.partials = data_of<cuda::LossPartial>(partials_) + partial_count_;
   work.first_row = first;
-  if (target_.options().reduction == kNone) {
+  if (target_.options().reduction == Reduction::kNone) {
     work.loss = view_from(loss_, first);
     work.z = view_from(z_, first);
   }
@@ -98,11 +97,9 @@ std::pair<at::Tensor, at::Tensor> DeviceCrossEntropy::finish() {
   cuda::FinishWork work{};
   work.partials = data_of<cuda::LossPartial>(partials_);
   work.count = partial_count_;
-  work.reduction = options.reduction == kNone   ? cuda::LossReduction::kNone
-                   : options.reduction == kMean ? cuda::LossReduction::kMean
-                                                : cuda::LossReduction::kSum;
+  work.reduction = options.reduction;
   work.empty_is_zero = options.empty_is_zero;
-  if (options.reduction != kNone) {
+  if (options.reduction != Reduction::kNone) {
     work.loss = view_from(loss_, 0);
     work.z = view_from(z_, 0);
   }
@@ -124,13 +121,13 @@ std::pair<at::Tensor, at::Tensor> DeviceCrossEntropy::finish() {
 
 void DeviceCrossEntropy::count(bool defer) {
   const CrossEntropyOptions& options = target_.options();
-  const bool labelled = target_.label_data() != nullptr, mean = options.reduction == kMean;
-  const bool must_weigh = labelled && options.label_smoothing != 0 && target_.weight_data() != nullptr;
+  const bool labelled = target_.label_data() != nullptr, mean = options.reduction == Reduction::kMean;
+  const bool must_weigh = labelled && options.smoothing != 0 && target_.weight_data() != nullptr;
   if (!defer && !must_weigh && !(mean && labelled)) return;
   CrossEntropyBatch batch{};
+  static_cast<CrossEntropyOptions&>(batch) = options;
   batch.classes = target_.classes();
   batch.labels = target_.label_data();
-  batch.ignore_index = options.ignore_index;
   const at::Tensor partials = words(cuda::count_blocks(target_.rows()), sizeof(cuda::CountPartial), on_device_);
   totals_ = words(1, sizeof(cuda::TargetTotals), on_device_);
   cuda::count_targets({rows_work(batch, 0, target_.rows()).task, mean, defer, data_of<cuda::CountPartial>(partials),
@@ -149,7 +146,7 @@ bool DeviceCrossEntropy::was_scaled(c10::Device device) {
 
 void DeviceCrossEntropy::backward(const CrossEntropyBatch& batch, int64_t first, int64_t rows,
                                   const at::Tensor& upstream, const Rows& gradient, bool unless_one) {
-  const bool by_row = target_.options().reduction == kNone;
+  const bool by_row = target_.options().reduction == Reduction::kNone;
   cuda::RowsWork work = rows_work(batch, first, rows);
   work.gradient = gradient;
   work.unless_one = unless_one;

@@ -4,23 +4,24 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <tuple>
 #include <utility>
 
 #include "torch/losses/arguments.h"
 #include "torch/losses/cross_entropy.h"
 #include "torch/losses/cross_entropy_cuda.h"
+#include "torch/losses/cross_entropy_options.h"
 #include "torch/losses/fresh_memory.h"
 
 namespace trainopt::aten {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // loss, z-loss, log-sum-exp
 
-void check(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction) {
+void check(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight) {
   check_arguments({{"input", input}, LossArgument::classes_or_probabilities(target), {"weight", weight}});
-  check_reduction(reduction);
 }
 
 int64_t class_dim_of(const at::Tensor& input) {
@@ -28,12 +29,11 @@ int64_t class_dim_of(const at::Tensor& input) {
   return input.dim() == 1 ? 0 : 1;
 }
 
-Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
-              int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool, bool empty_is_zero) {
-  check(input, target, weight, reduction);
+Outputs forward(const CrossEntropyOptions& options, const at::Tensor& input, const at::Tensor& target,
+                const OptionalTensor& weight, bool) {
+  check(input, target, weight);
   const int64_t class_dim = class_dim_of(input);
-  HostTarget targets(input.sizes(), class_dim, target, weight,
-                     {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero});
+  HostTarget targets(input.sizes(), class_dim, target, weight, options);
   const Logits logits = Logits::of(input, class_dim);
   at::Tensor lse = empty_lse(targets.rows(), input.options());
   std::vector<double> loss(targets.rows());
@@ -52,37 +52,35 @@ Three forward(const at::Tensor& input, const at::Tensor& target, const OptionalT
 #if defined(TRAINOPT_WITH_CUDA)
 // With `gradient`, the gradient for an upstream gradient of 1 too, which then costs no second pass over the logits; it
 // stays undefined where they lie in an order that the engine does not know.
-Three on_cuda(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-              const CrossEntropyOptions& options, at::Tensor* gradient) {
-  check(input, target, weight, options.reduction);
+Outputs on_cuda(const CrossEntropyOptions& options, const at::Tensor& input, const at::Tensor& target,
+                const OptionalTensor& weight, at::Tensor* gradient) {
+  check(input, target, weight);
   const OnDevice on(input.device());
   const int64_t class_dim = class_dim_of(input);
   const c10::ScalarType dtype = input.scalar_type();
   CrossEntropyTarget targets(input.sizes(), class_dim, target, weight, DeviceCrossEntropy::weight_dtype(dtype),
                              options);
-  std::optional<Logits> slopes;
+  std::optional<Logits> derivatives;
   if (gradient != nullptr) {
     const at::Tensor memory = at::empty_like(input);
     Logits walked = Logits::of(memory, class_dim);
     if (walked.tensor.is_alias_of(memory)) {
       *gradient = memory;
-      slopes = std::move(walked);
+      derivatives = std::move(walked);
     }
   }
-  const Logits logits = slopes ? Logits::of(input, class_dim, slopes->inner) : Logits::of(input, class_dim);
+  const Logits logits = derivatives ? Logits::of(input, class_dim, derivatives->inner) : Logits::of(input, class_dim);
   DeviceCrossEntropy work(targets, input.device(), dtype, targets.rows(), on.stream);
   work.start(dtype);
-  if (slopes) work.count(false);
-  work.forward(targets.batch(logits), 0, targets.rows(), slopes ? &slopes->rows : nullptr);
+  if (derivatives) work.count(false);
+  work.forward(targets.batch(logits), 0, targets.rows(), derivatives ? &derivatives->rows : nullptr);
   auto [loss, z] = work.finish();
   return {std::move(loss), std::move(z), std::move(work.lse)};
 }
 
-Three forward_on_cuda(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                      int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-                      bool, bool empty_is_zero) {
-  return on_cuda(input, target, weight, {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero},
-                 nullptr);
+Outputs forward_on_cuda(const CrossEntropyOptions& options, const at::Tensor& input, const at::Tensor& target,
+                        const OptionalTensor& weight, bool) {
+  return on_cuda(options, input, target, weight, nullptr);
 }
 #endif
 
@@ -94,10 +92,10 @@ bool makes_gradient_in_forward([[maybe_unused]] const at::Tensor& input, [[maybe
                                [[maybe_unused]] const CrossEntropyOptions& options,
                                [[maybe_unused]] bool inplace_backward) {
 #if defined(TRAINOPT_WITH_CUDA)
-  return options.reduction != kNone && !inplace_backward && at::GradMode::is_enabled() && input.requires_grad() &&
-         !input.is_cpu() && !has_saved_tensor_hooks() && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         takes(input) && takes(target) && (!weight.has_value() || takes(*weight)) &&
-         !DeviceCrossEntropy::was_scaled(input.device());
+  return options.reduction != Reduction::kNone && !inplace_backward && at::GradMode::is_enabled() &&
+         input.requires_grad() && !input.is_cpu() && !has_saved_tensor_hooks() &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() && takes(input) && takes(target) &&
+         (!weight.has_value() || takes(*weight)) && !DeviceCrossEntropy::was_scaled(input.device());
 #else
   return false;
 #endif
@@ -112,7 +110,7 @@ struct Given {
   int64_t class_dim = class_dim_of(input);
 
   void check() const {
-    aten::check(input, target, weight, options.reduction);
+    aten::check(input, target, weight);
     check_arguments({{"input", input}, {"upstream", upstream}, {"lse", lse}});
     c10::DimVector shape(input.sizes().begin(), input.sizes().end());
     shape.erase(shape.begin() + class_dim);
@@ -162,11 +160,9 @@ at::Tensor gradient_of(const Given& given) {
       gradient_of({given.upstream, input.contiguous(), given.target, given.weight, given.lse, given.options}));
 }
 
-at::Tensor backward(const at::Tensor& upstream, const at::Tensor& input, const at::Tensor& target,
-                    const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
-                    double label_smoothing, double z_loss, double softcap, bool empty_is_zero) {
-  const Given given{upstream, input, target,
-                    weight,   lse,   {reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero}};
+at::Tensor backward(const CrossEntropyOptions& options, const at::Tensor& upstream, const at::Tensor& input,
+                    const at::Tensor& target, const OptionalTensor& weight, const at::Tensor& lse) {
+  const Given given{upstream, input, target, weight, lse, options};
   given.check();
   return gradient_of(given);
 }
@@ -192,50 +188,42 @@ at::Tensor log_sum_exp(const at::Tensor& x, int64_t class_dim) {
   return peak.squeeze(class_dim) + at::logsumexp(x - peak, class_dim);
 }
 
-// softcap tanh(x / softcap), with the cap that softcap_in makes of it.
-at::Tensor capped(const at::Tensor& x, double softcap) {
+// The logits of the softmax, with the soft cap that softcap_in makes of it.
+at::Tensor mapped(const at::Tensor& x, const CrossEntropyOptions& options) {
   const bool wide = x.scalar_type() == at::kDouble;
-  const double cap = wide ? softcap_in<double>(softcap) : static_cast<double>(softcap_in<float>(softcap));
-  return cap == 0 ? x : cap * at::tanh(x / cap);
+  const double cap =
+      wide ? softcap_in<double>(options.softcap) : static_cast<double>(softcap_in<float>(options.softcap));
+  const at::Tensor capped = cap == 0 ? x : cap * at::tanh(x / cap);
+  return options.temperature == 1 ? capped : capped / options.temperature;
 }
 
 // torch's own, with what trainopt adds, for the second derivative; in float32 inside, as the operators.
-at::Tensor torchs(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                  const CrossEntropyOptions& options) {
-  const int64_t reduction = options.reduction;
-  if (options.softcap == 0 && options.z_loss == 0)
-    return at::cross_entropy_loss(input, target, weight, reduction, options.ignore_index, options.label_smoothing);
+at::Tensor by_torch(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                    const CrossEntropyOptions& options) {
+  const auto reduction = static_cast<int64_t>(options.reduction);
+  const bool has_map = options.softcap != 0 || options.temperature != 1;
+  if (!has_map && options.z_loss == 0)
+    return at::cross_entropy_loss(input, target, weight, reduction, options.ignore_index, options.smoothing);
   const c10::ScalarType type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor x = capped(input.to(type), options.softcap);
+  const at::Tensor x = mapped(input.to(type), options);
   const OptionalTensor factors = weight.has_value() ? OptionalTensor(weight->to(type)) : std::nullopt;
-  at::Tensor loss =
-      at::cross_entropy_loss(x, target, factors, reduction, options.ignore_index, options.label_smoothing);
+  at::Tensor loss = at::cross_entropy_loss(x, target, factors, reduction, options.ignore_index, options.smoothing);
   if (options.z_loss == 0) return loss.to(input.scalar_type());
   at::Tensor z = options.z_loss * log_sum_exp(x, class_dim_of(x)).square();
-  at::Tensor reduced = reduction == kNone ? z : reduction == kSum ? z.sum() : z.mean();
-  if (!target.is_floating_point()) {
-    const at::Tensor counted = target.ne(options.ignore_index);
-    z = z.masked_fill(~counted, 0);
-    reduced = reduction == kNone ? z : reduction == kSum ? z.sum() : z.sum() / counted.sum();
-  }
-  return (loss + reduced).to(input.scalar_type());
+  const bool has_labels = !target.is_floating_point();
+  const at::Tensor counted = has_labels ? target.ne(options.ignore_index) : at::Tensor();
+  if (has_labels) z = z.masked_fill(~counted, 0);
+  if (options.reduction == Reduction::kSum) z = z.sum();
+  if (options.reduction == Reduction::kMean) z = has_labels ? z.sum() / counted.sum() : z.mean();
+  return (loss + z).to(input.scalar_type());
 }
 
-using Forward = Three(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double, double,
-                      double, bool, bool);
-using Backward = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                            const at::Tensor&, int64_t, int64_t, double, double, double, bool);
-
-const c10::TypedOperatorHandle<Forward>& forward_operator() {
-  static const auto handle =
-      c10::Dispatcher::singleton().findSchemaOrThrow("trainopt::cross_entropy", "").typed<Forward>();
-  return handle;
-}
-
-const c10::TypedOperatorHandle<Backward>& backward_operator() {
-  static const auto handle =
-      c10::Dispatcher::singleton().findSchemaOrThrow("trainopt::cross_entropy_backward", "").typed<Backward>();
-  return handle;
+using BackwardOperator =
+    CrossEntropyOperator<at::Tensor(const CrossEntropyOptions&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                    const OptionalTensor&, const at::Tensor&)>;
+const BackwardOperator& backward_operator() {
+  static const BackwardOperator found("trainopt::cross_entropy_backward");
+  return found;
 }
 
 // What backward must know of the call, in one piece.
@@ -253,13 +241,11 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
                                                 [[maybe_unused]] bool with_gradient) {
     auto call = c10::make_intrusive<Call>(options, inplace_backward && !has_saved_tensor_hooks());
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto run = [&]() -> Three {
+    const auto run = [&]() -> Outputs {
 #if defined(TRAINOPT_WITH_CUDA)
-      if (with_gradient) return on_cuda(input, target, weight, options, &call->gradient);
+      if (with_gradient) return on_cuda(options, input, target, weight, &call->gradient);
 #endif
-      return forward_operator().call(input, target, weight, options.reduction, options.ignore_index,
-                                     options.label_smoothing, options.z_loss, options.softcap, inplace_backward,
-                                     options.empty_is_zero);
+      return cross_entropy_operator()(options, input, target, weight, inplace_backward);
     };
     auto [loss, z, lse] = run();
     context->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
@@ -281,7 +267,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     if (!upstream[0].defined()) return gradients;
     if (at::GradMode::is_enabled()) {
       gradients[0] = differentiable_gradients(
-          {input}, upstream[0], [&](const auto& inputs) { return torchs(inputs[0], target, weight, options); })[0];
+          {input}, upstream[0], [&](const auto& inputs) { return by_torch(inputs[0], target, weight, options); })[0];
     } else if (call.gradient.defined() &&
                may_write_over(call.gradient, {&upstream[0], &input, &target, &factors, &lse})) {
       gradients[0] = std::exchange(call.gradient, at::Tensor());
@@ -293,56 +279,62 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       gradients[0] = input.detach();
       input.unsafeGetTensorImpl()->bump_version();
     } else {
-      gradients[0] =
-          backward_operator().call(upstream[0], input, target, weight, lse, options.reduction, options.ignore_index,
-                                   options.label_smoothing, options.z_loss, options.softcap, options.empty_is_zero);
+      gradients[0] = backward_operator()(options, upstream[0], input, target, weight, lse);
     }
     return gradients;
   }
 };
 
-Three with_gradient(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool inplace_backward,
-                    bool empty_is_zero) {
-  const CrossEntropyOptions options{reduction, ignore_index, label_smoothing, z_loss, softcap, empty_is_zero};
+Outputs with_gradient(const CrossEntropyOptions& options, const at::Tensor& input, const at::Tensor& target,
+                      const OptionalTensor& weight, bool inplace_backward) {
   const bool early = makes_gradient_in_forward(input, target, weight, options, inplace_backward);
   auto outputs = CrossEntropyFunction::apply(input, target, weight, options, inplace_backward, early);
   return {std::move(outputs[0]), std::move(outputs[1]), std::move(outputs[2])};
 }
 
-Three in_single(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool inplace_backward,
-                bool empty_is_zero) {
+Outputs in_single(const CrossEntropyOptions& options, const at::Tensor& input, const at::Tensor& target,
+                  const OptionalTensor& weight, bool inplace_backward) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return forward_operator().call(to_single(input), to_single(target), to_single(weight), reduction, ignore_index,
-                                 label_smoothing, z_loss, softcap, inplace_backward, empty_is_zero);
+  return cross_entropy_operator()(options, to_single(input), to_single(target), to_single(weight), inplace_backward);
 }
 
 }  // namespace
 
+const CrossEntropyForward& cross_entropy_operator() {
+  static const CrossEntropyForward found("trainopt::cross_entropy");
+  return found;
+}
+
+void check_options(const CrossEntropyOptions& options) {
+  TORCH_CHECK_VALUE(options.softcap >= 0, "softcap must be at least 0, which is none, not ", options.softcap);
+  TORCH_CHECK_VALUE(options.temperature > 0 && std::isfinite(options.temperature),
+                    "temperature must be finite and greater than 0, not ", options.temperature);
+}
+
 TORCH_LIBRARY_FRAGMENT(trainopt, m) {
   m.def(
-      "cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
-      "float label_smoothing, float z_loss, float softcap, bool inplace_backward, bool empty_is_zero) -> "
-      "(Tensor loss, Tensor z_loss, Tensor lse)");
+      "cross_entropy(Tensor input, Tensor target, Tensor? weight, bool "
+      "inplace_backward, " TRAINOPT_CROSS_ENTROPY_OPTIONS ") -> (Tensor loss, Tensor z_loss, Tensor lse)");
   m.def(
-      "cross_entropy_backward(Tensor upstream, Tensor input, Tensor target, Tensor? weight, Tensor lse, int reduction, "
-      "int ignore_index, float label_smoothing, float z_loss, float softcap, bool empty_is_zero) -> Tensor");
+      "cross_entropy_backward(Tensor upstream, Tensor input, Tensor target, Tensor? weight, Tensor "
+      "lse, " TRAINOPT_CROSS_ENTROPY_OPTIONS ") -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(trainopt, CPU, m) {
-  m.impl("cross_entropy", forward);
-  m.impl("cross_entropy_backward", backward);
+  m.impl("cross_entropy", TRAINOPT_UNPACK_OPTIONS(forward));
+  m.impl("cross_entropy_backward", TRAINOPT_UNPACK_OPTIONS(backward));
 }
-TORCH_LIBRARY_IMPL(trainopt, Autograd, m) { m.impl("cross_entropy", with_gradient); }
-TORCH_LIBRARY_IMPL(trainopt, AutocastCPU, m) { m.impl("cross_entropy", in_single); }
+TORCH_LIBRARY_IMPL(trainopt, Autograd, m) { m.impl("cross_entropy", TRAINOPT_UNPACK_OPTIONS(with_gradient)); }
+TORCH_LIBRARY_IMPL(trainopt, AutocastCPU, m) { m.impl("cross_entropy", TRAINOPT_UNPACK_OPTIONS(in_single)); }
 
 #if defined(TRAINOPT_WITH_CUDA)
 TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_CUDA_KEY, m) {
-  m.impl("cross_entropy", forward_on_cuda);
-  m.impl("cross_entropy_backward", backward);
+  m.impl("cross_entropy", TRAINOPT_UNPACK_OPTIONS(forward_on_cuda));
+  m.impl("cross_entropy_backward", TRAINOPT_UNPACK_OPTIONS(backward));
 }
-TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_AUTOCAST_CUDA_KEY, m) { m.impl("cross_entropy", in_single); }
+TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_AUTOCAST_CUDA_KEY, m) {
+  m.impl("cross_entropy", TRAINOPT_UNPACK_OPTIONS(in_single));
+}
 #endif
 
 }  // namespace trainopt::aten

@@ -48,8 +48,8 @@ Logits Logits::of(const at::Tensor& input, int64_t class_dim, int64_t inner) {
   if (found.inner == inner) return found;
   if (inner == 1) return by_row(input, class_dim);
   if (input.dim() > 2) return by_class(input.contiguous());
-  const at::Tensor turned = input.t().contiguous().t();
-  return {turned, rows_in(turned, 0, turned.stride(1)), inner};
+  const at::Tensor transposed = input.t().contiguous().t();
+  return {transposed, rows_in(transposed, 0, transposed.stride(1)), inner};
 }
 
 at::Tensor empty_lse(int64_t rows, const at::TensorOptions& options) {
@@ -74,7 +74,6 @@ CrossEntropyTarget::CrossEntropyTarget(c10::IntArrayRef input_sizes, int64_t cla
       row_sizes_(input_sizes.begin(), input_sizes.end()),
       classes_(input_sizes[class_dim]),
       class_dim_(class_dim) {
-  TORCH_CHECK_VALUE(options.softcap >= 0, "softcap must be at least 0, which is none, not ", options.softcap);
   row_sizes_.erase(row_sizes_.begin() + class_dim);
   rows_ = c10::multiply_integers(row_sizes_);
   if (class_weight.has_value() && class_weight->defined()) {
@@ -103,9 +102,9 @@ CrossEntropyBatch CrossEntropyTarget::batch(const Logits& logits) const {
   if (labels_.defined()) {
     batch.labels = labels_.const_data_ptr<int64_t>();
   } else {
-    const Logits alike = Logits::of(probabilities_, class_dim_, logits.inner);
-    alike_ = alike.tensor;
-    batch.probabilities = alike.rows;
+    const Logits matching = Logits::of(probabilities_, class_dim_, logits.inner);
+    alike_ = matching.tensor;
+    batch.probabilities = matching.rows;
   }
   return batch;
 }
@@ -117,9 +116,9 @@ CrossEntropyBatch CrossEntropyTarget::chunk(const at::Tensor& logits, int64_t fi
   if (labels_.defined()) {
     batch.labels = labels_.const_data_ptr<int64_t>() + first;
   } else {
-    const Logits alike = by_row(probabilities_.narrow(0, first, logits.size(0)), 1);
-    alike_ = alike.tensor;
-    batch.probabilities = alike.rows;
+    const Logits matching = by_row(probabilities_.narrow(0, first, logits.size(0)), 1);
+    alike_ = matching.tensor;
+    batch.probabilities = matching.rows;
   }
   return batch;
 }
@@ -127,9 +126,7 @@ CrossEntropyBatch CrossEntropyTarget::chunk(const at::Tensor& logits, int64_t fi
 CrossEntropyBatch CrossEntropyTarget::without_rows() const {
   CrossEntropyBatch batch{};
   batch.classes = classes_;
-  batch.ignore_index = options_.ignore_index;
-  batch.smoothing = options_.label_smoothing;
-  batch.softcap = options_.softcap;
+  static_cast<CrossEntropyOptions&>(batch) = options_;
   return batch;
 }
 

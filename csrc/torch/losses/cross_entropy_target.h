@@ -30,12 +30,6 @@ struct Logits {
 at::Tensor empty_lse(int64_t rows, const at::TensorOptions& options);
 LogSumExp lse_in(const at::Tensor& tensor, int64_t rows);
 
-struct CrossEntropyOptions {
-  int64_t reduction, ignore_index;
-  double label_smoothing, z_loss, softcap;
-  bool empty_is_zero;
-};
-
 // A class or a distribution for each row, and weights of the classes.
 class CrossEntropyTarget {
  public:

@@ -25,7 +25,7 @@ at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Ten
                    const OptionalTensor& weight, const OptionalTensor& positive, int64_t reduction, double parameter) {
   const cpu::PointwiseLoss& loss = find_pointwise_loss(name);
   PointwiseOperands operands(input, target, weight, positive, reduction, parameter);
-  const at::Tensor values = reduction == kNone ? operands.add_value() : at::Tensor();
+  const at::Tensor values = operands.reduction == Reduction::kNone ? operands.add_value() : at::Tensor();
   operands.arrange();
   const PointwiseTask& task = operands.task;
   const int64_t chunks = (task.numel + kChunk - 1) / kChunk;
@@ -42,8 +42,9 @@ at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Ten
     check_probabilities("input", input);
     check_probabilities("target", target);
   }
-  if (reduction == kNone) return operands.finished(values);
-  return tensor_of(reduction == kMean ? sum / static_cast<double>(task.numel) : sum, operands.dtype);
+  if (operands.reduction == Reduction::kNone) return operands.finished(values);
+  return tensor_of(operands.reduction == Reduction::kMean ? sum / static_cast<double>(task.numel) : sum,
+                   operands.dtype);
 }
 
 std::tuple<at::Tensor, at::Tensor> backward(c10::string_view name, const at::Tensor& upstream, const at::Tensor& input,
@@ -55,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor> backward(c10::string_view name, const at::Ten
   PointwiseTask& task = operands.task;
   const PointwiseGradients gradients = operands.add_gradients(wanted);
   if (!operands.add_upstream(upstream)) task.scale = number_in(upstream);
-  if (reduction == kMean) task.scale /= static_cast<double>(task.numel);
+  if (operands.reduction == Reduction::kMean) task.scale /= static_cast<double>(task.numel);
   operands.arrange();
   at::parallel_for(0, (task.numel + kChunk - 1) / kChunk, 2, [&](int64_t first, int64_t last) {
     cpu::pointwise_backward(loss, operands.wide(), task, first * kChunk, std::min(task.numel, last * kChunk));
@@ -64,8 +65,8 @@ std::tuple<at::Tensor, at::Tensor> backward(c10::string_view name, const at::Ten
 }
 
 // torch's own, for the second derivative.
-at::Tensor torchs(c10::string_view name, const torch::autograd::variable_list& inputs, const OptionalTensor& weight,
-                  const OptionalTensor& positive, int64_t reduction, double parameter) {
+at::Tensor by_torch(c10::string_view name, const torch::autograd::variable_list& inputs, const OptionalTensor& weight,
+                    const OptionalTensor& positive, int64_t reduction, double parameter) {
   const at::Tensor &x = inputs[0], &t = inputs[1];
   if (name == "mse_loss") return at::mse_loss(x, t, reduction);
   if (name == "l1_loss") return at::l1_loss(x, t, reduction);
@@ -122,7 +123,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     torch::autograd::variable_list gradients(7);
     if (at::GradMode::is_enabled()) {
       const auto found = differentiable_gradients({saved[0], saved[1]}, upstream[0], [&](const auto& inputs) {
-        return torchs(name, inputs, weight, positive, reduction, parameter);
+        return by_torch(name, inputs, weight, positive, reduction, parameter);
       });
       gradients[1] = found[0];
       gradients[2] = found[1];

@@ -12,6 +12,7 @@
 
 #include "cpu/losses.h"
 #include "losses/pointwise_task.h"
+#include "losses/reduction.h"
 
 namespace trainopt::aten {
 
@@ -33,6 +34,7 @@ class PointwiseOperands {
 
   PointwiseTask task{};
   const c10::ScalarType dtype;  // of the loss
+  const Reduction reduction;
   // Whether the arithmetic is float64: float32 does not have every beta and delta.
   bool wide() const;
 
@@ -53,7 +55,6 @@ class PointwiseOperands {
 
  private:
   const at::Tensor input_, target_;
-  const int64_t reduction_;
   at::DimVector shape_;
   bool copies_;
   std::deque<at::Tensor> tensors_;

@@ -15,8 +15,8 @@
 namespace trainopt::aten {
 namespace {
 
-double divisor_of(int64_t reduction, const PointwiseTask& task) {
-  return reduction == kMean ? static_cast<double>(task.numel) : 1;
+double divisor_of(Reduction reduction, const PointwiseTask& task) {
+  return reduction == Reduction::kMean ? static_cast<double>(task.numel) : 1;
 }
 
 at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Tensor& target,
@@ -30,7 +30,7 @@ at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Ten
     if (Findings* findings = findings_of(input.device())) bad_probability = &findings->bad_probability;
   }
   const PointwiseTask& task = operands.task;
-  if (reduction == kNone) {
+  if (operands.reduction == Reduction::kNone) {
     const at::Tensor values = operands.add_value();
     operands.arrange();
     cuda::pointwise_forward(loss, operands.wide(), task, {}, bad_probability, on.stream);
@@ -39,7 +39,8 @@ at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Ten
   operands.arrange();
   const at::Tensor result = at::empty({}, input.options().dtype(operands.dtype));
   const at::Tensor partials = at::empty({cuda::pointwise_partials(task.numel)}, input.options().dtype(at::kDouble));
-  const cuda::Reduced reduced{view_of(result), divisor_of(reduction, task), partials.mutable_data_ptr<double>()};
+  const cuda::Reduced reduced{view_of(result), divisor_of(operands.reduction, task),
+                              partials.mutable_data_ptr<double>()};
   cuda::pointwise_forward(loss, operands.wide(), task, reduced, bad_probability, on.stream);
   return result;
 }
@@ -53,7 +54,7 @@ std::tuple<at::Tensor, at::Tensor> backward(c10::string_view name, const at::Ten
   const OnDevice on(input.device());
   const PointwiseGradients gradients = operands.add_gradients(wanted);
   cuda::Upstream from_above{};
-  if (!operands.add_upstream(upstream)) from_above = {view_of(upstream), divisor_of(reduction, operands.task)};
+  if (!operands.add_upstream(upstream)) from_above = {view_of(upstream), divisor_of(operands.reduction, operands.task)};
   operands.arrange();
   cuda::pointwise_backward(loss, operands.wide(), operands.task, from_above, on.stream);
   return operands.summed(gradients);

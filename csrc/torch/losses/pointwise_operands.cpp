@@ -22,10 +22,9 @@ const cpu::PointwiseLoss& find_pointwise_loss(std::string_view name) {
 }
 
 PointwiseOperands::PointwiseOperands(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                                     const OptionalTensor& positive, int64_t reduction, double parameter)
-    : dtype(at::result_type(input, target)), input_(input), target_(target), reduction_(reduction) {
+                                     const OptionalTensor& positive, int64_t number, double parameter)
+    : dtype(at::result_type(input, target)), reduction(reduction_of(number)), input_(input), target_(target) {
   check_arguments({{"input", input}, {"target", target}, {"weight", weight}, {"pos_weight", positive}});
-  check_reduction(reduction);
   shape_ = at::infer_size_dimvector(input.sizes(), target.sizes());
   for (const OptionalTensor& other : {weight, positive})
     if (other.has_value() && other->defined()) shape_ = at::infer_size_dimvector(shape_, other->sizes());
@@ -62,7 +61,7 @@ PointwiseGradients PointwiseOperands::add_gradients(std::array<bool, 2> wanted) 
 
 bool PointwiseOperands::add_upstream(const at::Tensor& upstream) {
   check_arguments({{"input", input_}, {"upstream", upstream}});
-  check_upstream(upstream, shape_, reduction_);
+  check_upstream(upstream, shape_, reduction);
   bool is_one_number = true;  // as after .sum()
   for (const int64_t stride : upstream.strides()) is_one_number = is_one_number && stride == 0;
   if (task.numel == 0) return true;

@@ -14,9 +14,6 @@
 
 namespace trainopt::aten {
 
-// torch's numbers for a reduction (at::Reduction).
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
 // Gradients by torch's own formulas, which can be differentiated again: for a backward pass with create_graph=True.
 // `loss` computes the loss from the inputs; an input that is undefined has no gradient. The inputs are taken as
 // independent of each other.
