@@ -110,7 +110,7 @@ def linear_cross_entropy(
     return (loss, z) if options.z_loss else loss
 
 
-def _has_labels(input: Tensor, target: Tensor, ignore_index: int | None) -> bool:
+def _has_labels(input: Tensor, target: Tensor, ignore_index: int) -> bool:
     """Whether the target is one that the operators read as torch does: classes, or constant probabilities."""
     if not is_pair(input, target) or not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         return False

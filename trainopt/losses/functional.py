@@ -110,7 +110,8 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     options = CrossEntropyOptions(reduction, ignore_index, label_smoothing, z_loss, softcap, empty, temperature)
-    check(options)
+    if z_loss != 0 or softcap is not None or empty != "nan" or temperature != 1:
+        check(options)
     result = None
     if not is_overridden and is_number(label_smoothing) and 0 <= label_smoothing <= 1:
         result = dispatch.cross_entropy(input, target, weight, options, bool(inplace_backward))

@@ -26,6 +26,13 @@ def _keywords(function: Callable[..., Any], *, but: tuple[str, ...] = ()) -> dic
     return {each.name: each.default for each in keywords if each.name not in but}
 
 
+def _checked(extras: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of an __init__, the extras; ValueError for one that is out of its range."""
+    found = {name: given[name] for name in extras}
+    check(CrossEntropyOptions(**{name: found[name] for name in CrossEntropyOptions._fields if name in found}))
+    return found
+
+
 class _Ours(metaclass=StandIn):
     """What the modules have in common."""
 
@@ -37,15 +44,6 @@ class _Ours(metaclass=StandIn):
         for name, default in vars(cls).get("EXTRAS", {}).items():
             if name not in vars(cls):
                 setattr(cls, name, default)  # for an object that torch's class has pickled
-
-    def _checked_extras(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Of the arguments of __init__, what is beyond torch's; ValueError for what is out of its range."""
-        extras = {name: given[name] for name in self.EXTRAS}
-        check(CrossEntropyOptions(**{name: extras[name] for name in CrossEntropyOptions._fields if name in extras}))
-        return extras
-
-    def _extras(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.EXTRAS}
 
     def __prepare_scriptable__(self) -> Any:
         """torch's module for torch.jit.script, which compiles Python that ours is not; ours if torch's cannot do it."""
@@ -59,10 +57,17 @@ class _Ours(metaclass=StandIn):
         return plain
 
 
+_EXTRAS = _keywords(functional.cross_entropy)
+_LINEAR_EXTRAS = _keywords(
+    functional.linear_cross_entropy,
+    but=("linear_bias", "weight", "reduction", "ignore_index", "label_smoothing", "options"),
+)
+
+
 class CrossEntropyLoss(_Ours, originals.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss over trainopt.functional.cross_entropy, which explains the options beyond torch's."""
 
-    EXTRAS = _keywords(functional.cross_entropy)
+    EXTRAS = _EXTRAS
 
     def __init__(
         self,
@@ -80,7 +85,7 @@ class CrossEntropyLoss(_Ours, originals.CrossEntropyLoss):
         empty: str = "nan",
         temperature: float = 1.0,
     ) -> None:
-        extras = self._checked_extras(locals())
+        extras = _checked(_EXTRAS, locals())
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         vars(self).update(extras)
 
@@ -93,7 +98,7 @@ class CrossEntropyLoss(_Ours, originals.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            **self._extras(),
+            **{name: getattr(self, name) for name in _EXTRAS},
         )
 
 
@@ -177,10 +182,7 @@ class LinearCrossEntropyLoss(_Ours, TorchsLinearCrossEntropyLoss):
             function.
     """
 
-    EXTRAS = _keywords(
-        functional.linear_cross_entropy,
-        but=("linear_bias", "weight", "reduction", "ignore_index", "label_smoothing", "options"),
-    )
+    EXTRAS = _LINEAR_EXTRAS
 
     def __init__(
         self,
@@ -204,7 +206,7 @@ class LinearCrossEntropyLoss(_Ours, TorchsLinearCrossEntropyLoss):
         out_dtype: torch.dtype | None = None,
         temperature: float = 1.0,
     ) -> None:
-        extras = self._checked_extras(locals())
+        extras = _checked(_LINEAR_EXTRAS, locals())
         linear.check_chunks(memory_budget, out_dtype)
         super().__init__(
             in_features,
@@ -240,5 +242,5 @@ class LinearCrossEntropyLoss(_Ours, TorchsLinearCrossEntropyLoss):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             options=self.options,
-            **self._extras(),
+            **{name: getattr(self, name) for name in _LINEAR_EXTRAS},
         )

@@ -13,7 +13,7 @@ class CrossEntropyOptions(NamedTuple):
     """As the public functions take them, which explain each."""
 
     reduction: str = "mean"
-    ignore_index: int | None = -100  # linear_cross_entropy: None is -100, and due for probabilities
+    ignore_index: Any = -100  # linear_cross_entropy has None too: -100, and due for probabilities
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     softcap: float | None = None

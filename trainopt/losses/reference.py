@@ -131,7 +131,7 @@ def _log_sum_exp(logits: Tensor) -> Tensor:
     return peak.squeeze(dim) + (logits - peak).logsumexp(dim)
 
 
-def _counted_rows(logits: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
+def _counted_rows(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Which rows of logits the mean counts, in the shape of the rows."""
     if target.is_floating_point():
         return torch.ones_like(logits.select(_class_dim(logits), 0), dtype=torch.bool)
