@@ -32,7 +32,7 @@ class Fused(States):
 
     #: Of an optimizer that torch does not have: ``plain_step(param, gradient, state, group)``, one parameter's step in
     #: plain torch, in place. It is what torch's own step is to the other classes.
-    plain_step: ClassVar[Callable[[torch.Tensor, torch.Tensor, dict[str, Any], dict[str, Any]], None]]
+    plain_step: ClassVar[Any]
     _plan: Any = None
 
     def __init_subclass__(cls, rule: str | None = None, **others: Any) -> None:
