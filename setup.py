@@ -460,14 +460,20 @@ class Sanitize(Command):
                 for test in sorted(Path("tests", "cpp").glob("*_test.cpp"))
             ),
         ]
-        # As for old and for new drivers: the kernels' parameters are larger from CUDA 13 on, which matters to those that
-        # take tables of tensors.
+        # As for old and for new drivers: the kernels' parameters are larger from CUDA 13 on. That matters only to those
+        # that take tables of tensors.
         simt = Path("tests", "simt")
-        tables = [*(Path("csrc", "cuda", f"{name}.cu") for name in ("norm", "prepare", "update")), simt / "engine_test.cpp"]
+        tables = [
+            *(Path("csrc", "cuda", f"{name}.cu") for name in ("norm", "prepare", "update")),
+            simt / "engine_test.cpp",
+        ]
         others = [path for path in sorted(Path("csrc", "cuda").glob("*.cu")) if path not in tables]
         others += [simt / f"{name}.cpp" for name in ("cross_entropy_test", "norm_test", "pointwise_test", "simt")]
         common = engine + self.compile("cuda", others, SIMT_FLAGS)
-        for size, parts in ((4096, ["cross-entropy", "large-rows", "pointwise", "norms", "steps"]), (32764, ["norms", "steps"])):
+        for size, parts in (
+            (4096, ["cross-entropy", "large-rows", "pointwise", "norms", "steps"]),
+            (32764, ["norms", "steps"]),
+        ):
             own = self.compile(f"cuda-{size}", tables, [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"])
             program = self.link(f"cuda-{size}", common + own)
             runs += [[program, part] for part in parts]
@@ -487,7 +493,9 @@ class Sanitize(Command):
         torch = import_torch()
         flags, instrumented = binding_flags(torch, own.threaded), [*SANITIZER_FLAGS, "-fno-sanitize=undefined"]
         objects = compile_all(
-            (own, source, flags + instrumented) if source.stem in FUZZED or source.parent.name == "losses" else (shared, source, flags)
+            (own, source, flags + instrumented)
+            if source.stem in FUZZED or source.parent.name == "losses"
+            else (shared, source, flags)
             for source in sources(*BINDINGS)
         )
         package = SANITIZED / "package" / "trainopt"

@@ -14,6 +14,8 @@ from trainopt._extension import _C
 toolkit = pytest.importorskip("csrc.cuda.toolkit", reason="these tests are not in a source tree")
 
 DEFAULT = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
+# The folders that see torch.
+BINDINGS = ("csrc/torch/", "csrc/python/")
 NVCC_13_0 = [f"compute_{number}" for number in (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)]
 
 needs_cuda_build = pytest.mark.skipif(not _build.CUDA, reason=f"not built with CUDA: {_build.CUDA_REASON}")

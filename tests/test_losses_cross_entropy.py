@@ -131,11 +131,16 @@ def test_every_variant_is_right(variant, variant_dtype):
         compare(logits, target, variant_dtype, True, ignore_index=3, label_smoothing=0.1)
 
 
-def largest_mass(logits, target, weighted, reduction, label_smoothing):
-    """The gradient is A·p - a: that of probabilities may be small where masses a are not, which are rounded first."""
-    if not target.is_floating_point() or target.numel() == 0:
-        return 0.0
+def largest_mass(logits, target, weighted, reduction, label_smoothing, ignore_index):
+    """The gradient is A·p - a: it may be small where the masses a are not, which are rounded first."""
     class_dim = 0 if logits.dim() == 1 else 1
+    if not target.is_floating_point():
+        labels = target[target != ignore_index]
+        masses = weight_of(logits, weighted)[labels] if weighted else torch.ones(labels.numel())
+        total = masses.sum() if reduction == "mean" else 1
+        return (masses.max() / total).item() if labels.numel() else 0.0
+    if target.numel() == 0:
+        return 0.0
     mass = target * (1 - label_smoothing) + label_smoothing / logits.shape[class_dim]
     if weighted:
         mass = mass.movedim(class_dim, -1) * weight_of(logits, weighted)
@@ -167,7 +172,7 @@ def test_any_options(rows, count, kind, reduction, ignore_index, smoothing, weig
         reduction=reduction,
         ignore_index=ignore_index,
         label_smoothing=smoothing,
-        gradient_unit=largest_mass(logits, target, weighted, reduction, smoothing),
+        gradient_unit=largest_mass(logits, target, weighted, reduction, smoothing, ignore_index),
     )
 
 
