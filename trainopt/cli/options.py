@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from trainopt.optim import registry
 from trainopt.training import Options
 from trainopt.training.fields import FLAG, FOLDER_NAME, TEXT, Option, choice, option, options_of, real, whole
 
-OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
-LEARNING_RATES = {"sgd": 0.1, "adam": 0.001, "adamw": 0.001}
-WEIGHT_DECAYS = {"sgd": 0.0, "adam": 0.0, "adamw": 0.01}
+OPTIMIZERS = {name.lower(): name for name in registry.OPTIMIZERS}
+
+
+def defaults_of(option: str) -> dict[str, Any]:
+    """The default of an option, for each optimizer: its class's own."""
+    return {
+        short: inspect.signature(registry.OPTIMIZERS[name]).parameters[option].default
+        for short, name in OPTIMIZERS.items()
+    }
+
+
+LEARNING_RATES = defaults_of("lr") | {"sgd": 0.1}  # torch's 0.001 would hardly move a small network
+WEIGHT_DECAYS = defaults_of("weight_decay")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse-sqrt")
 
 #: Of the loop's options, those that the command or the experiment decides.
@@ -27,8 +39,8 @@ class Optimizer:
     """What trains, and the course of its learning rate.
 
     Args:
-        optimizer: rule that trains: sgd, adam or adamw.
-        lr: learning rate. None: 0.1 for sgd, 0.001 for adam and adamw.
+        optimizer: rule that trains: sgd, adam, adamw or lion.
+        lr: learning rate. None: 0.1 for sgd, 0.001 for adam and adamw, 0.0001 for lion.
         momentum: momentum of sgd; 0 with the full batch is gradient descent.
         weight_decay: weight decay; biases and norms have none. None: 0.01 for adamw, else 0.
         l1: factor of the L1 regularisation.
