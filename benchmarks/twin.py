@@ -207,10 +207,12 @@ class Comparison:
 def progress_bar() -> Any:
     """rich's progress bar without a thread of its own, or None where rich is not installed."""
     try:
+        from rich.console import Console
         from rich.progress import Progress
     except ImportError:
         return None
-    return Progress(*Progress.get_default_columns(), auto_refresh=False, transient=True)
+    console = Console()  # rich's own knows only whether there was a terminal when it was first asked for
+    return Progress(*Progress.get_default_columns(), console=console, auto_refresh=False, transient=True)
 
 
 def check(settings: SimpleNamespace) -> None:

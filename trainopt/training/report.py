@@ -183,6 +183,7 @@ class Terminal(Lines):
     """
 
     def __init__(self) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
@@ -192,6 +193,7 @@ class Terminal(Lines):
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
+            console=Console(),  # rich's own knows only whether there was a terminal when it was first asked for
             auto_refresh=False,
             transient=True,
         )
