@@ -24,18 +24,28 @@ def test_every_operator_of_the_cpu_has_a_cuda_kernel():
 
 
 X, W, LABELS, UPSTREAM = (4, 5), (7, 5), torch.int64, ()
-CE, LINEAR = (1, -100, 0.1, 0.5, 3.0), (1, -100, 0.1, 0.5, 3.0, True, 1 << 20)
+OPTIONS, NO_OPTIONS = (1, -100, 0.1, 0.5, 3.0, True, 2.0), (0, -100, 0.0, 0.0, 0.0, False)
 CALLS = {
-    "cross_entropy": (X, LABELS, None, *CE, False, True),
-    "cross_entropy, none": (X, LABELS, (5,), 0, -100, 0.0, 0.0, 0.0, False, True),
-    "cross_entropy_backward": (UPSTREAM, X, LABELS, None, (2, 4), *CE, True),
-    "linear_cross_entropy": (X, W, LABELS, None, None, *LINEAR),
-    "linear_cross_entropy_forward": (X, W, LABELS, (7,), None, *LINEAR, [True, True, True]),
-    "linear_cross_entropy_backward": (UPSTREAM, X, W, LABELS, None, None, (2, 4), *LINEAR, [True, False, False]),
+    "cross_entropy": (X, LABELS, None, False, *OPTIONS),
+    "cross_entropy, none": (X, LABELS, (5,), False, *NO_OPTIONS),
+    "cross_entropy_backward": (UPSTREAM, X, LABELS, None, (2, 4), *OPTIONS),
+    "linear_cross_entropy": (X, W, LABELS, None, None, 1 << 20, *OPTIONS),
+    "linear_cross_entropy_forward": (X, W, LABELS, (7,), None, 1 << 20, [True, True, True], *OPTIONS),
+    "linear_cross_entropy_backward": (
+        UPSTREAM,
+        X,
+        W,
+        LABELS,
+        None,
+        None,
+        (2, 4),
+        1 << 20,
+        [True, False, False],
+        *OPTIONS,
+    ),
     "pointwise_loss": ("mse_loss", X, X, None, None, 1, 0.0),
     "pointwise_loss, none": ("huber_loss", X, (4, 1), None, None, 0, 0.5),
     "pointwise_loss_backward": ("mse_loss", UPSTREAM, X, X, None, None, 1, 0.0, [True, True]),
-    "mse_loss": (X, X, 1),
 }
 
 

@@ -367,7 +367,7 @@ def test_tensors_of_two_devices_go_to_torch(device):
     with pytest.raises(RuntimeError):
         functional.mse_loss(input.to(device), target)
     with pytest.raises(RuntimeError, match="target is on cpu and input on"):
-        torch.ops.trainopt.mse_loss(input.to(device), target, 1)
+        torch.ops.trainopt.pointwise_loss("mse_loss", input.to(device), target, None, None, 1, 0.0)
 
 
 def test_a_graph_can_capture_it(device):

@@ -171,39 +171,6 @@ TORCH_LIBRARY_FRAGMENT(trainopt, m) {
   m.def(
       "pointwise_loss_backward(str loss, Tensor upstream, Tensor input, Tensor target, Tensor? weight, "
       "Tensor? pos_weight, int reduction, float parameter, bool[2] wanted) -> (Tensor, Tensor)");
-
-  m.def("mse_loss(Tensor input, Tensor target, int reduction) -> Tensor",
-        [](const at::Tensor& x, const at::Tensor& t, int64_t reduction) {
-          return forward_operator().call("mse_loss", x, t, std::nullopt, std::nullopt, reduction, 0);
-        });
-  m.def("l1_loss(Tensor input, Tensor target, int reduction) -> Tensor",
-        [](const at::Tensor& x, const at::Tensor& t, int64_t reduction) {
-          return forward_operator().call("l1_loss", x, t, std::nullopt, std::nullopt, reduction, 0);
-        });
-  m.def("smooth_l1_loss(Tensor input, Tensor target, int reduction, float beta) -> Tensor",
-        [](const at::Tensor& x, const at::Tensor& t, int64_t reduction, double beta) {
-          return forward_operator().call("smooth_l1_loss", x, t, std::nullopt, std::nullopt, reduction, beta);
-        });
-  m.def("huber_loss(Tensor input, Tensor target, int reduction, float delta) -> Tensor",
-        [](const at::Tensor& x, const at::Tensor& t, int64_t reduction, double delta) {
-          return forward_operator().call("huber_loss", x, t, std::nullopt, std::nullopt, reduction, delta);
-        });
-  m.def("binary_cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction) -> Tensor",
-        [](const at::Tensor& x, const at::Tensor& t, const OptionalTensor& weight, int64_t reduction) {
-          return forward_operator().call("binary_cross_entropy", x, t, weight, std::nullopt, reduction, 0);
-        });
-  m.def(
-      "binary_cross_entropy_with_logits(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      "int reduction) -> Tensor",
-      [](const at::Tensor& x, const at::Tensor& t, const OptionalTensor& weight, const OptionalTensor& positive,
-         int64_t reduction) {
-        return forward_operator().call("binary_cross_entropy_with_logits", x, t, weight, positive, reduction, 0);
-      });
-  m.def("kl_div(Tensor input, Tensor target, int reduction, bool log_target) -> Tensor",
-        [](const at::Tensor& x, const at::Tensor& t, int64_t reduction, bool log_target) {
-          return forward_operator().call(log_target ? "kl_div_log_target" : "kl_div", x, t, std::nullopt, std::nullopt,
-                                         reduction, 0);
-        });
 }
 
 TORCH_LIBRARY_IMPL(trainopt, CPU, m) {
