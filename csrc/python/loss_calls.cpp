@@ -83,8 +83,7 @@ void bind_loss_calls(pybind11::module_& m) {
   m.def("check_targets", check_findings,
         "IndexError if a cross-entropy on a device other than the CPU has met a target that is no class since it was "
         "last told of, RuntimeError if a binary_cross_entropy has met an input or a target that is no probability. "
-        "Looks at what "
-        "the devices have done so far, and does not wait for them.");
+        "Looks at what the devices have done so far, and does not wait for them.");
 }
 
 }  // namespace trainopt::python
