@@ -31,8 +31,8 @@
 #include <vector>
 
 #include "arena.h"
-#include "torch/cuda_device.h"
 #include "simt.h"
+#include "torch/cuda_device.h"
 
 namespace simt {
 namespace {
