@@ -29,26 +29,26 @@ namespace trainopt {
 // nothing.
 template <class S>
 struct LogitMap {
-  S cap;          // 0: none
-  S scaled_cap;   // cap / T
-  S temperature;  // 1: none
-  S inverse;      // 1 / T
+  S cap;         // 0: none
+  S scaled_cap;  // cap / T
+  S divisor;     // of x: the cap, or without one T
+  S inverse;     // 1 / T
   bool is_identity;
 
   TRAINOPT_INLINE explicit LogitMap(const CrossEntropyOptions& options)
       : cap(softcap_in<S>(options.softcap)),
         scaled_cap(cap == S(0) ? S(0) : nearest_in<S>(static_cast<double>(cap) / options.temperature)),
-        temperature(nearest_in<S>(options.temperature)),
+        divisor(cap == S(0) ? nearest_in<S>(options.temperature) : cap),
         inverse(nearest_in<S>(1 / options.temperature)),
-        is_identity(cap == S(0) && temperature == S(1)) {}
+        is_identity(cap == S(0) && divisor == S(1)) {}
 
   // T is a number or a vector of numbers.
   template <class T>
   TRAINOPT_INLINE T operator()(T x) const {
-    if (cap == S(0)) return temperature == S(1) ? x : x / T(temperature);
+    const T u = x / T(divisor);  // the one division: float64 on a GPU has no registers left for a second one
+    if (cap == S(0)) return u;
     // Far below the cap x stays as it is; x / cap may have lost its digits there.
-    return select_less(magnitude(x), T(cap) * T(0x1p-28f), x * T(inverse),
-                       T(scaled_cap) * hyperbolic_tangent(x / T(cap)));
+    return select_less(magnitude(x), T(cap) * T(0x1p-28f), x * T(inverse), T(scaled_cap) * hyperbolic_tangent(u));
   }
 
   // T dz/dx, for z = map(x): what the soft cap leaves of a gradient.
