@@ -5,10 +5,9 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from helpers import CLASSES, OPTIONS, assert_same_outcome, each_class
+from ranks import run_ranks
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import trainopt
@@ -160,24 +159,20 @@ def two_ranks(rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     errors = []
-    try:
-        for case, (name, options) in CASES.items():
-            for way in ((1, 0), (0, 1)):
-                for number, (form_name, form) in enumerate(FORMS.items()):
-                    for files in (False, True):
-                        where = f"{case} {way} {form_name} {'files' if files else 'memory'}"
-                        path = f"{folder}/{case}-{way[0]}-{number}".replace(" ", "")
-                        if form.full_state_dict and (files or form.flatten_optimizer_state_dict or not options):
-                            continue  # torch refuses its own
-                        try:
-                            sharded_run(name, options, way, form, path if files else None, fully_shard, mesh)
-                        except Exception as error:
-                            errors.append(f"{where}: {type(error).__name__}: {error}")
-    finally:
-        dist.destroy_process_group()
+    for case, (name, options) in CASES.items():
+        for way in ((1, 0), (0, 1)):
+            for number, (form_name, form) in enumerate(FORMS.items()):
+                for files in (False, True):
+                    where = f"{case} {way} {form_name} {'files' if files else 'memory'}"
+                    path = f"{folder}/{case}-{way[0]}-{number}".replace(" ", "")
+                    if form.full_state_dict and (files or form.flatten_optimizer_state_dict or not options):
+                        continue  # torch refuses its own
+                    try:
+                        sharded_run(name, options, way, form, path if files else None, fully_shard, mesh)
+                    except Exception as error:
+                        errors.append(f"{where}: {type(error).__name__}: {error}")
     assert not errors, "\n".join(errors)
 
 
@@ -209,7 +204,7 @@ def sharded_run(name, options, way, form, path, fully_shard, mesh):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    mp.spawn(two_ranks, (str(tmp_path),), nprocs=2)
+    run_ranks(two_ranks, str(tmp_path))
 
 
 def test_what_a_group_without_our_options_looks_like():

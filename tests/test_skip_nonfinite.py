@@ -4,9 +4,8 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import CLASSES, OPTIONS, SHAPES, Twins, assert_same_bits, each_class, snapshot
+from ranks import run_ranks
 
 import trainopt
 from trainopt.optim.report import Record
@@ -257,45 +256,41 @@ def test_finite_steps_are_the_steps_without_it(name):
 # Two processes --------------------------------------------------------------------------------------------------------
 
 
-def ranks(rank, folder, name):
+def decide_alike(rank, name):
     """What one rank finds in its shard of a DTensor, all know: with each its own decision they would part."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=2)
-    try:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 3))
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        optimizer = CLASSES[name][0](model.parameters(), **OPTIONS[name], skip_nonfinite=True)
-        for bad in (None, 0, 1, None):
-            model(torch.ones(4, 5)).square().sum().backward()
-            if bad == rank:
-                model[0].weight.grad.to_local()[0, 0] = NAN
-            before = [p.full_tensor() for p in model.parameters()]
-            optimizer.step()
-            optimizer.zero_grad()
-            after = [p.full_tensor() for p in model.parameters()]
-            same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-            assert same == (bad is not None) == optimizer.last_step_skipped, (rank, bad, same)
-        assert optimizer.completed_steps == 2
-        rates = [group["lr"] for group in optimizer.param_groups]
-        # Nor may the ranks part over whether a step only asks for states: one shard's gradient is zero, one's is not.
-        fresh = CLASSES[name][0](model.parameters(), **{**OPTIONS[name], "lr": 0.0})
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        if rank == 1:
-            model[0].weight.grad.to_local()[0, 0] = 1.0
-        fresh.step()
-        assert fresh.completed_steps == 1 and rates
-    finally:
-        dist.destroy_process_group()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 3))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = CLASSES[name][0](model.parameters(), **OPTIONS[name], skip_nonfinite=True)
+    for bad in (None, 0, 1, None):
+        model(torch.ones(4, 5)).square().sum().backward()
+        if bad == rank:
+            model[0].weight.grad.to_local()[0, 0] = NAN
+        before = [p.full_tensor() for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+        after = [p.full_tensor() for p in model.parameters()]
+        same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert same == (bad is not None) == optimizer.last_step_skipped, (rank, bad, same)
+    assert optimizer.completed_steps == 2
+    rates = [group["lr"] for group in optimizer.param_groups]
+    # Nor may the ranks part over whether a step only asks for states: one shard's gradient is zero, one's is not.
+    fresh = CLASSES[name][0](model.parameters(), **{**OPTIONS[name], "lr": 0.0})
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    if rank == 1:
+        model[0].weight.grad.to_local()[0, 0] = 1.0
+    fresh.step()
+    assert fresh.completed_steps == 1 and rates
 
 
 @each_class
 @pytest.mark.slow
-def test_ranks_that_share_dtensors_decide_alike(name, tmp_path):
-    mp.spawn(ranks, (str(tmp_path), name), nprocs=2)
+def test_ranks_that_share_dtensors_decide_alike(name):
+    run_ranks(decide_alike, name)
 
 
 def test_steps_left_to_a_device_are_counted_whoever_found_what_is_not_finite():

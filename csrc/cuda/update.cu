@@ -213,15 +213,23 @@ constexpr int kFewRolesBlocks = 2;  // with three, nvcc 13.0 spills 12 bytes of 
 #else
 constexpr int kFewRolesBlocks = 3;
 #endif
-template <class S, class Storage, int kRoles>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+template <class Rule, class Storage>
+constexpr bool kSpillsWithThree = std::is_same_v<Rule, Lion> && std::is_same_v<Storage, float>;  // 8 bytes, likewise
+#else
+template <class Rule, class Storage>
+constexpr bool kSpillsWithThree = false;
+#endif
+template <class Rule, class S, class Storage, int kRoles>
 constexpr int kMinBlocks = sizeof(S) == sizeof(double)         ? 1
+                           : kSpillsWithThree<Rule, Storage>   ? 2
                            : kIsOneType<Storage> && kRoles < 5 ? kFewRolesBlocks
                            : kRoles < 7                        ? 2
                                                                : 1;
 
 // One block, one chunk.
 template <class Rule, class S, StateSet kSet, class Storage>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<S, Storage, 2 + count_of(kSet)>) update_kernel(
+__global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + count_of(kSet)>) update_kernel(
     const typename TableOf<2 + count_of(kSet), std::is_same_v<Storage, Strided>>::type __grid_constant__ table) {
   if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));

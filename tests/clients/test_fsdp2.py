@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import run_ranks
 from sides import OPTIONS, TORCH, TRAINOPT, make
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -98,18 +99,12 @@ def check_checkpoint(name, folder):
 
 def process(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES, device_id=None
-    )
-    try:
-        for name in OPTIONS:
-            check_training(name, half=False)
-            check_checkpoint(name, f"{folder}/{name}")
-        check_training("AdamW", half=True)
-        assert F.cross_entropy is TORCH.losses.cross_entropy
-    finally:
-        dist.destroy_process_group()
+    for name in OPTIONS:
+        check_training(name, half=False)
+        check_checkpoint(name, f"{folder}/{name}")
+    check_training("AdamW", half=True)
+    assert F.cross_entropy is TORCH.losses.cross_entropy
 
 
 def test_fsdp2(tmp_path):
-    torch.multiprocessing.spawn(process, (str(tmp_path),), PROCESSES)
+    run_ranks(process, str(tmp_path), world=PROCESSES)
