@@ -65,6 +65,32 @@ def lion(p, g, state, options, step):
     return p - sign(m * beta1 + g * (1 - beta1)) * options["lr"]
 
 
+def trust(length, by):
+    """The norm of a tensor by that of another; 1 if either is 0."""
+    return length / by if length != 0 and by != 0 else 1.0
+
+
+def lamb(p, g, state, options, step):
+    """LAMB's new parameter."""
+    (beta1, beta2), zero = options["betas"], torch.zeros_like(p)
+    m = state["exp_avg"] = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
+    v = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * g * g
+    correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if options["bias_correction"] else (1.0, 1.0)
+    u = m / correction1 / ((v / correction2).sqrt() + options["eps"]) + options["weight_decay"] * p
+    ratio = trust(p.norm(), u.norm()) if options["weight_decay"] != 0 or options["always_adapt"] else 1.0
+    return p - options["lr"] * (min(ratio, 1.0) if options["trust_clip"] else ratio) * u
+
+
+def lars(p, g, state, options, step):
+    """LARS's new parameter: that of SGD, from a gradient that is scaled."""
+    ratio, decay = 1.0, options["weight_decay"]
+    if decay != 0 or options["always_adapt"]:
+        by = g.norm() + decay * p.norm() + options["eps"] if g.norm() != 0 else 0.0
+        ratio = trust(options["trust_coeff"] * p.norm(), by)
+        ratio = min(ratio / options["lr"], 1.0) if options["trust_clip"] else ratio
+    return sgd(p, ratio * (g + decay * p), state, options, step)
+
+
 #: What the last formula has taken the sign of.
 signed: Tensors = []
 
@@ -93,7 +119,7 @@ def formula_step(row, p, g, state, options, step):
     decoupled = o.get("decoupled_weight_decay", row.decoupled)
     if o["maximize"]:
         g = -g
-    if not decoupled:
+    if not decoupled and not row.decays_itself:
         g = g + o["weight_decay"] * p
     if not o["l1_proximal"]:
         g = g + o["l1"] * p.sign()
@@ -124,6 +150,7 @@ class Row:
     usual: dict[str, Any]  # what most users set: torch's own options, which the engine has a shorter way for
     everything: dict[str, Any]  # every stage and state at once
     decoupled: bool = False  # weight decay, of a class without an option for it
+    decays_itself: bool = False  # the formula has weight decay in it
     changes_nothing: tuple[str, ...] = field(default=("foreach", "fused"))
 
     @property
@@ -327,6 +354,91 @@ TABLE = {
         },
         usual={"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.3},
         everything={"lr": 0.02, "weight_decay": 0.3, "maximize": True, "l1": 0.5, "l1_proximal": True},
+    ),
+    "LAMB": Row(
+        ours=trainopt.LAMB,
+        formula=lamb,
+        decays_itself=True,
+        settings={
+            "default": {},
+            "lr": {"lr": 0.05},
+            "lr float32 tensor": {"lr": LR32},
+            "lr float64 tensor": {"lr": LR64},
+            "beta1 0": {"lr": 0.02, "betas": (0.0, 0.95)},
+            "beta1 0.3": {"lr": 0.02, "betas": (0.3, 0.95)},
+            "beta2 0": {"lr": 0.02, "betas": (0.9, 0.0), "eps": 0.1},
+            "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.8), float64(0.9))},
+            "eps": {"lr": 0.02, "eps": 0.3},
+            "weight_decay": {"lr": 0.02, "weight_decay": 0.4},
+            "no weight_decay": {"lr": 0.02, "weight_decay": 0.0},
+            "always_adapt": {"lr": 0.02, "weight_decay": 0.0, "always_adapt": True},
+            "trust_clip": {"lr": 0.02, "trust_clip": True},
+            "maximize, weight_decay": {"lr": 0.02, "maximize": True, "weight_decay": 0.4},
+            "all": {"lr": 0.02, "betas": (0.6, 0.7), "eps": 1e-2, "weight_decay": 0.3, "maximize": True},
+            **FLAGS,
+        },
+        extras={
+            "betas float32 tensors": {"lr": 0.02, "betas": (torch.tensor(0.8), torch.tensor(0.9))},
+            "bias_correction": {"lr": 0.02, "betas": (0.9, 0.99), "bias_correction": False},
+            "l1": {"lr": 0.02, "l1": 0.7},
+            "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
+            "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True},
+            "all": {"lr": 0.02, "betas": (0.6, 0.7), "weight_decay": 0.3, "l1": 0.4, "bias_correction": False},
+        },
+        usual={"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.3},
+        everything={"lr": 0.02, "weight_decay": 0.3, "maximize": True, "l1": 0.5, "l1_proximal": True},
+    ),
+    "LARS": Row(
+        ours=trainopt.LARS,
+        formula=lars,
+        decays_itself=True,
+        settings={
+            "default": {},
+            "lr": {"lr": 0.05},
+            "lr float32 tensor": {"lr": LR32, "weight_decay": 0.1},
+            "lr float64 tensor": {"lr": LR64, "weight_decay": 0.1},
+            "weight_decay": {"lr": 2.0, "weight_decay": 0.4},
+            "always_adapt": {"lr": 2.0, "always_adapt": True},
+            "trust_coeff": {"lr": 2.0, "weight_decay": 0.1, "trust_coeff": 0.02},
+            "eps": {"lr": 2.0, "weight_decay": 0.1, "eps": 0.5, "trust_coeff": 0.02},
+            "trust_clip": {"lr": 0.02, "weight_decay": 0.1, "trust_clip": True, "trust_coeff": 0.01},
+            "maximize, weight_decay": {"lr": 2.0, "maximize": True, "weight_decay": 0.4, "trust_coeff": 0.02},
+            "momentum": {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.1},
+            "dampening": {"lr": 2.0, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+            "nesterov": {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+            "all": {
+                "lr": 0.5,
+                "momentum": 0.7,
+                "dampening": 0.2,
+                "weight_decay": 0.3,
+                "trust_coeff": 0.1,
+                "maximize": True,
+            },
+            **FLAGS,
+        },
+        extras={
+            "l1": {"lr": 0.02, "l1": 0.7},
+            "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
+            "l1, momentum, weight_decay": {
+                "lr": 0.5,
+                "l1": 0.7,
+                "momentum": 0.9,
+                "weight_decay": 0.5,
+                "trust_coeff": 0.1,
+            },
+            "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "weight_decay": 0.1},
+        },
+        usual={"lr": 0.5, "momentum": 0.9, "weight_decay": 0.3, "nesterov": True, "trust_coeff": 0.1},
+        everything={
+            "lr": 0.02,
+            "momentum": 0.9,
+            "weight_decay": 0.3,
+            "nesterov": True,
+            "maximize": True,
+            "trust_coeff": 0.1,
+            "l1": 0.5,
+            "l1_proximal": True,
+        },
     ),
 }
 

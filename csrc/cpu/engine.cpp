@@ -16,6 +16,16 @@ void prepare_as(const double* options, const StepInfo& info, unsigned char* byte
   std::memcpy(bytes, &scalars, sizeof scalars);
 }
 
+template <class S, class R>
+void finish_as(const Sum* sums, unsigned char* bytes) {
+  double values[kMaxSums];
+  for (int s = 0; s < kSumCount<R>; ++s) values[s] = value_of(sums[s]);
+  typename R::template Scalars<S> scalars;
+  std::memcpy(&scalars, bytes, sizeof scalars);
+  R::finish(scalars, values);
+  std::memcpy(bytes, &scalars, sizeof scalars);
+}
+
 // Options that call for states for which there is no kernel are not taken.
 template <class R>
 bool takes(const double* options) {
@@ -27,21 +37,31 @@ bool takes(const double* options) {
 template <class R>
 constexpr Rule describe(int index) {
   static_assert(sizeof(R::kOptions) / sizeof(R::kOptions[0]) <= kMaxOptions);
-  static_assert(kStateCount<R> <= kMaxStates);
-  return {R::kName,
-          R::kOptions,
-          sizeof(R::kOptions) / sizeof(R::kOptions[0]),
-          R::kStates,
-          kStateCount<R>,
-          R::kCountsSteps,
-          R::states_needed,
-          takes<R>,
-          R::decay,
-          [](const double* options, const StepInfo& info, bool is_float64, Scalars* out) {
-            is_float64 ? prepare_as<double, R>(options, info, out->rule)
-                       : prepare_as<float, R>(options, info, out->rule);
-          },
-          index};
+  static_assert(kStateCount<R> <= kMaxStates && kSumCount<R> <= kMaxSums);
+  Rule rule{R::kName,
+            R::kOptions,
+            sizeof(R::kOptions) / sizeof(R::kOptions[0]),
+            R::kStates,
+            kStateCount<R>,
+            nullptr,
+            kSumCount<R>,
+            R::kCountsSteps,
+            R::states_needed,
+            takes<R>,
+            R::decay,
+            [](const double* options, const StepInfo& info, bool is_float64, Scalars* out) {
+              is_float64 ? prepare_as<double, R>(options, info, out->rule)
+                         : prepare_as<float, R>(options, info, out->rule);
+            },
+            nullptr,
+            index};
+  if constexpr (kSumCount<R> > 0) {
+    rule.sums = R::kSums;
+    rule.finish = [](const Sum* sums, bool is_float64, Scalars* out) {
+      is_float64 ? finish_as<double, R>(sums, out->rule) : finish_as<float, R>(sums, out->rule);
+    };
+  }
+  return rule;
 }
 
 enum RuleIndex {
@@ -98,8 +118,11 @@ const Rule* find_rule(const char* name) {
 
 const Rule* rule_at(int index) { return index < kRules ? &kRuleList[index] : nullptr; }
 
-void run_blocks(const Update& update, int64_t first, int64_t last) {
-  const Kernel kernel = table_in_use().rule[update.rule->index][update.is_float64];
+namespace {
+
+// Calls use(task, first, last) for those of blocks [first, last) that are the task's, counted from its own.
+template <class Use>
+void for_each_task(const Update& update, int64_t first, int64_t last, Use use) {
   // The task that block `first` belongs to: the last one that starts at or before it.
   size_t low = 0, high = update.count;
   while (high - low > 1) {
@@ -107,11 +130,62 @@ void run_blocks(const Update& update, int64_t first, int64_t last) {
     (update.starts[middle] <= first ? low : high) = middle;
   }
   for (size_t t = low; t < update.count && update.starts[t] < last; ++t) {
+    const int64_t start = update.starts[t];
+    use(t, first > start ? first - start : 0, last - start);
+  }
+}
+
+constexpr int64_t kChunkBlocks = kSumChunk / kBlock;
+
+// The place of a task's first chunk among all. Others end before it, as no task's chunks are more than one beyond the
+// quotient of its blocks.
+int64_t first_place(const Update& update, size_t task) {
+  return update.starts[task] / kChunkBlocks + static_cast<int64_t>(task);
+}
+
+}  // namespace
+
+void run_blocks(const Update& update, int64_t first, int64_t last) {
+  const Kernel kernel = table_in_use().rule[update.rule->index][update.is_float64];
+  for_each_task(update, first, last, [&](size_t t, int64_t from, int64_t to) {
     const TensorTask& task = update.tasks[t];
     if (t + 1 < update.count) prefetch_start(update.tasks[t + 1], update.rule->state_count);
-    const int64_t begin = first > update.starts[t] ? (first - update.starts[t]) * kBlock : 0;
-    const int64_t end = (last - update.starts[t]) * kBlock;
-    kernel(task, begin, end < task.numel ? end : task.numel);
+    const int64_t begin = from * kBlock, end = to * kBlock < task.numel ? to * kBlock : task.numel;
+    if (update.sums == nullptr) return kernel(task, begin, end);
+    Scalars scalars = *task.scalars;
+    update.rule->finish(update.sums + t * static_cast<size_t>(update.rule->sum_count), update.is_float64, &scalars);
+    TensorTask finished = task;
+    finished.scalars = &scalars;
+    kernel(finished, begin, end);
+  });
+}
+
+void gather_blocks(const Update& update, int64_t first, int64_t last, Sum* partials) {
+  const GatherKernel kernel = table_in_use().gather[update.rule->index][update.is_float64];
+  for_each_task(update, first, last, [&](size_t t, int64_t from, int64_t to) {
+    const TensorTask& task = update.tasks[t];
+    const int64_t chunks = sum_chunks(task.numel);
+    int64_t chunk = (from + kChunkBlocks - 1) / kChunkBlocks;
+    for (; chunk < chunks && chunk * kChunkBlocks < to; ++chunk) {
+      const int64_t begin = chunk * kSumChunk, end = begin + kSumChunk;
+      kernel(task, begin, end < task.numel ? end : task.numel,
+             partials + (first_place(update, t) + chunk) * update.rule->sum_count);
+    }
+  });
+}
+
+size_t partial_sums(const Update& update) {
+  return static_cast<size_t>(first_place(update, update.count) * update.rule->sum_count);
+}
+
+void sums_of(const Update& update, size_t task, const Sum* partials, Sum* sums) {
+  const int64_t chunks = sum_chunks(update.tasks[task].numel);
+  const int count = update.rule->sum_count;
+  const Sum* own = partials + first_place(update, task) * count;
+  for (int s = 0; s < count; ++s) {
+    Sum lanes[kSumLanes] = {};
+    for (int64_t c = 0; c < chunks; ++c) lanes[c % kSumLanes] = add(lanes[c % kSumLanes], own[c * count + s]);
+    sums[s] = combine_lanes(lanes, static_cast<int>(chunks < kSumLanes ? chunks : kSumLanes));
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/sum.h"
 #include "core/tensor_view.h"
 #include "rules/rule.h"
 #include "rules/stages.h"
@@ -25,6 +26,9 @@ struct TensorTask : trainopt::TensorTask {
 // Runs a rule over elements [begin, end) of a task; begin is a multiple of kBlock.
 using Kernel = void (*)(const TensorTask&, int64_t begin, int64_t end);
 
+// What elements [begin, end) of a task, one chunk, add to each of a rule's sums.
+using GatherKernel = void (*)(const TensorTask&, int64_t begin, int64_t end, Sum* sums);
+
 // A rule as the layers above see it.
 struct Rule {
   const char* name;
@@ -32,11 +36,14 @@ struct Rule {
   int option_count;
   const char* const* states;
   int state_count;
+  const char* const* sums;
+  int sum_count;  // 0 without a reduce phase
   bool counts_steps;
   StateSet (*states_needed)(const double* options);
   bool (*takes)(const double* options);
   Decay (*decay)(const double* options);
   void (*prepare)(const double* options, const StepInfo&, bool is_float64, Scalars*);
+  void (*finish)(const Sum* sums, bool is_float64, Scalars*);  // null without a reduce phase
   int index;  // in the kernel tables
 };
 
@@ -51,8 +58,15 @@ struct Update {
   size_t count;
   const Rule* rule;
   bool is_float64;
+  const Sum* sums = nullptr;  // of a rule with a reduce phase: those of each task, one after the other
 };
 void run_blocks(const Update& update, int64_t first, int64_t last);
+
+// The reduce phase: what the chunks that begin in blocks [first, last) add to the sums. Every chunk has a place of its
+// own among the partial sums, of which there are partial_sums(update); then the sums of a whole task.
+void gather_blocks(const Update& update, int64_t first, int64_t last, Sum* partials);
+size_t partial_sums(const Update& update);
+void sums_of(const Update& update, size_t task, const Sum* partials, Sum* sums);
 
 inline int64_t blocks_of(int64_t numel) { return (numel + kBlock - 1) / kBlock; }
 

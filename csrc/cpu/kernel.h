@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/random.h"
+#include "cpu/gather_kernel.h"
 #include "cpu/kernel_table.h"
 #include "cpu/norm_kernel.h"
 #include "cpu/tile.h"
@@ -215,8 +216,13 @@ void run(const TensorTask& task, int64_t begin, int64_t end) {
 }  // namespace
 
 #define TRAINOPT_KERNELS(rule) {run<rule, float>, run<rule, double>},
-const KernelTable TRAINOPT_KERNEL_TABLE = {
-    {TRAINOPT_FOR_EACH_RULE(TRAINOPT_KERNELS)}, gaussian_range, norm_of_chunk_kernel, scale_kernel};
+#define TRAINOPT_GATHERS(rule) {gather_kernel<rule, float>(), gather_kernel<rule, double>()},
+const KernelTable TRAINOPT_KERNEL_TABLE = {{TRAINOPT_FOR_EACH_RULE(TRAINOPT_KERNELS)},
+                                           {TRAINOPT_FOR_EACH_RULE(TRAINOPT_GATHERS)},
+                                           gaussian_range,
+                                           norm_of_chunk_kernel,
+                                           scale_kernel};
+#undef TRAINOPT_GATHERS
 #undef TRAINOPT_KERNELS
 
 }  // namespace trainopt::cpu

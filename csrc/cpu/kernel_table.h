@@ -12,7 +12,8 @@ constexpr int kRules = TRAINOPT_FOR_EACH_RULE(TRAINOPT_COUNT);
 #undef TRAINOPT_COUNT
 
 struct KernelTable {
-  Kernel rule[kRules][2];  // [..][0] float arithmetic, [..][1] double
+  Kernel rule[kRules][2];          // [..][0] float arithmetic, [..][1] double
+  GatherKernel gather[kRules][2];  // null for rules without a reduce phase
   void (*gaussian)(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor);
   double (*norm_of_chunk)(Norm, const TensorView&, int64_t begin, int64_t end);
   void (*scale)(const TensorView&, int64_t begin, int64_t end, const ClipFactors&);

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/sum.h"
 #include "core/tensor_view.h"
 #include "cuda/stream.h"
 #include "rules/rule.h"
@@ -40,6 +41,14 @@ struct Update {
 
 // Changes the parameters and states of all tasks. Tasks without elements are allowed.
 void update(const Update&, Stream);
+
+// The reduce phase of a rule that has one: the sums of each task, one after the other, in `sums`. `partials` is memory for
+// partial_sums(work, ...) of them. Tasks without elements have sums of 0.
+void gather(const Update&, Sum* partials, Sum* sums, Stream);
+size_t partial_sums(const Update&, int sum_count);
+
+// Writes each task's scalars, with what follows from its sums, to out[its index]. All memory is the device's.
+void finish(const Update&, const Sum* sums, Prepared* out, Stream);
 
 // Numbers of a parameter group that lie on the device, as tensors of one element.
 struct DeviceNumber {

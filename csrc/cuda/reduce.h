@@ -2,17 +2,27 @@
 // same bits in every run.
 #pragma once
 
+#include "core/sum.h"
 #include "cuda/launch.h"
 
 namespace trainopt::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// The value of the lane whose number differs by these bits.
+template <class T>
+__device__ __forceinline__ T of_lane(T value, int distance) {
+  return __shfl_xor_sync(kAllLanes, value, distance);
+}
+__device__ __forceinline__ Sum of_lane(Sum value, int distance) {
+  return {of_lane(value.high, distance), of_lane(value.low, distance)};
+}
+
 // The lanes' values by a tree; every lane has the result. combine(a, b) must have the bits of combine(b, a).
 template <class T, class Combine>
 __device__ __forceinline__ T combine_warp(T value, Combine combine) {
   for (int distance = 16; distance > 0; distance /= 2)
-    value = combine(value, __shfl_xor_sync(kAllLanes, value, distance));
+    value = combine(value, of_lane(value, distance));
   return value;
 }
 

@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -6,53 +5,12 @@
 #include "cuda/access.h"
 #include "cuda/engine.h"
 #include "cuda/launch.h"
+#include "cuda/step_table.h"
 #include "cuda/table.h"
 #include "rules/rules.h"
 
 namespace trainopt::cuda {
 namespace {
-
-// The tensors of one parameter: the parameter itself, its gradient, its states.
-template <int kRoles>
-struct Row {
-  void* data[kRoles];
-  int64_t numel;
-  uint32_t prepared, tensor;
-  DType dtype[kRoles];
-  bool vectorisable;  // all of them
-};
-
-// Of tensors that are not one run in memory: with where their elements lie.
-template <int kRoles>
-struct StridedRow : Row<kRoles> {
-  Layout layout[kRoles];  // of no dimensions: one run
-  ShardLayout shard;      // where the elements lie in the whole; of no dimensions: that they are
-};
-
-// What the host has prepared travels with the table, so many sets at most in one launch.
-template <int kSets>
-struct Header {
-  Prepared prepared[kSets];
-  const Prepared* on_device;  // if not null: these instead
-  const float* found_inf;
-};
-
-constexpr int kPreparedSets = kParameterBytes > 4096 ? 16 : 4;
-
-template <int kRoles, bool kStrided>
-struct TableOf {
-  using type = Table<Header<kPreparedSets>, Row<kRoles>, kParameterBytes>;
-};
-template <int kRoles>
-struct TableOf<kRoles, true> {
-  using type = Table<Header<1>, StridedRow<kRoles>, kParameterBytes>;
-};
-
-// How all tensors of a parameter are stored: as one type; as each tensor's dtype says; the same, with layouts.
-struct Mixed {};
-struct Strided {};
-template <class Storage>
-constexpr bool kIsOneType = !std::is_same_v<Storage, Mixed> && !std::is_same_v<Storage, Strided>;
 
 // Standard normal values of elements [at, at + 4), `at` a multiple of 4: the CPU engine's own bits.
 template <class S>
@@ -258,121 +216,24 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + cou
 
 // On the host -------------------------------------------------------------------------------------------------------
 
-// The tensors of a task in the order of their roles.
-struct Roles {
-  const TensorView* view[2 + kMaxStates];
-  int count = 2;
-
-  explicit Roles(const TensorTask& task) : view{&task.param, &task.gradient} {
-    for (const TensorView& state : task.state)
-      if (state.data != nullptr) view[count++] = &state;
-  }
-};
-
-// How a task's tensors are stored.
-enum class StoredAs : uint8_t { kFloat32, kBFloat16, kFloat16, kMixed, kStrided };
-
-template <class S>
-StoredAs stored_as(const TensorTask& task, const Roles& roles) {
-  if (task.shard != nullptr) return StoredAs::kStrided;
-  bool same = sizeof(S) == sizeof(float), vectorisable = true;
-  const DType dtype = task.param.dtype;
-  for (int r = 0; r < roles.count; ++r) {
-    const TensorView& view = *roles.view[r];
-    if (view.layout != nullptr) return StoredAs::kStrided;
-    same = same && view.dtype == dtype;
-    vectorisable = vectorisable && is_vectorisable<S>(view);
-  }
-  if (!same || !vectorisable) return StoredAs::kMixed;
-  return dtype == DType::kFloat32    ? StoredAs::kFloat32
-         : dtype == DType::kBFloat16 ? StoredAs::kBFloat16
-         : dtype == DType::kFloat16  ? StoredAs::kFloat16
-                                     : StoredAs::kMixed;
-}
-
-// Which kernel a task is for.
-struct Kind {
-  StateSet states;
-  StoredAs stored;
-
-  bool operator==(const Kind& other) const { return states == other.states && stored == other.stored; }
-};
-
 // The tasks of one kind.
 template <class Rule, class S, StateSet kSet, class Storage>
 void update_those(const Update& work, const std::vector<Kind>& kinds, Kind mine, Stream stream) {
-  constexpr int kRoles = 2 + count_of(kSet);
-  constexpr bool kStrided = std::is_same_v<Storage, Strided>;
-  using Table = typename TableOf<kRoles, kStrided>::type;
+  using Table = typename TableOf<2 + count_of(kSet), std::is_same_v<Storage, Strided>>::type;
   static_assert(sizeof(Table) <= kParameterBytes);
-  constexpr uint32_t kSets = sizeof(Table::header.prepared) / sizeof(Prepared);
-
   Table table;
-  table.header.on_device = work.prepared_on_device ? work.prepared : nullptr;
-  table.header.found_inf = work.found_inf;
-  uint32_t sets[kSets] = {}, set_count = 0;  // what is in the table
-  const auto start = [&](const Table& full, int64_t chunks) {
-    launch("update", update_kernel<Rule, S, kSet, Storage>, {chunks, kThreads}, stream, full);
-    set_count = 0;
-  };
-  Filler<Table, decltype(start)> filler(table, start);
-
-  for (size_t t = 0; t < work.count; ++t) {
-    if (!(kinds[t] == mine) || work.tasks[t].numel == 0) continue;
-    const TensorTask& task = work.tasks[t];
-    filler.make_room(chunks_of(task.numel));
-    uint32_t set = task.prepared;
-    if (!work.prepared_on_device) {
-      // The last first: they are nearly always the ones.
-      for (set = set_count; set > 0 && sets[set - 1] != task.prepared;) --set;
-      if (set == 0) {
-        if (set_count == kSets) filler.flush();
-        table.header.prepared[set_count] = work.prepared[task.prepared];
-        sets[set_count] = task.prepared;
-        set = ++set_count;
-      }
-      --set;
-    }
-    auto& row = filler.add(chunks_of(task.numel));
-    row.numel = task.numel;
-    row.prepared = set;
-    row.tensor = task.tensor;
-    row.vectorisable = true;
-    const Roles roles(task);
-    for (int r = 0; r < kRoles; ++r) {
-      const TensorView& view = *roles.view[r];
-      row.data[r] = view.data;
-      row.dtype[r] = view.dtype;
-      row.vectorisable = row.vectorisable && is_vectorisable<S>(view);
-      if constexpr (kStrided) row.layout[r] = view.layout != nullptr ? *view.layout : Layout{};
-    }
-    if constexpr (kStrided) row.shard = task.shard != nullptr ? *task.shard : ShardLayout{};
-  }
-  filler.flush();
+  fill_tables(
+      work, table, [&](size_t t) { return kinds[t] == mine ? chunks_of(work.tasks[t].numel) : 0; },
+      [&](auto& row, size_t t) { describe<S>(work.tasks[t], &row); },
+      [&](const Table& full, int64_t chunks) {
+        launch("update", update_kernel<Rule, S, kSet, Storage>, {chunks, kThreads}, stream, full);
+      });
 }
 
 template <class Rule, class S>
 void update_all(const Update& work, Stream stream) {
-  std::vector<Kind> kinds;
-  kinds.reserve(work.count);
-  for (size_t t = 0; t < work.count; ++t) {
-    const TensorTask& task = work.tasks[t];
-    kinds.push_back({states_of<Rule>(task), stored_as<S>(task, Roles(task))});
-  }
-  for_each_set<Rule>([&](auto set) {
-    constexpr StateSet kSet = decltype(set)::kSet;
-    const auto run = [&](auto storage, StoredAs stored) {
-      const Kind mine{kSet, stored};
-      if (std::find(kinds.begin(), kinds.end(), mine) != kinds.end())
-        update_those<Rule, S, kSet, decltype(storage)>(work, kinds, mine, stream);
-    };
-    if constexpr (sizeof(S) == sizeof(float)) {
-      run(float(), StoredAs::kFloat32);
-      run(BFloat16(), StoredAs::kBFloat16);
-      run(Float16(), StoredAs::kFloat16);
-    }
-    run(Mixed(), StoredAs::kMixed);
-    run(Strided(), StoredAs::kStrided);
+  for_each_kind<Rule, S>(work, [&](auto set, auto storage, const std::vector<Kind>& kinds, Kind mine) {
+    update_those<Rule, S, decltype(set)::kSet, decltype(storage)>(work, kinds, mine, stream);
   });
 }
 

@@ -65,7 +65,7 @@ Leaf leaf_of(PyObject* object, Specs* specs) {
   return {THPVariable_Unpack(local).unsafeGetTensorImpl(), THPVariable_Unpack(object).unsafeGetTensorImpl(), shard};
 }
 
-bool lie_alike(const Leaf& a, const Leaf& b) {
+bool have_same_placements(const Leaf& a, const Leaf& b) {
   return a.shard != nullptr && b.shard != nullptr && a.shard->kind == b.shard->kind &&
          are_equal(a.outer->sizes(), b.outer->sizes());
 }
@@ -89,11 +89,20 @@ bool Specs::learn() {
     const auto [key, is_pending, sizes, offset] =
         describe(spec).cast<std::tuple<pybind11::object, bool, Sizes, std::optional<Sizes>>>();
     const auto same = [&key = key](const pybind11::object& other) { return other.equal(key); };
-    const auto kind = std::find_if(alike_.begin(), alike_.end(), same) - alike_.begin();
-    if (kind == static_cast<std::ptrdiff_t>(alike_.size())) alike_.push_back(key);
+    const auto kind = std::find_if(placements_.begin(), placements_.end(), same) - placements_.begin();
+    if (kind == static_cast<std::ptrdiff_t>(placements_.size())) placements_.push_back(key);
     known_[spec.ptr()] = {spec, {kind, is_pending, sizes, offset.value_or(Sizes()), offset.has_value()}, true};
   }
   return true;
+}
+
+void Specs::add_shards(const at::Tensor& sums, const std::vector<const Shard*>& shards) const {
+  const pybind11::gil_scoped_acquire acquired;
+  pybind11::list placements;
+  for (const Shard* shard : shards)
+    placements.append(shard == nullptr ? pybind11::none() : placements_[static_cast<size_t>(shard->kind)]);
+  const auto tensor = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(sums));
+  pybind11::module_::import("trainopt.optim.distributed").attr("add_shards")(tensor, placements);
 }
 
 void Specs::forget_unused() {

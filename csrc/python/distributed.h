@@ -31,8 +31,8 @@ struct Leaf {
 };
 Leaf leaf_of(PyObject* object, Specs* specs);
 
-// Whether two DTensors of one mesh have the same placements and sizes.
-bool lie_alike(const Leaf& a, const Leaf& b);
+// Whether two DTensors are of one mesh and have the same placements and sizes.
+bool have_same_placements(const Leaf& a, const Leaf& b);
 
 // What Python has said of the specs that the tensors of the last step had. Only Python code can tell whether two meshes
 // are the same, so it is asked between two walks, once for each spec.
@@ -44,6 +44,10 @@ class Specs {
   // Asks for those that were met. Whether there were any: then Python code has run, and all must be looked at again.
   bool learn();
 
+  // Adds up the sums of shards over the processes that hold them: see AddShards. Runs Python code, and waits for the other
+  // processes.
+  void add_shards(const at::Tensor& sums, const std::vector<const Shard*>& shards) const;
+
   // Forgets what the last walk has not found. Lets go of Python's objects, which may run Python code.
   void forget_unused();
 
@@ -54,7 +58,7 @@ class Specs {
     bool used;
   };
   std::unordered_map<PyObject*, Known> known_;
-  std::vector<pybind11::object> alike_;  // what is equal for tensors that lie alike, by Shard::kind
+  std::vector<pybind11::object> placements_;  // what is equal for tensors of one mesh and placements, by Shard::kind
   std::vector<pybind11::object> strangers_;
 };
 

@@ -163,7 +163,7 @@ bool Plan::learn() {
 }
 
 // Looks at everything, as if there had been no step before.
-Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& stepped) {
+Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& new_states, const Indices& stepped) {
   const bool mode = c10::impl::TorchDispatchModeTLS::any_modes_set();
   bool can_recall = !writes_gradient && stepped.empty();
   can_recall_ = has_dtensors_ = false;  // until all is seen: there may be an error
@@ -215,7 +215,7 @@ Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& fres
       }
       const bool lacks = lacks_states(operands, group);
       const Path path = lacks ? batch_.announce(operands, group, tensor, writes_gradient)
-                              : batch_.add(operands, &group, tensor, contains(fresh, tensor), writes_gradient);
+                              : batch_.add(operands, &group, tensor, contains(new_states, tensor), writes_gradient);
       if (path == Path::kNoMemory || path == Path::kPending) {
         found.refuse(tensor, path);
       } else if (path != Path::kFused) {
@@ -306,26 +306,26 @@ void Plan::check_capture() const {
 }
 
 pybind11::object Plan::step(const pybind11::object& groups, const pybind11::object& state, double gradient_scale,
-                            Indices fresh, Indices stepped, const pybind11::object& device_scale,
+                            Indices new_states, Indices stepped, const pybind11::object& device_scale,
                             const pybind11::object& found_inf, bool gradients_seen) {
   // Two threads in one optimizer's step race for its values, as with any in-place operation, but not for the plan.
   if (is_running_)
     return Plan(rule_.name)
-        .step(groups, state, gradient_scale, fresh, stepped, device_scale, found_inf, gradients_seen);
+        .step(groups, state, gradient_scale, new_states, stepped, device_scale, found_inf, gradients_seen);
   const DeviceScaling scaling{number_or_none("device_scale", device_scale), number_or_none("found_inf", found_inf)};
   const bool writes_gradient = gradient_scale != 1 || scaling.gradient_scale.defined();
   bool all_next = false;
-  sort(&fresh);
+  sort(&new_states);
   sort(&stepped);
   if (!refresh(groups.ptr(), state.ptr())) return answer_of("foreign containers");
   if (!gradients_seen && depends_on_gradients(state.ptr())) return answer_of("look at gradients");
-  const bool is_recalled = !writes_gradient && fresh.empty() && stepped.empty() && recall(state.ptr(), &all_next);
+  const bool is_recalled = !writes_gradient && new_states.empty() && stepped.empty() && recall(state.ptr(), &all_next);
   if (is_recalled) {
     if (scaling.exists()) return answer_of("ask the host");
     batch_.prepare_again(gradient_scale, all_next);
   } else {
-    const Unfinished unfinished = walk(state.ptr(), writes_gradient, fresh, stepped);
-    if (learn()) return step(groups, state, gradient_scale, fresh, stepped, device_scale, found_inf, gradients_seen);
+    const Unfinished unfinished = walk(state.ptr(), writes_gradient, new_states, stepped);
+    if (learn()) return step(groups, state, gradient_scale, new_states, stepped, device_scale, found_inf, gradients_seen);
     if (const auto& refused = unfinished.refused)
       TORCH_CHECK(false, "parameter ", refused->first, ": ", describe(refused->second));
     const bool can_recall = std::exchange(can_recall_, false);  // only what has been prepared
@@ -336,7 +336,8 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
     batch_.prepare(gradient_scale, scaling);
     can_recall_ = can_recall;
   }
-  if (batch_.elements < kReleaseElements) {  // on a GPU's tensors the kernels run when this has returned
+  // On a GPU's tensors the kernels run when this has returned.
+  if (batch_.elements < kReleaseElements && !batch_.sums_over_shards()) {
     batch_.run();
   } else {
     run_unlocked();
@@ -345,7 +346,8 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
   return step_is_done();
 }
 
-// Another thread may drop a tensor, or give it other memory, while the interpreter is free. What the step writes beside
+// Another thread may drop a tensor, or give it other memory, while the interpreter is free, or other processes are asked
+// for what their shards add to a sum. What the step writes beside
 // elements is written before that: a version counter or a step count that goes with its tensor would be written to
 // after its end. The memory of the elements stays until the step is done.
 void Plan::run_unlocked() {
@@ -362,8 +364,10 @@ void Plan::run_unlocked() {
     for (const DeviceOption& option : group.on_device)
       if (option.tensor != nullptr) kept_options_.push_back(tensor_from(option.tensor));
   batch_.count();
-  pybind11::gil_scoped_release release;
-  batch_.update();
+  const pybind11::gil_scoped_release release;
+  batch_.update([this](const at::Tensor& sums, const std::vector<const Shard*>& shards) {
+    specs_.add_shards(sums, shards);
+  });
 }
 
 std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& groups, const pybind11::object& state) {

@@ -53,8 +53,8 @@ class Plan {
   explicit Plan(const std::string& rule);
 
   // One step over `groups` (torch's param_groups) and `state` (torch's state dict). Gradients are divided by
-  // `gradient_scale` and written back unless it is 1. `fresh` holds the indices of parameters whose states were made
-  // in this very step, `stepped` of those that torch has stepped already.
+  // `gradient_scale` and written back unless it is 1. `new_states` holds the indices of parameters whose states
+  // were made in this very step, `stepped` of those that torch has stepped already.
   //
   // Returns a `StepAnswer`, a named tuple whose `status` is "done" or says why nothing has been changed:
   //   "unfinished"          the other fields are those of an `Unfinished`
@@ -67,7 +67,7 @@ class Plan {
   // `device_scale` and `found_inf` (float32 tensors of one element on a CUDA device, or None) say the same as
   // `gradient_scale` and a step that is not to be made. They are applied on the device, without a wait.
   pybind11::object step(const pybind11::object& groups, const pybind11::object& state, double gradient_scale,
-                        Indices fresh, Indices stepped, const pybind11::object& device_scale,
+                        Indices new_states, Indices stepped, const pybind11::object& device_scale,
                         const pybind11::object& found_inf, bool gradients_seen);
 
   // The path of every parameter, were it to have an ordinary gradient now. Nothing for containers as above.
@@ -114,7 +114,7 @@ class Plan {
   bool refresh(PyObject* groups, PyObject* state);
   bool recall(PyObject* state, bool* all_next);
   bool same_places(PyObject* state) const;
-  Unfinished walk(PyObject* state, bool writes_gradient, const Indices& fresh, const Indices& stepped);
+  Unfinished walk(PyObject* state, bool writes_gradient, const Indices& new_states, const Indices& stepped);
   bool learn();
   bool lacks_states(const Operands& operands, const Group& group) const;
   bool depends_on_gradients(PyObject* state) const;

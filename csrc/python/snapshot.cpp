@@ -97,7 +97,7 @@ bool Snapshot::see_param(PyObject* param, Specs* specs, Operands* operands) {
   if (operands->gradient == nullptr) return true;
   PyObject* gradient = operands->gradient->pyobj_slot()->load_pyobj();
   const Leaf found = leaf_of(gradient, specs);
-  operands->placements_match = lie_alike(leaf, found);
+  operands->placements_match = have_same_placements(leaf, found);
   if (!operands->placements_match) return true;
   distributed_->gradient = {spec_of(gradient), nullptr, found.local};
   operands->gradient = found.local;
@@ -114,7 +114,7 @@ const c10::TensorImpl* Snapshot::see_state(PyObject* value, bool is_count, Specs
   }
   const Leaf leaf = leaf_of(value, specs);
   operands->placements_match =
-      operands->placements_match && lie_alike({nullptr, operands->outers[0], operands->shard}, leaf);
+      operands->placements_match && have_same_placements({nullptr, operands->outers[0], operands->shard}, leaf);
   operands->states_are_tensors = leaf.local != nullptr && !leaf.outer->requires_grad();
   if (!operands->states_are_tensors) return nullptr;
   distributed_->items.resize(items_.size() + 1);

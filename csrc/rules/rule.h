@@ -17,6 +17,13 @@
 //   update(scalars, p, g, s) one element: changes parameter p and states s by gradient g. s[i] is the state kStates[i];
 //                            one that is not in the set is 0, and what is written to it is dropped. T is float or
 //                            double, or a vector of these whose lanes are elements.
+// and, where an element's step depends on the whole tensor (the norms of LAMB and LARS), a reduce phase:
+//   kSums                    the names of the tensor's sums, kMaxSums at most
+//   gather(scalars, p, g, s, terms)
+//                            what one element adds to each sum, as a product of two numbers; p, g and s are what
+//                            `update` will be given, and nothing is written
+//   finish(scalars, sums)    puts what follows from the tensor's sums into its scalars, before any of its updates
+// A rule without kSums has one pass over its tensors, and costs what it did.
 // Its functions are TRAINOPT_INLINE, which lets them run on a GPU too.
 #pragma once
 
@@ -28,6 +35,7 @@ namespace trainopt {
 
 constexpr int kMaxStates = 8;
 constexpr int kMaxOptions = 12;
+constexpr int kMaxSums = 4;
 
 // A set of a rule's states: bit i stands for kStates[i].
 using StateSet = uint8_t;
@@ -45,6 +53,18 @@ template <class Rule>
 constexpr int kStateCount = sizeof(Rule::kStates) / sizeof(Rule::kStates[0]);
 template <class Rule>
 constexpr int kSetCount = sizeof(Rule::kStateSets) / sizeof(Rule::kStateSets[0]);
+
+// The number of a rule's sums; 0 for one that has no reduce phase.
+template <class Rule, class = void>
+constexpr int kSumCount = 0;
+template <class Rule>
+constexpr int kSumCount<Rule, decltype(void(Rule::kSums))> = sizeof(Rule::kSums) / sizeof(Rule::kSums[0]);
+
+// What an element adds to a sum: the product, taken in double, where that of two floats is exact and overflows nowhere.
+template <class T>
+struct Term {
+  T a, b;
+};
 
 // A set as a type, for what is compiled once for each.
 template <StateSet kStates>

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "rules/adam.h"
+#include "rules/lamb.h"
+#include "rules/lars.h"
 #include "rules/lion.h"
 #include "rules/sgd.h"
 
@@ -14,4 +16,6 @@
   DO(Sgd)                          \
   DO(Adam)                         \
   DO(Lion)                         \
+  DO(Lamb)                         \
+  DO(Lars)                         \
   TRAINOPT_RULES_OF_TESTS(DO)

@@ -7,13 +7,13 @@ namespace trainopt {
 
 struct Sgd {
   static constexpr const char* kName = "sgd";
-  enum Option { kStepInfoum, kDampening, kNesterov };
+  enum Option { kMomentum, kDampening, kNesterov };
   static constexpr const char* kOptions[] = {"momentum", "dampening", "nesterov"};
   static constexpr const char* kStates[] = {"momentum_buffer"};
   static constexpr StateSet kStateSets[] = {0b0, 0b1};
   static constexpr bool kCountsSteps = false;
 
-  TRAINOPT_INLINE static StateSet states_needed(const double* options) { return options[kStepInfoum] != 0 ? 0b1 : 0b0; }
+  TRAINOPT_INLINE static StateSet states_needed(const double* options) { return options[kMomentum] != 0 ? 0b1 : 0b0; }
   TRAINOPT_INLINE static bool takes(const double*) { return true; }
   TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kGradient; }
 
@@ -27,9 +27,9 @@ struct Sgd {
   TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
     Scalars<S> k;
     k.lr = static_cast<S>(info.lr);
-    k.momentum = static_cast<S>(options[kStepInfoum]);
+    k.momentum = static_cast<S>(options[kMomentum]);
     k.one_minus_dampening = static_cast<S>(1 - options[kDampening]);
-    k.has_momentum = options[kStepInfoum] != 0;
+    k.has_momentum = options[kMomentum] != 0;
     k.nesterov = options[kNesterov] != 0;
     k.first = info.first;
     return k;

@@ -75,11 +75,10 @@ TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const StepInfo
   return stages;
 }
 
-// One register of elements, from load to store. `noise` holds standard normal values, and is read if stages.noisy.
-// kPlain: only weight decay, if anything.
-template <class Rule, bool kPlain, class T, class S>
-TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T& p,
-                                     T& g, T* state, T noise) {
+// The stages before the rule: changes p and g, and returns what the rule takes for the gradient. kPlain: only weight
+// decay, if anything.
+template <bool kPlain, class T, class S>
+TRAINOPT_FUNCTION T before_rule(const Stages<S>& stages, T& p, T& g) {
   if constexpr (!kPlain)
     if (stages.scaled) g = g / T(stages.gradient_scale);
   T direction = g;
@@ -89,11 +88,27 @@ TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rul
   if constexpr (!kPlain)
     if (stages.l1_gradient) direction = direction + sign_of(p) * T(stages.l1);
   p = p * T(stages.decay_factor);  // times 1 without decoupled decay
+  return direction;
+}
+
+// One register of elements, from load to store. `noise` holds standard normal values, and is read if stages.noisy.
+template <class Rule, bool kPlain, class T, class S>
+TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T& p,
+                                     T& g, T* state, T noise) {
+  const T direction = before_rule<kPlain>(stages, p, g);
   Rule::update(scalars, p, direction, state);
   if constexpr (!kPlain) {
     if (stages.l1_proximal) p = soft_threshold(p, T(stages.threshold));
     if (stages.noisy) p = p + noise * T(stages.noise);
   }
+}
+
+// What a register of elements adds to the rule's sums; writes nothing.
+template <class Rule, class T, class S>
+TRAINOPT_FUNCTION void gather_elements(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T p,
+                                       T g, T* state, Term<T>* terms) {
+  const T direction = before_rule<false>(stages, p, g);
+  Rule::gather(scalars, p, direction, state, terms);
 }
 
 }  // namespace trainopt

@@ -137,6 +137,66 @@ void test_rules() {
   }
 }
 
+// A tensor's sums have the same bits for every SIMD variant, for any pieces of its work, and as many parts of it add up
+// to: whatever its size and the types of its tensors.
+void test_sums() {
+  for (const Setting& s : kSettings) {
+    const cpu::Rule* rule = cpu::find_rule(s.rule);
+    if (rule->sum_count == 0) continue;
+    const auto count = static_cast<size_t>(rule->sum_count);
+    for (const DType type : kDTypes) {
+      const bool is_float64 = type == DType::kFloat64;
+      const Scalars scalars = scalars_of(s, is_float64);
+      for (const int64_t n : {1, 31, 33, 255, 2047, 2049, 16383, 16385, 50001, 600007}) {
+        const Arrangement a{type, type, type, run_of(0), run_of(0), run_of(0), false};
+        Parameter whole(n, n, states_of(s), a);
+        cpu::TensorTask task;
+        whole.describe(&task);
+        task.scalars = &scalars;
+        const auto sums_of = [&](cpu::TensorTask part, int64_t from, int64_t to, int64_t piece) {
+          const auto move = [&](TensorView& view) {
+            if (view.data != nullptr) view.data = static_cast<char*>(view.data) + from * size_of(view.dtype);
+          };
+          move(part.param);
+          move(part.gradient);
+          for (TensorView& state : part.state) move(state);
+          part.numel = to - from;
+          const int64_t starts[] = {0, cpu::blocks_of(part.numel)};
+          const cpu::Update update{&part, starts, 1, rule, is_float64};
+          std::vector<Sum> partials(cpu::partial_sums(update), Sum{std::nan(""), 0}), sums(count);
+          for (int64_t at = 0; at < starts[1]; at += piece)
+            cpu::gather_blocks(update, at, std::min(at + piece, starts[1]), partials.data());
+          cpu::sums_of(update, 0, partials.data(), sums.data());
+          return sums;
+        };
+        const std::string what = std::string(s.rule) + " " + s.name + ", " + format_of(type).name + ", " +
+                                 std::to_string(n) + " elements: sums";
+        cpu::set_variant(cpu::Variant::kBaseline);
+        const std::vector<Sum> expected = sums_of(task, 0, n, 1 << 20);
+        for (size_t k = 0; k < count; ++k) check(std::isfinite(value_of(expected[k])), what + ", not finite");
+        for (const cpu::Variant variant : variants()) {
+          cpu::set_variant(variant);
+          for (const int64_t piece : {int64_t{1}, int64_t{65}, int64_t{1} << 20}) {
+            const std::vector<Sum> found = sums_of(task, 0, n, piece);
+            check(std::memcmp(found.data(), expected.data(), count * sizeof(Sum)) == 0,
+                  what + ", " + cpu::name_of(variant) + ", pieces of " + std::to_string(piece));
+          }
+          // As processes do that hold a part each.
+          for (const int64_t parts : {int64_t{2}, int64_t{3}, int64_t{7}}) {
+            std::vector<Sum> total(count, Sum{0, 0});
+            for (int64_t part = 0; part < parts; ++part) {
+              const std::vector<Sum> own = sums_of(task, n * part / parts, n * (part + 1) / parts, 1 << 20);
+              for (size_t k = 0; k < count; ++k) total[k] = add(total[k], own[k]);
+            }
+            for (size_t k = 0; k < count; ++k)
+              check(value_of(total[k]) == value_of(expected[k]), what + ", in " + std::to_string(parts) + " parts");
+          }
+        }
+      }
+    }
+  }
+}
+
 // Conversions of each SIMD variant: what the kernels load and store.
 void test_conversions_in_kernels() {
   const Setting still{"still", "sgd", {0, 0, 0}, kCoupled, 0, 0, false, 0, false, 0, 1, 0};
@@ -258,12 +318,13 @@ void test_random() {
 
 int main() {
   using namespace trainopt;
-  for (const char* name : {"sgd", "adam"}) check(cpu::find_rule(name) != nullptr, std::string("no rule ") + name);
+  for (const char* name : {"sgd", "adam", "lamb", "lars"}) check(cpu::find_rule(name) != nullptr, std::string("no rule ") + name);
   check(cpu::find_rule("nothing") == nullptr, "a rule that does not exist");
   test_conversions();
   test_conversions_in_kernels();
   test_random();
   test_rules();
+  test_sums();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }

@@ -228,6 +228,8 @@ struct Setting {
 };
 
 // The options' order: SGD momentum, dampening, nesterov; Adam beta1, beta2, eps, amsgrad, decoupled, bias correction;
+// LAMB beta1, beta2, eps, trust_clip, always_adapt, bias correction; LARS SGD's, trust_coeff, eps, trust_clip,
+// always_adapt;
 // eight, the rule in contract/rules/rules.h, set, decay.
 constexpr Decay kCoupled = Decay::kGradient, kDecoupled = Decay::kParameter, kInUpdate = Decay::kUpdate;
 inline const std::vector<Setting> kSettings = {
@@ -249,19 +251,64 @@ inline const std::vector<Setting> kSettings = {
     {"two ends", "eight", {1, 1}, kDecoupled, 0.05, 0.3, true, 0, false, 0, 1, 2},
     {"four apart", "eight", {2, 2}, kInUpdate, 0.05, 0.3, false, 0.5, false, 0.1, 3, 3},
     {"all", "eight", {3, 2}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 4},
+    {"plain", "lamb", {0.9, 0.99, 0.05, 0, 0, 1}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 3},
+    {"clipped", "lamb", {0.4, 0.9, 0.05, 1, 0, 0}, kInUpdate, 0.05, 0.3, true, 0.5, false, 0, 1, 2},
+    {"without decay", "lamb", {0.9, 0.99, 0.05, 0, 0, 1}, kInUpdate, 0.05, 0, false, 0, false, 0, 1, 1},
+    {"everything", "lamb", {0.8, 0.7, 0.05, 0, 1, 1}, kInUpdate, 0.05, 0, true, 2, true, 0.1, 3, 4},
+    {"plain", "lars", {0, 0, 0, 0.1, 0.01, 0, 0}, kInUpdate, 0.5, 0.3, false, 0, false, 0, 1, 0},
+    {"first", "lars", {0.9, 0.2, 0, 0.1, 0.01, 1, 0}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 1},
+    {"everything", "lars", {0.9, 0, 1, 0.1, 0.01, 0, 1}, kInUpdate, 0.5, 0.3, true, 2, true, 0.1, 3, 4},
+};
+
+// The sums that the setting's rule gathers of a parameter's elements: for `reference`.
+struct Norms {
+  double param = 0, other = 0;  // of the parameter; of LAMB's update or LARS's gradient
+
+  double ratio_to(double by) const { return param != 0 && other != 0 ? param / by : 1; }
 };
 
 inline double sign(double x) { return x > 0 ? 1 : x < 0 ? -1 : 0; }
 
-// One element by the formulas, in double.
-inline void reference(const Setting& s, double& p, double& g, double* state, double noise) {
+// LAMB's update before its scaling; moves the moments on.
+inline double lamb_update(const Setting& s, double p, double direction, double* state) {
+  const std::vector<double>& o = s.options;
+  state[0] = o[0] * state[0] + (1 - o[0]) * direction;
+  state[1] = o[1] * state[1] + (1 - o[1]) * direction * direction;
+  const double correction1 = o[5] != 0 ? 1 - std::pow(o[0], s.step) : 1;
+  const double correction2 = o[5] != 0 ? 1 - std::pow(o[1], s.step) : 1;
+  return state[0] / correction1 / (std::sqrt(state[1] / correction2) + o[2]) + s.weight_decay * p;
+}
+
+// One element by the formulas, in double. With `squares` nothing is changed, and what it adds to them is.
+inline void reference(const Setting& s, double& p, double& g, double* state, double noise, const Norms& norms = {},
+                      Norms* squares = nullptr) {
   g /= s.gradient_scale;
   double direction = s.maximize ? -g : g;
   if (s.decay == kCoupled) direction += s.weight_decay * p;
   if (!s.l1_proximal) direction += s.l1 * sign(p);
   if (s.decay == kDecoupled) p *= 1 - s.lr * s.weight_decay;
   const std::vector<double>& o = s.options;
-  if (std::strcmp(s.rule, "sgd") == 0) {
+  const bool is_lamb = std::strcmp(s.rule, "lamb") == 0, is_lars = std::strcmp(s.rule, "lars") == 0;
+  if (squares != nullptr) {
+    if (!is_lamb && !is_lars) return;
+    const double other = is_lamb ? lamb_update(s, p, direction, state) : direction;
+    squares->param += p * p;
+    squares->other += other * other;
+    return;
+  }
+  if (is_lars) {
+    double ratio = 1;
+    if (s.weight_decay != 0 || o[6] != 0) {
+      ratio = norms.ratio_to((norms.other + s.weight_decay * norms.param + o[4]) / o[3]);
+      if (o[5] != 0) ratio = std::min(ratio / s.lr, 1.0);
+    }
+    direction = ratio * (direction + s.weight_decay * p);
+  }
+  if (is_lamb) {
+    double ratio = s.weight_decay != 0 || o[4] != 0 ? norms.ratio_to(norms.other) : 1;
+    if (o[3] != 0) ratio = std::min(ratio, 1.0);
+    p -= s.lr * ratio * lamb_update(s, p, direction, state);
+  } else if (std::strcmp(s.rule, "sgd") == 0 || is_lars) {
     if (o[0] != 0) {
       state[0] = s.step == 1 ? direction : o[0] * state[0] + (1 - o[1]) * direction;
       direction = o[2] != 0 ? direction + o[0] * state[0] : state[0];
@@ -383,8 +430,17 @@ inline void run_cpu(const Setting& s, const Parameters& parameters, bool is_floa
     tasks.push_back(task);
     starts.push_back(starts.back() + cpu::blocks_of(task.numel));
   }
-  const cpu::Update run{tasks.data(), starts.data(), tasks.size(), rule, is_float64};
+  cpu::Update run{tasks.data(), starts.data(), tasks.size(), rule, is_float64};
   const int64_t all = starts.back();
+  std::vector<Sum> sums(tasks.size() * static_cast<size_t>(rule->sum_count));
+  if (rule->sum_count > 0) {
+    std::vector<Sum> partials(cpu::partial_sums(run), Sum{std::nan(""), 0});
+    for (int64_t at = 0; at < all; at += piece == 0 ? all : piece)
+      cpu::gather_blocks(run, at, piece == 0 ? all : std::min(at + piece, all), partials.data());
+    for (size_t t = 0; t < tasks.size(); ++t)
+      cpu::sums_of(run, t, partials.data(), &sums[t * static_cast<size_t>(rule->sum_count)]);
+    run.sums = sums.data();
+  }
   if (piece == 0) return cpu::run_blocks(run, 0, all);
   for (int64_t at = (all - 1) / piece * piece; at >= 0; at -= piece)
     cpu::run_blocks(run, at, std::min(at + piece, all));
@@ -425,13 +481,24 @@ inline bool is_right(const Setting& s, const Parameters& before, const Parameter
   for (size_t t = 0; t < after.size(); ++t) {
     std::vector<float> noise(static_cast<size_t>(after[t]->numel));
     cpu::gaussian(noise.data(), 0, after[t]->numel, kSeed, static_cast<uint32_t>(s.step), static_cast<uint32_t>(t));
-    for (int64_t i = 0; i < after[t]->numel; ++i) {
-      double p = before[t]->param.get(i), g = before[t]->gradient.get(i), state[kMaxStates] = {};
+    double p, g, state[kMaxStates];
+    const auto read = [&](int64_t i) {
+      p = before[t]->param.get(i), g = before[t]->gradient.get(i);
       for (int k = 0; k < kMaxStates; ++k)
-        if (before[t]->states[k] != nullptr) state[k] = before[t]->states[k]->get(i);
+        state[k] = before[t]->states[k] != nullptr ? before[t]->states[k]->get(i) : 0;
+    };
+    Norms norms;
+    for (int64_t i = 0; i < after[t]->numel; ++i) {
+      read(i);
+      if (!is_float64) g = static_cast<double>(static_cast<float>(g));
+      reference(s, p, g, state, 0, {}, &norms);
+    }
+    norms = {std::sqrt(norms.param), std::sqrt(norms.other)};
+    for (int64_t i = 0; i < after[t]->numel; ++i) {
+      read(i);
       const double scale = 1 + std::fabs(p) + g * g;
       if (!is_float64) g = static_cast<double>(static_cast<float>(g));
-      reference(s, p, g, state, static_cast<double>(noise[static_cast<size_t>(i)]));
+      reference(s, p, g, state, static_cast<double>(noise[static_cast<size_t>(i)]), norms);
       if (!is_close(after[t]->param.get(i), p, a.param_dtype, is_float64, scale)) return false;
       if (s.gradient_scale != 1 && !is_close(after[t]->gradient.get(i), g, a.gradient_dtype, is_float64, scale))
         return false;

@@ -34,12 +34,29 @@ cuda::Prepared prepared_of(const Setting& s, bool is_float64) {
   return {scalars_of(s, is_float64), static_cast<uint32_t>(s.step)};
 }
 
+// The step of all tasks, in one pass or two.
+void step(cuda::Update work, std::vector<cuda::TensorTask>& tasks) {
+  const int count = cpu::rule_at(work.rule)->sum_count;
+  if (count == 0) return cuda::update(work, nullptr);
+  const Sum unset{std::nan(""), std::nan("")};
+  std::vector<Sum> partials(cuda::partial_sums(work, count), unset);
+  std::vector<Sum> sums(tasks.size() * static_cast<size_t>(count), unset);
+  std::vector<cuda::Prepared> finished(tasks.size());
+  std::memset(static_cast<void*>(finished.data()), 0xff, finished.size() * sizeof(cuda::Prepared));
+  cuda::gather(work, partials.data(), sums.data(), nullptr);
+  cuda::finish(work, sums.data(), finished.data(), nullptr);
+  for (size_t t = 0; t < tasks.size(); ++t) tasks[t].prepared = static_cast<uint32_t>(t);
+  work.prepared = finished.data();
+  work.prepared_on_device = true;
+  cuda::update(work, nullptr);
+}
+
 // With scalars that the host prepared.
 void run_cuda(const Setting& s, const Parameters& parameters, bool is_float64, const float* found_inf = nullptr) {
   const cuda::Prepared prepared = prepared_of(s, is_float64);
-  const std::vector<cuda::TensorTask> tasks = tasks_of(parameters);
+  std::vector<cuda::TensorTask> tasks = tasks_of(parameters);
   const int rule = cpu::find_rule(s.rule)->index;
-  cuda::update({rule, is_float64, tasks.data(), tasks.size(), &prepared, false, found_inf}, nullptr);
+  step({rule, is_float64, tasks.data(), tasks.size(), &prepared, false, found_inf}, tasks);
 }
 
 // With scalars prepared on the device, from step counts there, GradScaler's scale and, if `tensors`, a learning rate
@@ -71,7 +88,7 @@ void run_prepared(const Setting& s, const Parameters& parameters, bool is_float6
   cuda::prepare({rule, is_float64, &source, 1, counts.data(), counts.size(), s.gradient_scale == 1 ? nullptr : &scale,
                  &found_inf, prepared.data()},
                 nullptr);
-  cuda::update({rule, is_float64, tasks.data(), tasks.size(), prepared.data(), true, &found_inf}, nullptr);
+  step({rule, is_float64, tasks.data(), tasks.size(), prepared.data(), true, &found_inf}, tasks);
   for (size_t i = 0; i < tasks.size(); ++i)
     steps_after->push_back(double_steps ? double_steps_of[i] : static_cast<double>(float_steps[i]));
 }
@@ -160,7 +177,7 @@ void test_expanded_gradient() {
 
 // Tensors that are cut into chunks, alone and among others, aligned and not.
 void test_chunks() {
-  for (const Setting& s : {kSettings[4], kSettings[13]}) {
+  for (const Setting& s : {kSettings[4], kSettings[13], kSettings[18], kSettings[24]}) {
     for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
       for (const int64_t shift : {0, 1}) {
         const Arrangement a{type, type, type, run_of(shift), run_of(shift), run_of(shift), false};
@@ -233,6 +250,37 @@ void test_launches() {
   drop(parameters);
   run_cuda(s, {}, false);
   check(simt::take_launches().empty(), "no launch for no tensors");
+}
+
+// Sums of more tensors, and of more groups' scalars, than a launch has room for.
+void test_many_sums() {
+  const Setting s = kSettings[18];
+  const DType type = DType::kFloat32;
+  const cpu::Rule* rule = cpu::find_rule(s.rule);
+  constexpr uint32_t kCount = 900, kSets = 33;
+  Parameters expected, found;
+  for (int64_t i = 0; i < kCount; ++i) {
+    const Placement place = i % 11 == 3 ? kTransposed : run_of(i % 3);
+    const Arrangement a{type, type, type, place, run_of(0), run_of(i % 2), true};
+    for (Parameters* to : {&expected, &found}) to->push_back(new Parameter(i * 7 % 5 * 3, i, states_of(s), a));
+  }
+  std::vector<Setting> settings(kSets, s);
+  std::vector<cuda::Prepared> prepared;
+  for (uint32_t k = 0; k < kSets; ++k) {
+    settings[k].lr = 0.01 * (k + 1);
+    prepared.push_back(prepared_of(settings[k], false));
+  }
+  std::vector<cuda::TensorTask> tasks = tasks_of(found);
+  for (uint32_t i = 0; i < kCount; ++i) {
+    tasks[i].prepared = i * 5 % kSets;
+    if (expected[i]->numel > 0) run_cpu(settings[tasks[i].prepared], {expected[i]}, false, 0);
+  }
+  step({rule->index, false, tasks.data(), tasks.size(), prepared.data(), false, nullptr}, tasks);
+  check(same_bits(expected, found, true), "sums of many tensors: not the CPU's bits");
+  check(is_intact(found), "sums of many tensors: written where nothing is to be written");
+  check_no_faults("sums of many tensors");
+  drop(expected);
+  drop(found);
 }
 
 // A first step without a step count: SGD's buffer takes the gradient whole, as the host says.
@@ -347,6 +395,7 @@ int main(int count, char** arguments) {
     test_chunks();
     test_many();
     test_launches();
+    test_many_sums();
     test_first();
     test_groups();
     test_huge();

@@ -5,9 +5,22 @@ from trainopt.optim.adamw import AdamW
 from trainopt.optim.explain import explain as explain  # `trainopt.explain` takes losses too
 from trainopt.optim.fuse import fuse
 from trainopt.optim.groups import param_groups
+from trainopt.optim.lamb import LAMB
+from trainopt.optim.lars import LARS
 from trainopt.optim.lion import Lion
 from trainopt.optim.report import nonfinite_report
 from trainopt.optim.schedule import Schedule
 from trainopt.optim.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "Lion", "Schedule", "fuse", "nonfinite_report", "param_groups"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "Schedule",
+    "fuse",
+    "nonfinite_report",
+    "param_groups",
+]

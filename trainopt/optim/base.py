@@ -144,8 +144,8 @@ class Fused(States):
             if plan is None:
                 torch_path.step(self, list(self._enumerate()), None, scale)
                 return True
-            fresh = self._indices_unstarted()
-            answer = plan.step(self.param_groups, self.state, scale, fresh, gradients_seen=True)
+            new_states = self._indices_unstarted()
+            answer = plan.step(self.param_groups, self.state, scale, new_states, gradients_seen=True)
         if answer.status != "done":
             self._step_with_torch(plan, scale)
         return True
@@ -155,11 +155,11 @@ class Fused(States):
         groups = self._snapshot()
         params = list(numbered(groups))
         started: set[int] = set()
-        fresh: set[int] = set(self._indices_unstarted())
+        new_states: set[int] = set(self._indices_unstarted())
         stepped: set[int] = set()  # by torch
 
         def step() -> Any:
-            return plan.step(groups, self.state, scale, sorted(fresh), sorted(stepped), gradients_seen=True)
+            return plan.step(groups, self.state, scale, sorted(new_states), sorted(stepped), gradients_seen=True)
 
         answer = step()
         if answer.status == "foreign containers":  # the state dict's own
@@ -174,7 +174,7 @@ class Fused(States):
                 torch_path.rehearse(self, params, [*answer.doubtful, *odd])
                 torch_path.step(self, params, sorted({*answer.rest, *odd} - {*answer.sharing}), scale)
                 torch_path.step(self, params, answer.sharing, scale, plain=True)
-                fresh.update(i for i in sorted(missing) if self._start(params[i][2], params[i][1]))
+                new_states.update(i for i in sorted(missing) if self._start(params[i][2], params[i][1]))
                 started |= missing
                 stepped.update(answer.rest, odd)
                 answer = step()

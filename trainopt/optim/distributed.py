@@ -1,6 +1,6 @@
-"""DTensors: what all ranks that share them must decide alike, and how a rank's part lies in the whole."""
+"""DTensors: what all ranks that share them must decide alike, how a rank's part lies in the whole, and sums over it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,60 @@ def on_any_rank(flag: bool | Tensor, params: Iterable[Tensor]) -> bool | Tensor:
     return flag
 
 
+def add_shards(sums: Tensor, keys: Sequence[tuple[Any, ...] | None]) -> None:
+    """Makes sums over shards those over whole tensors, in place: one collective for each dimension of a mesh.
+
+    Args:
+        sums: a row for each tensor, a column for each sum; float64 pairs whose sum is meant (csrc/core/sum.h).
+        keys: of each tensor, what `describe` said of its placements; None for one that is no DTensor.
+    """
+    rows_of: dict[Any, list[int]] = {}
+    for row, key in enumerate(keys):
+        mesh, placements = key[:2] if key is not None else (None, ())
+        if mesh is not None and mesh.get_coordinate() is not None:
+            for dim, placement in enumerate(placements):
+                if placement.is_shard():
+                    rows_of.setdefault((mesh, dim), []).append(row)
+    for (mesh, dim), rows in rows_of.items():
+        # Runs of rows, and not an index, which would have to be copied to the device.
+        runs = [sums[first : last + 1] for first, last in _runs(rows)]
+        own = torch.cat(runs)
+        size = mesh.size(dim)
+        parts = own.new_empty((size, *own.shape))
+        dist.all_gather_into_tensor(parts.flatten(0, 1), own, mesh.get_group(dim))
+        high, low = parts[0].unbind(-1)
+        for part in parts[1:]:
+            high, low = _add(high, low, *part.unbind(-1))
+        for run, total in zip(runs, torch.stack((high, low), -1).split([len(run) for run in runs]), strict=True):
+            run.copy_(total)
+
+
+def _runs(ascending: Iterable[int]) -> list[tuple[int, int]]:
+    """The first and the last of each run of consecutive numbers."""
+    runs: list[tuple[int, int]] = []
+    for number in ascending:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1] = runs[-1][0], number
+        else:
+            runs.append((number, number))
+    return runs
+
+
+def _add(a: Tensor, a_low: Tensor, b: Tensor, b_low: Tensor) -> tuple[Tensor, Tensor]:
+    """As `add` in csrc/core/sum.h: the same sum for any number of shards."""
+    high = a + b
+    added = high - a
+    low = (a_low + b_low) + ((a - (high - added)) + (b - added))
+    both = high + low
+    finite = both.isfinite()
+    return torch.where(finite, both, high), torch.where(finite, low - (both - high), 0.0)
+
+
 def describe(spec: Any) -> tuple[tuple[Any, ...], bool, Sizes, Sizes | None]:
     """Tells the step plan of a DTensorSpec how the local tensor lies in the whole, on this rank.
 
     Returns:
-        What is equal for tensors that are distributed alike; whether a sum is pending; the sizes of the whole; where in
+        What is equal for tensors of one mesh and placements, the mesh and the placements first; whether a sum is pending; the sizes of the whole; where in
         it the local tensor begins, in each dimension, or None if that is not one block of it.
     """
     from torch.distributed.tensor import Replicate, Shard
@@ -54,5 +103,5 @@ def describe(spec: Any) -> tuple[tuple[Any, ...], bool, Sizes, Sizes | None]:
     if all(type(placement) in (Shard, Replicate) for placement in placements) and len({*sharded}) == len(sharded):
         offset = tuple(compute_local_shape_and_global_offset(sizes, spec.mesh, placements)[1])
     is_pending = any(placement.is_partial() for placement in placements)
-    alike = (spec.mesh, placements, getattr(spec, "shard_order", None))
-    return alike, is_pending, sizes, offset if offset is None or len(offset) == len(sizes) else None
+    key = (spec.mesh, placements, getattr(spec, "shard_order", None))
+    return key, is_pending, sizes, offset if offset is None or len(offset) == len(sizes) else None

@@ -46,6 +46,10 @@ class PlainOptions(Extras, total=False):
     fused: bool | None
 
 
+class PlainAdamOptions(PlainOptions, AdamExtras):
+    """Likewise, of one whose moments are Adam's."""
+
+
 #: The defaults of trainopt's own options: first what only the rules have that read it, then what all have.
 DEFAULTS: dict[str, Any] = {
     "bias_correction": True,
@@ -87,7 +91,7 @@ def defaults_of(class_name: str, rule: str, given: Mapping[str, Any]) -> dict[st
     known = {"lr", "weight_decay", *STOCK_DEFAULTS, *(key for key, _ in places_of(rule))}
     for name in given.keys() - known:
         raise TypeError(f"{class_name}.__init__() got an unexpected keyword argument {name!r}")
-    for name in given.keys() & {"lr", "betas", "eps", "weight_decay", "momentum"}:
+    for name in given.keys() & {"lr", "betas", "eps", "weight_decay", "momentum", "trust_coeff"}:
         checks.stock_option(name, given[name])
     return {"weight_decay": 0.0, **STOCK_DEFAULTS, **given}
 

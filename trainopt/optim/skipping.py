@@ -31,8 +31,8 @@ def step_on_device(
     Then nothing has been changed but states that were missing.
     """
 
-    def step(groups: Any = optimizer.param_groups, fresh: Sequence[int] = ()) -> Any:
-        return plan.step(groups, optimizer.state, 1.0, fresh, (), grad_scale, found_inf, gradients_seen)
+    def step(groups: Any = optimizer.param_groups, new_states: Sequence[int] = ()) -> Any:
+        return plan.step(groups, optimizer.state, 1.0, new_states, (), grad_scale, found_inf, gradients_seen)
 
     optimizer._count_unstarted()
     answer = step()
@@ -55,8 +55,8 @@ def step_on_device(
         # Should the device skip this step, the next one is the first.
         lacking = [params[i] for i in answer.missing if i < len(params)]
         startable = [(i, group, param) for i, group, param in lacking if not optimizer._has_partial_state(param, group)]
-        fresh = [i for i, group, param in startable if optimizer._start_before_first_step(param, group)]
-        answer = step(groups, fresh)
+        new_states = [i for i, group, param in startable if optimizer._start_before_first_step(param, group)]
+        answer = step(groups, new_states)
     if answer.status != "done":
         return False
     optimizer._record.count_unread(found_inf)

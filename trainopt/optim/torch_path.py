@@ -103,10 +103,11 @@ def _make_step(view: Any) -> None:
 def _make_plain_step(optimizer: Any) -> None:
     """The step of an optimizer that torch does not have, one parameter after the other.
 
-    As in the engine, arithmetic is float32 (float64 for float64 parameters), and complex numbers are pairs of reals.
+    As in the engine, arithmetic is float32 (float64 for float64 parameters), and complex numbers are pairs of reals. In
+    a first step without states of its own, ``state["first_step"]`` is true.
     """
     for _, group, param in optimizer._enumerate():
-        optimizer._start(param, group)
+        is_first = optimizer._start(param, group)
         state = optimizer.state.get(param, {})
         if optimizer._counts_steps:
             state["step"] += 1
@@ -115,7 +116,7 @@ def _make_plain_step(optimizer: Any) -> None:
         dtype = torch.float64 if stored[0].dtype is torch.float64 else torch.float32
         gradient = _real(param.grad).to(dtype)
         values, *states = results = [tensor.to(dtype) for tensor in stored]  # themselves where they have this dtype
-        named = {**state, **dict(zip(names, states, strict=True))}
+        named = {**state, **dict(zip(names, states, strict=True)), "first_step": is_first}
         optimizer.plain_step(values, -gradient if group["maximize"] else gradient, named, group)
         for tensor, result in zip(stored, results, strict=True):
             if result.dtype is not tensor.dtype:

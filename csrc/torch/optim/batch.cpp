@@ -103,6 +103,7 @@ void Batch::clear() {
   layouts_.clear();
   shard_layouts_.clear();
   outer_written_.clear();
+  shards_.clear();
   elements = 0;
   spans_ = 0;
   owns_written_ = true;
@@ -233,16 +234,19 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
     const c10::Device device = operands.param->device();
     cuda.visit(device);
     cuda.add(task, group, device, is_float64, first,
-             {entry.device_steps, entry.steps_are_double, entry.step, entry.steps != nullptr});
+             {entry.device_steps, entry.steps_are_double, entry.step, entry.steps != nullptr}, operands.shard);
     ++cuda_entries_;
     tasks[is_float64].pop_back();
-  } else if (task.numel == 0) {
+    return path;
+  }
+  if (task.numel == 0) {
     tasks[is_float64].pop_back();
   } else {
     entry.task = static_cast<int64_t>(tasks[is_float64].size()) - 1;
     elements += task.numel;
     starts_[is_float64].push_back(starts_[is_float64].back() + cpu::blocks_of(task.numel));
   }
+  if (rule_.sum_count > 0 && operands.shard != nullptr) shards_.push_back({operands.shard, entry.task, is_float64});
   return path;
 }
 
@@ -401,28 +405,85 @@ void Batch::prepare_again(double gradient_scale, bool all_next) {
   }
 }
 
-void Batch::work(bool counts, bool updates) {
-  if (updates && cuda_entries_ != 0) cuda.run(gradient_scale_, std::exchange(scaling_, {}));
+int64_t Batch::parts() const {
+  const int64_t on_cpu = static_cast<int64_t>(entries.size()) - static_cast<int64_t>(cuda_entries_);
+  return threads_for(elements + kTensorElements * on_cpu);
+}
+
+cpu::Update Batch::update_of(bool is_float64) const {
+  return {tasks[is_float64].data(), starts_[is_float64].data(), tasks[is_float64].size(), &rule_, is_float64,
+          rule_.sum_count > 0 ? sums_[is_float64].data() : nullptr};
+}
+
+namespace {
+
+// Calls use(part) for each of so many, on torch's threads.
+template <class Use>
+void in_parts(int64_t parts, Use use) {
+  if (parts == 1) return use(0);
+  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) use(part);
+  });
+}
+
+int64_t cut(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
+
+}  // namespace
+
+// The reduce phase: the sums of every tensor on the CPU.
+void Batch::gather(const AddShards& add_shards) {
+  const size_t count = static_cast<size_t>(rule_.sum_count);
+  for (const bool is_float64 : {false, true}) {
+    sums_[is_float64].resize(count * tasks[is_float64].size());
+    partials_[is_float64].resize(cpu::partial_sums(update_of(is_float64)));
+  }
+  const int64_t parts = this->parts();
+  in_parts(parts, [&](int64_t part) {
+    for (const bool is_float64 : {false, true}) {
+      if (tasks[is_float64].empty()) continue;
+      const int64_t blocks = starts_[is_float64].back();
+      cpu::gather_blocks(update_of(is_float64), cut(blocks, part, parts), cut(blocks, part + 1, parts),
+                         partials_[is_float64].data());
+    }
+  });
+  for (const bool is_float64 : {false, true})
+    for (size_t t = 0; t < tasks[is_float64].size(); ++t)
+      cpu::sums_of(update_of(is_float64), t, partials_[is_float64].data(), &sums_[is_float64][t * count]);
+  if (shards_.empty()) return;
+
+  static_assert(sizeof(Sum) == 2 * sizeof(double));
+  const auto rows = static_cast<int64_t>(shards_.size());
+  const at::Tensor shared = at::zeros({rows, rule_.sum_count, 2}, at::kDouble);
+  Sum* const values = static_cast<Sum*>(shared.mutable_data_ptr());
+  std::vector<const Shard*> shards;
+  const auto for_each_row = [&](auto use) {
+    for (size_t i = 0; i < shards_.size(); ++i) {
+      const auto& [shard, task, is_float64] = shards_[i];
+      if (task >= 0) use(&values[i * count], &sums_[is_float64][static_cast<size_t>(task) * count]);
+    }
+  };
+  for (const ShardedTask& item : shards_) shards.push_back(item.shard);
+  for_each_row([&](Sum* row, Sum* own) { std::copy(own, own + count, row); });
+  add_shards(shared, shards);
+  for_each_row([&](Sum* row, Sum* own) { std::copy(row, row + count, own); });
+}
+
+void Batch::work(bool counts, bool updates, const AddShards& add_shards) {
+  if (updates && rule_.sum_count > 0) gather(add_shards);
+  if (updates && cuda_entries_ != 0) cuda.run(gradient_scale_, std::exchange(scaling_, {}), add_shards);
   const int64_t tensors = static_cast<int64_t>(entries.size());
-  const int64_t parts = threads_for(elements + kTensorElements * (tensors - static_cast<int64_t>(cuda_entries_)));
   // Equal shares: a thread has the same tensors in every step, and so does its cache.
-  const auto run_part = [&](int64_t part) {
-    const auto cut = [&](int64_t count, int64_t at) { return count * at / parts; };
+  const int64_t parts = this->parts();
+  in_parts(parts, [&](int64_t part) {
     if (counts)
-      for (int64_t i = cut(tensors, part); i < cut(tensors, part + 1); ++i) count_and_tell(entries[i]);
+      for (int64_t i = cut(tensors, part, parts); i < cut(tensors, part + 1, parts); ++i) count_and_tell(entries[i]);
     if (counts && part == 0)
       for (VersionCounter* counter : outer_written_) move_on(counter);
     for (int is_float64 = 0; is_float64 < 2 && updates; ++is_float64) {
       if (tasks[is_float64].empty()) continue;
-      const cpu::Update update{tasks[is_float64].data(), starts_[is_float64].data(), tasks[is_float64].size(), &rule_,
-                               is_float64 == 1};
       const int64_t blocks = starts_[is_float64].back();
-      cpu::run_blocks(update, cut(blocks, part), cut(blocks, part + 1));
+      cpu::run_blocks(update_of(is_float64), cut(blocks, part, parts), cut(blocks, part + 1, parts));
     }
-  };
-  if (parts == 1) return run_part(0);
-  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) run_part(part);
   });
 }
 

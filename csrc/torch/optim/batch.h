@@ -5,6 +5,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <deque>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -99,10 +100,14 @@ class Batch {
   // The step. `prepare` reads the groups' values. `count` moves version counters and step counts, and `update` changes
   // the elements and touches nothing else, so that it may run without Python's interpreter if the tensors' memory is
   // kept. `run` does both. RuntimeError for a step that a CUDA graph could not repeat, where one is being captured.
+  // `add_shards` is called in between where a rule with a reduce phase meets DTensors; then `run` does not do.
   void prepare(double gradient_scale, const DeviceScaling& scaling = {});
-  void run() { work(true, true); }
-  void count() { work(true, false); }
-  void update() { work(false, true); }
+  void run() { work(true, true, {}); }
+  void count() { work(true, false, {}); }
+  void update(const AddShards& add_shards = {}) { work(false, true, add_shards); }
+
+  // Whether the rule's sums are over tensors of which other processes hold parts.
+  bool sums_over_shards() const { return !shards_.empty() || cuda.sums_over_shards(); }
 
   // True if the device alone can skip the step: every parameter lies there, and so does the count of its steps.
   bool is_for_devices_alone() const { return cuda_entries_ == entries.size() && !cuda.counts_on_host(); }
@@ -134,8 +139,17 @@ class Batch {
     bool counts, first, is_float64;
   };
 
+  // A DTensor on the CPU, in a rule with a reduce phase; task is -1 where this process holds no elements of it.
+  struct ShardedTask {
+    const Shard* shard;
+    int64_t task;
+    bool is_float64;
+  };
+
   const cpu::Rule& rule_;
   std::vector<int64_t> starts_[2];
+  std::vector<ShardedTask> shards_;
+  std::vector<Sum> partials_[2], sums_[2];  // of the reduce phase
   std::vector<ScalarsKey> scalars_keys_;
   std::vector<cpu::Scalars> scalars_;                                            // of each key
   std::vector<std::pair<const GroupValues*, const GroupValues*>> equal_groups_;  // different groups that share scalars
@@ -163,7 +177,10 @@ class Batch {
   void sort_written();
   template <class Use>
   void for_each_written(const Span&, Use use) const;
-  void work(bool counts, bool updates);
+  int64_t parts() const;
+  cpu::Update update_of(bool is_float64) const;
+  void gather(const AddShards& add_shards);
+  void work(bool counts, bool updates, const AddShards& add_shards);
   cpu::Scalars scalars_of(const ScalarsKey& key, double gradient_scale) const;
 };
 

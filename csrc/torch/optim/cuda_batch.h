@@ -3,13 +3,19 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <vector>
 
 #include "cuda/engine.h"
 #include "torch/cuda_device.h"
+#include "torch/layout.h"
 #include "torch/optim/group_values.h"
 
 namespace trainopt::aten {
+
+// Makes the sums of this process's shards those of the whole tensors. `sums` has a row for each tensor; its elements are
+// pairs of doubles, see core/sum.h. A null shard is that of a tensor which no other process has a part of.
+using AddShards = std::function<void(const at::Tensor& sums, const std::vector<const Shard*>& shards)>;
 
 // What GradScaler leaves on the device for a step; undefined where there is none.
 struct DeviceScaling {
@@ -38,16 +44,20 @@ class CudaBatch {
 
   // Notes a device that is written to; RuntimeError if there are no kernels for it.
   void visit(c10::Device);
-  // `group` must live as long as the step.
-  void add(const TensorTask&, const GroupValues* group, c10::Device, bool is_float64, bool first, const StepCount&);
+  // `group` and `shard`, of a DTensor or null, must live as long as the step.
+  void add(const TensorTask&, const GroupValues* group, c10::Device, bool is_float64, bool first, const StepCount&,
+           const Shard* shard);
 
   // Whether any count of steps is kept by the host, which must know then whether this step is skipped.
   bool counts_on_host() const;
   // Whether one of the devices' streams is being captured into a CUDA graph.
   bool is_captured() const;
 
-  // Launches the step.
-  void run(double gradient_scale, const DeviceScaling&);
+  // Whether the rule's sums are over tensors of which other processes hold parts.
+  bool sums_over_shards() const;
+
+  // Launches the step. `add_shards` is called where a rule with a reduce phase meets DTensors.
+  void run(double gradient_scale, const DeviceScaling&, const AddShards& add_shards);
 
  private:
   struct DeviceTask {
@@ -56,13 +66,14 @@ class CudaBatch {
     c10::Device device;
     bool is_float64, first;
     StepCount count;
+    const Shard* shard;
   };
 
   const cpu::Rule& rule_;
   std::vector<DeviceTask> device_tasks_;
   std::vector<c10::Device> devices_;
 
-  void run_on(c10::Device, bool is_float64, double gradient_scale, const DeviceScaling&);
+  void run_on(c10::Device, bool is_float64, double gradient_scale, const DeviceScaling&, const AddShards&);
 };
 
 #else
@@ -73,10 +84,11 @@ class CudaBatch {
   void clear() {}
   bool empty() const { return true; }
   void visit(c10::Device) {}
-  void add(const TensorTask&, const GroupValues*, c10::Device, bool, bool, const StepCount&) {}
+  void add(const TensorTask&, const GroupValues*, c10::Device, bool, bool, const StepCount&, const Shard*) {}
   bool counts_on_host() const { return false; }
   bool is_captured() const { return false; }
-  void run(double, const DeviceScaling&) {}
+  bool sums_over_shards() const { return false; }
+  void run(double, const DeviceScaling&, const AddShards&) {}
 };
 
 #endif

@@ -1,0 +1,62 @@
+// Sums that do not depend on how their terms are cut into parts: over threads, vectors, blocks of a GPU or processes.
+//
+// A sum is kept in two doubles, to twice the precision of one, and rounded to one double at its end. So another order of
+// additions moves its bits in one of about 2^45 sums. Where the order could be anything, it is fixed all the same: terms
+// come in chunks of kSumChunk, each from the tensor's own element 0. A chunk is eight segments, one after the other, and
+// a segment 32 lanes: element i is added to lane i % 32, and the lanes are combined pairwise, 16 apart, then 8, ... The
+// chunks' sums are combined likewise. A warp of a GPU has a lane for each of its threads, and any vector register holds a
+// few of them, so all engines keep to this order without a detour.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+
+namespace trainopt {
+
+constexpr int64_t kSumChunk = 16384;
+constexpr int kSumSegments = 8;
+constexpr int kSumLanes = 32;
+constexpr int64_t kSumSegment = kSumChunk / kSumSegments;
+
+TRAINOPT_FUNCTION int64_t sum_chunks(int64_t numel) { return numel / kSumChunk + (numel % kSumChunk != 0); }
+
+// T is double, or a vector of doubles.
+template <class T>
+struct SumOf {
+  T high, low;  // high + low, of which `low` is what was lost to rounding in `high`
+};
+using Sum = SumOf<double>;
+
+// Knuth's two-sum: what the addition loses is found exactly.
+template <class T>
+TRAINOPT_FUNCTION void add_term(SumOf<T>& sum, T term) {
+  const T high = sum.high + term;
+  const T added = high - sum.high;
+  sum.low = sum.low + ((sum.high - (high - added)) + (term - added));
+  sum.high = high;
+}
+
+// The same bits for add(b, a).
+TRAINOPT_FUNCTION Sum add(Sum a, Sum b) {
+  const double high = a.high + b.high;
+  const double added = high - a.high;
+  const double low = (a.low + b.low) + ((a.high - (high - added)) + (b.high - added));
+  const double both = high + low;
+  if (!(both - both == 0)) return {high, 0};  // infinite or NaN: what was lost to rounding has no meaning
+  return {both, low - (both - high)};
+}
+
+TRAINOPT_FUNCTION double value_of(Sum sum) {
+  const double value = sum.high + sum.low;
+  return value - value == 0 ? value : sum.high;
+}
+
+// Combines the first `count` of these, and no more than kSumLanes: the first has the result.
+TRAINOPT_FUNCTION Sum combine_lanes(Sum (&lanes)[kSumLanes], int count) {
+  for (int width = kSumLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width && i + width < count; ++i) lanes[i] = add(lanes[i], lanes[i + width]);
+  return lanes[0];
+}
+
+}  // namespace trainopt

@@ -1,0 +1,247 @@
+// The reduce phase of rules that have one: what the elements of each tensor add to its sums, in the order of core/sum.h,
+// which is the CPU engine's too, and the scalars that follow from them. Nothing waits for the device.
+#include <type_traits>
+#include <vector>
+
+#include "core/sum.h"
+#include "cuda/access.h"
+#include "cuda/engine.h"
+#include "cuda/launch.h"
+#include "cuda/reduce.h"
+#include "cuda/step_table.h"
+#include "cuda/table.h"
+#include "rules/rules.h"
+
+namespace trainopt::cuda {
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+static_assert(kChunk == kSumChunk && kWarps == kSumSegments && kSumLanes == 32);
+
+template <class Base>
+struct WithPlace : Base {
+  int64_t place;  // of the sums of its first chunk
+};
+template <class Base>
+struct WithPartials : Base {
+  Sum* partials;
+};
+template <int kRoles, bool kStrided>
+using GatherTable = Table<WithPartials<Header<kStrided ? 1 : kPreparedSets>>,
+                          WithPlace<std::conditional_t<kStrided, StridedRow<kRoles>, Row<kRoles>>>, kParameterBytes>;
+
+// Elements of each tensor that a thread has under way, a warp's lanes apart. Single ones, whatever their type: they need
+// not be aligned, and a lane of a warp is a lane of the sum.
+template <class Storage>
+constexpr int kElements = std::is_same_v<Storage, Strided> ? 1 : 8;
+
+// One block, one chunk; a warp, a segment of it.
+template <class Rule, class S, StateSet kSet, class Storage>
+__global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
+    gather_kernel(const GatherTable<2 + count_of(kSet), std::is_same_v<Storage, Strided>> __grid_constant__ table) {
+  constexpr int kRoles = 2 + count_of(kSet), kCount = kSumCount<Rule>, kUnderWay = kElements<Storage>;
+  if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
+  const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
+  const auto& row = table.rows[index];
+  const Prepared* on_device = table.header.on_device;
+  const Prepared& prepared = on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared];
+  const Stages<S> stages = stages_of(prepared.scalars, S());
+  typename Rule::template Scalars<S> scalars;
+  __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
+
+  const int64_t chunk = static_cast<int32_t>(blockIdx.x) - table.first_chunk[index];
+  const int64_t begin = chunk * kChunk + threadIdx.x / 32 * kSumSegment;
+  const int64_t end = begin + kSumSegment < row.numel ? begin + kSumSegment : row.numel;
+  Sum sums[kCount] = {};
+  for (int64_t at = begin + threadIdx.x % 32; at < end; at += kSumLanes * kUnderWay) {
+    const int64_t left = (end - at + kSumLanes - 1) / kSumLanes;
+    const int count = left < kUnderWay ? static_cast<int>(left) : kUnderWay;
+    S value[kRoles][kUnderWay];
+#pragma unroll
+    for (int r = 0; r < kRoles; ++r) {
+      if constexpr (std::is_same_v<Storage, Strided>) {
+        const Layout& layout = row.layout[r];
+        value[r][0] = load_one<S>(row.data[r], row.dtype[r], layout.ndim == 0 ? at : offset_of(layout, at));
+      } else if constexpr (kIsOneType<Storage>) {
+        load_apart_of<Storage>(row.data[r], at, kSumLanes, count, S(0), value[r]);
+      } else {
+        load_apart(row.data[r], row.dtype[r], at, kSumLanes, count, S(0), value[r]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kUnderWay; ++i) {
+      if (i >= count) break;
+      S state[kStateCount<Rule>] = {};
+      int role = 2;
+#pragma unroll
+      for (int s = 0; s < kStateCount<Rule>; ++s)
+        if (contains(kSet, s)) state[s] = value[role++][i];
+      Term<S> terms[kCount];
+      gather_elements<Rule>(stages, scalars, value[0][i], value[1][i], state, terms);
+#pragma unroll
+      for (int s = 0; s < kCount; ++s)
+        add_term(sums[s], static_cast<double>(terms[s].a) * static_cast<double>(terms[s].b));
+    }
+  }
+  TRAINOPT_SHARED(Sum, of_warp, kWarps);
+  const auto both = [](Sum a, Sum b) { return add(a, b); };
+#pragma unroll
+  for (int s = 0; s < kCount; ++s) {
+    if (s > 0) __syncthreads();  // until the last one's slots have been read
+    const Sum sum = combine_block<kWarps>(sums[s], of_warp, both);
+    if (threadIdx.x == 0) table.header.partials[(row.place + chunk) * kCount + s] = sum;
+  }
+}
+
+// A tensor's chunks, of which one warp combines the sums.
+struct ChunksHeader {
+  const Sum* partials;
+  Sum* sums;  // of the first row
+  const float* found_inf;
+  int32_t sum_count;
+};
+struct ChunksRow {
+  int64_t place, chunks;
+};
+using ChunksTable = Table<ChunksHeader, ChunksRow, kParameterBytes>;
+
+__global__ void __launch_bounds__(32) combine_sums_kernel(const ChunksTable __grid_constant__ table) {
+  if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
+  const ChunksRow& row = table.rows[blockIdx.x];
+  const int count = table.header.sum_count;
+  for (int s = 0; s < count; ++s) {
+    Sum sum{0, 0};
+    for (int64_t c = threadIdx.x; c < row.chunks; c += kSumLanes)
+      sum = add(sum, table.header.partials[(row.place + c) * count + s]);
+    sum = combine_warp(sum, [](Sum a, Sum b) { return add(a, b); });
+    if (threadIdx.x == 0) table.header.sums[static_cast<int64_t>(blockIdx.x) * count + s] = sum;
+  }
+}
+
+template <class Base>
+struct WithSums : Base {
+  const Sum* sums;  // of the first row
+  Prepared* out;    // likewise
+};
+struct FinishRow {
+  uint32_t prepared;
+};
+using FinishTable = Table<WithSums<Header<kPreparedSets>>, FinishRow, kParameterBytes>;
+
+constexpr int kFinishThreads = 64;
+
+// One thread, one tensor.
+template <class Rule, class S>
+__global__ void __launch_bounds__(kFinishThreads) apply_sums_kernel(const FinishTable __grid_constant__ table) {
+  const int i = static_cast<int>(blockIdx.x) * kFinishThreads + static_cast<int>(threadIdx.x);
+  if (i >= table.count || (table.header.found_inf != nullptr && *table.header.found_inf != 0)) return;
+  const Prepared* on_device = table.header.on_device;
+  const uint32_t set = table.rows[i].prepared;
+  const Prepared& prepared = on_device != nullptr ? on_device[set] : table.header.prepared[set];
+  typename Rule::template Scalars<S> scalars;
+  __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
+  double values[kSumCount<Rule>];
+#pragma unroll
+  for (int s = 0; s < kSumCount<Rule>; ++s) values[s] = value_of(table.header.sums[i * kSumCount<Rule> + s]);
+  Rule::finish(scalars, values);
+  Prepared& out = table.header.out[i];
+  stages_of(out.scalars, S()) = stages_of(prepared.scalars, S());
+  __builtin_memcpy(out.scalars.rule, &scalars, sizeof scalars);
+  out.step = prepared.step;
+}
+
+// On the host -------------------------------------------------------------------------------------------------------
+
+void combine_sums(const Update& work, const Sum* partials, Sum* sums, int sum_count, Stream stream) {
+  ChunksTable table;
+  size_t done = 0;
+  const auto start = [&](const ChunksTable& full, int64_t tensors) {
+    launch("combine_sums", combine_sums_kernel, {tensors, 32}, stream, full);
+    done += static_cast<size_t>(tensors);
+  };
+  Filler<ChunksTable, decltype(start)> filler(table, start);
+  int64_t place = 0;
+  for (size_t t = 0; t < work.count; ++t) {
+    filler.make_room(1);
+    table.header = {partials, sums + done * static_cast<size_t>(sum_count), work.found_inf, sum_count};
+    filler.add(1) = {place, chunks_of(work.tasks[t].numel)};
+    place += chunks_of(work.tasks[t].numel);
+  }
+  filler.flush();
+}
+
+template <class Rule, class S>
+void gather_all(const Update& work, Sum* partials, Sum* sums, Stream stream) {
+  std::vector<int64_t> places{0};
+  for (size_t t = 0; t < work.count; ++t) places.push_back(places.back() + chunks_of(work.tasks[t].numel));
+  for_each_kind<Rule, S>(work, [&](auto set, auto storage, const std::vector<Kind>& kinds, Kind mine) {
+    constexpr StateSet kSet = decltype(set)::kSet;
+    using Storage = decltype(storage);
+    using Table = GatherTable<2 + count_of(kSet), std::is_same_v<Storage, Strided>>;
+    static_assert(sizeof(Table) <= kParameterBytes);
+    Table table;
+    table.header.partials = partials;
+    fill_tables(
+        work, table, [&](size_t t) { return kinds[t] == mine ? chunks_of(work.tasks[t].numel) : 0; },
+        [&](auto& row, size_t t) {
+          describe<S>(work.tasks[t], &row);
+          row.place = places[t];
+        },
+        [&](const Table& full, int64_t chunks) {
+          launch("gather", gather_kernel<Rule, S, kSet, Storage>, {chunks, kThreads}, stream, full);
+        });
+  });
+  combine_sums(work, partials, sums, kSumCount<Rule>, stream);
+}
+
+template <class Rule, class S>
+void finish_all(const Update& work, const Sum* sums, Prepared* out, Stream stream) {
+  static_assert(sizeof(FinishTable) <= kParameterBytes);
+  FinishTable table;
+  table.header.sums = sums;
+  table.header.out = out;
+  fill_tables(
+      work, table, [](size_t) { return int64_t{1}; }, [](FinishRow&, size_t) {},
+      [&](const FinishTable& full, int64_t tensors) {
+        const int64_t blocks = (tensors + kFinishThreads - 1) / kFinishThreads;
+        launch("apply_sums", apply_sums_kernel<Rule, S>, {blocks, kFinishThreads}, stream, full);
+        table.header.sums += tensors * kSumCount<Rule>;
+        table.header.out += tensors;
+      });
+}
+
+struct Reduction {
+  void (*gather)(const Update&, Sum*, Sum*, Stream);
+  void (*finish)(const Update&, const Sum*, Prepared*, Stream);
+};
+
+template <class Rule, class S>
+constexpr Reduction reduction() {
+  if constexpr (kSumCount<Rule> > 0) return {gather_all<Rule, S>, finish_all<Rule, S>};
+  return {nullptr, nullptr};
+}
+
+const Reduction& reduction_of(const Update& work) {
+#define TRAINOPT_REDUCTIONS(rule) {reduction<rule, float>(), reduction<rule, double>()},
+  static constexpr Reduction kReductions[][2] = {TRAINOPT_FOR_EACH_RULE(TRAINOPT_REDUCTIONS)};
+#undef TRAINOPT_REDUCTIONS
+  return kReductions[work.rule][work.is_float64];
+}
+
+}  // namespace
+
+size_t partial_sums(const Update& work, int sum_count) {
+  int64_t chunks = 0;
+  for (size_t t = 0; t < work.count; ++t) chunks += chunks_of(work.tasks[t].numel);
+  return static_cast<size_t>(chunks) * static_cast<size_t>(sum_count);
+}
+
+void gather(const Update& work, Sum* partials, Sum* sums, Stream stream) {
+  reduction_of(work).gather(work, partials, sums, stream);
+}
+
+void finish(const Update& work, const Sum* sums, Prepared* out, Stream stream) {
+  reduction_of(work).finish(work, sums, out, stream);
+}
+
+}  // namespace trainopt::cuda

@@ -1,0 +1,183 @@
+// The lists of tensors that the kernels of a step work on, and how the host fills them: a kernel for each rule, set of
+// states and way in which a parameter's tensors are stored.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cuda/access.h"
+#include "cuda/engine.h"
+#include "cuda/table.h"
+#include "rules/rules.h"
+
+namespace trainopt::cuda {
+namespace {
+
+// The tensors of one parameter: the parameter itself, its gradient, its states.
+template <int kRoles>
+struct Row {
+  void* data[kRoles];
+  int64_t numel;
+  uint32_t prepared, tensor;
+  DType dtype[kRoles];
+  bool vectorisable;  // all of them
+};
+
+// Of tensors that are not one run in memory: with where their elements lie.
+template <int kRoles>
+struct StridedRow : Row<kRoles> {
+  Layout layout[kRoles];  // of no dimensions: one run
+  ShardLayout shard;      // where the elements lie in the whole; of no dimensions: that they are
+};
+
+// What the host has prepared travels with the table, so many sets at most in one launch.
+template <int kSets>
+struct Header {
+  Prepared prepared[kSets];
+  const Prepared* on_device;  // if not null: these instead
+  const float* found_inf;
+};
+
+constexpr int kPreparedSets = kParameterBytes > 4096 ? 16 : 4;
+
+template <int kRoles, bool kStrided>
+struct TableOf {
+  using type = Table<Header<kPreparedSets>, Row<kRoles>, kParameterBytes>;
+};
+template <int kRoles>
+struct TableOf<kRoles, true> {
+  using type = Table<Header<1>, StridedRow<kRoles>, kParameterBytes>;
+};
+
+// How all tensors of a parameter are stored: as one type; as each tensor's dtype says; the same, with layouts.
+struct Mixed {};
+struct Strided {};
+template <class Storage>
+constexpr bool kIsOneType = !std::is_same_v<Storage, Mixed> && !std::is_same_v<Storage, Strided>;
+
+// On the host -------------------------------------------------------------------------------------------------------
+
+// The tensors of a task in the order of their roles.
+struct Roles {
+  const TensorView* view[2 + kMaxStates];
+  int count = 2;
+
+  explicit Roles(const TensorTask& task) : view{&task.param, &task.gradient} {
+    for (const TensorView& state : task.state)
+      if (state.data != nullptr) view[count++] = &state;
+  }
+};
+
+// How a task's tensors are stored.
+enum class StoredAs : uint8_t { kFloat32, kBFloat16, kFloat16, kMixed, kStrided };
+
+template <class S>
+StoredAs stored_as(const TensorTask& task, const Roles& roles) {
+  if (task.shard != nullptr) return StoredAs::kStrided;
+  bool same = sizeof(S) == sizeof(float), vectorisable = true;
+  const DType dtype = task.param.dtype;
+  for (int r = 0; r < roles.count; ++r) {
+    const TensorView& view = *roles.view[r];
+    if (view.layout != nullptr) return StoredAs::kStrided;
+    same = same && view.dtype == dtype;
+    vectorisable = vectorisable && is_vectorisable<S>(view);
+  }
+  if (!same || !vectorisable) return StoredAs::kMixed;
+  return dtype == DType::kFloat32    ? StoredAs::kFloat32
+         : dtype == DType::kBFloat16 ? StoredAs::kBFloat16
+         : dtype == DType::kFloat16  ? StoredAs::kFloat16
+                                     : StoredAs::kMixed;
+}
+
+// Which kernel a task is for.
+struct Kind {
+  StateSet states;
+  StoredAs stored;
+
+  bool operator==(const Kind& other) const { return states == other.states && stored == other.stored; }
+};
+
+// Fills a row with a task's tensors.
+template <class S, class RowType>
+void describe(const TensorTask& task, RowType* row) {
+  constexpr int kRoles = sizeof(row->data) / sizeof(row->data[0]);
+  row->numel = task.numel;
+  row->tensor = task.tensor;
+  row->vectorisable = true;
+  const Roles roles(task);
+  for (int r = 0; r < kRoles; ++r) {
+    const TensorView& view = *roles.view[r];
+    row->data[r] = view.data;
+    row->dtype[r] = view.dtype;
+    row->vectorisable = row->vectorisable && is_vectorisable<S>(view);
+    if constexpr (std::is_base_of_v<StridedRow<kRoles>, RowType>)
+      row->layout[r] = view.layout != nullptr ? *view.layout : Layout{};
+  }
+  if constexpr (std::is_base_of_v<StridedRow<kRoles>, RowType>)
+    row->shard = task.shard != nullptr ? *task.shard : ShardLayout{};
+}
+
+// Fills tables with the tasks that take any blocks, by blocks(t), and hands each to start(table, blocks). fill(row, t)
+// completes a row; which of the prepared scalars are its is written here.
+template <class Table, class Blocks, class Fill, class Start>
+void fill_tables(const Update& work, Table& table, Blocks blocks, Fill fill, Start start) {
+  constexpr uint32_t kSets = sizeof(Table::header.prepared) / sizeof(Prepared);
+  table.header.on_device = work.prepared_on_device ? work.prepared : nullptr;
+  table.header.found_inf = work.found_inf;
+  uint32_t sets[kSets] = {}, set_count = 0;  // what is in the table
+  const auto hand_over = [&](const Table& full, int64_t total) {
+    start(full, total);
+    set_count = 0;
+  };
+  Filler<Table, decltype(hand_over)> filler(table, hand_over);
+  for (size_t t = 0; t < work.count; ++t) {
+    const int64_t needed = blocks(t);
+    if (needed == 0) continue;
+    filler.make_room(needed);
+    uint32_t set = work.tasks[t].prepared;
+    if (!work.prepared_on_device) {
+      // The last first: they are nearly always the ones.
+      for (set = set_count; set > 0 && sets[set - 1] != work.tasks[t].prepared;) --set;
+      if (set == 0) {
+        if (set_count == kSets) filler.flush();
+        table.header.prepared[set_count] = work.prepared[work.tasks[t].prepared];
+        sets[set_count] = work.tasks[t].prepared;
+        set = ++set_count;
+      }
+      --set;
+    }
+    auto& row = filler.add(needed);
+    row.prepared = set;
+    fill(row, t);
+  }
+  filler.flush();
+}
+
+// Calls use(set, storage, kinds, mine) for each kind of which there are tasks.
+template <class Rule, class S, class Use>
+void for_each_kind(const Update& work, Use use) {
+  std::vector<Kind> kinds;
+  kinds.reserve(work.count);
+  for (size_t t = 0; t < work.count; ++t) {
+    const TensorTask& task = work.tasks[t];
+    kinds.push_back({states_of<Rule>(task), stored_as<S>(task, Roles(task))});
+  }
+  for_each_set<Rule>([&](auto set) {
+    const auto run = [&](auto storage, StoredAs stored) {
+      const Kind mine{decltype(set)::kSet, stored};
+      if (std::find(kinds.begin(), kinds.end(), mine) != kinds.end()) use(set, storage, kinds, mine);
+    };
+    if constexpr (sizeof(S) == sizeof(float)) {
+      run(float(), StoredAs::kFloat32);
+      run(BFloat16(), StoredAs::kBFloat16);
+      run(Float16(), StoredAs::kFloat16);
+    }
+    run(Mixed(), StoredAs::kMixed);
+    run(Strided(), StoredAs::kStrided);
+  });
+}
+
+}  // namespace
+}  // namespace trainopt::cuda
