@@ -96,8 +96,8 @@ clients: build $(TOOLS_READY) $(CLIENTS_READY)
 	$(PYTEST) tests/clients $(ARGS)
 
 # -P: else the package in this directory comes before the emulated one.
-emulated: $(TOOLS_READY)
-	@$(RUN) setup.py -q emulate
+emulated: build $(TOOLS_READY)
+	@$(RUN) -m tools.emulate
 	PYTHONPATH=build/emulated:. $(subst -m pytest,-P -m pytest,$(PYTEST)) tests/cuda --emulated $(ARGS)
 
 bench: build $(TOOLS_READY)
@@ -154,7 +154,7 @@ gpu-profile: build $(TOOLS_READY)
 	$(RUN) -m tools.gpu_profile $(GPU) $(ARGS)
 
 sanitize: build $(TOOLS_READY)
-	$(RUN) setup.py -q sanitize
+	$(RUN) -m tools.sanitize
 
 clean:
 	rm -rf build dist trainopt.egg-info trainopt/_build.py trainopt/_C.*.so
