@@ -40,6 +40,8 @@ endif
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # For a part of gpu-check.
 GPU = --results '$(RESULTS)' $(if $(MINUTES),--minutes $(MINUTES))
+# The tests that run on a GPU, or on the device that is emulated; those outside tests/cuda run on the CPU too.
+ON_A_DEVICE = tests/cuda $(addprefix tests/test_losses_,cross_entropy.py linear.py pointwise.py)
 CXX_FILES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h csrc/*/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp tests/simt/*.h tests/simt/*.cpp)
 
 # command || $(FAIL) "what to do"
@@ -96,9 +98,9 @@ clients: build $(TOOLS_READY) $(CLIENTS_READY)
 	$(PYTEST) tests/clients $(ARGS)
 
 # -P: else the package in this directory comes before the emulated one.
-emulated: $(TOOLS_READY)
-	@$(RUN) setup.py -q emulate
-	PYTHONPATH=build/emulated:. $(subst -m pytest,-P -m pytest,$(PYTEST)) tests/cuda --emulated $(ARGS)
+emulated: build $(TOOLS_READY)
+	@$(RUN) -m tools.emulate
+	PYTHONPATH=build/emulated:. $(subst -m pytest,-P -m pytest,$(PYTEST)) $(ON_A_DEVICE) --emulated $(ARGS)
 
 bench: build $(TOOLS_READY)
 	for name in $(BENCH); do $(RUN) -m benchmarks.$$name $(ARGS) || exit 1; done
@@ -154,7 +156,7 @@ gpu-profile: build $(TOOLS_READY)
 	$(RUN) -m tools.gpu_profile $(GPU) $(ARGS)
 
 sanitize: build $(TOOLS_READY)
-	$(RUN) setup.py -q sanitize
+	$(RUN) -m tools.sanitize
 
 clean:
 	rm -rf build dist trainopt.egg-info trainopt/_build.py trainopt/_C.*.so

@@ -30,7 +30,7 @@ def copy_of_sources(folder):
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile"):
         shutil.copy2(ROOT / name, folder)
     (folder / "README.md").touch()
-    for name in ("csrc", "trainopt", "tests"):
+    for name in ("csrc", "trainopt", "tests", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "_build.py", "__pycache__"))
     return folder
 

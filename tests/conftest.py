@@ -1,9 +1,10 @@
-"""What the tests share: the SIMD variants, and settings of the process that every test leaves as it found them. And
-what they do without: a file that imports an optional package which is not installed is skipped, and says so.
+"""What the tests share: the devices, the SIMD variants, and settings of the process that every test leaves as it found
+them. And what they do without: a file that imports an optional package which is not installed is skipped, and says so.
 """
 
 import pytest
 import torch
+from devices import DEVICES, HAS_GPU, IS_EMULATED
 
 from trainopt._extension import _C
 
@@ -12,6 +13,20 @@ OPTIONAL = {"expecttest", "hypothesis", "matplotlib", "mlxtend", "numpy", "rich"
 OPTIONAL |= {"accelerate", "ignite", "lightning", "peft", "timm", "transformers", "trl"}
 
 VARIANTS = [name for name, usable in _C.cpu_variants().items() if usable]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--emulated", action="store_true", help="fail unless trainopt is the one on the emulated device")
+    parser.addoption("--gpu", action="store_true", help="fail unless there is a GPU that trainopt is built for")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a real GPU")
+    if config.getoption("--emulated", default=False) and not IS_EMULATED:
+        raise pytest.UsageError(f"trainopt is built for {_C.device_types()}, not for the emulated device")
+    if config.getoption("--gpu", default=False) and not HAS_GPU:
+        found = "finds a GPU" if torch.cuda.is_available() else "finds no GPU"
+        raise pytest.UsageError(f"trainopt is built for {_C.device_types()}, and torch {found}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -23,6 +38,27 @@ def pytest_make_collect_report(collector):
         report.outcome = "skipped"
         report.longrepr = str(collector.path), None, f"Skipped: the package {error.name} is not installed"
     return report
+
+
+@pytest.fixture(params=DEVICES, scope="session")
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def no_faults():
+    """Fails a test whose kernels race, read what was never set, or leave the memory that they were given."""
+    if not IS_EMULATED:
+        yield
+        return
+    _C.simt.take_faults()
+    yield
+    _C.simt.forbid_synchronisation(False)
+    _C.simt.set_capturing(False)
+    _C.simt.set_order(ascending=True)
+    _C.simt.set_device(0)
+    faults = _C.simt.take_faults()
+    assert not faults, "\n".join(faults)
 
 
 @pytest.fixture(autouse=True)

@@ -67,6 +67,19 @@ def run(loss: Loss, operands: Sequence[Tensor], upstream: Tensor | None = None) 
     return [value.detach(), *torch.autograd.grad(value, wanted, upstream, allow_unused=True)]
 
 
+def on(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on tensors that are moved to the device, its results brought back; gradients find their way."""
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    def there(*arguments: Any, **options: Any) -> Any:
+        result = function(*map(moved, arguments), **{name: moved(value) for name, value in options.items()})
+        return tuple(value.cpu() for value in result) if isinstance(result, tuple) else result.cpu()
+
+    return there
+
+
 def judge(
     ours: Callable[..., Tensor],
     torchs: Callable[..., Tensor],

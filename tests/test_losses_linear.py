@@ -5,14 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from loss_judge import REDUCTIONS, assert_no_worse, classes, judge, random, run
+from loss_judge import REDUCTIONS, assert_no_worse, classes, judge, on, random, run
 from torch.nn import functional as F
 
 from trainopt import functional
 from trainopt.losses import reference
 from trainopt.losses.options import CrossEntropyOptions
 
-WIDTH, WORDS = 12, 31
+WIDTH, WORDS = 12, 37
 
 
 def problem(tokens=(9,), words=WORDS, width=WIDTH, kind="classes", ignored=None, seed=0):
@@ -36,7 +36,7 @@ def by_logits(hidden, layer, target, linear_bias=None, weight=None, **options):
     return result[0] if settings.z_loss else result
 
 
-def compare(hidden, layer, bias, target, dtype, roundings=8.0, **options):
+def compare(device, hidden, layer, bias, target, dtype, roundings=8.0, **options):
     def order(function):
         if bias is None:
             return lambda h, w, t, **given: function(h, w, t, **given)
@@ -44,7 +44,7 @@ def compare(hidden, layer, bias, target, dtype, roundings=8.0, **options):
 
     operands = [hidden, layer] if bias is None else [hidden, layer, bias]
     judge(
-        order(functional.linear_cross_entropy),
+        order(on(device, functional.linear_cross_entropy)),
         order(by_logits),
         operands,
         dtype,
@@ -56,7 +56,7 @@ def compare(hidden, layer, bias, target, dtype, roundings=8.0, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_the_grid(dtype, reduction):
+def test_the_grid(device, dtype, reduction):
     for kind, with_bias, weighted, smoothing, extras in itertools.product(
         ("classes", "probabilities"),
         (False, True),
@@ -71,6 +71,7 @@ def test_the_grid(dtype, reduction):
     ):
         hidden, weight, bias, target = problem(kind=kind, ignored=3)
         compare(
+            device,
             hidden,
             weight,
             bias if with_bias else None,
@@ -87,20 +88,20 @@ def test_the_grid(dtype, reduction):
 
 @pytest.mark.parametrize("tokens", [(), (1,), (5,), (0,)], ids=str)
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
-def test_shapes(tokens, kind):
+def test_shapes(device, tokens, kind):
     hidden, weight, bias, target = problem(tokens, kind=kind)
-    for reduction in REDUCTIONS:
-        compare(hidden, weight, bias, target, torch.float32, reduction=reduction, memory_budget=300)
+    for reduction, dtype in itertools.product(REDUCTIONS, (torch.float32, torch.bfloat16)):
+        compare(device, hidden, weight, bias, target, dtype, reduction=reduction, memory_budget=300)
 
 
-def test_strides():
+def test_strides(device):
     hidden, weight, bias, target = problem((20,))
     layouts = (lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), lambda x: x.repeat_interleave(2, -1)[..., ::2])
     for change in layouts:
-        compare(change(hidden), change(weight), bias, target, torch.float32)
-    compare(hidden, weight, bias[:1].expand(WORDS), target.repeat_interleave(2)[::2], torch.float32)
+        compare(device, change(hidden), change(weight), bias, target, torch.float32)
+    compare(device, hidden, weight, bias[:1].expand(WORDS), target.repeat_interleave(2)[::2], torch.float32)
     probabilities = random(20, 2 * WORDS).softmax(-1)[..., ::2]
-    compare(hidden, weight, bias, probabilities, torch.float32, memory_budget=4 * WORDS * 4)
+    compare(device, hidden, weight, bias, probabilities, torch.float32, memory_budget=4 * WORDS * 4)
 
 
 def gradient_error(chunks, dtype, tokens=1024, words=40, width=24):

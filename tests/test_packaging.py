@@ -170,7 +170,7 @@ def test_nothing_is_compiled_for_the_machine_that_builds(built_tree):
 @needs_source_tree
 def test_sdist_has_what_a_build_needs(source_tree):
     (source_tree / "trainopt/_build.py").write_text("TORCH = 'of this machine'\n")
-    wanted = [path for folder in ("csrc", "trainopt", "tests") for path in (source_tree / folder).rglob("*.*")]
+    wanted = [path for folder in ("csrc", "trainopt", "tests", "tools") for path in (source_tree / folder).rglob("*.*")]
     wanted += [source_tree / name for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md")]
     result = python("setup.py", "-q", "sdist", cwd=source_tree)
     assert result.returncode == 0, result.stderr

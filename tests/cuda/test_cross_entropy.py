@@ -1,70 +1,17 @@
-"""cross_entropy on a device: judged against torch in float64 on the CPU, without waiting, with bad targets told of."""
+"""What cross_entropy does on a device alone: nothing waits, forward makes gradients, bad targets are told of late."""
 
 import itertools
 
 import pytest
 import torch
-from loss_judge import (
-    DTYPES,
-    REDUCTIONS,
-    assert_no_worse,
-    classes,
-    exact_cross_entropy,
-    judge,
-    large_logits,
-    random,
-    run,
-)
-from losses import on
+from loss_judge import DTYPES, REDUCTIONS, assert_no_worse, on, random, run
+from test_losses_cross_entropy import compare, problem
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from trainopt import functional
 from trainopt._extension import _C
-from trainopt.losses import reference
-from trainopt.losses.options import CrossEntropyOptions
-
-ROWS = {"1-D": (), "2-D": (5,), "3-D": (3, 4), "4-D": (2, 3, 2)}
-EXTRAS = {
-    "z_loss": {"z_loss": 0.1},
-    "softcap": {"softcap": 2.0},
-    "temperature": {"temperature": 0.5},
-    "cooler": {"temperature": 3.0, "softcap": 2.0},
-    "all": {"z_loss": 0.1, "softcap": 2.0, "label_smoothing": 0.2, "temperature": 2.0},
-}
-
-
-def problem(rows, kind="classes", count=7, ignored=None, seed=0):
-    """Float64 logits, and a target of the kind."""
-    shape = (count,) if rows == () else (rows[0], count, *rows[1:])
-    logits = random(*shape, seed=seed, scale=3)
-    if kind == "probabilities":
-        return logits, random(*shape, seed=seed + 1).softmax(0 if rows == () else 1)
-    target = classes(rows, count, seed)
-    if ignored is not None and target.dim() > 0:
-        target.view(-1)[::3] = ignored
-    return logits, target
-
-
-def compare(device, logits, target, dtype, weighted=False, **options):
-    class_dim = 0 if logits.dim() == 1 else 1
-    weight = random(logits.shape[class_dim], seed=5).abs() + 0.1 if weighted else None
-    judge(
-        on(device, functional.cross_entropy),
-        F.cross_entropy,
-        [logits],
-        dtype,
-        options,
-        constants=[target, weight],
-        gradient_unit=float(logits.shape[class_dim] == 1),
-    )
-
-
-def by_torch(logits, target, weight=None, **options):
-    """With trainopt's extras, in plain torch."""
-    result = reference.cross_entropy(logits, target, weight, CrossEntropyOptions(**options))
-    return result[0] if isinstance(result, tuple) else result
 
 
 def test_the_operator_takes_it(device):
@@ -72,151 +19,6 @@ def test_the_operator_takes_it(device):
     options = (False, 1, -100, 0.0, 0.0, 0.0, False, 1.0)
     assert _C.cross_entropy(logits.to(device), target.to(device), None, *options) is not None
     assert _C.cross_entropy(logits.to(device), target, None, *options) is None  # torch says what is wrong with that
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_the_grid(device, dtype, reduction, rows):
-    for kind, ignore_index, weighted, smoothing in itertools.product(
-        ("classes", "probabilities"), (-100, 2, 1000), (False, True), (0.0, 0.1)
-    ):
-        if kind == "probabilities" and ignore_index != -100:
-            continue
-        logits, target = problem(rows, kind, ignored=ignore_index)
-        options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": smoothing}
-        compare(device, logits, target, dtype, weighted, **options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 255, 257, 1024, 1025, 4099])
-def test_numbers_of_classes(device, dtype, count):
-    for kind, options in itertools.product(("classes", "probabilities"), ({}, {"label_smoothing": 0.1})):
-        logits, target = problem((3,), kind, count)
-        compare(device, logits, target, dtype, **options)
-
-
-def test_a_vocabulary(device):
-    logits, target = problem((2,), count=50257)
-    compare(device, logits, target, torch.float32)
-    compare(device, logits, target, torch.bfloat16, label_smoothing=0.1)
-
-
-@pytest.mark.parametrize("count", [0, 1, 127, 129, 1030])
-def test_numbers_of_rows(device, count):
-    for words in (3, 40):
-        logits, target = problem((count,), count=words)
-        compare(device, logits, target, torch.float32, reduction="sum")
-
-
-@pytest.mark.parametrize("kind", ["classes", "probabilities"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_layouts(device, kind, dtype):
-    changes = {
-        "channels_last": lambda x: x.to(memory_format=torch.channels_last),
-        "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-        "every second class": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
-        "expanded": lambda x: x[:1].expand(x.shape),
-        "one element on": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
-    }
-    for (name, change), count in itertools.product(changes.items(), (7, 40)):
-        for rows in ((3, 4, 2), (6,)) if name != "channels_last" else ((3, 4, 2),):
-            logits, target = problem(rows, kind, count)
-
-            def ours(x, t, change=change):
-                return functional.cross_entropy(change(x), t, label_smoothing=0.1)
-
-            def torchs(x, t, change=change):
-                return F.cross_entropy(change(x), t, label_smoothing=0.1)
-
-            judge(on(device, ours), torchs, [logits], dtype, constants=[target])
-
-
-@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
-@pytest.mark.parametrize("kind", ["classes", "probabilities"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_extras(device, dtype, kind, extras):
-    for reduction, count in itertools.product(REDUCTIONS, (7, 40)):
-        logits, target = problem((5,), kind, count, ignored=-100)
-        judge(
-            on(device, functional.cross_entropy),
-            by_torch,
-            [logits],
-            dtype,
-            {"reduction": reduction, **extras},
-            constants=[target],
-            roundings=4,
-        )
-
-
-@pytest.mark.parametrize("count", [5, 100, 1500])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_soft_caps_beyond_all_numbers(device, dtype, count):
-    logits, target = problem((3,), count=count)
-    logits[:, 2] = 0
-    ours, logits = on(device, functional.cross_entropy), logits.to(dtype)
-    for softcap in (1e39, 1e300, 1e-39, 1e-300):
-        found = run(lambda x, s=softcap: ours(x, target, softcap=s), [logits])
-        expected = run(lambda x, s=softcap: functional.cross_entropy(x, target, softcap=s), [logits])
-        for mine, cpus in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, cpus)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_z_loss_comes_separately(device, reduction):
-    logits, target = problem((6,), ignored=-100)
-    options = {"reduction": reduction, "z_loss": 0.1, "return_z_loss": True}
-    found = on(device, functional.cross_entropy)(logits, target, **options)
-    for mine, theirs in zip(found, functional.cross_entropy(logits, target, **options), strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("rows", [(4,), (2, 3), (0,)], ids=str)
-def test_all_ignored(device, reduction, rows):
-    for empty, smoothing in itertools.product(("nan", "zero"), (0.0, 0.1)):
-        logits, target = problem(rows)
-        target.fill_(-100)
-        options = {"reduction": reduction, "empty": empty, "label_smoothing": smoothing}
-        loss, gradient = run(lambda x, t=target, o=options: on(device, functional.cross_entropy)(x, t, **o), [logits])
-        expected, zeros = run(lambda x, t=target, o=options: by_torch(x, t, **o), [logits])
-        torch.testing.assert_close(loss, expected, equal_nan=True)
-        assert torch.equal(gradient, torch.zeros_like(zeros))
-
-
-def test_logits_that_are_extreme(device):
-    logits, target = problem((6,), count=40)
-    logits[0] += 1e4
-    logits[1, 3:] = -torch.inf
-    target[1] = 1
-    logits[2, 5] = torch.nan
-    logits[3, 5] = torch.inf
-    compare(device, logits, target, torch.float32, reduction="none")
-
-
-@pytest.mark.parametrize("size", [1.0, 1e3, 1e6, 1e17, -1e17])
-@pytest.mark.parametrize("count", [5, 100, 1500])
-def test_large_logits_lose_no_digits(device, count, size):
-    """One double of peak + log_sum loses log_sum: the loss of 1,000 ties at 1e17 was 0, and is log(1000)."""
-    logits, target = large_logits(count, size), classes((3,), count)
-    for by_layout in (
-        functional.cross_entropy,
-        lambda x, t, **options: functional.cross_entropy(x.t().contiguous().t(), t, **options),
-        lambda x, t, **options: functional.linear_cross_entropy(
-            torch.eye(len(x), dtype=x.dtype, device=x.device), x.t(), t, **options
-        ),
-    ):
-        ours = on(device, by_layout)
-        found = run(lambda x, ours=ours: ours(x, target, reduction="sum"), [logits])[1:]
-        found = [ours(logits, target, reduction="none"), *found]
-        for mine, exact in zip(found, exact_cross_entropy(logits, target), strict=True):
-            torch.testing.assert_close(mine, exact, rtol=2e-15, atol=2e-15)
-        loss, gradient = run(lambda x, ours=ours: ours(x, target, reduction="sum", z_loss=0.1), [logits])
-        losses, exact = exact_cross_entropy(logits, target, z_loss=0.1)
-        torch.testing.assert_close(loss, losses.sum(), rtol=4e-15, atol=0)
-        torch.testing.assert_close(gradient, exact, rtol=4e-15, atol=2e-15)
-    compare(device, logits, target, torch.float32, reduction="none")
-    compare(device, logits, target, torch.bfloat16, reduction="none")
 
 
 # Without waiting ------------------------------------------------------------------------------------------------------

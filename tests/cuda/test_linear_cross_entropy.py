@@ -1,100 +1,12 @@
 """linear_cross_entropy on a device: judged against torch in float64 on the CPU, in chunks, without waiting."""
 
-import itertools
-
 import pytest
 import torch
-from loss_judge import REDUCTIONS, classes, judge, random, run
-from losses import on
+from loss_judge import REDUCTIONS, on, random, run
+from test_losses_linear import WORDS, by_logits, problem
 
 from trainopt import functional
 from trainopt._extension import _C
-from trainopt.losses import reference
-from trainopt.losses.options import CrossEntropyOptions
-
-WIDTH, WORDS = 12, 37
-
-
-def problem(tokens=(9,), words=WORDS, width=WIDTH, kind="classes", ignored=None, seed=0):
-    """Hidden states, weight, bias in float64, and a target."""
-    hidden, weight = random(*tokens, width, seed=seed), random(words, width, seed=seed + 1)
-    bias = random(words, seed=seed + 2)
-    if kind == "probabilities":
-        return hidden, weight, bias, random(*tokens, words, seed=seed + 3).softmax(-1)
-    target = classes(tokens, words, seed)
-    if ignored is not None:
-        target.view(-1)[::3] = ignored
-    return hidden, weight, bias, target
-
-
-def by_logits(hidden, layer, target, linear_bias=None, weight=None, **options):
-    """The same in plain torch, with the logits stored."""
-    options.pop("memory_budget", None)
-    out_dtype = options.pop("out_dtype", None)
-    settings = CrossEntropyOptions(**{"ignore_index": None, **options})
-    result = reference.linear_cross_entropy(hidden, layer, target, linear_bias, weight, settings, out_dtype)
-    return result[0] if settings.z_loss else result
-
-
-def compare(device, hidden, layer, bias, target, dtype, **options):
-    def order(function):
-        if bias is None:
-            return lambda h, w, t, **given: function(h, w, t, **given)
-        return lambda h, w, b, t, **given: function(h, w, t, linear_bias=b, **given)
-
-    judge(
-        order(on(device, functional.linear_cross_entropy)),
-        order(by_logits),
-        [hidden, layer] if bias is None else [hidden, layer, bias],
-        dtype,
-        options,
-        constants=[target],
-        roundings=8.0,
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_the_grid(device, dtype, reduction):
-    for kind, with_bias, weighted, extras in itertools.product(
-        ("classes", "probabilities"),
-        (False, True),
-        (False, True),
-        ({}, {"label_smoothing": 0.1}, {"z_loss": 0.01, "softcap": 4.0, "empty": "zero", "temperature": 2.0}),
-    ):
-        hidden, weight, bias, target = problem(kind=kind, ignored=3)
-        compare(
-            device,
-            hidden,
-            weight,
-            bias if with_bias else None,
-            target,
-            dtype,
-            reduction=reduction,
-            ignore_index=3 if kind == "classes" else None,
-            weight=random(WORDS, seed=9).abs() if weighted else None,
-            memory_budget=4 * WORDS * 4,
-            **extras,
-        )
-
-
-@pytest.mark.parametrize("tokens", [(), (1,), (6,), (0,)], ids=str)
-@pytest.mark.parametrize("kind", ["classes", "probabilities"])
-def test_shapes(device, tokens, kind):
-    hidden, weight, bias, target = problem(tokens, kind=kind)
-    for reduction, dtype in itertools.product(REDUCTIONS, (torch.float32, torch.bfloat16)):
-        compare(device, hidden, weight, bias, target, dtype, reduction=reduction, memory_budget=300)
-
-
-def test_strides(device):
-    hidden, weight, bias, target = problem((20,))
-    for change in (
-        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-        lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    ):
-        compare(device, change(hidden), change(weight), bias, target, torch.float32)
-        probabilities = change(random(20, WORDS).softmax(-1))
-        compare(device, hidden, weight, bias, probabilities, torch.float32, memory_budget=4 * WORDS * 4)
 
 
 def test_every_token_ignored(device):

@@ -50,6 +50,7 @@ void (*after_launch)() = nullptr;
 std::vector<Fault> faults;
 Order order = Order::kAscending;
 std::vector<unsigned> launches, only_blocks;
+bool launches_are_skipped = false;
 std::deque<Thread> threads;
 Fiber scheduler;
 Block block;
@@ -232,10 +233,11 @@ void launch(int64_t blocks, int block_threads, size_t shared_bytes, const void* 
                                    " threads and " + std::to_string(shared_bytes) + " bytes of dynamic shared memory");
     return;
   }
+  launches.push_back(static_cast<unsigned>(blocks));
+  if (launches_are_skipped) return;
   if (before_launch != nullptr) before_launch(stream);
   gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = static_cast<unsigned>(block_threads);
-  launches.push_back(gridDim.x);
   const unsigned count = only_blocks.empty() ? gridDim.x : static_cast<unsigned>(only_blocks.size());
   for (unsigned i = 0; i < count; ++i) {
     const unsigned place = order == Order::kAscending ? i : count - 1 - i;
@@ -326,6 +328,8 @@ void set_order(Order wanted) {
   const std::lock_guard lock(mutex);
   order = wanted;
 }
+
+void skip_launches(bool skip) { launches_are_skipped = skip; }
 
 std::vector<unsigned> take_launches() {
   const std::lock_guard lock(mutex);

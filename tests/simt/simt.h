@@ -43,6 +43,8 @@ void set_order(Order);
 std::vector<unsigned> take_launches();
 // Of the launches to come, only these blocks run; all, if there are none. For grids that would take too long.
 void set_blocks(const std::vector<unsigned>& only);
+// Whether the launches to come do nothing but count: for timing what the host does.
+void skip_launches(bool);
 
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;

@@ -1,0 +1,65 @@
+"""Builds build/emulated/trainopt: a package beside the ordinary one, with the CUDA kernels run on the CPU, for tests.
+
+Its module has the CUDA engine on the device that tests/simt emulates; all else in it are links to the ordinary package,
+which must have been built.
+
+    python -m tools.emulate
+"""
+
+import os
+import shlex
+import sysconfig
+from pathlib import Path
+
+from csrc.compiler import Compiler, compile_all, replace_if_different
+from csrc.module import (
+    BINDINGS,
+    KERNELS,
+    binding_flags,
+    build_folder,
+    import_torch,
+    kernel_flags,
+    module_flags,
+    sources,
+)
+
+PACKAGE = Path("build", "emulated", "trainopt")
+
+#: For the CUDA sources as the SIMT machine of the tests runs them.
+SIMT_FLAGS = shlex.split("-DTRAINOPT_SIMT -Itests/simt -Wno-unknown-pragmas")
+
+
+def main() -> None:
+    torch = import_torch()
+    kernels_of_cpu = Compiler(KERNELS)
+    own = Compiler(build_folder(torch) / "emulated")
+    device, simt, arena = (Path("tests", "simt", f"{name}.cpp") for name in ("device", "simt", "arena"))
+    bindings = [*binding_flags(torch, own.threaded), *SIMT_FLAGS, "-DTRAINOPT_WITH_CUDA"]
+    kernels = [*sorted(Path("csrc", "cuda").glob("*.cu")), simt, arena]
+    objects = compile_all(
+        [
+            *((own, source, bindings) for source in [device, *sources(*BINDINGS)]),
+            *((own, source, kernel_flags(source) + SIMT_FLAGS) for source in kernels),
+            *((kernels_of_cpu, source, kernel_flags(source)) for source in sources("csrc/core", "csrc/cpu")),
+        ]
+    )
+    make_package(PACKAGE, own.link(objects, own.folder / module_name(), module_flags(torch)))
+
+
+def module_name() -> str:
+    return f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def make_package(folder: Path, module: Path) -> None:
+    """A package with this module, and links to all other files of trainopt."""
+    replace_if_different(folder / module.name, module)
+    files = {file.name for file in Path("trainopt").iterdir() if not file.match("_C.*")} - {"__pycache__"}
+    links = {file.name for file in folder.iterdir() if file.is_symlink()}
+    for name in links - files:
+        folder.joinpath(name).unlink()
+    for name in files - links:
+        folder.joinpath(name).symlink_to(os.path.relpath(Path("trainopt", name), folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Runs the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer.
+
+The losses' operators are called with anything under the first two.
+
+    python -m tools.sanitize
+
+Environment: TRAINOPT_FUZZ_EXAMPLES (200: how many examples each property is called with).
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from csrc.compiler import Compiler, compile_all, fail, jobs_at_once
+from csrc.module import BINDINGS, binding_flags, build_folder, import_torch, kernel_flags, module_flags, sources
+from tools.emulate import SIMT_FLAGS, make_package, module_name
+
+FOLDER = Path("build", "sanitize")
+MEMORY = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
+THREADS = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=thread")
+
+#: What is instrumented in the module whose losses are called with anything: of csrc/torch/losses all, and these.
+FUZZED = {"clip", "layout", "loss_calls", "tensor_list"}
+
+#: The kernels' parameters are larger from CUDA 13 on, which matters only to those that take tables of tensors: their
+#: tests run as for old and for new drivers. By the bytes of a kernel's parameters: what the program is told to run.
+PARAMETER_BYTES = {4096: ["cross-entropy", "large-rows", "pointwise", "norms", "steps"], 32764: ["norms", "steps"]}
+WITH_TABLES = ("norm", "prepare", "update")
+
+
+def main() -> None:
+    cpu = sources("csrc/core", "csrc/cpu")
+    engine = compile_into("cpu", cpu)
+    run_all([*programs_of_threads(cpu), *programs_of_cpu(engine), *programs_of_cuda(engine)])
+    fuzz(engine)
+
+
+def compile_into(
+    name: str, files: list[Path], flags: Sequence[str] = (), sanitizer: Sequence[str] = MEMORY
+) -> list[Path]:
+    rules = ["-Itests/cpp/contract"]  # has a rule of the tests beside those of csrc/rules
+    return Compiler(FOLDER / name).compile({file: [*rules, *kernel_flags(file), *sanitizer, *flags] for file in files})
+
+
+def link(name: str, objects: list[Path], sanitizer: Sequence[str] = MEMORY) -> Path:
+    return Compiler(FOLDER / name).link(objects, FOLDER / name / "test", [*sanitizer, "-pthread"])
+
+
+def programs_of_threads(cpu: list[Path]) -> list[list[Path | str]]:
+    steps = [source for source in cpu if "loss" not in source.stem]
+    objects = compile_into("threads", [*steps, Path("tests/cpp/threads_test.cpp")], sanitizer=THREADS)
+    return [[link("threads", objects, THREADS)]]
+
+
+def programs_of_cpu(engine: list[Path]) -> list[list[Path | str]]:
+    tests = sorted(Path("tests", "cpp").glob("*_test.cpp"))
+    return [[link(test.stem, engine + compile_into(test.stem, [test]))] for test in tests]
+
+
+def programs_of_cuda(engine: list[Path]) -> list[list[Path | str]]:
+    simt, cuda = Path("tests", "simt"), Path("csrc", "cuda")
+    faults = compile_into("simt", [simt / "faults_test.cpp", simt / "simt.cpp"], SIMT_FLAGS)
+    runs: list[list[Path | str]] = [[link("simt", faults)]]
+    tables = [*(cuda / f"{name}.cu" for name in WITH_TABLES), simt / "engine_test.cpp"]
+    others = [path for path in sorted(cuda.glob("*.cu")) if path not in tables]
+    others += [simt / f"{name}.cpp" for name in ("cross_entropy_test", "norm_test", "pointwise_test", "simt")]
+    common = engine + compile_into("cuda", others, SIMT_FLAGS)
+    for size, parts in PARAMETER_BYTES.items():
+        own = compile_into(f"cuda-{size}", tables, [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"])
+        program = link(f"cuda-{size}", common + own)
+        runs += [[program, part] for part in parts]
+    return runs
+
+
+def run_all(commands: list[list[Path | str]]) -> None:
+    """Runs programs side by side, and ends with those that failed, if any did."""
+
+    def run(command: list[Path | str]) -> bool:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(f"{command[0]} {' '.join(map(str, command[1:]))}\n{done.stdout}", end="", flush=True)
+        return done.returncode == 0
+
+    with ThreadPoolExecutor(jobs_at_once()) as pool:
+        passed = pool.map(run, commands)
+    failed = [" ".join(map(str, command)) for command, good in zip(commands, passed, strict=True) if not good]
+    if failed:
+        fail(f"failed: {', '.join(failed)}")
+
+
+def fuzz(engine: list[Path]) -> None:
+    """Calls the losses with anything, in a module of which they are instrumented.
+
+    Python and torch are not instrumented, so the sanitizer's library has to be loaded before them. With it comes the
+    C++ library: the sanitizer looks for __cxa_throw once, when it is loaded, and Python alone has none.
+    """
+    torch = import_torch()
+    shared, own = Compiler(build_folder(torch)), Compiler(FOLDER / "module")
+    if not own.threaded:
+        print("the module is not fuzzed: its sanitizer is GCC's on Linux")
+        return
+    flags, instrumented = binding_flags(torch, own.threaded), [*MEMORY, "-fno-sanitize=undefined"]
+    objects = compile_all(
+        (own, source, flags + instrumented)
+        if source.stem in FUZZED or source.parent.name == "losses"
+        else (shared, source, flags)
+        for source in sources(*BINDINGS)
+    )
+    package = FOLDER / "package" / "trainopt"
+    link_flags = [*module_flags(torch), "-fsanitize=address,undefined"]
+    make_package(package, own.link(engine + objects, own.folder / module_name(), link_flags))
+    libraries = (
+        subprocess.check_output([*own.command, f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    )
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "PYTHONPATH": f"{package.parent}:.",
+        "TRAINOPT_FUZZ_EXAMPLES": os.environ.get("TRAINOPT_FUZZ_EXAMPLES", "200"),
+    }
+    # -P: else the package in this directory comes before the instrumented one. --capture=sys: the sanitizer's report is
+    # written as the process ends, and would end in pytest's own file.
+    tests = "tests/test_losses_fuzz.py"
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", tests]
+    if subprocess.run(command, env=environment).returncode != 0:
+        fail(f"failed: {tests}, with the losses instrumented")
+
+
+if __name__ == "__main__":
+    main()
