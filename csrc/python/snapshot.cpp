@@ -43,9 +43,15 @@ TRAINOPT_FUNCTION bool same_memory(const c10::TensorImpl* tensor, const SeenTens
          tensor->storage_offset() == then.storage_offset;
 }
 
+// Whether the engines may take a tensor; of the same device as `param`, which they may take.
+TRAINOPT_FUNCTION bool is_plain(const c10::TensorImpl* tensor) { return is_plain_cpu(tensor) || is_plain_cuda(tensor); }
+TRAINOPT_FUNCTION bool is_plain_beside(const c10::TensorImpl* param, const c10::TensorImpl* tensor) {
+  return is_plain_cpu(param) ? is_plain_cpu(tensor) : is_plain_cuda(tensor) && tensor->device() == param->device();
+}
+
 // Whether a tensor that the step writes is the one it was, of its type, with its memory and its version counter.
 TRAINOPT_FUNCTION bool is_same(const c10::TensorImpl* tensor, const SeenTensor& then) {
-  return tensor == then.impl && is_plain_cpu(tensor) && tensor->dtype() == then.dtype &&
+  return tensor == then.impl && is_plain(tensor) && tensor->dtype() == then.dtype &&
          counter_of(tensor) == then.version && same_memory(tensor, then, true);
 }
 
@@ -152,7 +158,7 @@ bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11:
   return is_known;
 }
 
-bool Snapshot::note(const Operands& operands, const Batch& batch) {
+bool Snapshot::note(const Operands& operands, Batch& batch) {
   entry_ = static_cast<int64_t>(batch.entries.size()) - 1;
   param_ = seen(operands.param, true);
   gradient_ = seen(operands.gradient, false);
@@ -166,12 +172,11 @@ bool Snapshot::note(const Operands& operands, const Batch& batch) {
     is_counted = is_counted && items_[i].tensor.version != nullptr;
   }
   for (const c10::TensorImpl* outer : operands.outers) is_counted = is_counted && counter_of(outer) != nullptr;
-  if (!is_plain_cpu(operands.param) || !is_counted) return false;
-  const Entry& entry = batch.entries.back();
-  if (entry.task < 0) return true;
-  const cpu::TensorTask& task = batch.tasks[entry.is_float64][entry.task];
-  bool is_simple = task.param.layout == nullptr && task.gradient.layout == nullptr;
-  for (const TensorView& state : task.state)
+  if (!is_counted) return false;
+  const TensorTask* task = batch.task_of(batch.entries.back());
+  if (task == nullptr) return true;
+  bool is_simple = task->param.layout == nullptr && task->gradient.layout == nullptr;
+  for (const TensorView& state : task->state)
     is_simple = is_simple && (state.data == nullptr || state.layout == nullptr);
   return is_simple;
 }
@@ -226,15 +231,14 @@ bool Snapshot::look_into_dtensors() {
   if (gradient == nullptr || !has_gradient()) return gradient == gradient_.impl;
   Entry& entry = batch.entries[entry_];
   return is_same(param, param_) && param->numel() == numel_ && param->is_contiguous() == contiguous_ &&
-         param->is_non_overlapping_and_dense() &&
-         gradient_matches(param, gradient, batch,
-                          entry.task < 0 ? nullptr : &batch.tasks[entry.is_float64][entry.task]) &&
+         param->is_non_overlapping_and_dense() && gradient_matches(param, gradient, batch, batch.task_of(entry)) &&
          items_match(param, entry, all_next);
 }
 
 bool Snapshot::gradient_matches(const c10::TensorImpl* param, const c10::TensorImpl* gradient, const Batch& batch,
-                                cpu::TensorTask* task) {
-  if (!is_plain_cpu(gradient) || gradient->dtype() != gradient_.dtype || !same_elements(param, gradient)) return false;
+                                TensorTask* task) {
+  if (!is_plain_beside(param, gradient) || gradient->dtype() != gradient_.dtype || !same_elements(param, gradient))
+    return false;
   if (same_memory(gradient, gradient_, false)) {
     gradient_.impl = gradient;  // what the step reads, of whichever tensor
     return true;
@@ -262,6 +266,7 @@ bool Snapshot::items_match(const c10::TensorImpl* param, Entry& entry, bool* all
       if (tensor->requires_grad() || !same_elements(param, tensor)) return false;
     } else {
       if (tensor->numel() != 1) return false;
+      if (entry.steps == nullptr) continue;  // a CUDA device counts
       if (!entry.recount()) *all_next = false;
       if (!(entry.step >= 1)) return false;
     }

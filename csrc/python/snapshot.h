@@ -41,7 +41,7 @@ class Snapshot {
 
   // Notes where the memory is, once the batch has taken the parameter as its last entry. False if the next step cannot
   // be compared with this one.
-  bool note(const Operands& operands, const Batch& batch);
+  bool note(const Operands& operands, Batch& batch);
 
   // To be called before `matches`, by one thread: looks into DTensors. False if they are not those that were noted.
   bool unwrap() { return distributed_ == nullptr || look_into_dtensors(); }
@@ -105,7 +105,7 @@ class Snapshot {
   const c10::TensorImpl* see_state(PyObject* value, bool is_count, Specs* specs, Operands* operands);
   bool look_into_dtensors();
   bool gradient_matches(const c10::TensorImpl* param, const c10::TensorImpl* gradient, const Batch& batch,
-                        cpu::TensorTask* task);
+                        TensorTask* task);
   bool items_match(const c10::TensorImpl* param, Entry& entry, bool* all_next) const;
 };
 

@@ -227,14 +227,16 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
     if (VersionCounter* counter = counter_of(operands.outer_gradient)) outer_written_.push_back(counter);
   entry.group = group;
   entry.task = -1;
+  entry.on_cuda = {};
   entry.first = first;
   entry.is_float64 = is_float64;
   task.tensor = tensor;
   if (is_plain_cuda(operands.param)) {
     const c10::Device device = operands.param->device();
     cuda.visit(device);
-    cuda.add(task, group, device, is_float64, first,
-             {entry.device_steps, entry.steps_are_double, entry.step, entry.steps != nullptr}, operands.shard);
+    entry.on_cuda =
+        cuda.add(task, group, device, is_float64, first,
+                 {entry.device_steps, entry.steps_are_double, entry.step, entry.steps != nullptr}, operands.shard);
     ++cuda_entries_;
     tasks[is_float64].pop_back();
     return path;
@@ -363,10 +365,15 @@ cpu::Scalars Batch::scalars_of(const ScalarsKey& key, double gradient_scale) con
   return key.group->scalars(rule_, key.step, key.first, key.is_float64, gradient_scale);
 }
 
-void Batch::prepare(double gradient_scale, const DeviceScaling& scaling) {
+// A graph repeats what the host has said once.
+void Batch::check_counts() const {
   TORCH_CHECK(!cuda.counts_on_host() || !cuda.is_captured(),
               "a step that is captured into a CUDA graph must count on the device, and a step count lies on the host:"
               " give the optimizer capturable=True");
+}
+
+void Batch::prepare(double gradient_scale, const DeviceScaling& scaling) {
+  check_counts();
   gradient_scale_ = gradient_scale;
   scaling_ = scaling;
   scalars_keys_.clear();
@@ -392,13 +399,18 @@ void Batch::prepare(double gradient_scale, const DeviceScaling& scaling) {
 }
 
 // The entries and the tasks need not be touched if the runs stay what they were.
-void Batch::prepare_again(double gradient_scale, bool all_next) {
+void Batch::prepare_again(double gradient_scale, bool all_next, const DeviceScaling& scaling) {
+  if (cuda_entries_ != 0)
+    for (const Entry& entry : entries)
+      if (entry.on_cuda.part >= 0) cuda.recount(entry.on_cuda, entry.step);
   for (const auto& [group, other] : equal_groups_) all_next = all_next && *group == *other;
   for (const ScalarsKey& key : scalars_keys_) all_next = all_next && !key.first && !(key.counts && key.step == 0);
   if (!all_next) {
     for (Entry& entry : entries) entry.first = false;
-    return prepare(gradient_scale);
+    return prepare(gradient_scale, scaling);
   }
+  check_counts();
+  scaling_ = scaling;
   for (size_t i = 0; i < scalars_keys_.size(); ++i) {
     scalars_keys_[i].step += scalars_keys_[i].counts ? 1 : 0;
     scalars_[i] = scalars_of(scalars_keys_[i], gradient_scale);
@@ -411,7 +423,11 @@ int64_t Batch::parts() const {
 }
 
 cpu::Update Batch::update_of(bool is_float64) const {
-  return {tasks[is_float64].data(), starts_[is_float64].data(), tasks[is_float64].size(), &rule_, is_float64,
+  return {tasks[is_float64].data(),
+          starts_[is_float64].data(),
+          tasks[is_float64].size(),
+          &rule_,
+          is_float64,
           rule_.sum_count > 0 ? sums_[is_float64].data() : nullptr};
 }
 

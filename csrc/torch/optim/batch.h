@@ -58,7 +58,8 @@ struct Operands {
 // One parameter in a step.
 struct Entry {
   const GroupValues* group;
-  int64_t task;        // its index, or -1 for a parameter without elements or on a CUDA device
+  int64_t task;        // its index; -1 for a parameter without elements or on a CUDA device
+  CudaPlace on_cuda;   // there
   void* steps;         // the count of its steps where the host keeps it, else null
   double step;         // that count with this step
   void* device_steps;  // the count of its steps where a CUDA device keeps it, else null
@@ -109,12 +110,21 @@ class Batch {
   // Whether the rule's sums are over tensors of which other processes hold parts.
   bool sums_over_shards() const { return !shards_.empty() || cuda.sums_over_shards(); }
 
+  // Whether every parameter lies on a CUDA device.
+  bool lies_on_devices() const { return cuda_entries_ == entries.size(); }
+
   // True if the device alone can skip the step: every parameter lies there, and so does the count of its steps.
-  bool is_for_devices_alone() const { return cuda_entries_ == entries.size() && !cuda.counts_on_host(); }
+  bool is_for_devices_alone() const { return lies_on_devices() && !cuda.counts_on_host(); }
 
   // In place of `prepare` where the entries are those of the last step, recounted. `all_next`: each one's step is the
   // one after its last.
-  void prepare_again(double gradient_scale, bool all_next);
+  void prepare_again(double gradient_scale, bool all_next, const DeviceScaling& scaling = {});
+
+  // What an entry's tensors are to the engine; null for one without elements.
+  TensorTask* task_of(const Entry& entry) {
+    if (entry.on_cuda.part >= 0) return &cuda.task(entry.on_cuda);
+    return entry.task < 0 ? nullptr : &tasks[entry.is_float64][entry.task];
+  }
 
   std::vector<Entry> entries;
   std::vector<cpu::TensorTask> tasks[2];  // float arithmetic, double arithmetic
@@ -181,6 +191,7 @@ class Batch {
   cpu::Update update_of(bool is_float64) const;
   void gather(const AddShards& add_shards);
   void work(bool counts, bool updates, const AddShards& add_shards);
+  void check_counts() const;
   cpu::Scalars scalars_of(const ScalarsKey& key, double gradient_scale) const;
 };
 

@@ -13,8 +13,8 @@
 
 namespace trainopt::aten {
 
-// Makes the sums of this process's shards those of the whole tensors. `sums` has a row for each tensor; its elements are
-// pairs of doubles, see core/sum.h. A null shard is that of a tensor which no other process has a part of.
+// Makes the sums of this process's shards those of the whole tensors. `sums` has a row for each tensor; its elements
+// are pairs of doubles, see core/sum.h. A null shard is that of a tensor which no other process has a part of.
 using AddShards = std::function<void(const at::Tensor& sums, const std::vector<const Shard*>& shards)>;
 
 // What GradScaler leaves on the device for a step; undefined where there is none.
@@ -33,6 +33,12 @@ struct StepCount {
   bool on_host = false;
 };
 
+// Where a CudaBatch has a parameter.
+struct CudaPlace {
+  int part = -1;  // -1: nowhere
+  int64_t index = 0;
+};
+
 #if defined(TRAINOPT_WITH_CUDA)
 
 class CudaBatch {
@@ -40,40 +46,64 @@ class CudaBatch {
   explicit CudaBatch(const cpu::Rule& rule) : rule_(rule) {}
 
   void clear();
-  bool empty() const { return device_tasks_.empty() && devices_.empty(); }
+  bool empty() const { return devices_.empty(); }
 
   // Notes a device that is written to; RuntimeError if there are no kernels for it.
   void visit(c10::Device);
+  // Where it has its place then; none for a tensor without elements of which nothing is to be done on the device.
   // `group` and `shard`, of a DTensor or null, must live as long as the step.
-  void add(const TensorTask&, const GroupValues* group, c10::Device, bool is_float64, bool first, const StepCount&,
-           const Shard* shard);
+  CudaPlace add(const TensorTask&, const GroupValues* group, c10::Device, bool is_float64, bool first, const StepCount&,
+                const Shard* shard);
+
+  // For a step of the same parameters as the last: what has been added, whose gradient may have moved.
+  TensorTask& task(CudaPlace place) { return parts_[place.part].tasks[place.index]; }
+  // Likewise: the count with this step where the host keeps it. The states are no longer new.
+  void recount(CudaPlace place, double step);
 
   // Whether any count of steps is kept by the host, which must know then whether this step is skipped.
-  bool counts_on_host() const;
+  bool counts_on_host() const { return counts_on_host_; }
   // Whether one of the devices' streams is being captured into a CUDA graph.
   bool is_captured() const;
 
   // Whether the rule's sums are over tensors of which other processes hold parts.
-  bool sums_over_shards() const;
+  bool sums_over_shards() const { return sums_over_shards_; }
 
   // Launches the step. `add_shards` is called where a rule with a reduce phase meets DTensors.
   void run(double gradient_scale, const DeviceScaling&, const AddShards& add_shards);
 
  private:
-  struct DeviceTask {
-    TensorTask task;
+  // What a task's scalars are prepared from.
+  struct Source {
     const GroupValues* group;
-    c10::Device device;
-    bool is_float64, first;
+    bool first;
     StepCount count;
     const Shard* shard;
   };
 
-  const cpu::Rule& rule_;
-  std::vector<DeviceTask> device_tasks_;
-  std::vector<c10::Device> devices_;
+  // The parameters of one device and one arithmetic.
+  struct Part {
+    c10::Device device;
+    bool is_float64;
+    std::vector<cuda::TensorTask> tasks;
+    std::vector<Source> sources;  // of the tasks
+  };
 
-  void run_on(c10::Device, bool is_float64, double gradient_scale, const DeviceScaling&, const AddShards&);
+  // What the parts of a step share.
+  struct Step {
+    double gradient_scale;
+    const DeviceScaling& scaling;
+    const AddShards& add_shards;
+  };
+
+  const cpu::Rule& rule_;
+  std::vector<Part> parts_;
+  std::vector<c10::Device> devices_;
+  bool counts_on_host_ = false, sums_over_shards_ = false;
+
+  void run_part(Part&, const Step&) const;
+  void run_by_host(Part&, const Step&) const;
+  void run_by_device(Part&, const Step&) const;
+  void update(Part&, const cuda::Prepared*, bool on_device, const float* found_inf, const Step&, cuda::Stream) const;
 };
 
 #else
@@ -84,11 +114,18 @@ class CudaBatch {
   void clear() {}
   bool empty() const { return true; }
   void visit(c10::Device) {}
-  void add(const TensorTask&, const GroupValues*, c10::Device, bool, bool, const StepCount&, const Shard*) {}
+  CudaPlace add(const TensorTask&, const GroupValues*, c10::Device, bool, bool, const StepCount&, const Shard*) {
+    return {};
+  }
+  TensorTask& task(CudaPlace) { return none_; }
+  void recount(CudaPlace, double) {}
   bool counts_on_host() const { return false; }
   bool is_captured() const { return false; }
   bool sums_over_shards() const { return false; }
   void run(double, const DeviceScaling&, const AddShards&) {}
+
+ private:
+  TensorTask none_;
 };
 
 #endif
