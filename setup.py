@@ -464,7 +464,7 @@ class Sanitize(Command):
         # that take tables of tensors.
         simt = Path("tests", "simt")
         tables = [
-            *(Path("csrc", "cuda", f"{name}.cu") for name in ("norm", "prepare", "update")),
+            *(Path("csrc", "cuda", f"{name}.cu") for name in ("gather", "norm", "prepare", "update")),
             simt / "engine_test.cpp",
         ]
         others = [path for path in sorted(Path("csrc", "cuda").glob("*.cu")) if path not in tables]

@@ -1,4 +1,4 @@
-"""Rules whose step depends on the whole tensor, LAMB and LARS: their sums, on every path, and what a ratio of 1 means."""
+"""Rules whose step depends on the whole tensor, LAMB and LARS: their sums, on every path, and ratios of 1."""
 
 import copy
 
@@ -83,7 +83,9 @@ def test_a_step_that_repeats_the_last_one(row, dtype):
 def test_a_parameter_of_zero_norm_moves_by_the_learning_rate(dtype, make):
     gradient = torch.tensor([1.0, -2.0, 4.0, 0.0], dtype=dtype)
     lamb = getattr(TABLE["LAMB"], make)
-    _, (p,) = run(lamb, [torch.zeros(4, dtype=dtype)], [[gradient]], lr=0.5, eps=0.0, betas=(0.5, 0.5), weight_decay=0.1)
+    _, (p,) = run(
+        lamb, [torch.zeros(4, dtype=dtype)], [[gradient]], lr=0.5, eps=0.0, betas=(0.5, 0.5), weight_decay=0.1
+    )
     assert p.isnan().tolist() == [False, False, False, True]  # 0 / 0 without an epsilon, as Adam
     torch.testing.assert_close(p[:3].detach(), torch.tensor([-0.5, 0.5, -0.5], dtype=dtype))
     lars = getattr(TABLE["LARS"], make)

@@ -44,8 +44,8 @@ class Specs {
   // Asks for those that were met. Whether there were any: then Python code has run, and all must be looked at again.
   bool learn();
 
-  // Adds up the sums of shards over the processes that hold them: see AddShards. Runs Python code, and waits for the other
-  // processes.
+  // Adds up the sums of shards over the processes that hold them: see AddShards. Runs Python code, and waits for the
+  // other processes.
   void add_shards(const at::Tensor& sums, const std::vector<const Shard*>& shards) const;
 
   // Forgets what the last walk has not found. Lets go of Python's objects, which may run Python code.

@@ -75,12 +75,12 @@ pybind11::tuple names(const char* const* first, int count) {
 
 // What each rule's header says of it: for every name (options, states, counts_steps, sums).
 pybind11::dict rules() {
-  const auto facts = pybind11::module_::import("collections").attr("namedtuple")("Rule", "options states counts_steps sums");
+  const auto facts =
+      pybind11::module_::import("collections").attr("namedtuple")("Rule", "options states counts_steps sums");
   pybind11::dict result;
   for (int i = 0; const cpu::Rule* rule = cpu::rule_at(i); ++i)
-    result[rule->name] =
-        facts(names(rule->options, rule->option_count), names(rule->states, rule->state_count), rule->counts_steps,
-              names(rule->sums, rule->sum_count));
+    result[rule->name] = facts(names(rule->options, rule->option_count), names(rule->states, rule->state_count),
+                               rule->counts_steps, names(rule->sums, rule->sum_count));
   return result;
 }
 
@@ -138,7 +138,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_variant", [] { return cpu::name_of(cpu::current_variant()); });
   m.def("cpu_variants", variants);
   m.def("set_cpu_variant", [](const std::string& name) { cpu::set_variant(parse_variant(name)); });
-  m.def("rules", rules, "What the header of each rule says of it: its options and states, if it counts steps, and its sums.");
+  m.def("rules", rules,
+        "What the header of each rule says of it: its options and states, if it counts steps, and its sums.");
   m.def("states_needed", states_needed, pybind11::arg("rule"), pybind11::arg("group"),
         "The names of the states that a parameter group's options call for.");
   step_is_done();
@@ -174,8 +175,8 @@ PYBIND11_MODULE(_C, m) {
           [](const pybind11::object& plan, const pybind11::object& groups, const pybind11::object& state,
              double gradient_scale, Indices new_states, Indices stepped, const pybind11::object& device_scale,
              const pybind11::object& found_inf, bool gradients_seen) {
-            return plan_in(plan).step(groups, state, gradient_scale, std::move(new_states), std::move(stepped), device_scale,
-                                      found_inf, gradients_seen);
+            return plan_in(plan).step(groups, state, gradient_scale, std::move(new_states), std::move(stepped),
+                                      device_scale, found_inf, gradients_seen);
           },
           pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),
           pybind11::arg("new_states") = Indices(), pybind11::arg("stepped") = Indices(),

@@ -325,7 +325,8 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
     batch_.prepare_again(gradient_scale, all_next);
   } else {
     const Unfinished unfinished = walk(state.ptr(), writes_gradient, new_states, stepped);
-    if (learn()) return step(groups, state, gradient_scale, new_states, stepped, device_scale, found_inf, gradients_seen);
+    if (learn())
+      return step(groups, state, gradient_scale, new_states, stepped, device_scale, found_inf, gradients_seen);
     if (const auto& refused = unfinished.refused)
       TORCH_CHECK(false, "parameter ", refused->first, ": ", describe(refused->second));
     const bool can_recall = std::exchange(can_recall_, false);  // only what has been prepared
@@ -346,10 +347,10 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
   return step_is_done();
 }
 
-// Another thread may drop a tensor, or give it other memory, while the interpreter is free, or other processes are asked
-// for what their shards add to a sum. What the step writes beside
-// elements is written before that: a version counter or a step count that goes with its tensor would be written to
-// after its end. The memory of the elements stays until the step is done.
+// Another thread may drop a tensor, or give it other memory, while the interpreter is free, or other processes are
+// asked for what their shards add to a sum. What the step writes beside elements is written before that: a version
+// counter or a step count that goes with its tensor would be written to after its end. The memory of the elements stays
+// until the step is done.
 void Plan::run_unlocked() {
   is_running_ = true;
   const auto finish = [this](void*) {
@@ -365,9 +366,8 @@ void Plan::run_unlocked() {
       if (option.tensor != nullptr) kept_options_.push_back(tensor_from(option.tensor));
   batch_.count();
   const pybind11::gil_scoped_release release;
-  batch_.update([this](const at::Tensor& sums, const std::vector<const Shard*>& shards) {
-    specs_.add_shards(sums, shards);
-  });
+  batch_.update(
+      [this](const at::Tensor& sums, const std::vector<const Shard*>& shards) { specs_.add_shards(sums, shards); });
 }
 
 std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& groups, const pybind11::object& state) {

@@ -22,10 +22,10 @@ class LAMB(Fused, rule="lamb"):
 
     The norms are of the whole parameter, a DTensor's over all its shards. The trust ratio ``norm(p) / norm(u)`` is 1 if
     either norm is 0, and in groups with ``weight_decay=0``, unless ``always_adapt``: the convention of the authors' own
-    code, of NVIDIA's apex (``FusedLAMB``) and of timm (``Lamb``), whose names and defaults these are. What differs there:
-    apex and timm first clip all gradients to a norm of 1 (here `trainopt.clip_grad_norm_` does that, if it is called);
-    apex calls ``always_adapt`` ``use_nvlamb``; DeepSpeed bounds the trust ratio by 0.01 and 10; pytorch-optimizer bounds
-    the parameter's norm by 10, adds eps to the update's, and leaves out the bias corrections.
+    code, of NVIDIA's apex (``FusedLAMB``) and of timm (``Lamb``), whose names and defaults these are. What differs
+    there: apex and timm first clip all gradients to a norm of 1, which `trainopt.clip_grad_norm_` does here; apex calls
+    ``always_adapt`` ``use_nvlamb``. DeepSpeed bounds the trust ratio by 0.01 and 10. pytorch-optimizer bounds the
+    parameter's norm by 10, adds eps to the update's, and leaves out the bias corrections.
 
     Args:
         params: tensors, or dicts with ``params`` and options of their own, as every optimizer of torch takes them.

@@ -411,7 +411,11 @@ int64_t Batch::parts() const {
 }
 
 cpu::Update Batch::update_of(bool is_float64) const {
-  return {tasks[is_float64].data(), starts_[is_float64].data(), tasks[is_float64].size(), &rule_, is_float64,
+  return {tasks[is_float64].data(),
+          starts_[is_float64].data(),
+          tasks[is_float64].size(),
+          &rule_,
+          is_float64,
           rule_.sum_count > 0 ? sums_[is_float64].data() : nullptr};
 }
 

@@ -137,8 +137,7 @@ void CudaBatch::run_on(c10::Device device, bool is_float64, double gradient_scal
                  own, on.stream);
     const auto is_shard = [](const Shard* shard) { return shard != nullptr; };
     if (std::any_of(part.shards.begin(), part.shards.end(), is_shard)) add_shards(sums, part.shards);
-    auto* const finished =
-        static_cast<cuda::Prepared*>(memory_on_device(part.tasks.size() * sizeof(cuda::Prepared)));
+    auto* const finished = static_cast<cuda::Prepared*>(memory_on_device(part.tasks.size() * sizeof(cuda::Prepared)));
     cuda::finish(*work, own, finished, on.stream);
     for (size_t t = 0; t < part.tasks.size(); ++t) part.tasks[t].prepared = static_cast<uint32_t>(t);
     work->prepared = finished;

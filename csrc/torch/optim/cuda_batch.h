@@ -13,8 +13,8 @@
 
 namespace trainopt::aten {
 
-// Makes the sums of this process's shards those of the whole tensors. `sums` has a row for each tensor; its elements are
-// pairs of doubles, see core/sum.h. A null shard is that of a tensor which no other process has a part of.
+// Makes the sums of this process's shards those of the whole tensors. `sums` has a row for each tensor; its elements
+// are pairs of doubles, see core/sum.h. A null shard is that of a tensor which no other process has a part of.
 using AddShards = std::function<void(const at::Tensor& sums, const std::vector<const Shard*>& shards)>;
 
 // What GradScaler leaves on the device for a step; undefined where there is none.
