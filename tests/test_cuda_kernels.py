@@ -62,7 +62,7 @@ def usages():
 
 def is_step_preparation(usage) -> bool:
     """One thread for a parameter: it indexes the group's options, and is no kernel to be fast."""
-    return usage.kernel.startswith("prepare")
+    return usage.kernel.startswith(("prepare", "apply sums"))
 
 
 def test_every_kernel_is_compiled_for_every_architecture(usages):
