@@ -25,7 +25,7 @@ from csrc.cuda import toolkit
 
 ROOT = Path(__file__).parents[1]
 FILES = (
-    *("update", "prepare", "norm", "pointwise"),
+    *("update", "prepare", "gather", "norm", "pointwise"),
     *("cross_entropy", "cross_entropy_rows", "cross_entropy_columns"),
 )
 #: Those of the build.
@@ -48,6 +48,7 @@ TRAFFIC = {
     "AdamW with amsgrad, float32": 36,
     "AdamW, bfloat16": 14,
     "AdamW, float32 with bfloat16 gradients": 26,
+    "LAMB, float32": 44,
     "SGD, float32": 12,
     "SGD with momentum, float32": 20,
     "SGD with momentum, bfloat16": 10,
@@ -106,7 +107,8 @@ def states_of(mask: int) -> str:
 
 def describe(mangled: str) -> str:
     """A kernel's name and template arguments in words."""
-    names = "update|prepare|partial|clip|finish|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
+    names = "update|prepare|gather|combine_sums|apply_sums|partial|clip|finish"
+    names += "|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
     found = re.search(rf"\d({names})_kernel(.*)", mangled)
     if found is None:
         raise ValueError(f"{mangled} is no kernel that this knows")
@@ -137,8 +139,10 @@ def describe(mangled: str) -> str:
 
 def threads_of(kernel: str) -> int:
     """The threads of a kernel's block, by its description; where they differ, so many that any number is like it."""
-    if kernel.startswith("prepare"):
+    if kernel.startswith(("prepare", "apply")):
         return 64
+    if kernel == "combine sums":
+        return 32
     if "column" in kernel:
         return 128
     if kernel == "finish":

@@ -15,8 +15,11 @@ NAMES = tuple(CLASSES)
 
 each_class = pytest.mark.parametrize("name", NAMES)
 
-#: Options that give every class all of its states, and that leave nothing at zero.
+#: Options that give every class, torch's or not, all of its states, and that leave nothing at zero.
 OPTIONS = {
+    "LAMB": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},
+    "LARS": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "trust_coeff": 0.1},
+    "Lion": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},
     "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
     "Adam": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1, "amsgrad": True},
     "AdamW": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1, "amsgrad": True},

@@ -19,6 +19,7 @@ import torch
 
 import trainopt
 from trainopt import switches
+from trainopt._extension import _C
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -160,6 +161,11 @@ class Row:
     @functools.cached_property
     def defaults(self) -> dict[str, Any]:
         return {**self.ours.EXTRAS, **self.ours([torch.nn.Parameter(torch.ones(1))]).defaults}
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether an element's step depends on the whole tensor."""
+        return bool(_C.rules()[self.ours._rule].sums)
 
     @functools.cached_property
     def takes_signs(self) -> bool:

@@ -20,6 +20,12 @@ SETS = [
     re.search(r"kStateSets\[\] = \{(.*)\}", (ROOT / "csrc" / "rules" / f"{rule.lower()}.h").read_text())[1].split(",")
     for rule in RULES
 ]
+#: Those of the rules that have a reduce phase.
+SUMMING = [
+    sets
+    for rule, sets in zip(RULES, SETS, strict=True)
+    if "kSums[]" in (ROOT / "csrc" / "rules" / f"{rule.lower()}.h").read_text()
+]
 LOSSES = re.findall(r"\bDO\((\w+)\)", (ROOT / "csrc" / "losses" / "pointwise.h").read_text())
 TYPES = ("float32", "float64")
 
@@ -28,6 +34,8 @@ COUNTS = {
     # For each set of states: in any types, strided or not; and in one type each, in float32 arithmetic.
     "update": sum(map(len, SETS)) * (2 * len(TYPES) + 3),
     "prepare": len(RULES) * len(TYPES),
+    # Likewise, of those that gather sums; then what follows from these, and one that combines them.
+    "gather": sum(map(len, SUMMING)) * (2 * len(TYPES) + 3) + len(SUMMING) * len(TYPES) + 1,
     "norm": 2 * len(TYPES) * 2 + 1,  # partial and clip, strided or not; finish
     "pointwise": 2 * len(LOSSES) * len(TYPES) + 1,  # forward and backward; finish
     "cross_entropy": len(TYPES) + 2,  # count; finish of the counts and of the losses
@@ -41,10 +49,10 @@ def ceiling_of(kernel: str) -> int:
     """Registers of a thread at most: two blocks of 256 threads on a multiprocessor, and one for float64."""
     if "float64" in kernel:
         # CUDA's own exp and log of float64 take what they can get, and so do the words of many tensors.
-        return 255 if kernel.startswith(("update", "pointwise", "cross")) else 96
+        return 255 if kernel.startswith(("update", "gather", "pointwise", "cross")) else 96
     if kernel.startswith("cross entropy block, ") and "general" not in kernel:
         return 64  # 1,024 threads a row
-    return 128 if kernel.startswith(("update", "pointwise", "cross")) else 64
+    return 128 if kernel.startswith(("update", "gather", "pointwise", "cross")) else 64
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +62,7 @@ def usages():
 
 def is_step_preparation(usage) -> bool:
     """One thread for a parameter: it indexes the group's options, and is no kernel to be fast."""
-    return usage.kernel.startswith("prepare")
+    return usage.kernel.startswith(("prepare", "apply sums"))
 
 
 def test_every_kernel_is_compiled_for_every_architecture(usages):
@@ -126,7 +134,7 @@ def test_aligned_tensors_are_loaded_and_stored_16_bytes_at_a_time(architecture):
 
 def test_contraction_is_off_so_that_the_steps_bits_are_the_cpus():
     assert "-fmad=false" in FLAGS
-    for name in ("update", "norm"):
+    for name in ("update", "gather", "norm"):
         for kernel, ptx in cuda_kernels.ptx_of(name, 90).items():
             assert not re.search(r"\bfma\.rn\.f(32|64)\b", ptx), kernel
 

@@ -13,11 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CLASSES, OPTIONS, assert_equal, attempt, each_class
+from judge import bits
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import trainopt
 from trainopt._extension import _C
+from trainopt.optim.registry import OPTIMIZERS
 
 CASES = {}
 
@@ -84,7 +86,7 @@ def train(model, optimizer, rows=slice(None), steps=4):
         optimizer.step()
 
 
-@case(*((name, extra) for name in CLASSES for extra in EXTRAS))
+@case(*((name, extra) for name in OPTIMIZERS for extra in EXTRAS))
 def fsdp(mesh, name, extra):
     from torch.distributed.fsdp import fully_shard
 
@@ -93,7 +95,7 @@ def fsdp(mesh, name, extra):
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer, truth = (CLASSES[name][0](m.parameters(), **options) for m in (model, alone))
+    optimizer, truth = (OPTIMIZERS[name](m.parameters(), **options) for m in (model, alone))
     train(model, optimizer, slice(dist.get_rank(), None, 2))
     train(alone, truth)
     check_same(optimizer, truth)
@@ -109,7 +111,7 @@ class Block(nn.Module):
         return self.down(torch.tanh(self.up(self.norm(x))))
 
 
-@case(*CLASSES)
+@case(*OPTIMIZERS)
 def tensor_parallel(mesh, name):
     """The gradients of SequenceParallel's norms are sums that are still to be taken: torch takes them in its step."""
     from torch.distributed.tensor.parallel import (
@@ -129,7 +131,7 @@ def tensor_parallel(mesh, name):
         "down": RowwiseParallel(output_layouts=Shard(1)),
     }
     parallelize_module(models[0], mesh, plan)
-    optimizers = [CLASSES[name][0](model.parameters(), **OPTIONS[name]) for model in models]
+    optimizers = [OPTIMIZERS[name](model.parameters(), **OPTIONS[name]) for model in models]
     for step in range(3):
         x = torch.randn(2, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         for model, optimizer, rows in zip(models, optimizers, (x.chunk(2, 1)[dist.get_rank()], x), strict=True):
@@ -191,7 +193,7 @@ def steps_of_both(mesh, name, placement, options, wrap=None, steps=3):
     """An optimizer of DTensors and one of the same tensors whole."""
     start = [random(shape, i) for i, shape in enumerate(SHAPES)]
     params = [nn.Parameter(spread(mesh, t, placement)) for t in start], [nn.Parameter(t) for t in start]
-    optimizers = [CLASSES[name][0](given, **options) for given in params]
+    optimizers = [OPTIMIZERS[name](given, **options) for given in params]
     for step in range(steps):
         for i, (p, q) in enumerate(zip(*params, strict=True)):
             q.grad = random(SHAPES[i], 100 * step + i)
@@ -201,7 +203,7 @@ def steps_of_both(mesh, name, placement, options, wrap=None, steps=3):
     return optimizers
 
 
-@case(*((name, where, extra) for name in CLASSES for where in PLACEMENTS for extra in ("plain", "noise")))
+@case(*((name, where, extra) for name in OPTIMIZERS for where in PLACEMENTS for extra in ("plain", "noise")))
 def distributed_by_hand(mesh, name, where, extra):
     optimizers = steps_of_both(mesh, name, PLACEMENTS[where], {**OPTIONS[name], **EXTRAS[extra]})
     check_same(*optimizers)
@@ -223,14 +225,14 @@ def noise_to_the_bit(mesh, where):
             assert torch.equal(whole(p.detach()), expected.to(dtype)), SHAPES[i]
 
 
-@case(*CLASSES)
+@case(*OPTIMIZERS)
 def two_dimensions_of_processes(mesh, name):
     """A mesh of one row: sharded over its columns, or replicated over them."""
     grid = dist.device_mesh.init_device_mesh("cpu", (1, 2))
     for placements in ([Replicate(), Shard(0)], [Shard(0), Shard(1)], [Shard(0), Replicate()], [Shard(0), Shard(0)]):
         start, results = random((5, 6), 1), []
         for p in (nn.Parameter(distribute_tensor(start, grid, placements)), nn.Parameter(start.clone())):
-            optimizer = CLASSES[name][0]([p], **OPTIONS[name], noise=0.1)
+            optimizer = OPTIMIZERS[name]([p], **OPTIONS[name], noise=0.1)
             for step in range(3):
                 gradient = random((5, 6), step)
                 p.grad = distribute_tensor(gradient, grid, placements) if isinstance(p, DTensor) else gradient
@@ -239,12 +241,12 @@ def two_dimensions_of_processes(mesh, name):
         assert_equal(*results, str(placements))
 
 
-@case(*CLASSES)
+@case(*OPTIMIZERS)
 def plain_tensors_in_the_same_group(mesh, name):
     start = [random((4, 3), i) for i in range(4)]
     params = [nn.Parameter(spread(mesh, t, Shard(0)) if i % 2 else t.clone()) for i, t in enumerate(start)]
     alone = [nn.Parameter(t) for t in start]
-    optimizers = [CLASSES[name][0](given, **OPTIONS[name]) for given in (params, alone)]
+    optimizers = [OPTIMIZERS[name](given, **OPTIONS[name]) for given in (params, alone)]
     for step in range(3):
         for i, (p, q) in enumerate(zip(params, alone, strict=True)):
             q.grad = None if step == i else random((4, 3), 10 * step + i)
@@ -255,11 +257,11 @@ def plain_tensors_in_the_same_group(mesh, name):
     assert set(paths_of(optimizers[0])) == {"fused"}
 
 
-@case(*CLASSES)
+@case(*OPTIMIZERS)
 def a_partial_parameter_is_refused_by_all(mesh, name):
     params = [nn.Parameter(spread(mesh, torch.ones(4, 3), Shard(0)))]
     params.append(DTensor.from_local(torch.ones(4, 3), mesh, [Partial()]).detach().requires_grad_())
-    optimizer = CLASSES[name][0](params, **OPTIONS[name])
+    optimizer = OPTIMIZERS[name](params, **OPTIONS[name])
     for p in params:
         p.grad = torch.ones_like(p)
     error = attempt(optimizer.step)
@@ -268,7 +270,7 @@ def a_partial_parameter_is_refused_by_all(mesh, name):
     assert "partial" in trainopt.explain(optimizer)[1].reason
 
 
-@case(*CLASSES)
+@case(*OPTIMIZERS)
 def gradients_of_other_placements(mesh, name):
     """torch's own operators bring them together; a sum that is still to be taken is taken."""
     for placement in (Replicate(), Partial()):
@@ -276,7 +278,7 @@ def gradients_of_other_placements(mesh, name):
         for distributed in (True, False):
             start = random((4, 3), 1)
             p = nn.Parameter(spread(mesh, start, Shard(0)) if distributed else start)
-            optimizer = CLASSES[name][0]([p], **OPTIONS[name])
+            optimizer = OPTIMIZERS[name]([p], **OPTIONS[name])
             for step in range(3):
                 p.grad = random((4, 3), step)
                 if distributed:
@@ -287,13 +289,13 @@ def gradients_of_other_placements(mesh, name):
         assert_equal(*results, str(placement))
 
 
-@case(*CLASSES)
+@case(*OPTIMIZERS)
 def a_gradient_scale(mesh, name):
     results = []
     for distributed in (True, False):
         start = random((5, 3), 1)
         p = nn.Parameter(spread(mesh, start, Shard(0)) if distributed else start)
-        optimizer = CLASSES[name][0]([p], **OPTIONS[name])
+        optimizer = OPTIMIZERS[name]([p], **OPTIONS[name])
         optimizer.grad_scale = torch.tensor(8.0)
         for step in range(3):
             gradient = random((5, 3), step) * 8
@@ -304,6 +306,59 @@ def a_gradient_scale(mesh, name):
             assert_equal(whole(p.grad), random((5, 3), step))
         results.append(whole(p.detach()))
     assert_equal(*results)
+
+
+SUMMING = [name for name, cls in OPTIMIZERS.items() if _C.rules()[cls._rule].sums]
+
+
+@case(
+    *((name, where, dtype) for name in SUMMING for where in PLACEMENTS for dtype in ("float32", "float64", "bfloat16"))
+)
+def sums_do_not_depend_on_shards(mesh, name, where, dtype):
+    """A step that depends on the whole tensor's norms has the same bits whoever holds which part of it."""
+    kind = getattr(torch, dtype)
+    start = [random(shape, i).to(kind) for i, shape in enumerate(SHAPES)]
+    params = [nn.Parameter(spread(mesh, t, PLACEMENTS[where])) for t in start], [nn.Parameter(t) for t in start]
+    optimizers = [OPTIMIZERS[name](given, **OPTIONS[name]) for given in params]
+    for step in range(3):
+        for i, (p, q) in enumerate(zip(*params, strict=True)):
+            q.grad = random(SHAPES[i], 100 * step + i).to(kind)
+            p.grad = spread(mesh, q.grad, PLACEMENTS[where])
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(*params, strict=True):
+            assert torch.equal(bits(whole(p.detach())), bits(q)), tuple(p.shape)
+    assert set(paths_of(optimizers[0])) == {"fused"}
+
+
+@case(*SUMMING)
+def one_collective_for_each_dimension_of_a_mesh(mesh, name):
+    """For all tensors together, in a step that looks at everything and in those that repeat it; none for replicas."""
+    grid = dist.device_mesh.init_device_mesh("cpu", (1, 2))
+    cases = [
+        (1, [[Shard(0), Shard(1)], [Shard(0), Shard(0)], [Shard(0), Replicate()], [Replicate(), Shard(0)]]),
+        (0, [[Replicate(), Replicate()], [Shard(0), Replicate()]]),
+    ]
+    original, called = dist.all_gather_into_tensor, []
+
+    def count(output, own, group):
+        called.append(dist.get_process_group_ranks(group))
+        return original(output, own, group)
+
+    dist.all_gather_into_tensor = count
+    try:
+        for calls, placements in cases:
+            spread_out = [distribute_tensor(random((4, 6), i), grid, placements[i % len(placements)]) for i in range(9)]
+            params = [nn.Parameter(p) for p in (*spread_out, random((3,), 9))]
+            optimizer = OPTIMIZERS[name](params, **OPTIONS[name])
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.ones_like(p)
+                called.clear()
+                optimizer.step()
+                assert called == [[0, 1]] * calls
+    finally:
+        dist.all_gather_into_tensor = original
 
 
 # In this process: a mesh of one ---------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ def states_of(row, optimizer, param):
 @each_combination
 def test_any_cut_of_a_tensor(row, options, dtype):
     """A tensor in one piece, and cut anywhere: vector body, tail and place in a chunk make no difference."""
+    if row.has_sums:
+        pytest.skip("a step that depends on the whole tensor: tests/test_reduce_phase.py")
     size = 3000
     start, gradients = random_problem((size,), dtype, 3, 1)
     whole = result_of(row.make, start, gradients, **options)

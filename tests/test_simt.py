@@ -21,7 +21,7 @@ FLAGS += [f"-I{ROOT / 'tests' / 'simt'}", f"-I{ROOT / 'tests' / 'cpp' / 'contrac
 ROWS, COLUMNS = "cross_entropy_rows.cu", "cross_entropy_columns.cu"
 PLAIN = "cross_entropy_plain.h"
 KERNELS = (
-    *("update.cu", "prepare.cu", "norm.cu", "pointwise.cu"),
+    *("update.cu", "prepare.cu", "gather.cu", "norm.cu", "pointwise.cu"),
     *("cross_entropy.cu", ROWS, COLUMNS),
 )
 OTHERS = (
@@ -51,7 +51,12 @@ FAULTS = [
     Fault("a norm's tail, one element too long", "norm.cu", "at < chunk.end", "at <= chunk.end"),
     Fault("a step's tail, one element too long", "update.cu", "at < end; at += kThreads", "at <= end; at += kThreads"),
     Fault("a step after an overflow", "update.cu", "*table.header.found_inf != 0) return", "false) return"),
-    Fault("scalars of another group", "update.cu", "row.prepared = set", "row.prepared = 0"),
+    Fault("scalars of another group", "step_table.h", "row.prepared = set", "row.prepared = 0"),
+    Fault("a sum's tail, one element too long", "gather.cu", "at < end; at +=", "at <= end; at +="),
+    Fault("sums in the slots of another", "gather.cu", "    if (s > 0) __syncthreads();", "", "that thread"),
+    Fault("sums of another tensor", "gather.cu", "row.place = places[t]", "row.place = 0"),
+    Fault("a chunk's sum that is left out", "gather.cu", "c < row.chunks; c +=", "c + 1 < row.chunks; c +="),
+    Fault("sums that nothing follows from", "gather.cu", "Rule::finish(scalars, values);", ""),
     Fault("a neighbour's chunk", "table.h", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
     Fault("a loss's tail, one element too long", "pointwise.cu", "i < item_end", "i <= item_end"),
     Fault("a gradient's tail, one element short", "pointwise.cu", "i < end; i +=", "i + 1 < end; i +="),
@@ -74,9 +79,15 @@ FAULTS = [
 ]
 
 #: The kernels that are compiled anew for a fault in a header.
-USERS = {"reduce.h": "norm.cu", "table.h": "update.cu", "cross_entropy_row.h": COLUMNS, PLAIN: ROWS}
+USERS = {
+    "reduce.h": "norm.cu",
+    "table.h": "update.cu",
+    "step_table.h": "update.cu",
+    "cross_entropy_row.h": COLUMNS,
+    PLAIN: ROWS,
+}
 #: The part of the tests that runs a file's kernels.
-PARTS = {"update.cu": "steps", "norm.cu": "norms", "pointwise.cu": "pointwise"}
+PARTS = {"update.cu": "steps", "gather.cu": "steps", "norm.cu": "norms", "pointwise.cu": "pointwise"}
 PARTS |= {name: "cross-entropy" for name in KERNELS if name.startswith("cross_entropy")}
 
 

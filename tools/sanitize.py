@@ -29,7 +29,7 @@ FUZZED = {"clip", "layout", "loss_calls", "tensor_list"}
 #: The kernels' parameters are larger from CUDA 13 on, which matters only to those that take tables of tensors: their
 #: tests run as for old and for new drivers. By the bytes of a kernel's parameters: what the program is told to run.
 PARAMETER_BYTES = {4096: ["cross-entropy", "large-rows", "pointwise", "norms", "steps"], 32764: ["norms", "steps"]}
-WITH_TABLES = ("norm", "prepare", "update")
+WITH_TABLES = ("gather", "norm", "prepare", "update")
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
 // Sums that do not depend on how their terms are cut into parts: over threads, vectors, blocks of a GPU or processes.
 //
-// A sum is kept in two doubles, to twice the precision of one, and rounded to one double at its end. So another order of
-// additions moves its bits in one of about 2^45 sums. Where the order could be anything, it is fixed all the same: terms
-// come in chunks of kSumChunk, each from the tensor's own element 0. A chunk is eight segments, one after the other, and
-// a segment 32 lanes: element i is added to lane i % 32, and the lanes are combined pairwise, 16 apart, then 8, ... The
-// chunks' sums are combined likewise. A warp of a GPU has a lane for each of its threads, and any vector register holds a
-// few of them, so all engines keep to this order without a detour.
+// A sum is kept in two doubles, to twice the precision of one, and rounded to one double at its end. So another order
+// of additions moves its bits in one of about 2^45 sums. Where the order could be anything, it is fixed all the same:
+// terms come in chunks of kSumChunk, each from the tensor's own element 0. A chunk is eight segments, one after the
+// other, and a segment 32 lanes: element i is added to lane i % 32, and the lanes are combined pairwise, 16 apart, then
+// 8, ... The chunks' sums are combined likewise. A warp of a GPU has a lane for each of its threads, and any vector
+// register holds a few of them, so all engines keep to this order without a detour.
 #pragma once
 
 #include <cstdint>

@@ -44,7 +44,7 @@ struct Rule {
   Decay (*decay)(const double* options);
   void (*prepare)(const double* options, const StepInfo&, bool is_float64, Scalars*);
   void (*finish)(const Sum* sums, bool is_float64, Scalars*);  // null without a reduce phase
-  int index;  // in the kernel tables
+  int index;                                                   // in the kernel tables
 };
 
 const Rule* find_rule(const char* name);  // null if there is none

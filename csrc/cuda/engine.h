@@ -42,8 +42,8 @@ struct Update {
 // Changes the parameters and states of all tasks. Tasks without elements are allowed.
 void update(const Update&, Stream);
 
-// The reduce phase of a rule that has one: the sums of each task, one after the other, in `sums`. `partials` is memory for
-// partial_sums(work, ...) of them. Tasks without elements have sums of 0.
+// The reduce phase of a rule that has one: the sums of each task, one after the other, in `sums`. `partials` is memory
+// for partial_sums(work, ...) of them. Tasks without elements have sums of 0.
 void gather(const Update&, Sum* partials, Sum* sums, Stream);
 size_t partial_sums(const Update&, int sum_count);
 

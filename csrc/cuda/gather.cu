@@ -1,5 +1,5 @@
-// The reduce phase of rules that have one: what the elements of each tensor add to its sums, in the order of core/sum.h,
-// which is the CPU engine's too, and the scalars that follow from them. Nothing waits for the device.
+// The reduce phase of rules that have one: what the elements of each tensor add to its sums, in the order of
+// core/sum.h, which is the CPU engine's too, and the scalars that follow from them. Nothing waits for the device.
 #include <type_traits>
 #include <vector>
 
@@ -30,8 +30,8 @@ template <int kRoles, bool kStrided>
 using GatherTable = Table<WithPartials<Header<kStrided ? 1 : kPreparedSets>>,
                           WithPlace<std::conditional_t<kStrided, StridedRow<kRoles>, Row<kRoles>>>, kParameterBytes>;
 
-// Elements of each tensor that a thread has under way, a warp's lanes apart. Single ones, whatever their type: they need
-// not be aligned, and a lane of a warp is a lane of the sum.
+// Elements of each tensor that a thread has under way, a warp's lanes apart. Single ones, whatever their type: they
+// need not be aligned, and a lane of a warp is a lane of the sum.
 template <class Storage>
 constexpr int kElements = std::is_same_v<Storage, Strided> ? 1 : 8;
 

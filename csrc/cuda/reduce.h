@@ -21,8 +21,7 @@ __device__ __forceinline__ Sum of_lane(Sum value, int distance) {
 // The lanes' values by a tree; every lane has the result. combine(a, b) must have the bits of combine(b, a).
 template <class T, class Combine>
 __device__ __forceinline__ T combine_warp(T value, Combine combine) {
-  for (int distance = 16; distance > 0; distance /= 2)
-    value = combine(value, of_lane(value, distance));
+  for (int distance = 16; distance > 0; distance /= 2) value = combine(value, of_lane(value, distance));
   return value;
 }
 

@@ -59,8 +59,7 @@ class Plan {
   // Returns a `StepAnswer`, a named tuple whose `status` is "done" or says why nothing has been changed:
   //   "unfinished"          the other fields are those of an `Unfinished`
   //   "look at gradients"   a group skips steps that are not finite, or there is neither a state nor a learning rate,
-  //   so
-  //                         that the step may only ask for states; not where `gradients_seen`
+  //                         so that the step may only ask for states; not where `gradients_seen`
   //   "ask the host"        the device alone cannot apply `device_scale` and `found_inf`: the host has to read them
   //   "foreign containers"  groups, parameters or states are in containers that answer by code of their own
   //

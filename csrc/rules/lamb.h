@@ -1,5 +1,5 @@
-// LAMB: You et al. 2020, arXiv:1904.00962. Adam's update with weight decay in it, scaled for each tensor by the ratio of
-// the parameter's norm to the update's, as NVIDIA's apex and timm have it. The ratio is 1 where either norm is 0.
+// LAMB: You et al. 2020, arXiv:1904.00962. Adam's update with weight decay in it, scaled for each tensor by the ratio
+// of the parameter's norm to the update's, as NVIDIA's apex and timm have it. The ratio is 1 where either norm is 0.
 #pragma once
 
 #include "core/math.h"

@@ -59,8 +59,7 @@ struct Lars {
     if (!k.adapts) return;
     double ratio = 1;
     const double param = __builtin_sqrt(sums[0]), gradient = __builtin_sqrt(sums[1]);
-    if (param != 0 && gradient != 0)
-      ratio = k.trust_coeff * param / (gradient + param * k.exact_weight_decay + k.eps);
+    if (param != 0 && gradient != 0) ratio = k.trust_coeff * param / (gradient + param * k.exact_weight_decay + k.eps);
     if (k.clips) ratio = ratio >= k.exact_lr ? 1 : ratio / k.exact_lr;
     k.ratio = static_cast<S>(ratio);
   }

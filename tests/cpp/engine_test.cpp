@@ -318,7 +318,8 @@ void test_random() {
 
 int main() {
   using namespace trainopt;
-  for (const char* name : {"sgd", "adam", "lamb", "lars"}) check(cpu::find_rule(name) != nullptr, std::string("no rule ") + name);
+  for (const char* name : {"sgd", "adam", "lamb", "lars"})
+    check(cpu::find_rule(name) != nullptr, std::string("no rule ") + name);
   check(cpu::find_rule("nothing") == nullptr, "a rule that does not exist");
   test_conversions();
   test_conversions_in_kernels();

@@ -230,7 +230,7 @@ struct Setting {
 // The options' order: SGD momentum, dampening, nesterov; Adam beta1, beta2, eps, amsgrad, decoupled, bias correction;
 // LAMB beta1, beta2, eps, trust_clip, always_adapt, bias correction; LARS SGD's, trust_coeff, eps, trust_clip,
 // always_adapt;
-// eight, the rule in contract/rules/rules.h, set, decay.
+// eight and four, the rules in contract/rules/rules.h, set and decay, or decay.
 constexpr Decay kCoupled = Decay::kGradient, kDecoupled = Decay::kParameter, kInUpdate = Decay::kUpdate;
 inline const std::vector<Setting> kSettings = {
     {"plain", "sgd", {0, 0, 0}, kCoupled, 0.1, 0, false, 0, false, 0, 1, 0},
@@ -258,13 +258,17 @@ inline const std::vector<Setting> kSettings = {
     {"plain", "lars", {0, 0, 0, 0.1, 0.01, 0, 0}, kInUpdate, 0.5, 0.3, false, 0, false, 0, 1, 0},
     {"first", "lars", {0.9, 0.2, 0, 0.1, 0.01, 1, 0}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 1},
     {"everything", "lars", {0.9, 0, 1, 0.1, 0.01, 0, 1}, kInUpdate, 0.5, 0.3, true, 2, true, 0.1, 3, 4},
+    {"sums of all kinds", "four", {0}, kCoupled, 0.05, 0.3, true, 0.5, false, 0.1, 3, 4},
+    {"decoupled", "four", {1}, kDecoupled, 0.05, 0.3, false, 0, false, 0, 1, 1},
 };
 
-// The sums that the setting's rule gathers of a parameter's elements: for `reference`.
-struct Norms {
-  double param = 0, other = 0;  // of the parameter; of LAMB's update or LARS's gradient
+// What a tensor's elements add up to: for LAMB and LARS squares of the parameter, and of LAMB's update or LARS's
+// gradient; for the rule of the tests what that says.
+struct Sums {
+  double of[kMaxSums] = {};
 
-  double ratio_to(double by) const { return param != 0 && other != 0 ? param / by : 1; }
+  double root(int i) const { return std::sqrt(of[i]); }
+  double ratio_to(double by) const { return of[0] != 0 && of[1] != 0 ? root(0) / by : 1; }
 };
 
 inline double sign(double x) { return x > 0 ? 1 : x < 0 ? -1 : 0; }
@@ -279,9 +283,10 @@ inline double lamb_update(const Setting& s, double p, double direction, double* 
   return state[0] / correction1 / (std::sqrt(state[1] / correction2) + o[2]) + s.weight_decay * p;
 }
 
-// One element by the formulas, in double. With `squares` nothing is changed, and what it adds to them is.
-inline void reference(const Setting& s, double& p, double& g, double* state, double noise, const Norms& norms = {},
-                      Norms* squares = nullptr) {
+// One element by the formulas, in double, of a tensor with these sums. With `gathered` it is added to them, and that is
+// all.
+inline void reference(const Setting& s, double& p, double& g, double* state, double noise, const Sums& sums = {},
+                      Sums* gathered = nullptr) {
   g /= s.gradient_scale;
   double direction = s.maximize ? -g : g;
   if (s.decay == kCoupled) direction += s.weight_decay * p;
@@ -289,23 +294,35 @@ inline void reference(const Setting& s, double& p, double& g, double* state, dou
   if (s.decay == kDecoupled) p *= 1 - s.lr * s.weight_decay;
   const std::vector<double>& o = s.options;
   const bool is_lamb = std::strcmp(s.rule, "lamb") == 0, is_lars = std::strcmp(s.rule, "lars") == 0;
-  if (squares != nullptr) {
-    if (!is_lamb && !is_lars) return;
-    const double other = is_lamb ? lamb_update(s, p, direction, state) : direction;
-    squares->param += p * p;
-    squares->other += other * other;
+  const bool is_four = std::strcmp(s.rule, "four") == 0;
+  if (gathered != nullptr) {
+    if (is_lamb || is_lars) {
+      const double other = is_lamb ? lamb_update(s, p, direction, state) : direction;
+      gathered->of[0] += p * p;
+      gathered->of[1] += other * other;
+    } else if (is_four) {
+      gathered->of[0] += p;
+      gathered->of[1] += p * direction;
+      gathered->of[2] += (state[0] / 2 + direction) * direction;
+      gathered->of[3] += 1;
+    }
     return;
+  }
+  if (is_four) {
+    state[0] = state[0] / 2 + direction;
+    p -= s.lr * (state[0] + (sums.of[0] + sums.of[1] - sums.of[2]) / sums.of[3]);
   }
   if (is_lars) {
     double ratio = 1;
     if (s.weight_decay != 0 || o[6] != 0) {
-      ratio = norms.ratio_to((norms.other + s.weight_decay * norms.param + o[4]) / o[3]);
+      ratio = sums.ratio_to((sums.root(1) + s.weight_decay * sums.root(0) + o[4]) / o[3]);
       if (o[5] != 0) ratio = std::min(ratio / s.lr, 1.0);
     }
     direction = ratio * (direction + s.weight_decay * p);
   }
-  if (is_lamb) {
-    double ratio = s.weight_decay != 0 || o[4] != 0 ? norms.ratio_to(norms.other) : 1;
+  if (is_four) {
+  } else if (is_lamb) {
+    double ratio = s.weight_decay != 0 || o[4] != 0 ? sums.ratio_to(sums.root(1)) : 1;
     if (o[3] != 0) ratio = std::min(ratio, 1.0);
     p -= s.lr * ratio * lamb_update(s, p, direction, state);
   } else if (std::strcmp(s.rule, "sgd") == 0 || is_lars) {
@@ -487,18 +504,17 @@ inline bool is_right(const Setting& s, const Parameters& before, const Parameter
       for (int k = 0; k < kMaxStates; ++k)
         state[k] = before[t]->states[k] != nullptr ? before[t]->states[k]->get(i) : 0;
     };
-    Norms norms;
+    Sums sums;
     for (int64_t i = 0; i < after[t]->numel; ++i) {
       read(i);
       if (!is_float64) g = static_cast<double>(static_cast<float>(g));
-      reference(s, p, g, state, 0, {}, &norms);
+      reference(s, p, g, state, 0, {}, &sums);
     }
-    norms = {std::sqrt(norms.param), std::sqrt(norms.other)};
     for (int64_t i = 0; i < after[t]->numel; ++i) {
       read(i);
       const double scale = 1 + std::fabs(p) + g * g;
       if (!is_float64) g = static_cast<double>(static_cast<float>(g));
-      reference(s, p, g, state, static_cast<double>(noise[static_cast<size_t>(i)]), norms);
+      reference(s, p, g, state, static_cast<double>(noise[static_cast<size_t>(i)]), sums);
       if (!is_close(after[t]->param.get(i), p, a.param_dtype, is_float64, scale)) return false;
       if (s.gradient_scale != 1 && !is_close(after[t]->gradient.get(i), g, a.gradient_dtype, is_float64, scale))
         return false;

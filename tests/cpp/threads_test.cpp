@@ -8,10 +8,10 @@
 namespace trainopt {
 namespace {
 
-constexpr int kOptimizers = 3, kThreads = 3, kSteps = 3;
+constexpr int kOptimizers = 4, kThreads = 3, kSteps = 3;
 
 Setting setting_of(int optimizer, int step) {
-  static const int kChosen[kOptimizers] = {2, 7, 13};  // momentum, Adam, everything
+  static const int kChosen[kOptimizers] = {2, 7, 13, 18};  // momentum, Adam, everything, LAMB
   Setting s = kSettings[kChosen[optimizer]];
   s.step = step + 1;
   return s;
@@ -46,15 +46,23 @@ struct Optimizer {
   void step(int which, int threads) {
     const Setting s = setting_of(number, which);
     scalars = scalars_of(s, false);
-    const cpu::Update run{tasks.data(), starts.data(), tasks.size(), cpu::find_rule(s.rule), false};
-    const auto share = [&](int part) {
+    cpu::Update run{tasks.data(), starts.data(), tasks.size(), cpu::find_rule(s.rule), false};
+    const auto share = [&](auto use) {
       const int64_t blocks = starts.back();
-      cpu::run_blocks(run, blocks * part / threads, blocks * (part + 1) / threads);
+      const auto part_of = [&, use](int part) { use(blocks * part / threads, blocks * (part + 1) / threads); };
+      std::vector<std::thread> others;
+      for (int part = 1; part < threads; ++part) others.emplace_back(part_of, part);
+      part_of(0);
+      for (std::thread& other : others) other.join();
     };
-    std::vector<std::thread> others;
-    for (int part = 1; part < threads; ++part) others.emplace_back(share, part);
-    share(0);
-    for (std::thread& other : others) other.join();
+    const auto count = static_cast<size_t>(run.rule->sum_count);
+    std::vector<Sum> partials(cpu::partial_sums(run)), sums(tasks.size() * count);
+    if (count > 0) {
+      share([&](int64_t first, int64_t last) { cpu::gather_blocks(run, first, last, partials.data()); });
+      for (size_t t = 0; t < tasks.size(); ++t) cpu::sums_of(run, t, partials.data(), &sums[t * count]);
+      run.sums = sums.data();
+    }
+    share([&](int64_t first, int64_t last) { cpu::run_blocks(run, first, last); });
   }
 };
 

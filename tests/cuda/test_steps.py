@@ -4,11 +4,15 @@ two roundings where the device does; every option, dtype, size, alignment, layou
 import judge
 import pytest
 import torch
+import torch.distributed as dist
 from judge import DTYPES, TABLE
 from steps import SHAPES, assert_near, assert_same_bits, counts_on_device, here, on_device, outcome_on
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 import trainopt
 from trainopt._extension import _C
+from trainopt.optim import distributed
 
 CASES = [
     pytest.param(row, {**options, **extra}, id=f"{name}-{what}")
@@ -158,7 +162,9 @@ def test_few_tensors_take_one_launch(device, name):
             p.grad = g.to(device)
         _C.simt.take_launches()
         optimizer.step()
-        assert _C.simt.take_launches() == [4]  # chunks of 16,384 elements
+        chunks = 4  # of 16,384 elements
+        # Before the update: sums of chunks, one block a tensor that combines them, and what follows from them.
+        assert _C.simt.take_launches() == ([chunks, 3, 1] if row.has_sums else []) + [chunks]
 
 
 @each_row
@@ -217,3 +223,61 @@ def test_noise_goes_on_after_the_largest_count_of_float32(device, name):
             expected = torch.empty(300)
             _C.gaussian_(expected, 5, late + i, 0)
             assert torch.equal(param.detach().cpu(), expected)
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.has_sums])
+def test_sums_over_shards(device, name, mesh, monkeypatch):
+    """As if another process held the other half of each tensor, with the same elements: half a step of the whole."""
+    row, called = TABLE[name], []
+
+    class Half:
+        """A mesh of two, of which this process is one."""
+
+        def get_coordinate(self):
+            return [0]
+
+        def size(self, dim):
+            return 2
+
+        def get_group(self, dim):
+            return "the group"
+
+    def gather(output, own, group):
+        called.append((group, own.device.type))
+        output.copy_(torch.cat((own, own)))
+
+    half = Half()
+    monkeypatch.setattr(
+        distributed,
+        "describe",
+        lambda spec: ((half, spec.placements), False, tuple(spec.shape), (0,) * len(spec.shape)),
+    )
+    monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
+    start, gradients = judge.random_problem(((9, 5), (0, 3), (700, 30)), torch.float32, 3)
+
+    def shard(tensor):
+        shape = torch.Size((2 * tensor.shape[0], tensor.shape[1]))
+        meta = TensorMeta(shape, (shape[1], 1), tensor.dtype)
+        return DTensor(tensor.to(device), DTensorSpec(mesh, (Shard(0),), tensor_meta=meta), requires_grad=False)
+
+    params = [torch.nn.Parameter(shard(p)) for p in start]
+    alone = [torch.nn.Parameter(torch.cat((p, p)).to(device)) for p in start]
+    optimizers = [row.make(given, **row.usual) for given in (params, alone)]
+    for now in gradients:
+        for p, q, g in zip(params, alone, now, strict=True):
+            p.grad, q.grad = shard(g), torch.cat((g, g)).to(device)
+        called.clear()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert called == [("the group", device)]
+    for p, q in zip(params, alone, strict=True):
+        judge.assert_same_bits({"param": [p.detach().to_local().cpu()]}, {"param": [q.detach()[: len(q) // 2].cpu()]})

@@ -28,7 +28,7 @@ def with_device_numbers(name, device):
     """The usual options, with those that may be tensors on the device."""
     usual = dict(TABLE[name].usual)
     numbers = {"lr": torch.tensor(usual["lr"], device=device)}
-    if name != "SGD":
+    if "betas" in usual:
         numbers["betas"] = tuple(torch.tensor(b, dtype=torch.float64, device=device) for b in usual["betas"])
         numbers["capturable"] = True
     return numbers
@@ -248,7 +248,8 @@ def test_a_step_keeps_no_memory(device, name, allocations, allocated):
             optimizer.step()
         assert allocated() == before, kind
         if kind in ("default", "everything", "noise"):
-            assert allocations() == blocks, kind
+            # A reduce phase has memory for sums, for those of chunks, and for what follows from them, which goes back.
+            assert allocations() - blocks == (3 * 3 if TABLE[name].has_sums else 0), kind
 
 
 # Capture --------------------------------------------------------------------------------------------------------------

@@ -49,14 +49,13 @@ def add_shards(sums: Tensor, keys: Sequence[tuple[Any, ...] | None]) -> None:
         mesh, placements = key[:2] if key is not None else (None, ())
         if mesh is not None and mesh.get_coordinate() is not None:
             for dim, placement in enumerate(placements):
-                if placement.is_shard():
+                if placement.is_shard() and mesh.size(dim) > 1:
                     rows_of.setdefault((mesh, dim), []).append(row)
     for (mesh, dim), rows in rows_of.items():
         # Runs of rows, and not an index, which would have to be copied to the device.
         runs = [sums[first : last + 1] for first, last in _runs(rows)]
         own = torch.cat(runs)
-        size = mesh.size(dim)
-        parts = own.new_empty((size, *own.shape))
+        parts = own.new_empty((mesh.size(dim), *own.shape))
         dist.all_gather_into_tensor(parts.flatten(0, 1), own, mesh.get_group(dim))
         high, low = parts[0].unbind(-1)
         for part in parts[1:]:
@@ -90,8 +89,9 @@ def describe(spec: Any) -> tuple[tuple[Any, ...], bool, Sizes, Sizes | None]:
     """Tells the step plan of a DTensorSpec how the local tensor lies in the whole, on this rank.
 
     Returns:
-        What is equal for tensors of one mesh and placements, the mesh and the placements first; whether a sum is pending; the sizes of the whole; where in
-        it the local tensor begins, in each dimension, or None if that is not one block of it.
+        What is equal for tensors of one mesh and placements, the mesh and the placements first; whether a sum is
+        pending; the sizes of the whole; where in it the local tensor begins, in each dimension, or None if that is not
+        one block of it.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

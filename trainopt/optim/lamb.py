@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import torch
 
 from trainopt.optim.base import Fused
-from trainopt.optim.options import PlainAdamOptions, extra
+from trainopt.optim.options import PlainOptions, extra
 from trainopt.optim.trust import norms
 
 
@@ -22,20 +22,20 @@ class LAMB(Fused, rule="lamb"):
 
     The norms are of the whole parameter, a DTensor's over all its shards. The trust ratio ``norm(p) / norm(u)`` is 1 if
     either norm is 0, and in groups with ``weight_decay=0``, unless ``always_adapt``: the convention of the authors' own
-    code, of NVIDIA's apex (``FusedLAMB``) and of timm (``Lamb``), whose names and defaults these are. What differs there:
-    apex and timm first clip all gradients to a norm of 1 (here `trainopt.clip_grad_norm_` does that, if it is called);
-    apex calls ``always_adapt`` ``use_nvlamb``; DeepSpeed bounds the trust ratio by 0.01 and 10; pytorch-optimizer bounds
-    the parameter's norm by 10, adds eps to the update's, and leaves out the bias corrections.
+    code, of NVIDIA's apex (``FusedLAMB``) and of timm (``Lamb``), whose names and defaults these are. What differs
+    there: apex and timm first clip all gradients to a norm of 1, which `trainopt.clip_grad_norm_` does here; apex calls
+    ``always_adapt`` ``use_nvlamb``. DeepSpeed bounds the trust ratio by 0.01 and 10. pytorch-optimizer bounds the
+    parameter's norm by 10, adds eps to the update's, and leaves out the bias corrections.
 
     Args:
         params: tensors, or dicts with ``params`` and options of their own, as every optimizer of torch takes them.
         lr: the learning rate, a number or a tensor of one element (default 1e-3), at least 0.
+        bias_correction: with False the moments are taken as they are (default True).
         betas: of the two moments (default (0.9, 0.999)), each at least 0 and less than 1.
         eps: added to the root of the second moment (default 1e-6), at least 0.
         weight_decay: in the update, and so in its norm (default 0.01), at least 0.
         trust_clip: with True (default False), a trust ratio above 1 is taken for 1.
         always_adapt: with True (default False), the trust ratio holds without weight decay too, as in the paper.
-        bias_correction: with False the moments are taken as they are (default True).
         maximize, foreach, capturable, differentiable, fused: as `torch.optim.AdamW` has them.
         l1, l1_proximal, noise, seed, skip_nonfinite: as in `trainopt.SGD`.
 
@@ -49,17 +49,19 @@ class LAMB(Fused, rule="lamb"):
         self,
         params: Any,
         lr: float | torch.Tensor = 1e-3,
+        bias_correction: bool = True,
         betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         *,
         trust_clip: bool = False,
         always_adapt: bool = False,
-        **options: Unpack[PlainAdamOptions],
+        **options: Unpack[PlainOptions],
     ) -> None:
         super().__init__(
             params,
             lr=lr,
+            bias_correction=bias_correction,
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,

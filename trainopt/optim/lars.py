@@ -22,9 +22,9 @@ class LARS(Fused, rule="lars"):
 
     The norms are of the whole parameter, a DTensor's over all its shards. The trust ratio is 1 if either norm is 0, and
     in groups with ``weight_decay=0``, unless ``always_adapt``. Names, defaults and conventions are those of timm's
-    ``Lars``; torch has no LARS. What differs elsewhere: apex's ``LARC`` wraps another optimizer, with a trust coefficient
-    of 0.02 and ``trust_clip``; pytorch-optimizer has no weight decay in the denominator and leaves parameters of one
-    dimension alone; bitsandbytes bounds the update's norm instead.
+    ``Lars``; torch has no LARS. What differs elsewhere: apex's ``LARC`` wraps another optimizer, with a trust
+    coefficient of 0.02 and ``trust_clip``; pytorch-optimizer has no weight decay in the denominator and leaves
+    parameters of one dimension alone; bitsandbytes bounds the update's norm instead.
 
     Args:
         params: tensors, or dicts with ``params`` and options of their own, as every optimizer of torch takes them.
@@ -44,7 +44,7 @@ class LARS(Fused, rule="lars"):
     Raises:
         ValueError: an option is out of its range.
 
-    The buffer has the parameter's dtype; arithmetic is float32, or float64 for float64 parameters, and norms are float64.
+    The buffer has the parameter's dtype; arithmetic is float32, or float64 for float64 parameters; norms are float64.
     """
 
     def __init__(

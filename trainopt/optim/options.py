@@ -46,10 +46,6 @@ class PlainOptions(Extras, total=False):
     fused: bool | None
 
 
-class PlainAdamOptions(PlainOptions, AdamExtras):
-    """Likewise, of one whose moments are Adam's."""
-
-
 #: The defaults of trainopt's own options: first what only the rules have that read it, then what all have.
 DEFAULTS: dict[str, Any] = {
     "bias_correction": True,
@@ -125,6 +121,8 @@ def show_options(init: Any, defaults: Mapping[str, Any]) -> None:
     signature, types = inspect.signature(init), {**PlainOptions.__annotations__, **AdamExtras.__annotations__}
     shown = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     for name, default in defaults.items():
+        if name in signature.parameters:
+            continue
         kind, type_ = inspect.Parameter.KEYWORD_ONLY, types.get(name, Any)
         shown.append(inspect.Parameter(name, kind, default=default, annotation=type_))
     init.__signature__ = signature.replace(parameters=shown)

@@ -6,7 +6,8 @@ import torch
 def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
     """In float64 where the device has it; of a DTensor that of the whole, on every rank."""
     dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
-    found = tensor.to(dtype).square().sum()  # pairwise, and so closer than torch's norm
+    kept = tensor.to(dtype, copy=tensor.requires_grad)  # of a differentiable step, which writes to it afterwards
+    found = kept.square().sum()  # pairwise, and so closer than torch's norm
     return found.full_tensor() if hasattr(found, "full_tensor") else found
 
 

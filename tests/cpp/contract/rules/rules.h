@@ -1,8 +1,8 @@
-// In the tests of the engines this file stands before csrc/rules/rules.h: it adds a rule that has all that a rule may
+// In the tests of the engines this file stands before csrc/rules/rules.h: it adds rules that have all that a rule may
 // have and no optimizer has yet.
 #pragma once
 
-#define TRAINOPT_RULES_OF_TESTS(DO) DO(Eight)
+#define TRAINOPT_RULES_OF_TESTS(DO) DO(Eight) DO(Four)
 #include_next "rules/rules.h"
 
 namespace trainopt {
@@ -48,6 +48,54 @@ struct Eight {
       sum = sum + state[i];
     }
     p = p - sum * T(k.lr);
+  }
+};
+
+// As many sums as there may be, of all kinds: of a number, of products, of what only the update writes, and of ones.
+struct Four {
+  static constexpr const char* kName = "four";
+  enum Option { kDecay };
+  static constexpr const char* kOptions[] = {"decay"};
+  static constexpr const char* kStates[] = {"a"};
+  static constexpr StateSet kStateSets[] = {0b1};
+  static constexpr const char* kSums[] = {"the parameter", "its product with the gradient",
+                                          "that of state and gradient", "elements"};
+  static constexpr bool kCountsSteps = true;
+
+  TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b1; }
+  TRAINOPT_INLINE static bool takes(const double*) { return true; }
+  TRAINOPT_INLINE static Decay decay(const double* options) {
+    return options[kDecay] == 0 ? Decay::kGradient : Decay::kParameter;
+  }
+
+  template <class S>
+  struct Scalars {
+    S lr, shift;
+  };
+
+  template <class S>
+  TRAINOPT_INLINE static Scalars<S> prepare(const double*, const StepInfo& info) {
+    return {static_cast<S>(info.lr), S(0)};
+  }
+
+  template <class T, class S>
+  TRAINOPT_INLINE static void gather(const Scalars<S>&, T p, T g, T* state, Term<T>* terms) {
+    const T one(S(1));
+    terms[0] = {p, one};
+    terms[1] = {p, g};
+    terms[2] = {state[0] * T(S(0.5)) + g, g};
+    terms[3] = {one, one};
+  }
+
+  template <class S>
+  TRAINOPT_INLINE static void finish(Scalars<S>& k, const double* sums) {
+    k.shift = static_cast<S>((sums[0] + sums[1] - sums[2]) / sums[3]);
+  }
+
+  template <class T, class S>
+  TRAINOPT_INLINE static void update(const Scalars<S>& k, T& p, T g, T* state) {
+    state[0] = state[0] * T(S(0.5)) + g;
+    p = p - (state[0] + T(k.shift)) * T(k.lr);
   }
 };
 
