@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -18,6 +19,7 @@ def can_measure() -> bool:
 
 def peak_of(call: Callable[[], object]) -> int:
     """Bytes of resident memory that a call, made once here and now, adds at its peak."""
+    gc.collect()  # else garbage of before may go during the call, and hide what the call holds
     CLEAR.write_text("5")  # the high-water mark starts again from what is resident
     before = _resident("VmRSS")
     result = call()
