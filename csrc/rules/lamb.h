@@ -27,7 +27,7 @@ struct Lamb {
   struct Scalars {
     S beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_correction1, inverse_sqrt_correction2, eps, weight_decay;
     S step_size;  // lr, and from `finish` on lr times the trust ratio
-    bool beta1_is_small, adapts, clips;
+    bool beta1_is_small, decays, adapts, clips;
     double lr;
   };
 
@@ -47,7 +47,8 @@ struct Lamb {
     k.weight_decay = static_cast<S>(info.weight_decay);
     k.step_size = static_cast<S>(info.lr);
     k.beta1_is_small = options[kBeta1] <= 0.5;
-    k.adapts = info.weight_decay != 0 || options[kAlwaysAdapt] != 0;
+    k.decays = info.weight_decay != 0;
+    k.adapts = k.decays || options[kAlwaysAdapt] != 0;
     k.clips = options[kTrustClip] != 0;
     k.lr = info.lr;
     return k;
@@ -61,8 +62,9 @@ struct Lamb {
     // As Adam's: interpolated from the nearer end, and the weight times g first, lest g * g overflow.
     m = k.beta1_is_small ? g - (g - m) * T(k.beta1) : m + (g - m) * T(k.one_minus_beta1);
     v = v * T(k.beta2) + g * T(k.one_minus_beta2) * g;
-    return m * T(k.inverse_correction1) / (square_root(v) * T(k.inverse_sqrt_correction2) + T(k.eps)) +
-           p * T(k.weight_decay);
+    T u = m * T(k.inverse_correction1) / (square_root(v) * T(k.inverse_sqrt_correction2) + T(k.eps));
+    if (k.decays) u = u + p * T(k.weight_decay);  // 0 times an infinite p would be NaN
+    return u;
   }
 
   // The update's norm is that of moments which only the second pass writes: they are computed twice, which costs less

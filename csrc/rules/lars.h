@@ -24,7 +24,7 @@ struct Lars {
   struct Scalars {
     S lr, momentum, one_minus_dampening, weight_decay;
     S ratio;  // from `finish` on
-    bool has_momentum, nesterov, first, adapts, clips;
+    bool has_momentum, nesterov, first, decays, adapts, clips;
     double trust_coeff, eps, exact_weight_decay, exact_lr;
   };
 
@@ -39,7 +39,8 @@ struct Lars {
     k.has_momentum = options[kMomentum] != 0;
     k.nesterov = options[kNesterov] != 0;
     k.first = info.first;
-    k.adapts = info.weight_decay != 0 || options[kAlwaysAdapt] != 0;
+    k.decays = info.weight_decay != 0;
+    k.adapts = k.decays || options[kAlwaysAdapt] != 0;
     k.clips = options[kTrustClip] != 0;
     k.trust_coeff = options[kTrustCoeff];
     k.eps = options[kEps];
@@ -66,7 +67,8 @@ struct Lars {
 
   template <class T, class S>
   TRAINOPT_INLINE static void update(const Scalars<S>& k, T& p, T g, T* state) {
-    g = (g + p * T(k.weight_decay)) * T(k.ratio);
+    if (k.decays) g = g + p * T(k.weight_decay);  // 0 times an infinite p would be NaN
+    g = g * T(k.ratio);
     if (k.has_momentum) {
       T& buffer = state[0];
       // As SGD's: the first step takes the gradient whole, dampening or not.

@@ -25,6 +25,10 @@ def defaults_of(option: str) -> dict[str, Any]:
 
 LEARNING_RATES = defaults_of("lr") | {"sgd": 0.1}  # torch's 0.001 would hardly move a small network
 WEIGHT_DECAYS = defaults_of("weight_decay")
+#: Those that take a momentum.
+WITH_MOMENTUM = tuple(
+    short for short, name in OPTIMIZERS.items() if "momentum" in inspect.signature(registry.OPTIMIZERS[name]).parameters
+)
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse-sqrt")
 
 #: Of the loop's options, those that the command or the experiment decides.
@@ -39,10 +43,10 @@ class Optimizer:
     """What trains, and the course of its learning rate.
 
     Args:
-        optimizer: rule that trains: sgd, adam, adamw or lion.
-        lr: learning rate. None: 0.1 for sgd, 0.001 for adam and adamw, 0.0001 for lion.
-        momentum: momentum of sgd; 0 with the full batch is gradient descent.
-        weight_decay: weight decay; biases and norms have none. None: 0.01 for adamw, else 0.
+        optimizer: rule that trains: sgd, adam, adamw, lion, lamb or lars.
+        lr: learning rate. None: 0.1 for sgd, 0.001 for adam, adamw and lamb, 0.0001 for lion, 1 for lars.
+        momentum: momentum of sgd and lars; 0 with the full batch is gradient descent.
+        weight_decay: weight decay; biases and norms have none. None: 0.01 for adamw and lamb, else 0.
         l1: factor of the L1 regularisation.
         noise: standard deviation of the noise added to each weight in an update.
         schedule: course after the warm-up: constant, linear, cosine, wsd or inverse-sqrt; wsd falls in the last fifth.

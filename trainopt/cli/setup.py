@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import trainopt
-from trainopt.cli.options import LEARNING_RATES, OPTIMIZERS, WEIGHT_DECAYS
+from trainopt.cli.options import LEARNING_RATES, OPTIMIZERS, WEIGHT_DECAYS, WITH_MOMENTUM
 from trainopt.cli.refusals import Parser
 from trainopt.experiments import Experiment, Problem
 from trainopt.schedules import Curve, constant, cosine, inverse_sqrt, linear, warmup, warmup_stable_decay
@@ -19,8 +19,9 @@ from trainopt.training import Options
 
 def check(settings: SimpleNamespace, parser: Parser) -> None:
     """Ends the program for options of the optimizer and the machine that do not go together."""
-    if settings.momentum and settings.optimizer != "sgd":
-        parser.error(f"argument --momentum: {settings.momentum:g} is for --optimizer sgd, not {settings.optimizer}")
+    if settings.momentum and settings.optimizer not in WITH_MOMENTUM:
+        known = " or ".join(WITH_MOMENTUM)
+        parser.error(f"argument --momentum: {settings.momentum:g} is for --optimizer {known}, not {settings.optimizer}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: 'cuda' is not there: torch finds no such device")
     if settings.lr is None:
@@ -56,7 +57,7 @@ def problem_of(experiment: Experiment, settings: SimpleNamespace, parser: Parser
 def optimizer_of(problem: Problem, settings: SimpleNamespace, library: Any = trainopt) -> torch.optim.Optimizer:
     """The optimizer of a library, trainopt or torch.optim; what torch does not know is left out for it."""
     keywords = {"lr": settings.lr}
-    if settings.optimizer == "sgd":
+    if settings.optimizer in WITH_MOMENTUM:
         keywords["momentum"] = settings.momentum
     if library is trainopt:
         keywords.update(l1=settings.l1, noise=settings.noise, seed=settings.seed)

@@ -82,7 +82,8 @@ class LAMB(Fused, rule="lamb"):
             return -math.expm1(step * math.log(beta)) if beta > 0 and extra(group, "bias_correction") else 1.0
 
         update = m * (1 / correction(beta1)) / (v.sqrt() * (1 / math.sqrt(correction(beta2))) + group["eps"])
-        update = update + param * group["weight_decay"]
+        if group["weight_decay"] != 0:
+            update = update + param * group["weight_decay"]
         ratio: Any = 1.0
         if group["weight_decay"] != 0 or group["always_adapt"]:
             length, of_update, _ = norms(param, update)

@@ -91,7 +91,7 @@ class LARS(Fused, rule="lars"):
             ratio = torch.where(exist, ratio, 1.0)
             if group["trust_clip"]:
                 ratio = torch.where(ratio >= group["lr"], 1.0, ratio / group["lr"])
-        update = (gradient + param * decay) * ratio
+        update = (gradient + param * decay if decay != 0 else gradient) * ratio
         if momentum != 0:
             buffer = state["momentum_buffer"]
             buffer.copy_(update if state["first_step"] else buffer * momentum + update * (1 - group["dampening"]))
