@@ -123,7 +123,7 @@ void columns_forward(const CrossEntropyTask& task, const Columns& logits, const 
   group.for_each_class([&](int64_t c, const S* x, const S* m) {
     for (int i = 0; i < width; i += kSize) {
       const Vec<S> below = load(x + i) - load(largest + i);
-      store(exponentials.part + i, load(exponentials.part + i) + exponential(below));
+      store(exponentials.part + i, load(exponentials.part + i) + exponential_of_negative(below));
       if (m == nullptr) continue;
       store(mass.part + i, load(mass.part + i) + load(m + i));
       store(products.part + i, load(products.part + i) + load(m + i) * below);
@@ -189,7 +189,7 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
     S* out = gradients.start_writing(c);
     for (int i = 0; i < width; i += kSize) {
       const Vec<S> tile = load(x + i), masses = m == nullptr ? Vec<S>(S(0)) : load(m + i) * load(upstream + i);
-      Vec<S> derivative = SoftmaxCrossEntropy::derivative(tile, load(peak + i), load(log_sums + i),
+      Vec<S> derivative = SoftmaxCrossEntropy::derivative((tile - load(peak + i)) - load(log_sums + i),
                                                           load(probability_factor + i), masses);
       if (map.cap != 0) derivative = derivative * map.derivative(tile);
       if (task.labels != nullptr) derivative = derivative - load(at_label + i);

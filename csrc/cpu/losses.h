@@ -10,6 +10,11 @@
 
 namespace trainopt::cpu {
 
+// Bytes from which on a result is written past the caches, where it would not be found again: an ordinary store reads
+// the line that it writes first, which was a sixth of a pointwise loss's traffic. Not one that is written over its
+// operand.
+constexpr int64_t kStreamFrom = int64_t(16) << 20;
+
 // Pointwise losses
 // -----------------------------------------------------------------------------------------------------
 
@@ -36,6 +41,7 @@ struct CrossEntropyTask : CrossEntropyBatch {  // with labels that are classes, 
   Rows gradient;            // backward; may be the logits themselves
   const double* scale;      // the upstream gradient of each row's loss
   const double* lse_scale;  // that of each row's lse
+  bool streams;             // whether the gradient is written past the caches: see kStreamFrom
 };
 
 void cross_entropy_forward(bool wide, const CrossEntropyTask&, int64_t first_row, int64_t last_row);

@@ -142,6 +142,8 @@ void write_gradient(const Given& given, const Logits& logits, const Logits& grad
   task.scale = scale.data();
   task.lse_scale = lse_scale.data();
   task.gradient = gradient.rows;
+  task.streams =
+      gradient.rows.data != logits.rows.data && static_cast<int64_t>(gradient.tensor.nbytes()) >= cpu::kStreamFrom;
   for_each_row(targets.rows(), task.classes, [&](int64_t first, int64_t last) {
     cpu::cross_entropy_backward(dtype == at::kDouble, task, first, last);
   });
