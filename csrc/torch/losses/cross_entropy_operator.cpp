@@ -281,6 +281,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       gradients[0] = input.detach();
       input.unsafeGetTensorImpl()->bump_version();
     } else {
+      const at::AutoDispatchBelowADInplaceOrView below;  // there is no kernel for autograd, whose stand-in is slow
       gradients[0] = backward_operator()(options, upstream[0], input, target, weight, lse);
     }
     return gradients;

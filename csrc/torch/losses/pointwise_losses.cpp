@@ -130,6 +130,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
       return gradients;
     }
     const std::array<bool, 2> wanted{context->needs_input_grad(0), context->needs_input_grad(1)};
+    const at::AutoDispatchBelowADInplaceOrView below;  // there is no kernel for autograd, whose stand-in is slow
     auto [of_input, of_target] =
         backward_operator().call(name, upstream[0], saved[0], saved[1], weight, positive, reduction, parameter, wanted);
     if (wanted[0]) gradients[1] = std::move(of_input);
