@@ -2,7 +2,7 @@
 // a row, and up to 256 rows are worked on class by class.
 #pragma once
 
-#include "cpu/cross_entropy_wide.h"
+#include "cpu/cross_entropy_rows.h"
 
 namespace trainopt::cpu {
 namespace {
@@ -182,9 +182,8 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
     log_sums[i] = static_cast<S>(log_sum);
     upstream[i] = static_cast<S>(scale);
     label_mass[i] = static_cast<S>(scale * at_label);
-    probability_factor[i] =
-        static_cast<S>((scale * (at_all + at_label) + task.lse_scale[row] * inverse_temperature) *
-                       SoftmaxCrossEntropy::rounding_of<S>(log_sum));
+    probability_factor[i] = static_cast<S>((scale * (at_all + at_label) + task.lse_scale[row] * inverse_temperature) *
+                                           SoftmaxCrossEntropy::rounding_of<S>(log_sum));
   }
   const LogitMap<S> map(task);
   group.for_each_class([&](int64_t c, const S* x, const S* m) {

@@ -98,7 +98,7 @@ void test_multiply_add() {
 
 void test_pointwise(const Formula& formula, DType dtype, size_t count, bool weighted) {
   const std::string what = std::string(formula.name) + ", " + format_of(dtype).name + ", " + std::to_string(count);
-  const bool wide = dtype == DType::kFloat64;
+  const bool is_float64 = dtype == DType::kFloat64;
   const double k = 0.75;
   Stored x(dtype, numbers(count, 1, formula.input)), t(dtype, numbers(count, 2, formula.target));
   Stored weight(dtype, numbers(count, 3, as_it_is)), positive(dtype, numbers(count, 4, into_unit));
@@ -126,9 +126,9 @@ void test_pointwise(const Formula& formula, DType dtype, size_t count, bool weig
     task.target_gradient = view(by_target);
     // In two parts, as two threads would.
     const int64_t middle = task.numel / 512 * 256;
-    const double sum = cpu::pointwise_forward(loss, wide, task, 0, middle) +
-                       cpu::pointwise_forward(loss, wide, task, middle, task.numel);
-    cpu::pointwise_backward(loss, wide, task, 0, task.numel);
+    const double sum = cpu::pointwise_forward(loss, is_float64, task, 0, middle) +
+                       cpu::pointwise_forward(loss, is_float64, task, middle, task.numel);
+    cpu::pointwise_backward(loss, is_float64, task, 0, task.numel);
     if (first.empty()) {
       first = {value, by_input, by_target};
       first_sum = sum;
@@ -147,7 +147,7 @@ void test_pointwise(const Formula& formula, DType dtype, size_t count, bool weig
                                  scale * (1 + std::fabs(g)), dtype);
       }
       check(right, what);
-      check(std::fabs(sum - exact_sum) <= (wide ? 1e-15 : 2e-7) * size, what + ", sum");
+      check(std::fabs(sum - exact_sum) <= (is_float64 ? 1e-15 : 2e-7) * size, what + ", sum");
     } else {
       check(value == first[0] && by_input == first[1] && by_target == first[2] && sum == first_sum,
             what + ": " + cpu::name_of(variant) + " gives other bits");
@@ -161,7 +161,7 @@ void test_pointwise(const Formula& formula, DType dtype, size_t count, bool weig
 void test_cross_entropy(const Case& c, DType dtype, double offset = 0) {
   CrossEntropyProblem problem(c, dtype);
   const std::string what = problem.describe() + ", logits about " + std::to_string(offset);
-  const bool wide = dtype == DType::kFloat64;
+  const bool is_float64 = dtype == DType::kFloat64;
   const int64_t rows = problem.rows;
   // As many digits for large logits as for small ones: those of a row are alike, or far apart.
   if (offset != 0) problem.x = Stored(dtype, numbers(problem.count(), 7, [&](double v) { return v + offset; }));
@@ -186,13 +186,13 @@ void test_cross_entropy(const Case& c, DType dtype, double offset = 0) {
     task.lse_scale = lse_scale.data();
     // In two parts, as two threads would.
     for (const auto run : {cpu::cross_entropy_forward, cpu::cross_entropy_backward}) {
-      run(wide, task, 0, rows / 3);
-      run(wide, task, rows / 3, rows);
+      run(is_float64, task, 0, rows / 3);
+      run(is_float64, task, rows / 3, rows);
     }
     Stored streamed(dtype, std::vector<double>(problem.count()));
     task.gradient = problem.rows_in(streamed);
     task.streams = true;
-    cpu::cross_entropy_backward(wide, task, 0, rows);
+    cpu::cross_entropy_backward(is_float64, task, 0, rows);
     check(streamed == gradient, what + ": other bits if they are written past the caches");
     if (!first.empty()) {
       check(gradient == first[0] && loss == first_loss, what + ": " + cpu::name_of(variant) + " gives other bits");
@@ -204,7 +204,7 @@ void test_cross_entropy(const Case& c, DType dtype, double offset = 0) {
     for (int64_t row = 0; row < rows; ++row) {
       const CrossEntropyProblem::Row exact = problem.exact(row);
       const bool ignored = problem.is_ignored(row);
-      right = right && is_near(loss[row], exact.loss, 4 + 8 * exact.all_mass, wide ? dtype : DType::kFloat32);
+      right = right && is_near(loss[row], exact.loss, 4 + 8 * exact.all_mass, is_float64 ? dtype : DType::kFloat32);
       for (int64_t k = 0; k < c.classes; ++k) {
         const double size = (1 + std::fabs(scale[row])) * (exact.all_mass + exact.mass[k]) + std::fabs(lse_scale[row]);
         right = right && is_near(gradient[problem.place(row, k)],

@@ -192,9 +192,9 @@ at::Tensor log_sum_exp(const at::Tensor& x, int64_t class_dim) {
 
 // The logits of the softmax, with the soft cap that softcap_in makes of it.
 at::Tensor mapped(const at::Tensor& x, const CrossEntropyOptions& options) {
-  const bool wide = x.scalar_type() == at::kDouble;
+  const bool is_float64 = x.scalar_type() == at::kDouble;
   const double cap =
-      wide ? softcap_in<double>(options.softcap) : static_cast<double>(softcap_in<float>(options.softcap));
+      is_float64 ? softcap_in<double>(options.softcap) : static_cast<double>(softcap_in<float>(options.softcap));
   const at::Tensor capped = cap == 0 ? x : cap * at::tanh(x / cap);
   return options.temperature == 1 ? capped : capped / options.temperature;
 }

@@ -146,7 +146,7 @@ struct RowSums {
     LaneSums<Stored> below;
     below.add(sums);
     double sum = below.total();
-    for (int i = whole; i < count; ++i) sum += static_cast<double>(widen(x[i])) - shift;
+    for (int i = whole; i < count; ++i) sum += static_cast<double>(from_stored(x[i])) - shift;
     mass += of_each * count;
     mass_times_logit += of_each * sum;
   }
@@ -240,7 +240,7 @@ struct RestOfRow {
 
   RestOfRow(const Stored* row, int64_t classes, float padding)
       : at(classes / kLanes * kLanes), count(static_cast<int>(classes - at)) {
-    for (int i = count; i < kLanes; ++i) narrow(padding, &elements[i]);
+    for (int i = count; i < kLanes; ++i) to_stored(padding, &elements[i]);
     __builtin_memcpy(elements, row + at, count * sizeof(Stored));
   }
 };
@@ -262,7 +262,7 @@ void direct_forward(const CrossEntropyTask& task, int64_t first_row, int64_t las
     }
     if (rest.count != 0) add(rest.elements, kLanes, rest.count);
     const bool has_label = task.labels != nullptr && !is_ignored(task, row);
-    finish_row(task, row, sums, has_label ? static_cast<double>(widen(x[task.labels[row]])) : 0);
+    finish_row(task, row, sums, has_label ? static_cast<double>(from_stored(x[task.labels[row]])) : 0);
   }
 }
 
@@ -285,7 +285,7 @@ void direct_backward(const CrossEntropyTask& task, int64_t first_row, int64_t la
     };
     const int64_t label = task.labels[row];
     // Before anything is written: `out` may be the logits' own memory.
-    const S at_label = derivative(static_cast<S>(widen(x[label]))) - static_cast<S>(of_row.label_mass);
+    const S at_label = derivative(static_cast<S>(from_stored(x[label]))) - static_cast<S>(of_row.label_mass);
     const auto partial = [&](int64_t at, int64_t count) {
       Stored part[kSize] = {};
       __builtin_memcpy(part, x + at, count * sizeof(Stored));
@@ -306,7 +306,7 @@ void direct_backward(const CrossEntropyTask& task, int64_t first_row, int64_t la
       }
     }
     if (i < task.classes) partial(i, task.classes - i);
-    narrow(at_label, &out[label]);
+    to_stored(at_label, &out[label]);
   }
   if (task.streams) finish_streaming();
 }
@@ -392,7 +392,7 @@ TRAINOPT_FUNCTION bool for_any_stored(Use use) {
 // ----------------------------------------------------------------------------------------------------------------
 
 template <class S>
-void wide_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+void rows_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
   const auto run = [&](auto stored) {
     using Stored = decltype(stored);
     if (!is_direct<S, Stored>(task)) return false;
@@ -403,7 +403,7 @@ void wide_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_
 }
 
 template <class S>
-void wide_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+void rows_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
   const auto run = [&](auto stored) {
     using Stored = decltype(stored);
     if (!is_direct<S, Stored>(task) || task.labels == nullptr || task.gradient.dtype != kDTypeOf<Stored>) return false;
