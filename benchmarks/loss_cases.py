@@ -84,7 +84,7 @@ def _stored(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), target)
 
 
-def _torchs_chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def _torch_chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions())
 
 
@@ -110,7 +110,7 @@ def _linear(dtype: torch.dtype, tokens: int = 2048, width: int = 768, words: int
         return Case("linear-low", title, make, losses, reference="trainopt on float32")
     losses = {EAGER: _stored, OURS: functional.linear_cross_entropy}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        losses["torch chunked"] = _torchs_chunked
+        losses["torch chunked"] = _torch_chunked
     return Case("linear", title, make, losses, others={"three products alone": _products})
 
 

@@ -9,7 +9,7 @@ from loss_judge import REDUCTIONS, classes, random, run
 from trainopt import functional
 
 
-def cross_entropy(count, rows, kind="classes", layout=lambda x: x, **options):
+def cross_entropy(count, rows, kind="classes", layout=lambda x: x, weighted=True, **options):
     logits = layout(random(rows, count, scale=3))
     if kind == "classes":
         target = classes((rows,), count)
@@ -20,7 +20,8 @@ def cross_entropy(count, rows, kind="classes", layout=lambda x: x, **options):
 
     def make(dtype):
         fixed = target.to(dtype) if target.is_floating_point() else target
-        return partial(functional.cross_entropy, target=fixed, weight=weight.to(dtype), **options), [logits.to(dtype)]
+        given = {"weight": weight.to(dtype)} if weighted else {}
+        return partial(functional.cross_entropy, target=fixed, **given, **options), [logits.to(dtype)]
 
     return make
 
@@ -53,6 +54,9 @@ SIZE = 5 * 16_384 + 77  # several chunks, and no whole number of vectors
 CASES = {
     "cross_entropy of many rows": cross_entropy(10, 9001),
     "cross_entropy of long rows": cross_entropy(5003, 37, label_smoothing=0.1),
+    "cross_entropy of long rows without weights": cross_entropy(5003, 37, weighted=False),
+    "cross_entropy of smoothed rows without weights": cross_entropy(5003, 37, weighted=False, label_smoothing=0.1),
+    "cross_entropy written past the caches": cross_entropy(120_011, 75, weighted=False),
     "cross_entropy of few very long rows": cross_entropy(100_003, 2),
     "cross_entropy of probabilities": cross_entropy(1001, 99, kind="probabilities"),
     "cross_entropy with extras": cross_entropy(333, 300, z_loss=0.1, softcap=5.0),
@@ -60,6 +64,7 @@ CASES = {
     "cross_entropy with all extras": cross_entropy(333, 300, temperature=2.0, z_loss=0.1, softcap=5.0),
     "cross_entropy class by class": cross_entropy(40, 3001, layout=lambda x: x.t().contiguous().t()),
     "mse": pointwise("mse_loss", SIZE),
+    "mse written past the caches": pointwise("mse_loss", 2**22 + 77),
     "l1": pointwise("l1_loss", SIZE),
     "smooth_l1": pointwise("smooth_l1_loss", SIZE, beta=0.3),
     "huber": pointwise("huber_loss", SIZE, delta=0.3),

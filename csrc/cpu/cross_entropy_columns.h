@@ -2,7 +2,7 @@
 // a row, and up to 256 rows are worked on class by class.
 #pragma once
 
-#include "cpu/cross_entropy_wide.h"
+#include "cpu/cross_entropy_rows.h"
 
 namespace trainopt::cpu {
 namespace {
@@ -91,8 +91,14 @@ class ColumnGroup {
 // Sums of many small parts: in S over a few classes, then in double.
 template <class S>
 struct ColumnSums {
-  S part[kBlock] = {};
-  double total[kBlock] = {};
+  S part[kBlock];
+  double total[kBlock];
+
+  // Of so many columns: where they are few, all of this memory would take as long to clear as they take to sum.
+  explicit ColumnSums(int width) {
+    for (int i = 0; i < width; ++i) part[i] = S(0);
+    for (int i = 0; i < width; ++i) total[i] = 0;
+  }
 
   void flush(int width) {
     for (int i = 0; i < width; ++i) {
@@ -113,17 +119,18 @@ void columns_forward(const CrossEntropyTask& task, const Columns& logits, const 
   constexpr int kSize = Vec<S>::kSize;
   const int width = padded(count);
   ColumnGroup<S> group(task, logits, probabilities, count);
-  S largest[kBlock], label_logit[kBlock] = {};
-  for (int i = 0; i < width; ++i) largest[i] = -kInfinity<S>;
+  S largest[kBlock], label_logit[kBlock];
+  for (int i = 0; i < width; ++i) largest[i] = -kInfinity<S>, label_logit[i] = S(0);
   for (int64_t c = 0; c < task.classes; ++c) {
     const S* x = group.logits(c);
     for (int i = 0; i < width; i += kSize) store(largest + i, larger(load(x + i), load(largest + i)));
   }
-  ColumnSums<S> exponentials, mass, products;
+  const int masses_width = has_mass(task) ? width : 0;
+  ColumnSums<S> exponentials(width), mass(masses_width), products(masses_width);
   group.for_each_class([&](int64_t c, const S* x, const S* m) {
     for (int i = 0; i < width; i += kSize) {
       const Vec<S> below = load(x + i) - load(largest + i);
-      store(exponentials.part + i, load(exponentials.part + i) + exponential(below));
+      store(exponentials.part + i, load(exponentials.part + i) + exponential_of_negative(below));
       if (m == nullptr) continue;
       store(mass.part + i, load(mass.part + i) + load(m + i));
       store(products.part + i, load(products.part + i) + load(m + i) * below);
@@ -142,7 +149,7 @@ void columns_forward(const CrossEntropyTask& task, const Columns& logits, const 
     const double peak = static_cast<double>(largest[i]), log_sum = __builtin_log(exponentials.total[i]);
     task.lse.peak[row] = peak;
     task.lse.log_sum[row] = log_sum;
-    double loss = mass.total[i] * log_sum - products.total[i];
+    double loss = has_mass(task) ? mass.total[i] * log_sum - products.total[i] : 0;
     if (task.labels != nullptr)
       loss += label_mass_of(task, row) * ((peak - static_cast<double>(label_logit[i])) + log_sum);
     task.loss[row] = is_ignored(task, row) ? 0 : loss;
@@ -156,9 +163,10 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
   const int width = padded(count);
   ColumnGroup<S> group(task, logits, probabilities, count);
   ColumnTiles<S> gradients(gradient, count);
-  S peak[kBlock] = {}, log_sums[kBlock] = {}, upstream[kBlock] = {}, probability_factor[kBlock] = {},
-    label_mass[kBlock] = {};
-  ColumnSums<S> mass;
+  S peak[kBlock], log_sums[kBlock], upstream[kBlock], probability_factor[kBlock], label_mass[kBlock];
+  for (int i = count; i < width; ++i)
+    peak[i] = log_sums[i] = upstream[i] = probability_factor[i] = label_mass[i] = S(0);
+  ColumnSums<S> mass(has_mass(task) ? width : 0);
   if (has_mass(task))
     for (int64_t c = 0; c < task.classes; ++c) {
       const S* m = group.masses(c);
@@ -169,14 +177,13 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
   for (int i = 0; i < count; ++i) {
     const int64_t row = first_row + i;
     const double log_sum = task.lse.log_sum[row], scale = task.scale[row] * inverse_temperature;
-    const double at_label = label_mass_of(task, row);
+    const double at_label = label_mass_of(task, row), at_all = has_mass(task) ? mass.total[i] : 0;
     peak[i] = static_cast<S>(task.lse.peak[row]);
     log_sums[i] = static_cast<S>(log_sum);
     upstream[i] = static_cast<S>(scale);
     label_mass[i] = static_cast<S>(scale * at_label);
-    probability_factor[i] =
-        static_cast<S>((scale * (mass.total[i] + at_label) + task.lse_scale[row] * inverse_temperature) *
-                       SoftmaxCrossEntropy::rounding_of<S>(log_sum));
+    probability_factor[i] = static_cast<S>((scale * (at_all + at_label) + task.lse_scale[row] * inverse_temperature) *
+                                           SoftmaxCrossEntropy::rounding_of<S>(log_sum));
   }
   const LogitMap<S> map(task);
   group.for_each_class([&](int64_t c, const S* x, const S* m) {
@@ -189,7 +196,7 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
     S* out = gradients.start_writing(c);
     for (int i = 0; i < width; i += kSize) {
       const Vec<S> tile = load(x + i), masses = m == nullptr ? Vec<S>(S(0)) : load(m + i) * load(upstream + i);
-      Vec<S> derivative = SoftmaxCrossEntropy::derivative(tile, load(peak + i), load(log_sums + i),
+      Vec<S> derivative = SoftmaxCrossEntropy::derivative((tile - load(peak + i)) - load(log_sums + i),
                                                           load(probability_factor + i), masses);
       if (map.cap != 0) derivative = derivative * map.derivative(tile);
       if (task.labels != nullptr) derivative = derivative - load(at_label + i);

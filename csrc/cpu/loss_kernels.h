@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cpu/cross_entropy_columns.h"
-#include "cpu/cross_entropy_narrow.h"
-#include "cpu/cross_entropy_wide.h"
+#include "cpu/cross_entropy_few_classes.h"
+#include "cpu/cross_entropy_rows.h"
 #include "cpu/loss_kernel_table.h"
 #include "cpu/pointwise_kernel.h"
 
@@ -13,13 +13,13 @@ namespace {
 template <class S>
 void cross_entropy_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
   if (task.inner > 1) return columns_forward<S>(task, first_row, last_row);
-  (task.classes <= kFewClasses ? narrow_forward<S> : wide_forward<S>)(task, first_row, last_row);
+  (task.classes <= kFewClasses ? few_classes_forward<S> : rows_forward<S>)(task, first_row, last_row);
 }
 
 template <class S>
 void cross_entropy_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
   if (task.inner > 1) return columns_backward<S>(task, first_row, last_row);
-  (task.classes <= kFewClasses ? narrow_backward<S> : wide_backward<S>)(task, first_row, last_row);
+  (task.classes <= kFewClasses ? few_classes_backward<S> : rows_backward<S>)(task, first_row, last_row);
 }
 
 }  // namespace

@@ -36,20 +36,22 @@ const PointwiseLoss* find_pointwise_loss(const char* name) {
   return nullptr;
 }
 
-double pointwise_forward(const PointwiseLoss& loss, bool wide, const PointwiseTask& task, int64_t begin, int64_t end) {
-  return table().pointwise_forward[loss.index][wide](task, begin, end);
+double pointwise_forward(const PointwiseLoss& loss, bool is_float64, const PointwiseTask& task, int64_t begin,
+                         int64_t end) {
+  return table().pointwise_forward[loss.index][is_float64](task, begin, end);
 }
 
-void pointwise_backward(const PointwiseLoss& loss, bool wide, const PointwiseTask& task, int64_t begin, int64_t end) {
-  table().pointwise_backward[loss.index][wide](task, begin, end);
+void pointwise_backward(const PointwiseLoss& loss, bool is_float64, const PointwiseTask& task, int64_t begin,
+                        int64_t end) {
+  table().pointwise_backward[loss.index][is_float64](task, begin, end);
 }
 
-void cross_entropy_forward(bool wide, const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
-  table().cross_entropy_forward[wide](task, first_row, last_row);
+void cross_entropy_forward(bool is_float64, const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+  table().cross_entropy_forward[is_float64](task, first_row, last_row);
 }
 
-void cross_entropy_backward(bool wide, const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
-  table().cross_entropy_backward[wide](task, first_row, last_row);
+void cross_entropy_backward(bool is_float64, const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+  table().cross_entropy_backward[is_float64](task, first_row, last_row);
 }
 
 }  // namespace trainopt::cpu

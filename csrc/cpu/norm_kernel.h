@@ -118,12 +118,16 @@ double squares_of_chunk(const TensorView& view, int64_t begin, int64_t end) {
 }
 
 double norm_of_chunk_kernel(Norm norm, const TensorView& view, int64_t begin, int64_t end) {
-  const bool wide = view.dtype == DType::kFloat64;
+  const bool is_float64 = view.dtype == DType::kFloat64;
   double (*of_chunk)(const TensorView&, int64_t, int64_t) = nullptr;
   switch (norm) {
-    case Norm::kSizes: of_chunk = wide ? sum_of_chunk<Norm::kSizes, double> : sum_of_chunk<Norm::kSizes, float>; break;
-    case Norm::kSquares: of_chunk = wide ? squares_of_chunk : sum_of_chunk<Norm::kSquares, float>; break;
-    case Norm::kLargest: of_chunk = wide ? largest_of_chunk<double, int64_t> : largest_of_chunk<float, int32_t>; break;
+    case Norm::kSizes:
+      of_chunk = is_float64 ? sum_of_chunk<Norm::kSizes, double> : sum_of_chunk<Norm::kSizes, float>;
+      break;
+    case Norm::kSquares: of_chunk = is_float64 ? squares_of_chunk : sum_of_chunk<Norm::kSquares, float>; break;
+    case Norm::kLargest:
+      of_chunk = is_float64 ? largest_of_chunk<double, int64_t> : largest_of_chunk<float, int32_t>;
+      break;
   }
   return of_chunk(view, begin, end);
 }

@@ -4,6 +4,7 @@
 #include "cpu/elementary_vec.h"
 #include "cpu/engine.h"
 #include "cpu/losses.h"
+#include "cpu/stream.h"
 #include "cpu/tile.h"
 
 namespace trainopt::cpu {
@@ -46,18 +47,18 @@ double pointwise_forward(const PointwiseTask& task, int64_t begin, int64_t end) 
   const Vec<S> k(static_cast<S>(task.parameter));
   const bool keep = task.value.data != nullptr;
   S buffers[4][kBlock], value_buffer[kBlock], rest[4][kLanes], rest_values[kLanes];
-  LaneSums sums;
+  LaneSums<S> sums;
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
     const auto tile = PointwiseTile<S>::load(task, at, count, buffers);
     S* values = keep && is_run_of<S>(task.value) ? static_cast<S*>(task.value.data) + at : value_buffer;
-    Lanes<S> lanes(S(0));
+    Group<S> lanes(S(0));
     const auto value_at = [&](const PointwiseTile<S>& from, int i) {
       return from.weighted(Loss::value(from.x(i), from.t(i), from.positives(i), k), i);
     };
     int i = 0;
     for (; i + kLanes <= count; i += kLanes)
-      for (int p = 0; p < Lanes<S>::kParts; ++p) {
+      for (int p = 0; p < Group<S>::kParts; ++p) {
         const Vec<S> value = value_at(tile, i + p * kSize);
         lanes.part[p] = lanes.part[p] + value;
         if (keep) store(values + i + p * kSize, value);
@@ -66,7 +67,7 @@ double pointwise_forward(const PointwiseTask& task, int64_t begin, int64_t end) 
       const auto last = tile.padded(i, count - i, rest);
       for (int p = 0; p < kLanes; p += kSize) store(rest_values + p, value_at(last, p));
       for (int j = count - i; j < kLanes; ++j) rest_values[j] = S(0);
-      for (int p = 0; p < Lanes<S>::kParts; ++p)
+      for (int p = 0; p < Group<S>::kParts; ++p)
         lanes.part[p] = lanes.part[p] + trainopt::cpu::load(rest_values + p * kSize);
       if (keep) __builtin_memcpy(values + i, rest_values, (count - i) * sizeof(S));
     }
@@ -81,6 +82,7 @@ void pointwise_backward(const PointwiseTask& task, int64_t begin, int64_t end) {
   constexpr int kSize = Vec<S>::kSize;
   const Vec<S> k(static_cast<S>(task.parameter)), scale(static_cast<S>(task.scale));
   const bool by_element = task.upstream.data != nullptr;
+  const bool is_large = task.numel * static_cast<int64_t>(sizeof(S)) >= kStreamFrom;
   S buffers[4][kBlock], upstream_buffer[kBlock], gradient_buffer[kBlock];
   S rest[4][kLanes], rest_upstream[kLanes] = {}, rest_gradient[kLanes];
   for (int64_t at = begin; at < end; at += kBlock) {
@@ -89,13 +91,18 @@ void pointwise_backward(const PointwiseTask& task, int64_t begin, int64_t end) {
     const S* upstream = by_element ? load_tile(task.upstream, at, count, upstream_buffer) : nullptr;
     const auto write = [&](const TensorView& gradient, const auto& slope_of) {
       if (gradient.data == nullptr) return;
+      const bool streams = is_large && is_run_of<S>(gradient);
       S* out = is_run_of<S>(gradient) ? static_cast<S*>(gradient.data) + at : gradient_buffer;
       const auto gradient_at = [&](const PointwiseTile<S>& from, const S* above, int i) {
         const Vec<S> slope = from.weighted(slope_of(from.x(i), from.t(i), from.positives(i), k), i);
         return slope * (above == nullptr ? scale : trainopt::cpu::load(above + i));
       };
       int i = 0;
-      for (; i + kSize <= count; i += kSize) store(out + i, gradient_at(tile, upstream, i));
+      if (streams && elements_to_boundary(out) == 0) {
+        for (; i + kSize <= count; i += kSize) stream(out + i, gradient_at(tile, upstream, i));
+      } else {
+        for (; i + kSize <= count; i += kSize) store(out + i, gradient_at(tile, upstream, i));
+      }
       if (i < count) {
         const auto last = tile.padded(i, count - i, rest);
         if (by_element) __builtin_memcpy(rest_upstream, upstream + i, (count - i) * sizeof(S));
@@ -107,6 +114,7 @@ void pointwise_backward(const PointwiseTask& task, int64_t begin, int64_t end) {
     write(task.input_gradient, [](auto... of) { return Loss::slope(of...); });
     write(task.target_gradient, [](auto... of) { return Loss::target_slope(of...); });
   }
+  if (is_large) finish_streaming();
 }
 
 }  // namespace

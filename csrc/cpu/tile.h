@@ -26,19 +26,20 @@ TRAINOPT_FUNCTION bool is_run_of(const TensorView& view) {
   return view.layout == nullptr && view.dtype == kDTypeOf<Stored>;
 }
 
-TRAINOPT_FUNCTION float widen(float x) { return x; }
-TRAINOPT_FUNCTION double widen(double x) { return x; }
-TRAINOPT_FUNCTION float widen(BFloat16 x) { return to_float(x); }
-TRAINOPT_FUNCTION float widen(Float16 x) { return to_float(x); }
+// Between a stored type and that of the arithmetic, one number at a time.
+TRAINOPT_FUNCTION float from_stored(float x) { return x; }
+TRAINOPT_FUNCTION double from_stored(double x) { return x; }
+TRAINOPT_FUNCTION float from_stored(BFloat16 x) { return to_float(x); }
+TRAINOPT_FUNCTION float from_stored(Float16 x) { return to_float(x); }
 
-TRAINOPT_FUNCTION void narrow(float x, float* out) { *out = x; }
-TRAINOPT_FUNCTION void narrow(double x, float* out) { *out = static_cast<float>(x); }
-TRAINOPT_FUNCTION void narrow(double x, double* out) { *out = x; }
-TRAINOPT_FUNCTION void narrow(float x, double* out) { *out = x; }
-TRAINOPT_FUNCTION void narrow(float x, BFloat16* out) { *out = to_bfloat16(x); }
-TRAINOPT_FUNCTION void narrow(float x, Float16* out) { *out = to_float16(x); }
-TRAINOPT_FUNCTION void narrow(double x, BFloat16* out) { *out = to_bfloat16(static_cast<float>(x)); }
-TRAINOPT_FUNCTION void narrow(double x, Float16* out) { *out = to_float16(static_cast<float>(x)); }
+TRAINOPT_FUNCTION void to_stored(float x, float* out) { *out = x; }
+TRAINOPT_FUNCTION void to_stored(double x, float* out) { *out = static_cast<float>(x); }
+TRAINOPT_FUNCTION void to_stored(double x, double* out) { *out = x; }
+TRAINOPT_FUNCTION void to_stored(float x, double* out) { *out = x; }
+TRAINOPT_FUNCTION void to_stored(float x, BFloat16* out) { *out = to_bfloat16(x); }
+TRAINOPT_FUNCTION void to_stored(float x, Float16* out) { *out = to_float16(x); }
+TRAINOPT_FUNCTION void to_stored(double x, BFloat16* out) { *out = to_bfloat16(static_cast<float>(x)); }
+TRAINOPT_FUNCTION void to_stored(double x, Float16* out) { *out = to_float16(static_cast<float>(x)); }
 
 // Calls use(offset in elements, position in the tile) for the tile's elements in a tensor that is not one run.
 template <class Use>
@@ -65,10 +66,10 @@ template <class Stored, class S>
 void load_as(const TensorView& view, int64_t begin, int count, S* out) {
   const Stored* data = static_cast<const Stored*>(view.data);
   if (view.layout == nullptr) {
-    for (int i = 0; i < count; ++i) out[i] = static_cast<S>(widen(data[begin + i]));
+    for (int i = 0; i < count; ++i) out[i] = static_cast<S>(from_stored(data[begin + i]));
   } else {
     for_each_offset(*view.layout, begin, count,
-                    [&](int64_t offset, int i) { out[i] = static_cast<S>(widen(data[offset])); });
+                    [&](int64_t offset, int i) { out[i] = static_cast<S>(from_stored(data[offset])); });
   }
 }
 
@@ -76,9 +77,9 @@ template <class Stored, class S>
 void store_as(const TensorView& view, int64_t begin, int count, const S* in) {
   Stored* data = static_cast<Stored*>(view.data);
   if (view.layout == nullptr) {
-    for (int i = 0; i < count; ++i) narrow(in[i], &data[begin + i]);
+    for (int i = 0; i < count; ++i) to_stored(in[i], &data[begin + i]);
   } else {
-    for_each_offset(*view.layout, begin, count, [&](int64_t offset, int i) { narrow(in[i], &data[offset]); });
+    for_each_offset(*view.layout, begin, count, [&](int64_t offset, int i) { to_stored(in[i], &data[offset]); });
   }
 }
 

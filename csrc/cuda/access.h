@@ -10,11 +10,11 @@
 namespace trainopt::cuda {
 
 // The hardware converts in one instruction from compute capability 8.0 on; bits differ only in which NaN a NaN becomes.
-__device__ inline float widen(float x) { return x; }
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(BFloat16 x) { return to_float(x); }
+__device__ inline float from_stored(float x) { return x; }
+__device__ inline double from_stored(double x) { return x; }
+__device__ inline float from_stored(BFloat16 x) { return to_float(x); }
 
-__device__ inline float widen(Float16 x) {
+__device__ inline float from_stored(Float16 x) {
 #if defined(__CUDA_ARCH__)
   float result;
   asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
@@ -24,7 +24,7 @@ __device__ inline float widen(Float16 x) {
 #endif
 }
 
-__device__ inline BFloat16 narrow_to_bfloat16(float x) {
+__device__ inline BFloat16 round_to_bfloat16(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   BFloat16 result;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
@@ -34,7 +34,7 @@ __device__ inline BFloat16 narrow_to_bfloat16(float x) {
 #endif
 }
 
-__device__ inline Float16 narrow_to_float16(float x) {
+__device__ inline Float16 round_to_float16(float x) {
 #if defined(__CUDA_ARCH__)
   Float16 result;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
@@ -90,60 +90,60 @@ __device__ __forceinline__ void store_half_word_once(void* to, uint32_t low, uin
 
 // The elements of a part as S, and rounded back: one instruction for an element, and one for two.
 template <class S>
-__device__ __forceinline__ void widen_part(uint32_t part, float, S (&value)[1]) {
+__device__ __forceinline__ void unpack_part(uint32_t part, float, S (&value)[1]) {
   value[0] = static_cast<S>(float_of(part));
 }
 template <class S>
-__device__ __forceinline__ void widen_part(uint32_t part, BFloat16, S (&value)[2]) {
+__device__ __forceinline__ void unpack_part(uint32_t part, BFloat16, S (&value)[2]) {
   value[0] = static_cast<S>(float_of(part << 16));
   value[1] = static_cast<S>(float_of(part & 0xffff0000u));
 }
 template <class S>
-__device__ __forceinline__ void widen_part(uint32_t part, Float16, S (&value)[2]) {
-  value[0] = static_cast<S>(widen(Float16{static_cast<uint16_t>(part)}));
-  value[1] = static_cast<S>(widen(Float16{static_cast<uint16_t>(part >> 16)}));
+__device__ __forceinline__ void unpack_part(uint32_t part, Float16, S (&value)[2]) {
+  value[0] = static_cast<S>(from_stored(Float16{static_cast<uint16_t>(part)}));
+  value[1] = static_cast<S>(from_stored(Float16{static_cast<uint16_t>(part >> 16)}));
 }
 
 template <class S>
-__device__ __forceinline__ uint32_t narrow_part(const S (&value)[1], float) {
+__device__ __forceinline__ uint32_t pack_part(const S (&value)[1], float) {
   return bits_of(static_cast<float>(value[0]));
 }
 template <class S>
-__device__ __forceinline__ uint32_t narrow_part(const S (&value)[2], BFloat16) {
+__device__ __forceinline__ uint32_t pack_part(const S (&value)[2], BFloat16) {
   const float low = static_cast<float>(value[0]), high = static_cast<float>(value[1]);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t part;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(part) : "f"(high), "f"(low));
   return part;
 #else
-  return narrow_to_bfloat16(low).bits | static_cast<uint32_t>(narrow_to_bfloat16(high).bits) << 16;
+  return round_to_bfloat16(low).bits | static_cast<uint32_t>(round_to_bfloat16(high).bits) << 16;
 #endif
 }
 template <class S>
-__device__ __forceinline__ uint32_t narrow_part(const S (&value)[2], Float16) {
+__device__ __forceinline__ uint32_t pack_part(const S (&value)[2], Float16) {
   const float low = static_cast<float>(value[0]), high = static_cast<float>(value[1]);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t part;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(part) : "f"(high), "f"(low));
   return part;
 #else
-  return narrow_to_float16(low).bits | static_cast<uint32_t>(narrow_to_float16(high).bits) << 16;
+  return round_to_float16(low).bits | static_cast<uint32_t>(round_to_float16(high).bits) << 16;
 #endif
 }
 
 // All elements of a word.
 template <class T, class S>
-__device__ __forceinline__ void widen_word(const uint32_t (&part)[4], T, S* value) {
+__device__ __forceinline__ void unpack_word(const uint32_t (&part)[4], T, S* value) {
   if constexpr (sizeof(T) == sizeof(double)) {
-    double wide[2];
-    __builtin_memcpy(wide, part, sizeof wide);
-    value[0] = static_cast<S>(wide[0]);
-    value[1] = static_cast<S>(wide[1]);
+    double numbers[2];
+    __builtin_memcpy(numbers, part, sizeof numbers);
+    value[0] = static_cast<S>(numbers[0]);
+    value[1] = static_cast<S>(numbers[1]);
   } else {
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
       S of_part[kPerPart<T>];
-      widen_part(part[p], T(), of_part);
+      unpack_part(part[p], T(), of_part);
 #pragma unroll
       for (int i = 0; i < kPerPart<T>; ++i) value[p * kPerPart<T> + i] = of_part[i];
     }
@@ -151,17 +151,17 @@ __device__ __forceinline__ void widen_word(const uint32_t (&part)[4], T, S* valu
 }
 
 template <class T, class S>
-__device__ __forceinline__ void narrow_word(const S* value, T, uint32_t (&part)[4]) {
+__device__ __forceinline__ void pack_word(const S* value, T, uint32_t (&part)[4]) {
   if constexpr (sizeof(T) == sizeof(double)) {
-    const double wide[2] = {static_cast<double>(value[0]), static_cast<double>(value[1])};
-    __builtin_memcpy(part, wide, sizeof wide);
+    const double numbers[2] = {static_cast<double>(value[0]), static_cast<double>(value[1])};
+    __builtin_memcpy(part, numbers, sizeof numbers);
   } else {
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
       S of_part[kPerPart<T>];
 #pragma unroll
       for (int i = 0; i < kPerPart<T>; ++i) of_part[i] = value[p * kPerPart<T> + i];
-      part[p] = narrow_part(of_part, T());
+      part[p] = pack_part(of_part, T());
     }
   }
 }
@@ -216,22 +216,22 @@ __device__ __forceinline__ Words<S> fetch(const void* data, DType dtype, int64_t
 }
 
 template <class T, class S>
-__device__ __forceinline__ void widen_words_of(const Words<S>& words, S (&value)[kItem]) {
+__device__ __forceinline__ void unpack_words_of(const Words<S>& words, S (&value)[kItem]) {
 #pragma unroll
-  for (int w = 0; w < kItem / kPerWord<T>; ++w) widen_word(words.word[w], T(), value + w * kPerWord<T>);
+  for (int w = 0; w < kItem / kPerWord<T>; ++w) unpack_word(words.word[w], T(), value + w * kPerWord<T>);
 }
 
 template <class S>
-__device__ __forceinline__ void widen_words(const Words<S>& words, DType dtype, S (&value)[kItem]) {
+__device__ __forceinline__ void unpack_words(const Words<S>& words, DType dtype, S (&value)[kItem]) {
   switch (dtype) {
-    case DType::kBFloat16: return widen_words_of<BFloat16>(words, value);
-    case DType::kFloat16: return widen_words_of<Float16>(words, value);
+    case DType::kBFloat16: return unpack_words_of<BFloat16>(words, value);
+    case DType::kFloat16: return unpack_words_of<Float16>(words, value);
     case DType::kFloat64:
-      if constexpr (sizeof(S) == sizeof(double)) return widen_words_of<double>(words, value);
+      if constexpr (sizeof(S) == sizeof(double)) return unpack_words_of<double>(words, value);
       break;
     case DType::kFloat32: break;
   }
-  widen_words_of<float>(words, value);
+  unpack_words_of<float>(words, value);
 }
 
 template <class T, class S>
@@ -239,7 +239,7 @@ __device__ __forceinline__ void store_item_as(void* data, int64_t at, const S (&
 #pragma unroll
   for (int w = 0; w < kItem / kPerWord<T>; ++w) {
     uint32_t part[4];
-    narrow_word(value + w * kPerWord<T>, T(), part);
+    pack_word(value + w * kPerWord<T>, T(), part);
     store_word<T>(data, at + w * kPerWord<T>, part);
   }
 }
@@ -264,8 +264,8 @@ __device__ __forceinline__ S load_one(const void* data, DType dtype, int64_t at)
   switch (dtype) {
     case DType::kFloat32: return static_cast<S>(static_cast<const float*>(data)[at]);
     case DType::kFloat64: return static_cast<S>(static_cast<const double*>(data)[at]);
-    case DType::kBFloat16: return static_cast<S>(widen(static_cast<const BFloat16*>(data)[at]));
-    case DType::kFloat16: return static_cast<S>(widen(static_cast<const Float16*>(data)[at]));
+    case DType::kBFloat16: return static_cast<S>(from_stored(static_cast<const BFloat16*>(data)[at]));
+    case DType::kFloat16: return static_cast<S>(from_stored(static_cast<const Float16*>(data)[at]));
   }
   return S(0);
 }
@@ -280,11 +280,11 @@ __device__ __forceinline__ void store_one(double* at, S value) {
 }
 template <class S>
 __device__ __forceinline__ void store_one(BFloat16* at, S value) {
-  *at = narrow_to_bfloat16(static_cast<float>(value));
+  *at = round_to_bfloat16(static_cast<float>(value));
 }
 template <class S>
 __device__ __forceinline__ void store_one(Float16* at, S value) {
-  *at = narrow_to_float16(static_cast<float>(value));
+  *at = round_to_float16(static_cast<float>(value));
 }
 
 template <class S>
@@ -306,7 +306,7 @@ __device__ __forceinline__ void load_apart_of(const void* data, int64_t at, int6
 #pragma unroll
   for (int k = 0; k < kCount; ++k) stored[k] = k < count ? static_cast<const T*>(data)[at + k * step] : T{};
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) value[k] = k < count ? static_cast<S>(widen(stored[k])) : otherwise;
+  for (int k = 0; k < kCount; ++k) value[k] = k < count ? static_cast<S>(from_stored(stored[k])) : otherwise;
 }
 
 template <class S, int kCount>

@@ -121,7 +121,7 @@ constexpr int64_t ceiling(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 constexpr int64_t kMostPlainClasses = int64_t{1} << 30;
 
 bool is_plain(const CrossEntropyTask& task) {
-  return !task.wide && task.labels != nullptr && task.softcap == 0 && task.temperature == 1 &&
+  return !task.is_float64 && task.labels != nullptr && task.softcap == 0 && task.temperature == 1 &&
          (task.smoothing == 0 || task.weight == nullptr) && task.classes <= kMostPlainClasses;
 }
 
@@ -152,7 +152,8 @@ int64_t count_blocks(int64_t rows) {
 
 void count_targets(const CountWork& work, Stream stream) {
   const int64_t blocks = count_blocks(work.task.rows), each = ceiling(work.task.rows, blocks);
-  launch("cross_entropy_count", work.task.wide ? cross_entropy_count_kernel<double> : cross_entropy_count_kernel<float>,
+  launch("cross_entropy_count",
+         work.task.is_float64 ? cross_entropy_count_kernel<double> : cross_entropy_count_kernel<float>,
          {blocks, kCountThreads}, stream, work, each);
   if (blocks > 1)
     launch("cross_entropy_count_finish", cross_entropy_count_finish_kernel, {1, kCountThreads}, stream, work.partials,

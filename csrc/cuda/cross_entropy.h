@@ -26,7 +26,7 @@ struct TargetTotals {
 
 struct CrossEntropyTask : CrossEntropyBatch {
   int64_t rows;
-  bool wide;           // float64 arithmetic
+  bool is_float64;     // float64 arithmetic
   const void* weight;  // of each class, in the type of the arithmetic; or absent
   // Of each row, kept from forward to backward: the softmax's largest logit, and the sum of e^(x - peak). The
   // sum itself and not its logarithm: what probabilities are divided by has all its digits then.

@@ -80,7 +80,7 @@ void start(const RowsWork& work, const Sharing& sharing, Stream stream) {
 }  // namespace
 
 void rows_by_column(const RowsWork& work, const Sharing& sharing, Stream stream) {
-  (work.task.wide ? start<double> : start<float>)(work, sharing, stream);
+  (work.task.is_float64 ? start<double> : start<float>)(work, sharing, stream);
 }
 
 }  // namespace trainopt::cuda

@@ -47,10 +47,10 @@ __device__ __forceinline__ uint32_t larger_part(uint32_t a, uint32_t b, Half) {
   return larger;
 #else
   float x[2], y[2];
-  widen_part(a, Half(), x);
-  widen_part(b, Half(), y);
+  unpack_part(a, Half(), x);
+  unpack_part(b, Half(), y);
   const float larger[2] = {__builtin_fmaxf(x[0], y[0]), __builtin_fmaxf(x[1], y[1])};
-  return narrow_part(larger, Half());
+  return pack_part(larger, Half());
 #endif
 }
 
@@ -109,12 +109,12 @@ struct Plain {
       for (int k = 0; k < kEach; ++k) store_one(gradient + at + k, value[k]);
     } else if constexpr (kEach == kPerWord<G>) {
       uint32_t part[4];
-      narrow_word(value, G(), part);
+      pack_word(value, G(), part);
       store_word<G, true>(gradient, at, part);
     } else {
       static_assert(kEach == 4 && sizeof(G) == 2);
       const float low[2] = {value[0], value[1]}, high[2] = {value[2], value[3]};
-      store_half_word_once(gradient + at, narrow_part(low, G()), narrow_part(high, G()));
+      store_half_word_once(gradient + at, pack_part(low, G()), pack_part(high, G()));
     }
   }
 
@@ -141,12 +141,12 @@ struct Plain {
 #pragma unroll
         for (int p = 0; p < 4; ++p) largest = larger_part(largest, word[w][p], T());
       float of_part[kPerPart<T>];
-      widen_part(largest, T(), of_part);
+      unpack_part(largest, T(), of_part);
       sums.raise(kPerPart<T> == 1 ? of_part[0] : __builtin_fmaxf(of_part[0], of_part[kPerPart<T> - 1]));
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         float x[kEach], part[kEach];
-        widen_word(word[w], T(), x);
+        unpack_word(word[w], T(), x);
 #pragma unroll
         for (int k = 0; k < kEach; ++k) part[k] = fast_exp_of(x[k] - sums.shift);
         sums.exponentials += sum_of(part);
@@ -160,7 +160,7 @@ struct Plain {
       }
     });
     for (int s = thread; s < places.singles; s += threads) {
-      const float x = widen(logits[places.single(s)]);
+      const float x = from_stored(logits[places.single(s)]);
       sums.raise(x);
       sums.exponentials += fast_exp_of(x - sums.shift);
       if (!constants.has_mass) continue;
@@ -202,7 +202,7 @@ struct Plain {
     // Before the gradient may be written over it.
     const int label = static_cast<int>(of_row.target.label);
     const bool owns_label = label >= 0 && thread == places.owner_of(label, threads);
-    const float logit = owns_label ? widen(logits[label]) : 0.0f;
+    const float logit = owns_label ? from_stored(logits[label]) : 0.0f;
     for_each_words(places, thread, threads, [&](const Words& words, int number) {
       uint32_t word[kWords][4];
       if (number + kWords <= kept.count) {
@@ -215,7 +215,7 @@ struct Plain {
       for (int w = 0; w < kWords; ++w) {
         if (!words.has(w)) break;
         float x[kEach];
-        widen_word(word[w], T(), x);
+        unpack_word(word[w], T(), x);
 #pragma unroll
         for (int k = 0; k < kEach; ++k) x[k] = derivative_of(x[k]);
         store(gradient, words.at(w), aligned, x);
@@ -223,7 +223,7 @@ struct Plain {
     });
     for (int s = thread; s < places.singles; s += threads) {
       const int c = places.single(s);
-      store_one(gradient + c, derivative_of(widen(logits[c])));
+      store_one(gradient + c, derivative_of(from_stored(logits[c])));
     }
     if (owns_label) store_one(gradient + label, derivative_of(logit) - of_row.label_mass);
   }

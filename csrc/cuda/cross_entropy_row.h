@@ -58,7 +58,7 @@ struct Together {
   }
   template <class S>
   __device__ __forceinline__ void load(const Rows& rows, int64_t start, S, S (&x)[kCount]) const {
-    widen_words(fetch(rows.data, rows.dtype, start + at, S()), rows.dtype, x);
+    unpack_words(fetch(rows.data, rows.dtype, start + at, S()), rows.dtype, x);
   }
   template <class S>
   __device__ __forceinline__ void store(const Rows& rows, int64_t start, const S (&x)[kCount]) const {

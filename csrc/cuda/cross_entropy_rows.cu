@@ -269,7 +269,7 @@ void start(const RowsWork& work, Sharing sharing, Stream stream) {
 }  // namespace
 
 void rows_by_row(const RowsWork& work, const Sharing& sharing, Stream stream) {
-  if (work.task.wide) return start<General<double>>(work, sharing, stream);
+  if (work.task.is_float64) return start<General<double>>(work, sharing, stream);
   const DType from = work.task.logits.dtype, to = work.gradient.data != nullptr ? work.gradient.dtype : from;
   const bool is_known = from == to || (from == DType::kFloat32 && to != DType::kFloat64);
   if (!is_plain(work.task) || !is_known) return start<General<float>>(work, sharing, stream);

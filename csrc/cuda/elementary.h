@@ -12,6 +12,8 @@
 
 namespace trainopt::cuda {
 
+using trainopt::multiply_add;
+
 #if !defined(__CUDA_ARCH__)
 // Up to `most` units in the last place away from a correctly rounded result, and mostly less, by the bits of what it is
 // the result of; where that is exact, so is the hardware's.
@@ -57,10 +59,9 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
 #endif
 }
 
-__device__ __forceinline__ float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-
 // For double: the C library's.
 using trainopt::exponential;
+using trainopt::exponential_of_negative;
 using trainopt::logarithm;
 
 // A float in the formulas of csrc/losses.
@@ -95,6 +96,8 @@ __device__ __forceinline__ Real exponential(Real x) {
   return Real(as_the_device_rounds(std::exp(static_cast<double>(x.value)), x.value, 2));
 #endif
 }
+
+__device__ __forceinline__ Real exponential_of_negative(Real x) { return exponential(x); }
 
 // Within 1 unit.
 __device__ __forceinline__ Real logarithm(Real x) {

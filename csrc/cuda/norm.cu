@@ -70,10 +70,10 @@ template <Norm kNorm>
 __device__ __forceinline__ double sum_item(const float (&value)[kItem]) {
   const float sum = combine_item<kNorm>(value);
   if (holds<kNorm>(sum)) return static_cast<double>(sum);
-  double wide[kItem];
+  double in_double[kItem];
 #pragma unroll
-  for (int i = 0; i < kItem; ++i) wide[i] = static_cast<double>(value[i]);
-  return combine_item<kNorm>(wide);
+  for (int i = 0; i < kItem; ++i) in_double[i] = static_cast<double>(value[i]);
+  return combine_item<kNorm>(in_double);
 }
 template <Norm kNorm>
 __device__ __forceinline__ double sum_item(const double (&value)[kItem]) {
@@ -146,7 +146,7 @@ __device__ __forceinline__ double sum_chunk(const RowOf<kStrided>& row, const Ch
       for (int item = 0; item < kItems; ++item) {
         S value[kItem];
 #pragma unroll
-        for (int w = 0; w < kItemWords; ++w) widen_word(word[item * kItemWords + w], T(), value + w * kEach);
+        for (int w = 0; w < kItemWords; ++w) unpack_word(word[item * kItemWords + w], T(), value + w * kEach);
         of_item[item] = combine_item<kNorm>(value);
         all_hold = all_hold && holds<kNorm>(of_item[item]);
       }
@@ -163,7 +163,7 @@ __device__ __forceinline__ double sum_chunk(const RowOf<kStrided>& row, const Ch
 #pragma unroll
       for (int i = 0; i < kItem; ++i) {
         const int64_t at = batch.at(item * kItemWords + i / kEach) + i % kEach;
-        if (at < chunk.end) value[i] = static_cast<S>(widen(data[place_of<kStrided>(row, at)]));
+        if (at < chunk.end) value[i] = static_cast<S>(from_stored(data[place_of<kStrided>(row, at)]));
       }
       sum = plus<kNorm, S>(sum, sum_item<kNorm>(value));
     }
@@ -247,17 +247,17 @@ __device__ __forceinline__ void scale_chunk(const RowOf<kStrided>& row, const Ch
       for (int w = 0; w < kWords; ++w) {
         if (!batch.has(w)) break;
         S value[kEach];
-        widen_word(word[w], T(), value);
+        unpack_word(word[w], T(), value);
 #pragma unroll
         for (int i = 0; i < kEach; ++i) value[i] = value[i] * first * second;
-        narrow_word(value, T(), word[w]);
+        pack_word(value, T(), word[w]);
         store_word<T>(data, batch.at(w), word[w]);
       }
     });
   }
   for (int64_t i = rest + threadIdx.x; i < chunk.end; i += kThreads) {
     T* at = data + place_of<kStrided>(row, i);
-    store_one(at, static_cast<S>(widen(*at)) * first * second);
+    store_one(at, static_cast<S>(from_stored(*at)) * first * second);
   }
 }
 

@@ -67,7 +67,7 @@ __device__ __forceinline__ void gather(const Operand& from, int64_t at, S (&valu
   int64_t place = at % from.period;
 #pragma unroll
   for (int k = 0; k < kItem; ++k) {
-    value[k] = static_cast<S>(widen(data[place]));
+    value[k] = static_cast<S>(from_stored(data[place]));
     place = place + 1 == from.period ? 0 : place + 1;
   }
 }
@@ -81,7 +81,7 @@ __device__ __forceinline__ void load_factor(const Operand& from, int64_t numel, 
     return;
   }
   if (from.vectorisable)
-    return widen_words(fetch_words_of<S>(from, from.period == numel ? at : at % from.period), from.dtype, value);
+    return unpack_words(fetch_words_of<S>(from, from.period == numel ? at : at % from.period), from.dtype, value);
   switch (from.dtype) {
     case DType::kFloat32: return gather<float>(from, at, value);
     case DType::kBFloat16: return gather<BFloat16>(from, at, value);
@@ -160,8 +160,8 @@ struct Values {
   S input[kItem], target[kItem], weight[kItem], positive[kItem];
 
   __device__ __forceinline__ Values(const Pass& pass, const Item<S>& item) {
-    widen_words(item.input, pass.input.dtype, input);
-    widen_words(item.target, pass.target.dtype, target);
+    unpack_words(item.input, pass.input.dtype, input);
+    unpack_words(item.target, pass.target.dtype, target);
 #pragma unroll
     for (int i = 0; i < kItem; ++i) weight[i] = positive[i] = S(1);
   }
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
     S above[kItem], gradient[kItem];
 #pragma unroll
     for (int i = 0; i < kItem; ++i) above[i] = scale;
-    if (by_element) widen_words(fetch_words_of<S>(pass.upstream, place), pass.upstream.dtype, above);
+    if (by_element) unpack_words(fetch_words_of<S>(pass.upstream, place), pass.upstream.dtype, above);
     if (pass.input_gradient.data != nullptr) {
 #pragma unroll
       for (int i = 0; i < kItem; ++i)
@@ -386,21 +386,21 @@ int64_t pointwise_partials(int64_t numel) {
   return blocks == 1 ? 0 : blocks;
 }
 
-void pointwise_forward(int loss, bool wide, const PointwiseTask& task, const Reduced& reduced, int64_t* bad_probability,
-                       Stream stream) {
+void pointwise_forward(int loss, bool is_float64, const PointwiseTask& task, const Reduced& reduced,
+                       int64_t* bad_probability, Stream stream) {
   using Function = void (*)(const PointwiseTask&, const Reduced&, int64_t*, Stream);
 #define TRAINOPT_FORWARD(loss) {forward<loss, float>, forward<loss, double>},
   static constexpr Function kForward[][2] = {TRAINOPT_FOR_EACH_POINTWISE_LOSS(TRAINOPT_FORWARD)};
 #undef TRAINOPT_FORWARD
-  kForward[loss][wide](task, reduced, bad_probability, stream);
+  kForward[loss][is_float64](task, reduced, bad_probability, stream);
 }
 
-void pointwise_backward(int loss, bool wide, const PointwiseTask& task, const Upstream& upstream, Stream stream) {
+void pointwise_backward(int loss, bool is_float64, const PointwiseTask& task, const Upstream& upstream, Stream stream) {
   using Function = void (*)(const PointwiseTask&, const Upstream&, Stream);
 #define TRAINOPT_BACKWARD(loss) {backward<loss, float>, backward<loss, double>},
   static constexpr Function kBackward[][2] = {TRAINOPT_FOR_EACH_POINTWISE_LOSS(TRAINOPT_BACKWARD)};
 #undef TRAINOPT_BACKWARD
-  kBackward[loss][wide](task, upstream, stream);
+  kBackward[loss][is_float64](task, upstream, stream);
 }
 
 }  // namespace trainopt::cuda

@@ -29,11 +29,13 @@ struct Upstream {
   double divisor;
 };
 
-// `loss` is its place in TRAINOPT_FOR_EACH_POINTWISE_LOSS; `wide` selects float64. Of the task, `scale` is not read.
+// `loss` is its place in TRAINOPT_FOR_EACH_POINTWISE_LOSS; `is_float64` selects the arithmetic. Of the task, `scale` is
+// not read.
 //
 // Where an input or a target of binary_cross_entropy is no probability, the element's loss is NaN, and 1 for an input,
 // 2 for a target or 3 for both is written to `bad_probability`, which may be the host's memory, or null.
-void pointwise_forward(int loss, bool wide, const PointwiseTask&, const Reduced&, int64_t* bad_probability, Stream);
-void pointwise_backward(int loss, bool wide, const PointwiseTask&, const Upstream&, Stream);
+void pointwise_forward(int loss, bool is_float64, const PointwiseTask&, const Reduced&, int64_t* bad_probability,
+                       Stream);
+void pointwise_backward(int loss, bool is_float64, const PointwiseTask&, const Upstream&, Stream);
 
 }  // namespace trainopt::cuda

@@ -100,11 +100,11 @@ struct Chunk {
           if (i % 4 == 0 && stages.noisy) gaussian_quad(noise, stages, step, tensor, batch.at(w) + i);
         S value[kRoles][kCount];
 #pragma unroll
-        for (int r = 0; r < kRoles; ++r) widen_part(part[w][r][i / kCount], T(), value[r]);
+        for (int r = 0; r < kRoles; ++r) unpack_part(part[w][r][i / kCount], T(), value[r]);
 #pragma unroll
         for (int k = 0; k < kCount; ++k) step_value<kPlain>(value, k, noise[(i + k) % 4]);
 #pragma unroll
-        for (int r = 0; r < kRoles; ++r) part[w][r][i / kCount] = narrow_part(value[r], T());
+        for (int r = 0; r < kRoles; ++r) part[w][r][i / kCount] = pack_part(value[r], T());
       }
 #pragma unroll
       for (int r = 0; r < kRoles; ++r)
@@ -119,7 +119,7 @@ struct Chunk {
     for (int r = 0; r < kRoles; ++r) words[r] = fetch(data[r], dtype(r), at, S());
     S value[kRoles][kItem];
 #pragma unroll
-    for (int r = 0; r < kRoles; ++r) widen_words(words[r], dtype(r), value[r]);
+    for (int r = 0; r < kRoles; ++r) unpack_words(words[r], dtype(r), value[r]);
     S noise[4] = {};
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {

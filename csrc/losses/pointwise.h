@@ -115,14 +115,14 @@ struct BinaryCrossEntropyWithLogits {
   template <class T>
   static TRAINOPT_INLINE T value(T x, T t, T positive, T) {
     const T zero(0.0f);
-    const T tail = log_one_plus(exponential(-magnitude(x)));
+    const T tail = log_one_plus(exponential_of_negative(-magnitude(x)));
     const T above = select_less(x, zero, zero, x), below = select_less(x, zero, -x, zero);
     const T of_one = positive * t, of_zero = T(1.0f) - t;
     return (of_zero + of_one) * tail + (of_zero * above + of_one * below);
   }
   template <class T>
   static TRAINOPT_INLINE T slope(T x, T t, T positive, T) {
-    const T e = exponential(-magnitude(x));
+    const T e = exponential_of_negative(-magnitude(x));
     const T larger = quotient(T(1.0f), T(1.0f) + e), smaller = e * larger;  // the logistic function of |x| and of -|x|
     const T of_x = select_less(x, T(0.0f), smaller, larger), of_minus_x = select_less(x, T(0.0f), larger, smaller);
     return (T(1.0f) - t) * of_x - positive * t * of_minus_x;
@@ -130,7 +130,7 @@ struct BinaryCrossEntropyWithLogits {
   template <class T>
   static TRAINOPT_INLINE T target_slope(T x, T, T positive, T) {
     const T zero(0.0f);
-    const T tail = log_one_plus(exponential(-magnitude(x)));
+    const T tail = log_one_plus(exponential_of_negative(-magnitude(x)));
     const T above = select_less(x, zero, zero, x), below = select_less(x, zero, -x, zero);
     return (positive - T(1.0f)) * tail + (positive * below - above);
   }

@@ -60,14 +60,16 @@ struct LogitMap {
 };
 
 struct SoftmaxCrossEntropy {
-  // The derivative by z, but for the mass at the label; `factor` is that of the probability.
+  // The derivative by z, but for the mass at the label, of z - peak, which is not above 0; `factor` is that of
+  // e^(z - peak). log_sum is in one of the two: taken from z - peak, or, where a row is long, as e^-log_sum in the
+  // factor.
   template <class T>
-  static TRAINOPT_INLINE T derivative(T z, T peak, T log_sum, T factor, T mass) {
-    return exponential((z - peak) - log_sum) * factor - mass;
+  static TRAINOPT_INLINE T derivative(T below_peak, T factor, T mass) {
+    return exponential_of_negative(below_peak) * factor - mass;
   }
 
-  // What the factor of a row's probabilities is multiplied by for the digits of log_sum that T does not have: all of
-  // them would be off by these alike.
+  // What the factor of a row's probabilities is multiplied by where log_sum is taken from z - peak, for its digits that
+  // T does not have: all probabilities would be off by these alike.
   template <class T>
   static TRAINOPT_INLINE double rounding_of(double log_sum) {
     return 1 - (log_sum - static_cast<double>(static_cast<T>(log_sum)));

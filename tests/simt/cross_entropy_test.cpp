@@ -109,7 +109,7 @@ class Run {
     skip(task.probabilities);
     if (task.labels != nullptr) task.labels += first;
     task.rows = rows;
-    task.wide = problem_.dtype == DType::kFloat64;
+    task.is_float64 = problem_.dtype == DType::kFloat64;
     task.weight = problem_.c.weighted ? weight_.data() : nullptr;
     task.z_loss = problem_.c.z;
     task.peak = peak.data() + first;

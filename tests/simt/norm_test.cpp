@@ -45,13 +45,13 @@ double exact_root(Norm norm, long double sum) {
   return static_cast<double>(norm == Norm::kSquares ? std::sqrt(sum) : sum);
 }
 
-bool is_near(double found, double exact, bool wide) {
+bool is_near(double found, double exact, bool is_float64) {
   if (std::isnan(exact) || std::isinf(exact)) return same_value(found, exact);
-  return std::fabs(found - exact) <= (wide ? 1e-13 : 2e-7) * exact;
+  return std::fabs(found - exact) <= (is_float64 ? 1e-13 : 2e-7) * exact;
 }
 
 // The norm, in either order of blocks and threads; then clipping to half of it.
-void check_norms(Parameters& parameters, bool wide, const std::string& what) {
+void check_norms(Parameters& parameters, bool is_float64, const std::string& what) {
   const auto check_no_faults = [&] {
     const std::vector<simt::Fault> faults = simt::take_faults();
     check(faults.empty(), what + ": " + (faults.empty() ? "" : faults[0].text));
@@ -67,7 +67,7 @@ void check_norms(Parameters& parameters, bool wide, const std::string& what) {
       const long double exact = exact_sum(norm, *p);
       sum = norm != Norm::kLargest ? sum + exact : exact > sum || std::isnan(exact) ? exact : sum;
     }
-    check(is_near(found, exact_root(norm, sum), wide), what);
+    check(is_near(found, exact_root(norm, sum), is_float64), what);
     check_no_faults();
   }
 
@@ -82,7 +82,7 @@ void check_norms(Parameters& parameters, bool wide, const std::string& what) {
       for (int64_t i = 0; i < parameters[t]->numel; ++i) {
         const double exact = before[t][static_cast<size_t>(i)] * factor, found = parameters[t]->gradient.get(i);
         if (std::isnan(exact) ? !std::isnan(found)
-                              : !(found == exact || is_close(found, exact, tensors[t].view.dtype, wide, 0)))
+                              : !(found == exact || is_close(found, exact, tensors[t].view.dtype, is_float64, 0)))
           return false;
       }
     return true;
@@ -103,7 +103,7 @@ void check_norms(Parameters& parameters, bool wide, const std::string& what) {
 
 void test_norms() {
   for (const DType dtype : kDTypes) {
-    const bool wide = dtype == DType::kFloat64;
+    const bool is_float64 = dtype == DType::kFloat64;
     const std::string name = std::string("norms, ") + format_of(dtype).name;
     for (const bool guarded : {false, true}) {
       Parameters parameters;
@@ -115,18 +115,18 @@ void test_norms() {
         const Arrangement a{dtype, dtype, dtype, run_of(0), place, run_of(0), guarded};
         parameters.push_back(new Parameter(n, n, 0, a));
       }
-      check_norms(parameters, wide, name);
+      check_norms(parameters, is_float64, name);
       drop(parameters);
     }
     // What a float's square cannot hold, what a double's cannot, and what is not finite.
     for (const double special : {1e25, 1e-25, 1e160, 1e-160, 1e300, 1e-300, HUGE_VAL, std::nan("")}) {
       if (dtype == DType::kFloat16 && std::isfinite(special)) continue;
-      if (!wide && std::isfinite(special) && std::fabs(std::log10(special)) > 30) continue;
+      if (!is_float64 && std::isfinite(special) && std::fabs(std::log10(special)) > 30) continue;
       const Arrangement a{dtype, dtype, dtype, run_of(0), run_of(0), run_of(0), true};
       Parameters parameters{new Parameter(19, 1, 0, a), new Parameter(3, 1, 0, a)};
       for (int64_t i = 0; i < 19; ++i)
         if (std::isfinite(special) || i == 17) parameters[0]->gradient.set(i, special);
-      check_norms(parameters, wide, name + " of " + std::to_string(special));
+      check_norms(parameters, is_float64, name + " of " + std::to_string(special));
       drop(parameters);
     }
   }

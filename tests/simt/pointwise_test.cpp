@@ -31,9 +31,9 @@ struct Types {
   // As torch promotes them.
   DType result() const {
     if (input == target) return input;
-    return is_wide() ? DType::kFloat64 : DType::kFloat32;
+    return is_float64() ? DType::kFloat64 : DType::kFloat32;
   }
-  bool is_wide() const { return input == DType::kFloat64 || target == DType::kFloat64; }
+  bool is_float64() const { return input == DType::kFloat64 || target == DType::kFloat64; }
 };
 
 const std::vector<Types> kTypes = {
@@ -139,10 +139,10 @@ bool same_elements(const Array& a, const Array& b, int64_t numel) {
 }
 
 // On a device exp and log are its own, in float32.
-bool has_cpus_bits(const Formula& formula, bool wide) {
+bool has_cpus_bits(const Formula& formula, bool is_float64) {
   const char* const others[] = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"};
-  return wide || std::any_of(std::begin(others), std::end(others),
-                             [&](const char* name) { return std::strcmp(formula.name, name) == 0; });
+  return is_float64 || std::any_of(std::begin(others), std::end(others),
+                                   [&](const char* name) { return std::strcmp(formula.name, name) == 0; });
 }
 
 void check_no_faults(const std::string& what) {
@@ -151,12 +151,12 @@ void check_no_faults(const std::string& what) {
 }
 
 // The sum divided by `divisor`, in a dtype; what is not written stays NaN.
-double run_forward(int loss, bool wide, PointwiseTask task, bool keep, DType dtype, double divisor) {
+double run_forward(int loss, bool is_float64, PointwiseTask task, bool keep, DType dtype, double divisor) {
   Array result(dtype, 1, run_of(0), true);
   result.set(0, std::nan(""));
   std::vector<double> partials(static_cast<size_t>(cuda::pointwise_partials(task.numel)), std::nan(""));
   if (!keep) task.value = TensorView{};
-  cuda::pointwise_forward(loss, wide, task, {result.view(), divisor, partials.data()}, nullptr, nullptr);
+  cuda::pointwise_forward(loss, is_float64, task, {result.view(), divisor, partials.data()}, nullptr, nullptr);
   check(result.is_intact(), "written beside the sum");
   return result.get(0);
 }
@@ -171,7 +171,7 @@ void test_pass(const Formula& formula, const Types& types, const Places& places,
                bool guarded) {
   const std::string what = std::string(formula.name) + ", " + format_of(types.input).name + " and " +
                            format_of(types.target).name + ", " + places.name + ", " + std::to_string(numel);
-  const bool wide = types.is_wide();
+  const bool is_float64 = types.is_float64();
   const cpu::PointwiseLoss& loss = *cpu::find_pointwise_loss(formula.name);
   Tensors found(types, places, numel, guarded);
   set_values(formula, found, numel);
@@ -180,31 +180,31 @@ void test_pass(const Formula& formula, const Types& types, const Places& places,
 
   PointwiseTask task = expected.task(numel, options);
   task.scale = number / divisor;
-  cpu::pointwise_forward(loss, wide, task, 0, numel);
-  cpu::pointwise_backward(loss, wide, task, 0, numel);
+  cpu::pointwise_forward(loss, is_float64, task, 0, numel);
+  cpu::pointwise_backward(loss, is_float64, task, 0, numel);
 
   // Forward: with and without each element's value, in either order of threads, and as aligned runs: one sum.
   task = found.task(numel, options);
-  const double sum = run_forward(loss.index, wide, task, true, DType::kFloat64, 1);
-  if (has_cpus_bits(formula, wide))
+  const double sum = run_forward(loss.index, is_float64, task, true, DType::kFloat64, 1);
+  if (has_cpus_bits(formula, is_float64))
     check(same_elements(found[kValue], expected[kValue], numel), what + ": other values than the CPU's");
   simt::set_order(simt::Order::kDescending);
-  const double again = run_forward(loss.index, wide, task, false, DType::kFloat64, 1);
+  const double again = run_forward(loss.index, is_float64, task, false, DType::kFloat64, 1);
   simt::set_order(simt::Order::kAscending);
   Tensors plain = plain_copy(types, found, numel);
-  const double of_plain = run_forward(loss.index, wide, plain.task(numel, options), true, DType::kFloat64, 1);
+  const double of_plain = run_forward(loss.index, is_float64, plain.task(numel, options), true, DType::kFloat64, 1);
   check(same_value(sum, again), what + ": another sum in another order of threads");
   check(same_value(sum, of_plain), what + ": another sum than that of aligned runs");
   check(same_elements(found[kValue], plain[kValue], numel), what + ": other values than those of aligned runs");
-  check(same_value(run_forward(loss.index, wide, task, false, types.result(), divisor),
+  check(same_value(run_forward(loss.index, is_float64, task, false, types.result(), divisor),
                    rounded(sum / divisor, types.result())),
         what + ": not the mean, rounded once");
 
   // Backward.
   const float scale = static_cast<float>(number);
   const cuda::Upstream upstream{{const_cast<float*>(&scale), nullptr, DType::kFloat32}, divisor};
-  cuda::pointwise_backward(loss.index, wide, task, options.upstream ? cuda::Upstream{} : upstream, nullptr);
-  if (has_cpus_bits(formula, wide))
+  cuda::pointwise_backward(loss.index, is_float64, task, options.upstream ? cuda::Upstream{} : upstream, nullptr);
+  if (has_cpus_bits(formula, is_float64))
     for (const int role : {kInputGradient, kTargetGradient})
       check(same_elements(found[role], expected[role], numel), what + ": other gradients than the CPU's");
   check(found.is_intact(), what + ": written where nothing is to be written");
@@ -213,7 +213,7 @@ void test_pass(const Formula& formula, const Types& types, const Places& places,
   bool right = true;
   long double exact_sum = 0;
   double size = 1;
-  const DType arithmetic = wide ? DType::kFloat64 : DType::kFloat32;
+  const DType arithmetic = is_float64 ? DType::kFloat64 : DType::kFloat32;
   const auto is_close_to = [&](int role, int64_t i, double exact, double scale_of_terms) {
     const double allowed = spacing(exact, types.of(role)) + spacing(scale_of_terms, arithmetic) * 16;
     return std::fabs(found[role].get(i) - exact) <= allowed;
@@ -234,7 +234,7 @@ void test_pass(const Formula& formula, const Types& types, const Places& places,
                                    terms * (1 + std::fabs(g)));
   }
   check(right, what + ": not what the formula gives");
-  check(std::fabs(sum - static_cast<double>(exact_sum)) <= (wide ? 1e-15 : 2e-7) * size, what + ": the sum");
+  check(std::fabs(sum - static_cast<double>(exact_sum)) <= (is_float64 ? 1e-15 : 2e-7) * size, what + ": the sum");
 }
 
 void test_grid() {
@@ -287,19 +287,19 @@ void test_specials() {
       }
       const Tensors expected = plain_copy(types, found, kCount);
       const cpu::PointwiseLoss& loss = *cpu::find_pointwise_loss(formula.name);
-      const bool wide = types.is_wide();
+      const bool is_float64 = types.is_float64();
       const Options options{false, false, false, true, true};
       PointwiseTask task = expected.task(kCount, options);
       task.scale = 1;
-      cpu::pointwise_forward(loss, wide, task, 0, kCount);
-      cpu::pointwise_backward(loss, wide, task, 0, kCount);
+      cpu::pointwise_forward(loss, is_float64, task, 0, kCount);
+      cpu::pointwise_backward(loss, is_float64, task, 0, kCount);
       double one = 1;
-      run_forward(loss.index, wide, found.task(kCount, options), true, DType::kFloat64, 1);
-      cuda::pointwise_backward(loss.index, wide, found.task(kCount, options), {{&one, nullptr, DType::kFloat64}, 1},
-                               nullptr);
+      run_forward(loss.index, is_float64, found.task(kCount, options), true, DType::kFloat64, 1);
+      cuda::pointwise_backward(loss.index, is_float64, found.task(kCount, options),
+                               {{&one, nullptr, DType::kFloat64}, 1}, nullptr);
       const std::string what = std::string(formula.name) + " of special numbers";
       for (const int role : {kValue, kInputGradient, kTargetGradient}) {
-        bool right = has_cpus_bits(formula, wide) ? same_elements(found[role], expected[role], kCount) : true;
+        bool right = has_cpus_bits(formula, is_float64) ? same_elements(found[role], expected[role], kCount) : true;
         for (int64_t i = 0; i < kCount; ++i) {
           const double mine = found[role].get(i), theirs = expected[role].get(i);
           const double allowed = types.of(role) == DType::kFloat16 ? 2e-3 : 1e-6;

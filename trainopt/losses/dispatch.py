@@ -28,10 +28,10 @@ def is_only_a_mode(*arguments: Any) -> bool:
     )
 
 
-def overridden(ours: Callable[..., Any], torchs: Callable[..., Any], *arguments: Any) -> Any:
+def overridden(ours: Callable[..., Any], torch_function: Callable[..., Any], *arguments: Any) -> Any:
     """A call that something overrides. A subclass knows torch's function, and not ours; a mode may see ours."""
     if not is_only_a_mode(*arguments):
-        return torchs(*arguments)
+        return torch_function(*arguments)
     return handle_torch_function(ours, arguments, *arguments)
 
 

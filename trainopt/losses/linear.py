@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from trainopt.losses import chunks, dispatch, reference
 from trainopt.losses.dispatch import is_only_a_mode
-from trainopt.losses.options import CrossEntropyOptions, are_torchs, check
+from trainopt.losses.options import CrossEntropyOptions, check, has_only_torch_options
 from trainopt.originals import functional as F
 
 
@@ -101,8 +101,8 @@ def linear_cross_entropy(
             check_gathered(input, linear_weight)
     if result is not None:
         result = _rounded(result, input, out_dtype)
-    elif are_torchs(settings) and out_dtype is None and _torchs is not None:
-        result = _torchs(
+    elif has_only_torch_options(settings) and out_dtype is None and _torch_function is not None:
+        result = _torch_function(
             input,
             linear_weight,
             target,
@@ -131,7 +131,7 @@ def linear_cross_entropy(
     return result if z_loss else (result, torch.zeros_like(result))
 
 
-_torchs = getattr(F, "linear_cross_entropy", None)
+_torch_function = getattr(F, "linear_cross_entropy", None)
 
 
 def check_chunks(memory_budget: int | None, out_dtype: torch.dtype | None) -> None:

@@ -13,10 +13,10 @@ from trainopt.losses.options import CrossEntropyOptions, check
 from trainopt.stand_in import StandIn
 
 if TYPE_CHECKING:
-    from torch.nn import LinearCrossEntropyLoss as TorchsLinearCrossEntropyLoss
+    from torch.nn import LinearCrossEntropyLoss as TorchLinearCrossEntropyLoss
     from torch.nn import LinearCrossEntropyOptions as LinearCrossEntropyOptions
 else:
-    TorchsLinearCrossEntropyLoss = getattr(originals, "LinearCrossEntropyLoss", older_torch.LinearCrossEntropyLoss)
+    TorchLinearCrossEntropyLoss = getattr(originals, "LinearCrossEntropyLoss", older_torch.LinearCrossEntropyLoss)
     LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", older_torch.LinearCrossEntropyOptions)
 
 
@@ -48,11 +48,11 @@ class _Ours(metaclass=StandIn):
     def __prepare_scriptable__(self) -> Any:
         """torch's module for torch.jit.script, which compiles Python that ours is not; ours if torch's cannot do it."""
         cls = type(self)
-        torchs = next((base for base in cls.__mro__[1:] if base.__name__ == cls.__name__), cls)
+        torch_class = next((base for base in cls.__mro__[1:] if base.__name__ == cls.__name__), cls)
         extras = any(getattr(self, name) != getattr(cls, name) for name in self.EXTRAS)
-        if extras or cls.__module__ != __name__ or not torchs.__module__.startswith("torch."):
+        if extras or cls.__module__ != __name__ or not torch_class.__module__.startswith("torch."):
             return self
-        plain: Any = object.__new__(torchs)
+        plain: Any = object.__new__(torch_class)
         plain.__dict__.update({name: value for name, value in vars(self).items() if name not in self.EXTRAS})
         return plain
 
@@ -160,7 +160,7 @@ class KLDivLoss(_Ours, originals.KLDivLoss):
         return functional.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
-class LinearCrossEntropyLoss(_Ours, TorchsLinearCrossEntropyLoss):
+class LinearCrossEntropyLoss(_Ours, TorchLinearCrossEntropyLoss):
     """torch.nn.LinearCrossEntropyLoss over trainopt.functional.linear_cross_entropy, which explains the options.
 
     The output layer and cross-entropy in one. It owns the layer (`linear`, a torch.nn.Linear), so that the hooks of

@@ -24,7 +24,7 @@ class CrossEntropyOptions(NamedTuple):
 _DEFAULTS = CrossEntropyOptions()
 
 
-def are_torchs(options: CrossEntropyOptions) -> bool:
+def has_only_torch_options(options: CrossEntropyOptions) -> bool:
     """Whether torch's own function has all that they ask for."""
     return options[3:] == _DEFAULTS[3:]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainopt.losses.options import CrossEntropyOptions, are_torchs, with_ignore_index
+from trainopt.losses.options import CrossEntropyOptions, has_only_torch_options, with_ignore_index
 from trainopt.originals import functional as F
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -23,7 +23,7 @@ def cross_entropy(
 ) -> Any:
     """trainopt.functional.cross_entropy in plain torch: the loss, with z_loss the pair of it and its z-loss."""
     reduction, ignore_index, label_smoothing, z_loss, softcap, empty, temperature = options
-    if are_torchs(options):
+    if has_only_torch_options(options):
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     # As the operators do: float32 inside, whatever the logits are.
     halves = input.dtype in _HALVES

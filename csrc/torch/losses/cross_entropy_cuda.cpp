@@ -39,7 +39,7 @@ DeviceCrossEntropy::DeviceCrossEntropy(const CrossEntropyTarget& target, c10::De
                                        c10::ScalarType logits_dtype, int64_t chunk, cuda::Stream stream)
     : target_(target),
       on_device_(at::TensorOptions(device)),
-      wide_(logits_dtype == at::kDouble),
+      is_float64_(logits_dtype == at::kDouble),
       chunk_(std::max<int64_t>(chunk, 1)),
       stream_(stream) {
   check_findings_on(device);
@@ -53,7 +53,7 @@ cuda::RowsWork DeviceCrossEntropy::rows_work(const CrossEntropyBatch& batch, int
   cuda::RowsWork work{};
   static_cast<CrossEntropyBatch&>(work.task) = batch;
   work.task.rows = rows;
-  work.task.wide = wide_;
+  work.task.is_float64 = is_float64_;
   work.task.weight = target_.weight_data();
   if (lse.defined()) {
     const LogSumExp kept = lse_in(lse, target_.rows()).from(first);

@@ -49,7 +49,7 @@ class DeviceCrossEntropy {
  private:
   const CrossEntropyTarget& target_;
   const at::TensorOptions on_device_;
-  const bool wide_;
+  const bool is_float64_;
   const int64_t chunk_;
   const cuda::Stream stream_;
   at::Tensor loss_, z_, partials_, totals_;

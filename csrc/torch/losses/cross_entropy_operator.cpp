@@ -142,6 +142,8 @@ void write_gradient(const Given& given, const Logits& logits, const Logits& grad
   task.scale = scale.data();
   task.lse_scale = lse_scale.data();
   task.gradient = gradient.rows;
+  task.streams =
+      gradient.rows.data != logits.rows.data && static_cast<int64_t>(gradient.tensor.nbytes()) >= cpu::kStreamFrom;
   for_each_row(targets.rows(), task.classes, [&](int64_t first, int64_t last) {
     cpu::cross_entropy_backward(dtype == at::kDouble, task, first, last);
   });
@@ -190,9 +192,9 @@ at::Tensor log_sum_exp(const at::Tensor& x, int64_t class_dim) {
 
 // The logits of the softmax, with the soft cap that softcap_in makes of it.
 at::Tensor mapped(const at::Tensor& x, const CrossEntropyOptions& options) {
-  const bool wide = x.scalar_type() == at::kDouble;
+  const bool is_float64 = x.scalar_type() == at::kDouble;
   const double cap =
-      wide ? softcap_in<double>(options.softcap) : static_cast<double>(softcap_in<float>(options.softcap));
+      is_float64 ? softcap_in<double>(options.softcap) : static_cast<double>(softcap_in<float>(options.softcap));
   const at::Tensor capped = cap == 0 ? x : cap * at::tanh(x / cap);
   return options.temperature == 1 ? capped : capped / options.temperature;
 }
@@ -279,6 +281,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       gradients[0] = input.detach();
       input.unsafeGetTensorImpl()->bump_version();
     } else {
+      const at::AutoDispatchBelowADInplaceOrView below;  // there is no kernel for autograd, whose stand-in is slow
       gradients[0] = backward_operator()(options, upstream[0], input, target, weight, lse);
     }
     return gradients;

@@ -33,7 +33,7 @@ at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Ten
   at::parallel_for(0, chunks, 2, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c)
       partial[c] =
-          cpu::pointwise_forward(loss, operands.wide(), task, c * kChunk, std::min(task.numel, (c + 1) * kChunk));
+          cpu::pointwise_forward(loss, operands.is_float64(), task, c * kChunk, std::min(task.numel, (c + 1) * kChunk));
   });
   double sum = 0;
   for (const double part : partial) sum += part;
@@ -59,7 +59,7 @@ std::tuple<at::Tensor, at::Tensor> backward(c10::string_view name, const at::Ten
   if (operands.reduction == Reduction::kMean) task.scale /= static_cast<double>(task.numel);
   operands.arrange();
   at::parallel_for(0, (task.numel + kChunk - 1) / kChunk, 2, [&](int64_t first, int64_t last) {
-    cpu::pointwise_backward(loss, operands.wide(), task, first * kChunk, std::min(task.numel, last * kChunk));
+    cpu::pointwise_backward(loss, operands.is_float64(), task, first * kChunk, std::min(task.numel, last * kChunk));
   });
   return operands.summed(gradients);
 }
@@ -130,6 +130,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
       return gradients;
     }
     const std::array<bool, 2> wanted{context->needs_input_grad(0), context->needs_input_grad(1)};
+    const at::AutoDispatchBelowADInplaceOrView below;  // there is no kernel for autograd, whose stand-in is slow
     auto [of_input, of_target] =
         backward_operator().call(name, upstream[0], saved[0], saved[1], weight, positive, reduction, parameter, wanted);
     if (wanted[0]) gradients[1] = std::move(of_input);

@@ -36,7 +36,7 @@ class PointwiseOperands {
   const c10::ScalarType dtype;  // of the loss
   const Reduction reduction;
   // Whether the arithmetic is float64: float32 does not have every beta and delta.
-  bool wide() const;
+  bool is_float64() const;
 
   // Fresh memory for what is to be written.
   at::Tensor add_value();

@@ -33,7 +33,7 @@ at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Ten
   if (operands.reduction == Reduction::kNone) {
     const at::Tensor values = operands.add_value();
     operands.arrange();
-    cuda::pointwise_forward(loss, operands.wide(), task, {}, bad_probability, on.stream);
+    cuda::pointwise_forward(loss, operands.is_float64(), task, {}, bad_probability, on.stream);
     return operands.finished(values);
   }
   operands.arrange();
@@ -41,7 +41,7 @@ at::Tensor forward(c10::string_view name, const at::Tensor& input, const at::Ten
   const at::Tensor partials = at::empty({cuda::pointwise_partials(task.numel)}, input.options().dtype(at::kDouble));
   const cuda::Reduced reduced{view_of(result), divisor_of(operands.reduction, task),
                               partials.mutable_data_ptr<double>()};
-  cuda::pointwise_forward(loss, operands.wide(), task, reduced, bad_probability, on.stream);
+  cuda::pointwise_forward(loss, operands.is_float64(), task, reduced, bad_probability, on.stream);
   return result;
 }
 
@@ -56,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor> backward(c10::string_view name, const at::Ten
   cuda::Upstream from_above{};
   if (!operands.add_upstream(upstream)) from_above = {view_of(upstream), divisor_of(operands.reduction, operands.task)};
   operands.arrange();
-  cuda::pointwise_backward(loss, operands.wide(), operands.task, from_above, on.stream);
+  cuda::pointwise_backward(loss, operands.is_float64(), operands.task, from_above, on.stream);
   return operands.summed(gradients);
 }
 

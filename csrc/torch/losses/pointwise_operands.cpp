@@ -37,7 +37,7 @@ PointwiseOperands::PointwiseOperands(const at::Tensor& input, const at::Tensor& 
   task.parameter = parameter;
 }
 
-bool PointwiseOperands::wide() const {
+bool PointwiseOperands::is_float64() const {
   const double size = std::fabs(task.parameter);
   const bool is_single = size == 0 || (size >= static_cast<double>(std::numeric_limits<float>::min()) &&
                                        size <= static_cast<double>(std::numeric_limits<float>::max()));

@@ -46,7 +46,7 @@ class Transposed {
 };
 
 template <class S>
-void narrow_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+void few_classes_forward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
   Transposed<S> logits(task), probabilities(task);
   for (int64_t row = first_row; row < last_row; row += kLanes) {
     const int count = static_cast<int>(last_row - row < kLanes ? last_row - row : kLanes);
@@ -57,7 +57,7 @@ void narrow_forward(const CrossEntropyTask& task, int64_t first_row, int64_t las
 }
 
 template <class S>
-void narrow_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
+void few_classes_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
   Transposed<S> logits(task), probabilities(task);
   for (int64_t row = first_row; row < last_row; row += kLanes) {
     const int count = static_cast<int>(last_row - row < kLanes ? last_row - row : kLanes);
