@@ -125,9 +125,10 @@ def test_mappings_of_any_kind_are_moved_and_looked_into():
         def first(self):
             return self["a"]
 
-    tree = Batch(a=torch.ones(2), b=[torch.ones(1)])
+    tree = Batch(a=torch.ones(2), b=[torch.ones(1), ("text", 3)])
     moved = move(tree, META)
     assert type(moved) is Batch and moved.first.is_meta and moved["b"][0].is_meta and not tree.first.is_meta
+    assert moved["b"][1] == ("text", 3)
     assert type(move(OrderedDict(a=torch.ones(1)), META)) is OrderedDict
     assert len(list(tensors_in({"a": tree, "b": torch.ones(1)}))) == 3
     Pair = namedtuple("Pair", "x y")
