@@ -93,31 +93,38 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-@each_optimizer
-@pytest.mark.parametrize(
+each_order = pytest.mark.parametrize(
     "order", ["optimizer, schedule", "schedule, optimizer", "loaded before it is made", "no optimizer"]
 )
+
+
+def resumed(make, order, saved, schedule_of):
+    """An optimizer and its schedule, with what was saved of both loaded in this order."""
+    of_optimizer, of_schedule = through_a_file(saved)
+    optimizer = two_groups(make)
+    if order == "loaded before it is made":
+        optimizer.load_state_dict(of_optimizer)
+    schedule = schedule_of(optimizer)
+    if order == "optimizer, schedule":
+        optimizer.load_state_dict(of_optimizer)
+    schedule.load_state_dict(of_schedule)
+    if order == "schedule, optimizer":
+        optimizer.load_state_dict(of_optimizer)
+    return optimizer, schedule
+
+
+@each_optimizer
+@each_order
 def test_resumed_at_any_step_it_goes_on_the_same(make, order):
     optimizer = two_groups(make)
-    schedule = schedule_of(optimizer)
-    straight = run(optimizer, schedule, STEPS)
+    straight = run(optimizer, schedule_of(optimizer), STEPS)
+    first = two_groups(make)
+    saved_schedule = schedule_of(first)
     for k in range(STEPS):
-        first = two_groups(make)
-        saved_schedule = schedule_of(first)
-        run(first, saved_schedule, k)
-        of_optimizer, of_schedule = through_a_file([first.state_dict(), saved_schedule.state_dict()])
-
-        second = two_groups(make)
-        if order == "loaded before it is made":
-            second.load_state_dict(of_optimizer)
-        resumed = schedule_of(second)
-        if order == "optimizer, schedule":
-            second.load_state_dict(of_optimizer)
-        resumed.load_state_dict(of_schedule)
-        if order == "schedule, optimizer":
-            second.load_state_dict(of_optimizer)
-        assert resumed.last_epoch == k
-        assert run(second, resumed, STEPS - k) == straight[k:]
+        second, schedule = resumed(make, order, [first.state_dict(), saved_schedule.state_dict()], schedule_of)
+        assert schedule.last_epoch == k
+        assert run(second, schedule, STEPS - k) == straight[k:]
+        run(first, saved_schedule, 1)
 
 
 @each_optimizer
@@ -295,30 +302,20 @@ def test_a_schedule_that_is_gone_sets_nothing():
 
 
 @each_optimizer
-@pytest.mark.parametrize(
-    "order", ["optimizer, schedule", "schedule, optimizer", "loaded before it is made", "no optimizer"]
-)
+@each_order
 def test_override_wins_over_what_is_loaded(make, order):
     first = two_groups(make)
-    saved_schedule = Schedule(first, lr=CURVE)
+    saved = Schedule(first, lr=CURVE)
     for _ in range(4):
         first.step()
-        saved_schedule.step()
-    of_optimizer, of_schedule = through_a_file([first.state_dict(), saved_schedule.state_dict()])
-
-    second = two_groups(make)
-    if order == "loaded before it is made":
-        second.load_state_dict(of_optimizer)
-    resumed = Schedule(second, lr=CURVE, override={"lr": 0.5, "weight_decay": [0.3, 0.0]})
-    if order == "optimizer, schedule":
-        second.load_state_dict(of_optimizer)
-    resumed.load_state_dict(of_schedule)
-    if order == "schedule, optimizer":
-        second.load_state_dict(of_optimizer)
+        saved.step()
+    override = {"lr": 0.5, "weight_decay": [0.3, 0.0]}
+    saved = [first.state_dict(), saved.state_dict()]
+    second, schedule = resumed(make, order, saved, lambda o: Schedule(o, lr=CURVE, override=override))
     for k in range(4, STEPS):
         assert options_of(second, "lr", "weight_decay") == [(0.5 * CURVE(k), 0.3), (0.5 * CURVE(k), 0.0)]
         second.step()
-        resumed.step()
+        schedule.step()
 
 
 def test_the_curve_itself_may_change_on_resume():
@@ -435,18 +432,6 @@ def test_a_step_skipped_for_overflow_does_not_count(make, fused, unscale_first):
             schedule.step()
             done += not overflows
             assert schedule.last_epoch == done
-
-
-def test_a_step_that_only_makes_states_does_not_count():
-    """As torch.distributed.checkpoint makes one."""
-    optimizer = trainopt.AdamW(parameters(), lr=0.1)
-    schedule = Schedule(optimizer, lr=CURVE)
-    optimizer.param_groups[0]["lr"] = 0.0
-    for p in optimizer.param_groups[0]["params"]:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    schedule.step()
-    assert schedule.last_epoch == 0
 
 
 @each_optimizer
