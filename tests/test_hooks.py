@@ -319,18 +319,6 @@ def test_a_gradient_scale_is_divided_out_and_written_back(name):
     assert all(torch.equal(p.grad, g) for p, g in zip(twins.ours.params, gradients, strict=True))
 
 
-@each_class
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_gradients_that_are_not_finite_do_what_torch_does(name, value):
-    twins = Twins(name)
-    twins.step(2)
-    twins.set_gradients()
-    twins.edit(lambda _, params: params[2].grad[1].fill_(value))
-    twins.edit(lambda o, _: o.step())
-    twins.compare()
-    twins.step(2)
-
-
 # Threads --------------------------------------------------------------------------------------------------------------
 
 

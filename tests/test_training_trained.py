@@ -14,13 +14,10 @@ import trainopt
 from trainopt.training import Silent, fit
 from trainopt.training.data import move, tensors_in
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 META = torch.device("meta")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What is trained here is too small to divide."""
-    torch.set_num_threads(1)
 
 
 # Batches that are mappings --------------------------------------------------------------------------------------------
