@@ -51,6 +51,11 @@ def schedule_of(optimizer, **more):
     return Schedule(optimizer, lr=CURVE, weight_decay=linear(10), **more)
 
 
+def scheduled(make, **options):
+    optimizer = two_groups(make, **options)
+    return optimizer, schedule_of(optimizer)
+
+
 def run(optimizer, schedule, steps):
     """(lr, weight_decay) of every group in each update."""
     seen = []
@@ -191,8 +196,7 @@ def test_what_is_not_behind_says_nothing(make):
         run(second, Schedule(second, override={"lr": 0.5}), 2)
 
     def once_an_epoch():
-        optimizer = two_groups(make)
-        schedule = schedule_of(optimizer)
+        optimizer, schedule = scheduled(make)
         for _ in range(5):
             optimizer.step()
         schedule.step()
@@ -210,8 +214,7 @@ def test_the_state_is_plain_numbers():
 
 
 def test_a_step_that_is_not_scheduled_yet_is_in_the_state():
-    optimizer = two_groups(torch.optim.SGD)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(torch.optim.SGD)
     run(optimizer, schedule, 2)
     optimizer.step()
     assert schedule.state_dict()["last_epoch"] == 3
@@ -221,8 +224,7 @@ def test_a_step_that_is_not_scheduled_yet_is_in_the_state():
 
 @each_optimizer
 def test_the_unit_is_one_optimizer_step_however_often_step_is_called(make):
-    optimizer = two_groups(make)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(make)
     schedule.step()
     assert options_of(optimizer, "lr")[0] == (0.1 * CURVE(0),)
     for _ in range(4):
@@ -274,8 +276,7 @@ def test_a_schedule_counts_from_when_it_was_made():
     "duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )
 def test_copies_go_on_by_themselves(make, duplicate):
-    optimizer = two_groups(make)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(make)
     run(optimizer, schedule, 3)
     optimizer.step()  # not scheduled yet
     other_optimizer, other = duplicate((optimizer, schedule))
@@ -289,8 +290,7 @@ def test_copies_go_on_by_themselves(make, duplicate):
 
 
 def test_a_schedule_that_is_gone_sets_nothing():
-    optimizer = two_groups(torch.optim.SGD)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(torch.optim.SGD)
     state = optimizer.state_dict()
     del schedule
     state["param_groups"][0]["lr"] = 5.0
@@ -436,8 +436,7 @@ def test_a_step_skipped_for_overflow_does_not_count(make, fused, unscale_first):
 
 @each_optimizer
 def test_a_step_that_fails_does_not_count(make):
-    optimizer = two_groups(make)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(make)
 
     def fails():
         raise RuntimeError("in the closure")
@@ -468,8 +467,7 @@ def test_steps_with_hooks_and_closures_count():
 
 @each_optimizer
 def test_a_group_added_later_is_scheduled_from_its_own_base(make):
-    optimizer = two_groups(make)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(make)
     straight = run(optimizer, schedule, 5)
     [param] = parameters(1)
     optimizer.add_param_group({"params": [param], "lr": 3.0, "weight_decay": 0.5})
@@ -491,8 +489,7 @@ def test_a_group_added_later_is_scheduled_from_its_own_base(make):
 
 
 def test_a_group_put_into_the_list_by_hand_is_scheduled_from_the_next_step_on():
-    optimizer = two_groups(torch.optim.SGD)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(torch.optim.SGD)
     optimizer.param_groups.append({**optimizer.param_groups[1], "params": parameters(1), "lr": 3.0})
     del optimizer.param_groups[2]["initial_lr"]
     run(optimizer, schedule, 1)
@@ -504,8 +501,7 @@ def test_a_group_put_into_the_list_by_hand_is_scheduled_from_the_next_step_on():
 
 def test_fuse_keeps_the_schedule_and_its_groups():
     def trained(fuse):
-        optimizer = two_groups(torch.optim.AdamW)
-        schedule = schedule_of(optimizer)
+        optimizer, schedule = scheduled(torch.optim.AdamW)
         seen = run(optimizer, schedule, 3)
         optimizer = trainopt.fuse(optimizer) if fuse else optimizer
         seen += run(optimizer, schedule, 3)
@@ -553,8 +549,7 @@ def test_inside_torchs_sequence():
 
 
 def test_the_caller_may_count():
-    optimizer = two_groups(torch.optim.SGD)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(torch.optim.SGD)
     schedule.step(7)
     assert schedule.last_epoch == 7 and options_of(optimizer, "lr")[0] == (0.1 * CURVE(7),)
 
@@ -702,8 +697,7 @@ def test_a_groups_lr_scale_is_applied_as_timms_schedulers_do(make):
     ],
 )
 def test_a_state_of_something_else_is_refused_whole(state, words):
-    optimizer = two_groups(torch.optim.SGD)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(torch.optim.SGD)
     before = schedule.state_dict(), options_of(optimizer, "lr", "weight_decay")
     with pytest.raises(ValueError) as refusal:
         schedule.load_state_dict(state)

@@ -343,24 +343,3 @@ def test_accuracy_is_maximized():
     assert (result.best, result.best_step) == (0.9, 2)
     with pytest.raises(ValueError, match="monitor is 'odd', which does not say"):
         fit(model, samples(), nn.CrossEntropyLoss(), sgd(model), epochs=3, monitor="odd", **choices)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("lr", "no option 'lr': it is the optimizer's"),
-        ("learning_rate", ": it is the optimizer's"),
-        ("weight_decay", ": it is the optimizer's"),
-        ("max_epochs", "; is it 'epochs'?"),
-        ("gradient_accumulation_steps", "; is it 'accumulation'?"),
-        ("max_grad_norm", "; is it 'clip'?"),
-        ("ema", "; is it 'average'?"),
-        ("patience", "; is it 'early_stopping'?"),
-        ("acumulation", "; is it 'accumulation'?"),
-        ("zzz", "there is no option 'zzz'$"),
-    ],
-)
-def test_an_option_by_another_name_is_told(name, words):
-    model = network()
-    with pytest.raises(ValueError, match=words.replace("?", r"\?")):
-        fit(model, samples(), nn.CrossEntropyLoss(), sgd(model), epochs=1, **{name: 1})
