@@ -10,7 +10,6 @@ from helpers import (
     OPTIONS,
     Twins,
     assert_drop_in,
-    assert_equal,
     each_class,
     model_and,
     one,
@@ -197,24 +196,7 @@ def test_a_program_ends_as_with_torchs_class(name, program):
     assert names[0] == names[1]
 
 
-# Dtypes, views --------------------------------------------------------------------------------------------------------
-
-
-@each_class
-def test_parameters_of_several_dtypes_in_one_group(name):
-    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float64, torch.float32]
-    options = {} if name == "SGD" else {"eps": 1e-3}
-    twins = Twins(name, shapes=((40,),) * 6, **options)
-    twins.edit(lambda _, params: [setattr(p, "data", p.data.to(d)) for p, d in zip(params, dtypes, strict=True)])
-    for _ in range(3):
-        twins.set_gradients()
-        twins.edit(lambda o, _: o.step())
-    for p, q, dtype in zip(twins.ours.params, twins.torchs.params, dtypes, strict=True):
-        assert p.dtype == dtype
-        tolerance = 20 * torch.finfo(dtype).eps
-        assert_equal(p, q, rtol=tolerance, atol=tolerance)
-        for key, value in twins.torchs.optimizer.state[q].items():
-            assert_equal(twins.ours.optimizer.state[p][key], value, key, rtol=tolerance, atol=tolerance)
+# Views ---------------------------------------------------------------------------------------------------------------
 
 
 @each_class

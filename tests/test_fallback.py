@@ -186,20 +186,6 @@ def test_a_parameter_that_overlaps_itself(name):
     assert messages[0][0] is messages[1][0] is RuntimeError and "memory" in messages[0][1]
 
 
-@each_class
-@pytest.mark.parametrize("extra", [{"noise": 0.1}, {"l1": 0.1}], ids=str)
-def test_many_dimensions_with_extras(name, extra):
-    params = [torch.nn.Parameter(torch.randn(MANY_DIMENSIONS).permute(AWKWARD))]
-    params.append(torch.nn.Parameter(params[0].detach().contiguous()))
-    optimizers = [CLASSES[name][0]([p], **OPTIONS[name], **extra) for p in params]
-    for _ in range(2):
-        gradient = torch.randn(MANY_DIMENSIONS)
-        for p, optimizer in zip(params, optimizers, strict=True):
-            p.grad = gradient.clone()
-            optimizer.step()
-    assert_equal(params[0].contiguous(), params[1].contiguous())
-
-
 # Differentiable -------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, OPTIONS, SHAPES, Twins, attempt, each_class
+from helpers import CLASSES, OPTIONS, SHAPES, Twins, each_class
 
 # Gradients ------------------------------------------------------------------------------------------------------------
 
@@ -54,46 +54,6 @@ def test_gradients_are_never_written_to(name, flags):
         optimizer.step()
         for p, (gradient, content, version) in zip(params, before, strict=True):
             assert p.grad is gradient and gradient.numpy().tobytes() == content and gradient._version == version
-
-
-LAYOUTS = {
-    "transposed": lambda g: g.t().contiguous().t(),
-    "every other": lambda g: torch.stack([g, -g], -1)[..., 0],
-    "expanded": lambda g: g[:1].expand_as(g),
-    "a scalar expanded": lambda g: g[0, 0].expand_as(g),
-    "reversed": lambda g: g.flip(0).contiguous().flip(0),
-    "in a larger buffer": lambda g: torch.cat([torch.zeros(1, g.shape[1], dtype=g.dtype), g])[1:],
-    "float32": lambda g: g.float(),
-    "bfloat16": lambda g: g.bfloat16(),
-}
-
-
-@each_class
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_of_any_layout(name, layout):
-    """What autograd itself makes, too: a sum's gradient is expanded, a transposed product's transposed."""
-    twins = Twins(name, shapes=((33, 20), (3, 300)))
-    for _ in range(3):
-        twins.set_gradients()
-
-        def lay(_, params):
-            for p in params:
-                gradient = LAYOUTS[layout](p.grad)
-                if gradient.dtype == p.dtype:
-                    p.grad = gradient
-                else:
-                    p.grad = None
-                    p.grad_dtype = None
-                    p.grad = gradient
-
-        twins.edit(lay)
-        if layout in ("float32", "bfloat16") and attempt(twins.torchs.optimizer.step) is not None:
-            twins.ours.optimizer.step()  # torch's loop refuses; the engine need not
-            return
-        if layout not in ("float32", "bfloat16"):
-            twins.torchs.optimizer.step()
-        twins.ours.optimizer.step()
-        twins.compare()
 
 
 # Autograd, memory -----------------------------------------------------------------------------------------------------

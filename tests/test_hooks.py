@@ -388,20 +388,6 @@ def test_the_interpreter_is_free_during_a_large_step(name):
     assert found
 
 
-@each_class
-@pytest.mark.parametrize("threads", [1, 2])
-def test_any_number_of_threads_gives_the_same_bits(name, threads):
-    def outcome(count):
-        torch.set_num_threads(count)
-        twins = Twins(name, shapes=((1000, 300), (50,), (3, 70_001)), dtype=torch.float32, extras={"noise": 0.1})
-        for _ in range(2):
-            twins.set_gradients()
-            twins.ours.optimizer.step()
-        return {**snapshot(twins.ours.optimizer), "members": []}
-
-    assert_same_bits(outcome(1), outcome(threads))
-
-
 class Numbers(torch.utils.data.Dataset):
     def __len__(self):
         return 16
