@@ -217,7 +217,7 @@ EDITS = {
     "data with an offset": each_data(lambda data: torch.cat([data.new_zeros(1), data])[1:], 5),
     "data resized in place": resize_in_place,
     "data replaced, the old zeroed": zero_what_the_data_was,
-    "frozen": lambda _, params: [params[i].requires_grad_(False) for i in (1, 2, 4)],
+    "frozen": lambda _, params: [params[i].requires_grad_(False) for i in (1, 2)],
     "a gradient gone": grad(lambda g: None, 1),
     "a gradient in other memory": grad(torch.clone, 1),
     "a gradient with gaps": grad(lambda g: torch.stack([g, -g], -1)[..., 0], 1),
@@ -243,6 +243,19 @@ HARMLESS = {
     *("data with an offset", "data resized in place", "data replaced, the old zeroed", "frozen"),
     *("a gradient in other memory", "a gradient with gaps", "a gradient transposed", "a lazily negated gradient"),
     "gradients made in inference mode",
+}
+
+#: Those that need the first three parameters alone, and no more than the operators of an emulated device.
+ANYWHERE = {
+    what: EDITS[what]
+    for what in (
+        *("two parameters swapped", "parameters reversed", "states doubled", "states cloned"),
+        *("states in other tensors of the same memory", "states over other memory", "a count replaced"),
+        *("counts written to", "a state dict replaced", "a state dict the other way round"),
+        *("a state dict of equal keys", "data over other memory", "data replaced, of one", "data transposed", "frozen"),
+        *("a gradient gone", "a gradient in other memory", "a gradient with gaps", "a gradient that repeats itself"),
+        "parameters as their own gradients",
+    )
 }
 
 # States of any kind ---------------------------------------------------------------------------------------------------

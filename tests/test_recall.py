@@ -3,21 +3,23 @@
 Every test here steps before it changes something, so that there is a step to compare with.
 """
 
+import edits
 import pytest
 import torch
-from edits import EDITS, SHAPES
+from edits import ANYWHERE as EDITS  # noqa: F401  (tests of a device go over them)
+from edits import SHAPES
 from helpers import CLASSES, OPTIONS, Twins, assert_equal, each_class
 
 MANY = 500  # parameters: enough for several threads to compare them
 
 
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("edit", edits.EDITS)
 def test_nothing_is_overlooked_by_several_threads(edit):
     """With few parameters, and for every class, `test_edits.py` says so."""
     twins = Twins("Adam", shapes=SHAPES + ((2,),) * (MANY - len(SHAPES)))
     twins.step(2)
     twins.set_gradients()
-    twins.edit(EDITS[edit])
+    twins.edit(edits.EDITS[edit])
     if twins.step_alike():
         twins.step()
 
