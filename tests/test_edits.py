@@ -65,7 +65,11 @@ def test_an_edit_that_went_unnoticed_would_be_found_out():
     assert {edit for edit in EDITS if outcome(edit) == plain} == HARMLESS
 
 
-@pytest.mark.parametrize("name, key, value", [(n, *row) for n in NAMES for row in options_of(n)], ids=str)
+@pytest.mark.parametrize(
+    "name, key, value",
+    [(n, *row) for n in NAMES for row in options_of(n)],
+    ids=lambda part: part if isinstance(part, str) else repr(part)[:24],
+)
 @at_first_and_later
 def test_a_value_of_an_option(name, key, value, warm):
     twins = Twins(name, foreach=False)
