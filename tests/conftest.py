@@ -71,6 +71,12 @@ def process_settings():
     _C.set_cpu_variant(variant)
 
 
+@pytest.fixture
+def one_thread():
+    """For what is too small to be divided among several."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=VARIANTS)
 def variant(request):
     """Each SIMD variant that the processor can run, set for the test."""

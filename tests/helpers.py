@@ -76,6 +76,20 @@ class Twins:
     def compare(self, **tolerance) -> None:
         assert_same_outcome(self.ours, self.torchs, **tolerance)
 
+    def step_alike(self, **tolerance) -> bool:
+        """Steps both sides with the gradients that there are: the same result, or the same error and nothing changed.
+
+        Returns whether there was a result.
+        """
+        before = snapshot(self.ours.optimizer)
+        ours, torchs = (attempt(side.optimizer.step) for side in self.sides)
+        assert ours == torchs
+        if ours is None:
+            self.compare(**tolerance)
+        else:
+            assert_same_bits(before, snapshot(self.ours.optimizer))
+        return ours is None
+
 
 def assert_same_outcome(ours, torchs, **tolerance) -> None:
     """Equal parameters and states, by name, dtype and value, for any two (optimizer, params)."""
@@ -87,6 +101,46 @@ def assert_same_outcome(ours, torchs, **tolerance) -> None:
             assert_equal(mine[key], value, f"{key} of parameter {i}", **tolerance)
 
 
+def assert_drop_in(name: str, program: Callable[[Any], Any], **tolerance):
+    """A program that makes (optimizer, params) of a class ends alike with trainopt's class and with torch's.
+
+    Returns both ends.
+    """
+    ends = []
+    for cls in CLASSES[name]:
+        torch.manual_seed(0)
+        ends.append(program(cls))
+    assert_same_outcome(*ends, **tolerance)
+    return ends
+
+
+def model_and(cls, dtype=torch.float64, **options):
+    """A small model, the same whenever it is made, and its optimizer."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)).to(dtype)
+    options = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    return model, cls(model.parameters(), **options)
+
+
+def train(model, optimizer, steps, start=0):
+    """Steps number `start`, `start` + 1, ... of one and the same training."""
+    dtype = next(model.parameters()).dtype
+    for i in range(start, start + steps):
+        optimizer.zero_grad()
+        model(torch.full((3, 5), 0.3 * (i + 1), dtype=dtype)).square().sum().backward()
+        optimizer.step()
+    return optimizer, list(model.parameters())
+
+
+def step_randomly(optimizer, params, steps=3):
+    """Steps with new random gradients for these parameters."""
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return optimizer, params
+
+
 def assert_equal(ours, torchs, what="", **tolerance) -> None:
     """Equal in type, dtype, shape and, but for the order of roundings, in value."""
     if not isinstance(torchs, torch.Tensor):
@@ -95,9 +149,13 @@ def assert_equal(ours, torchs, what="", **tolerance) -> None:
     if not tolerance:
         eps = torch.finfo(torchs.dtype).eps if torchs.dtype.is_floating_point or torchs.dtype.is_complex else 0
         tolerance = {"rtol": 100 * eps, "atol": 100 * eps}
-    torch.testing.assert_close(
-        ours.detach(), torchs.detach(), equal_nan=True, msg=lambda text: f"{what}: {text}", **tolerance
-    )
+    ours, torchs = ours.detach(), torchs.detach()
+    alike = [(type(t), t.dtype, t.shape, t.device, t.layout) for t in (ours, torchs)]
+    # The comparison below takes ten times as long to say that all is well as the same one without a message.
+    is_plain = alike[0] == alike[1] == (torch.Tensor, torchs.dtype, torchs.shape, torch.device("cpu"), torch.strided)
+    if is_plain and torch.allclose(ours, torchs, equal_nan=True, **tolerance):
+        return
+    torch.testing.assert_close(ours, torchs, equal_nan=True, msg=lambda text: f"{what}: {text}", **tolerance)
 
 
 def snapshot(optimizer) -> dict[str, Any]:

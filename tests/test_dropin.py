@@ -9,10 +9,12 @@ from helpers import (
     CLASSES,
     OPTIONS,
     Twins,
-    assert_equal,
-    assert_same_outcome,
+    assert_drop_in,
     each_class,
+    model_and,
     one,
+    step_randomly,
+    train,
 )
 
 # Signature ------------------------------------------------------------------------------------------------------------
@@ -49,58 +51,152 @@ def test_it_is_an_optimizer_of_torchs_class(name):
     ).defaults
 
 
-BAD_EXTRAS = [{"l1": -0.1}, {"l1": float("nan")}, {"noise": -1.0}, {"seed": -1}, {"seed": 2**64}, {"seed": 1.5}]
+# Programs that people write -------------------------------------------------------------------------------------------
 
 
-@each_class
-@pytest.mark.parametrize("bad", BAD_EXTRAS, ids=str)
-def test_senseless_options_are_refused_by_name(name, bad):
-    p, q = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
-    (key, value), ours = *bad.items(), CLASSES[name][0]
-    with pytest.raises(ValueError, match=f"Invalid {key} value: {value}".replace("*", r"\*")):
-        ours([p], **bad)
-    with pytest.raises(ValueError, match=f"Invalid {key} value"):
-        ours([{"params": [p], **bad}])
-    optimizer = ours([p])
-    with pytest.raises(ValueError, match=f"Invalid {key} value"):
-        optimizer.add_param_group({"params": [q], **bad})
-    assert len(optimizer.param_groups) == 1
+def named_parameters(cls, options):
+    model, _ = model_and(cls)
+    return train(model, cls(model.named_parameters(), **options), 3)
 
 
-# Names, groups, dtypes, views -----------------------------------------------------------------------------------------
+def groups(cls, options):
+    params = [torch.nn.Parameter(torch.randn(17, dtype=torch.float64)) for _ in range(100)]
+    return step_randomly(cls([{"params": [p], "lr": 0.001 * (i + 1)} for i, p in enumerate(params)], **options), params)
 
 
-@each_class
-def test_named_parameters(name):
-    sides = []
-    for cls in CLASSES[name]:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 2)).double()
-        optimizer = cls(model.named_parameters(), **OPTIONS[name])
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(torch.ones(3, 5, dtype=torch.float64)).square().sum().backward()
+def views_of_a_flat_buffer(cls, options):
+    """Neighbours in one buffer are not stepped into."""
+    flat = torch.linspace(-1, 1, 100, dtype=torch.float64)
+    params = [torch.nn.Parameter(flat[i : i + 7].view(7)) for i in range(1, 90, 10)]
+    optimizer, params = step_randomly(cls(params, **options), params)
+    return optimizer, [*params, torch.nn.Parameter(flat)]
+
+
+def parameters_over_the_same_memory(cls, options):
+    """Tied by hand: torch steps one after the other."""
+    memory = torch.randn(40, dtype=torch.float64)
+    params = [torch.nn.Parameter(memory[:30]), torch.nn.Parameter(memory[10:]), torch.nn.Parameter(memory.clone())]
+    return step_randomly(cls(params, **options), params, 4)
+
+
+def dampened_over_the_same_memory(cls, options):
+    return parameters_over_the_same_memory(cls, {**options, **({"dampening": 0.25} if "dampening" in options else {})})
+
+
+def the_same_parameter_twice(cls, options):
+    p, q = (torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64)) for _ in range(2))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = cls([p, q, p], **options)
+    return step_randomly(optimizer, [p, q])
+
+
+def tied_parameters(cls, options):
+    embed, head = torch.nn.Embedding(11, 6).double(), torch.nn.Linear(6, 11, bias=False).double()
+    head.weight = embed.weight
+    params = list(torch.nn.ModuleList([embed, head]).parameters())
+    optimizer = cls(params, **options)
+    for i in range(4):
+        optimizer.zero_grad()
+        head(embed(torch.tensor([i, 3, 5]))).exp().sum().backward()
+        optimizer.step()
+    return optimizer, params
+
+
+def gradient_accumulation(cls, options, set_to_none=True):
+    model, optimizer = model_and(cls, **options)
+    for i in range(9):
+        (model(torch.full((4, 5), 0.1 * i, dtype=torch.float64)).square().sum() / 3).backward()
+        if i % 3 == 2:
             optimizer.step()
-        sides.append((optimizer, list(model.parameters())))
-    assert sides[0][0].param_groups[0]["param_names"] == sides[1][0].param_groups[0]["param_names"]
-    assert_same_outcome(*sides)
+            optimizer.zero_grad(set_to_none=set_to_none)
+            assert all((p.grad is None) == set_to_none for p in model.parameters())
+    return optimizer, list(model.parameters())
+
+
+def gradient_accumulation_into_zeros(cls, options):
+    return gradient_accumulation(cls, options, set_to_none=False)
+
+
+def model_to_float32_before_the_first_step(cls, options):
+    model, optimizer = model_and(cls, **options)
+    train(model.to(torch.float32), optimizer, 3)
+    (state, *_) = optimizer.state.values()
+    assert all(value.dtype == torch.float32 for value in state.values())
+    return optimizer, list(model.parameters())
+
+
+def model_to_float64_before_the_first_step(cls, options):
+    model, optimizer = model_and(cls, torch.float32, **options)
+    return train(model.to(torch.float64), optimizer, 3)
+
+
+def stochastic_weight_averaging(cls, options):
+    model, optimizer = model_and(cls, **options)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    scheduler = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05, anneal_epochs=2)
+    for i in range(5):
+        train(model, optimizer, 1, start=i)
+        averaged.update_parameters(model)
+        scheduler.step()
+    return optimizer, list(averaged.parameters())
+
+
+def functional_call_and_func_grad(cls, options):
+    model, optimizer = model_and(cls, **options)
+    params = dict(model.named_parameters())
+
+    def loss_of(params, x):
+        return torch.func.functional_call(model, params, (x,)).square().sum()
+
+    for i in range(4):
+        x = torch.full((3, 5), 0.3 * (i + 1), dtype=torch.float64)
+        if i % 2:
+            optimizer.zero_grad()
+            loss_of(params, x).backward()
+        else:
+            for key, gradient in torch.func.grad(loss_of)({k: p.detach() for k, p in params.items()}, x).items():
+                params[key].grad = gradient
+        optimizer.step()
+    return optimizer, list(params.values())
+
+
+def a_scheduler_made_after_some_steps(cls, options):
+    model, optimizer = model_and(cls, **options)
+    train(model, optimizer, 2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for i in range(2, 5):
+        train(model, optimizer, 1, start=i)
+        scheduler.step()
+    return optimizer, list(model.parameters())
+
+
+PROGRAMS = [
+    named_parameters,
+    groups,
+    views_of_a_flat_buffer,
+    parameters_over_the_same_memory,
+    dampened_over_the_same_memory,
+    the_same_parameter_twice,
+    tied_parameters,
+    gradient_accumulation,
+    gradient_accumulation_into_zeros,
+    model_to_float32_before_the_first_step,
+    model_to_float64_before_the_first_step,
+    stochastic_weight_averaging,
+    functional_call_and_func_grad,
+    a_scheduler_made_after_some_steps,
+]
 
 
 @each_class
-def test_parameters_of_several_dtypes_in_one_group(name):
-    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float64, torch.float32]
-    options = {} if name == "SGD" else {"eps": 1e-3}
-    twins = Twins(name, shapes=((40,),) * 6, **options)
-    twins.edit(lambda _, params: [setattr(p, "data", p.data.to(d)) for p, d in zip(params, dtypes, strict=True)])
-    for _ in range(3):
-        twins.set_gradients()
-        twins.edit(lambda o, _: o.step())
-    for p, q, dtype in zip(twins.ours.params, twins.torchs.params, dtypes, strict=True):
-        assert p.dtype == dtype
-        tolerance = 20 * torch.finfo(dtype).eps
-        assert_equal(p, q, rtol=tolerance, atol=tolerance)
-        for key, value in twins.torchs.optimizer.state[q].items():
-            assert_equal(twins.ours.optimizer.state[p][key], value, key, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_a_program_ends_as_with_torchs_class(name, program):
+    ours, torchs = assert_drop_in(name, lambda cls: program(cls, OPTIONS[name]))
+    names = [[group.get("param_names") for group in optimizer.param_groups] for optimizer, _ in (ours, torchs)]
+    assert names[0] == names[1]
+
+
+# Views ---------------------------------------------------------------------------------------------------------------
 
 
 @each_class
@@ -115,38 +211,7 @@ def test_a_view_sees_the_step(name):
     assert view._version > before
 
 
-@each_class
-def test_a_parameter_that_is_a_view_of_a_flat_buffer(name):
-    """Neighbours in one buffer are not stepped into."""
-    sides = []
-    for cls in CLASSES[name]:
-        flat = torch.linspace(-1, 1, 100, dtype=torch.float64)
-        params = [torch.nn.Parameter(flat[i : i + 7].view(7)) for i in range(1, 90, 10)]
-        optimizer = cls(params, **OPTIONS[name])
-        for _ in range(3):
-            for p in params:
-                p.grad = torch.ones_like(p)
-            optimizer.step()
-        sides.append((optimizer, [*params, torch.nn.Parameter(flat)]))
-    assert_same_outcome(*sides)
-
-
-@each_class
-def test_a_hundred_groups(name):
-    sides = []
-    for cls in CLASSES[name]:
-        torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(17, dtype=torch.float64)) for _ in range(100)]
-        optimizer = cls([{"params": [p], "lr": 0.001 * (i + 1)} for i, p in enumerate(params)], **OPTIONS[name])
-        for _ in range(3):
-            for p in params:
-                p.grad = torch.randn_like(p)
-            optimizer.step()
-        sides.append((optimizer, params))
-    assert_same_outcome(*sides)
-
-
-# Schedulers, averaging ------------------------------------------------------------------------------------------------
+# Schedulers -----------------------------------------------------------------------------------------------------------
 
 SCHEDULERS = {
     "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
@@ -190,34 +255,3 @@ def test_the_warning_of_a_scheduler_that_goes_first_is_kept(name):
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
         with pytest.warns(UserWarning, match="before `optimizer.step"):
             scheduler.step()
-
-
-@each_class
-def test_a_scheduler_made_after_some_steps(name):
-    twins = Twins(name)
-    twins.step(2)
-    schedulers = [torch.optim.lr_scheduler.StepLR(side.optimizer, 1, gamma=0.5) for side in twins.sides]
-    for _ in range(3):
-        twins.step()
-        for scheduler in schedulers:
-            scheduler.step()
-
-
-@each_class
-def test_stochastic_weight_averaging(name):
-    outcomes = []
-    for cls in CLASSES[name]:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 2)).double()
-        averaged = torch.optim.swa_utils.AveragedModel(model)
-        optimizer = cls(model.parameters(), **OPTIONS[name])
-        scheduler = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05, anneal_epochs=2)
-        for _ in range(5):
-            optimizer.zero_grad()
-            model(torch.ones(3, 5, dtype=torch.float64)).square().sum().backward()
-            optimizer.step()
-            averaged.update_parameters(model)
-            scheduler.step()
-        outcomes.append(list(averaged.parameters()))
-    for p, q in zip(*outcomes, strict=True):
-        assert_equal(p, q)

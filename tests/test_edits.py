@@ -1,78 +1,168 @@
-"""What a person changes between two steps, in whatever order, takes effect at the next as with torch.optim."""
+"""What a person changes between two steps, in whatever order, takes effect at the next as with torch.optim.
+
+The same result or the same error, and after an error nothing has changed.
+"""
 
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    CLASSES,
-    NAMES,
-    OPTIONS,
+from edits import (
+    CONTAINERS,
+    COUNTS,
+    EDITS,
+    HARMLESS,
+    OF_GROUPS,
     SHAPES,
-    Twins,
-    assert_same_bits,
-    assert_same_outcome,
-    attempt,
-    each_class,
-    error_of,
-    snapshot,
+    SHARING,
+    SHARING_SHAPES,
+    STATE_VALUES,
+    defaults_of,
+    options_of,
+    states_of,
 )
+from helpers import CLASSES, NAMES, Twins, assert_same_bits, attempt, each_class, snapshot
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import trainopt
 
-# Changes between steps ------------------------------------------------------------------------------------------------
+at_first_and_later = pytest.mark.parametrize("warm", [0, 2], ids=["at first", "later"])
 
 
-def put(**options):
-    def change(optimizer, params):
-        optimizer.param_groups[0].update(options)
-
-    return change
-
-
-COMMON_CHANGES = {
-    "lr": put(lr=0.3),
-    "lr 0": put(lr=0.0),
-    "lr an int": put(lr=1),
-    "lr a numpy number": put(lr=np.float64(0.3)),
-    "lr a tensor": put(lr=torch.tensor(0.25)),
-    "weight_decay": put(weight_decay=0.5),
-    "no weight_decay": put(weight_decay=0),
-    "maximize": put(maximize=True),
-    "several": put(lr=0.3, weight_decay=0.7, maximize=True),
-}
-CHANGES = {
-    "SGD": {
-        **COMMON_CHANGES,
-        "momentum": put(momentum=0.25),
-        "no momentum": put(momentum=0),
-        "dampening": put(dampening=0.75),
-        "nesterov": put(nesterov=True),
-        "weight_decay a tensor": put(weight_decay=torch.tensor(0.5)),
-    },
-    "Adam": {
-        **COMMON_CHANGES,
-        "betas": put(betas=(0.25, 0.625)),
-        "betas a list": put(betas=[0.25, 0.625]),
-        "beta 0": put(betas=(0.0, 0.5)),
-        "eps": put(eps=0.5),
-        "no amsgrad": put(amsgrad=False),
-        "decoupled": put(decoupled_weight_decay=True),
-    },
-}
-CHANGES["AdamW"] = {**CHANGES["Adam"], "coupled": put(decoupled_weight_decay=False)}
+def edited(twins, change, warm, after=2, **tolerance):
+    """Steps, edits, steps; and goes on where torch goes on."""
+    twins.step(warm)
+    twins.set_gradients()
+    twins.edit(change)
+    is_stepped = twins.step_alike(**tolerance)
+    for _ in range(after):
+        if is_stepped:
+            twins.set_gradients()
+            is_stepped = twins.step_alike(**tolerance)
+    return is_stepped
 
 
-@pytest.mark.parametrize("name, change", [(n, c) for n in NAMES for c in CHANGES[n]])
-def test_a_changed_option_takes_effect_at_the_next_step(name, change):
-    twins = Twins(name)
-    twins.step(3)
-    twins.edit(CHANGES[name][change])
-    twins.step(3)
-    twins.edit(put(**twins.options))
+@each_class
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_takes_effect_at_the_next_step(name, edit):
+    edited(Twins(name, SHAPES), EDITS[edit], 3)
+
+
+def test_an_edit_that_went_unnoticed_would_be_found_out():
+    """It changes the outcome of torch's next step for the parameters that were there before."""
+
+    def outcome(edit=None):
+        twins = Twins("Adam", SHAPES)
+        twins.step(2)
+        twins.set_gradients()
+        before = twins.torchs.params[:]
+        if edit is not None:
+            EDITS[edit](*twins.torchs)
+        return attempt(twins.torchs.optimizer.step), [p.tolist() for p in before]
+
+    plain = outcome()
+    assert {edit for edit in EDITS if outcome(edit) == plain} == HARMLESS
+
+
+@pytest.mark.parametrize(
+    "name, key, value",
+    [(n, *row) for n in NAMES for row in options_of(n)],
+    ids=lambda part: part if isinstance(part, str) else repr(part)[:24],
+)
+@at_first_and_later
+def test_a_value_of_an_option(name, key, value, warm):
+    twins = Twins(name, foreach=False)
+    rough = {"rtol": 1e-6, "atol": 1e-6} if isinstance(value, np.float32) else {}
+    change = lambda optimizer, _: optimizer.param_groups[0].update({key: value})  # noqa: E731
+    if edited(twins, change, warm, 0 if rough else 2, **rough) and warm and not rough:
+        twins.edit(lambda optimizer, _: optimizer.param_groups[0].update(twins.options))
+        twins.step(2)
+
+
+@pytest.mark.parametrize("name, key, what", [(n, *row) for n in NAMES for row in states_of(n)])
+def test_a_state_of_any_kind(name, key, what):
+    """One that torch refuses is refused in torch's words; where, and after what, is not promised."""
+    twins = Twins(name, foreach=False)
     twins.step(2)
+    for side in twins.sides:
+        state = side.optimizer.state[side.params[2]]
+        state[key] = (STATE_VALUES | COUNTS)[what](state[key])
+    twins.set_gradients()
+    ours, torchs = (attempt(side.optimizer.step) for side in twins.sides)
+    assert ours == torchs
+    if ours is None:
+        twins.compare()
+
+
+@each_class
+def test_a_missing_state_is_torchs_error_and_changes_nothing(name):
+    for key in ["step", *CLASSES[name][0]._states]:
+        edited(Twins(name, foreach=False), lambda o, params, key=key: o.state[params[2]].pop(key, None), 2)
+
+
+def test_a_state_of_none_ends_no_iterator():
+    """It was a StopIteration, which a map or a generator takes for its own end."""
+    twins = Twins("AdamW")
+    twins.step()
+    twins.ours.optimizer.state[twins.ours.params[2]]["exp_avg"] = None
+    assert attempt(lambda: list(map(lambda _: twins.ours.optimizer.step(), range(3))))[0] is AttributeError
+
+
+@each_class
+@pytest.mark.parametrize("warm, container", [(0, c) for c in OF_GROUPS] + [(2, c) for c in CONTAINERS])
+def test_containers_that_torch_accepts(name, container, warm):
+    twins = Twins(name, foreach=False)
+    twins.edit(lambda optimizer, params: [optimizer.state[p] for p in params] if warm else None)
+    edited(twins, CONTAINERS[container], warm)
+
+
+@each_class
+@pytest.mark.parametrize("container", OF_GROUPS)
+def test_the_engine_steps_them_all(name, container, monkeypatch):
+    """Odd containers are read into plain ones; only states in such are left to torch."""
+    twins = Twins(name)
+    twins.step()
+    twins.edit(CONTAINERS[container])
+    twins.set_gradients()
+    monkeypatch.setattr("trainopt.optim.torch_path.step_of", None)
+    twins.ours.optimizer.step()
+    assert len(trainopt.explain(twins.ours.optimizer)) == len(twins.ours.params)
+
+
+@each_class
+def test_generators_are_empty_after_a_step(name):
+    if "betas" in defaults_of(name):
+        twins = Twins(name, foreach=False)
+        edited(twins, lambda optimizer, _: optimizer.param_groups[0].update(betas=(b for b in (0.5, 0.75))), 2)
+    twins = Twins(name, foreach=False)
+    twins.edit(lambda optimizer, params: optimizer.param_groups[0].update(params=(p for p in params)))
+    twins.step(2)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [tuple, list, lambda p: dict.fromkeys(p), lambda p: (q for q in p), set],
+    ids=["tuple", "list", "dict", "generator", "set"],
+)
+def test_containers_at_construction(given):
+    messages = []
+    for cls in CLASSES["AdamW"]:
+        params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+        wrapped = attempt(lambda cls=cls, params=params: cls(({"params": given(params)},)))
+        messages.append((attempt(lambda cls=cls, params=params: cls(given(params))), wrapped))
+    assert messages[0] == messages[1]
+
+
+@each_class
+@at_first_and_later
+@pytest.mark.parametrize("share", SHARING)
+def test_shared_memory_is_stepped_in_order(name, share, warm):
+    """Torch's plain loop, one parameter after the other, says what is right."""
+    edited(Twins(name, SHARING_SHAPES, foreach=False), SHARING[share], warm)
+
+
+# Options, one after the other -----------------------------------------------------------------------------------------
 
 
 @each_class
@@ -85,17 +175,29 @@ def test_a_tensor_option_changed_in_place(name, dtype):
         twins.step()
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
-def test_betas_changed_in_place(name):
-    twins = Twins(name)
-    twins.edit(put(betas=[0.75, 0.5]))
-    twins.step(2)
-    twins.edit(lambda o, _: o.param_groups[0]["betas"].__setitem__(1, 0.875))
-    twins.step(2)
-    twins.edit(put(betas=(torch.tensor(0.75).double(), torch.tensor(0.5).double())))
-    twins.step(2)
-    twins.edit(lambda o, _: o.param_groups[0]["betas"][0].fill_(0.25))
-    twins.step(2)
+#: Values of an option, and changes in place of what it holds, each followed by two steps.
+SEQUENCES = {
+    "betas": [
+        [0.75, 0.5],
+        lambda betas: betas.__setitem__(1, 0.875),
+        (torch.tensor(0.75).double(), torch.tensor(0.5).double()),
+        lambda betas: betas[0].fill_(0.25),
+    ],
+    "momentum": [0.0, 0.9, 0.0, 0.5],
+}
+
+
+@pytest.mark.parametrize("name, key", [(n, key) for n in NAMES for key in SEQUENCES if key in defaults_of(n)])
+def test_an_option_changed_again_and_again(name, key):
+    twins = Twins(name, **({"dampening": 0.25, "momentum": 0.0} if key == "momentum" else {}))
+    for change in SEQUENCES[key]:
+        for side in twins.sides:
+            group = side.optimizer.param_groups[0]
+            if callable(change):
+                change(group[key])
+            else:
+                group[key] = list(change) if isinstance(change, list) else change
+        twins.step(2)
 
 
 @each_class
@@ -108,330 +210,55 @@ def test_many_values_of_one_option_one_after_the_other(name):
 
 
 @each_class
-@pytest.mark.parametrize("extra", ["l1", "noise"])
-def test_our_own_options_take_effect_at_the_next_step(name, extra):
-    ours = CLASSES[name][0]
-    made = []
-    for late in (False, True):
-        p = torch.nn.Parameter(torch.linspace(-1, 1, 300))
-        p.grad = torch.zeros(300)
-        optimizer = ours([p], lr=0.0 if extra == "noise" else 0.1, weight_decay=0.0)
-        if not late:
-            optimizer.param_groups[0][extra] = 0.5
-        optimizer.step()
-        before = p.detach().clone()
-        optimizer.param_groups[0][extra] = 0.5
-        optimizer.step()
-        assert (p != before).all()
-        optimizer.param_groups[0][extra] = 0.0
-        held = p.detach().clone()
-        if name == "SGD" or extra == "noise":
-            optimizer.step()
-            assert torch.equal(p, held)
-        made.append(optimizer)
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "maximize"])
+def test_an_option_that_is_missing_is_torchs_error(name, key):
+    edited(Twins(name), lambda o, _: o.param_groups[0].pop(key), 1)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "amsgrad" in defaults_of(n)])
+def test_amsgrad_switched_on_late_is_torchs_error(name):
+    assert not edited(Twins(name, amsgrad=False), lambda o, _: o.param_groups[0].update(amsgrad=True), 2)
 
 
 @each_class
-def test_an_option_that_is_missing_is_torchs_error(name):
-    for key in ("lr", "weight_decay", "maximize"):
-        twins = Twins(name)
-        twins.step()
-        twins.edit(lambda o, _, key=key: o.param_groups[0].pop(key))
-        twins.set_gradients()
-        ours, torchs = (error_of(side.optimizer.step) for side in twins.sides)
-        assert ours == torchs
+def test_an_odd_option_of_the_second_group_changes_nothing_in_the_first(name):
+    """torch has stepped the first by the time that it comes to the second."""
+    twins = Twins(name)
+    twins.edit(lambda o, params: o.add_param_group({"params": [torch.nn.Parameter(params[1] + 1)]}))
+    twins.edit(lambda o, params: params.append(o.param_groups[1]["params"][0]))
+    assert not edited(twins, lambda o, _: o.param_groups[1].update(lr=None), 1)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
-def test_amsgrad_switched_on_late_is_torchs_error(name):
-    twins = Twins(name, amsgrad=False)
-    twins.step(2)
-    twins.edit(put(amsgrad=True))
+@each_class
+@pytest.mark.parametrize("option", ["l1", "l1_proximal", "noise", "seed", "bias_correction"])
+@pytest.mark.parametrize("value", [None, "text", [1.0], 1j], ids=repr)
+def test_odd_values_of_our_own_options_are_named(name, option, value):
+    if option not in CLASSES[name][0].EXTRAS:
+        return
+    twins = Twins(name)
+    twins.step()
+    twins.ours.optimizer.param_groups[0][option] = value
     twins.set_gradients()
     before = snapshot(twins.ours.optimizer)
-    ours, torchs = (error_of(side.optimizer.step) for side in twins.sides)
-    assert ours == torchs
+    error = attempt(twins.ours.optimizer.step)
+    assert error[0] is TypeError and option in error[1] and type(value).__name__ in error[1]
     assert_same_bits(before, snapshot(twins.ours.optimizer))
 
 
-def test_momentum_switched_on_late():
-    twins = Twins("SGD", momentum=0.0, dampening=0.25)
-    twins.step(2)
-    twins.edit(put(momentum=0.9))
-    twins.step(2)
-    twins.edit(put(momentum=0.0))
-    twins.step(2)
-    twins.edit(put(momentum=0.5))
-    twins.step(2)
-
-
-def append(optimizer, params):
-    params.append(torch.nn.Parameter(torch.full((6,), 0.5, dtype=torch.float64)))
-    optimizer.param_groups[0]["params"].append(params[-1])
-
-
-def insert(optimizer, params):
-    params.append(torch.nn.Parameter(torch.full((6,), 0.5, dtype=torch.float64)))
-    optimizer.param_groups[0]["params"].insert(0, params[-1])
-
-
-def remove(optimizer, params):
-    optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if p is not params[2]]
-
-
-def remove_in_place(optimizer, params):
-    del optimizer.param_groups[0]["params"][2]
-
-
-def empty(optimizer, params):
-    optimizer.param_groups[0]["params"].clear()
-
-
-def reverse(optimizer, params):
-    optimizer.param_groups[0]["params"].reverse()
-
-
-def replace_list(optimizer, params):
-    optimizer.param_groups[0]["params"] = list(params)
-
-
-def replace_tuple(optimizer, params):
-    optimizer.param_groups[0]["params"] = tuple(params)
-
-
-def replace_one(optimizer, params):
-    params[1] = torch.nn.Parameter(params[1].detach() + 1)
-    optimizer.param_groups[0]["params"][1] = params[1]
-
-
-def replace_group(optimizer, params):
-    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.2}
-
-
-def replace_groups(optimizer, params):
-    group = optimizer.param_groups[0]
-    optimizer.param_groups = [{**group, "params": params[3:], "lr": 0.1}, {**group, "params": params[:3], "lr": 0.4}]
-
-
-def new_group(optimizer, params):
-    params.append(torch.nn.Parameter(torch.full((6,), 0.5, dtype=torch.float64)))
-    params.append(torch.nn.Parameter(torch.full((3, 2), 0.5, dtype=torch.float64)))
-    optimizer.add_param_group({"params": params[-2:], "lr": 0.25})
-
-
-def group_without_ours(optimizer, params):
-    """As code that builds groups by hand for torch's class."""
-    optimizer.param_groups[0] = {
-        k: v
-        for k, v in optimizer.param_groups[0].items()
-        if k not in {"l1", "l1_proximal", "noise", "seed", "bias_correction"}
-    }
-
-
-def drop_group(optimizer, params):
-    new_group(optimizer, params)
-    del optimizer.param_groups[0]
-
-
-def replace_state(optimizer, params):
-    for key, value in optimizer.state[params[2]].items():
-        optimizer.state[params[2]][key] = value.clone() * 2
-
-
-def replace_state_strided(optimizer, params):
-    for key, value in optimizer.state[params[2]].items():
-        if value.dim() == 2:
-            optimizer.state[params[2]][key] = value.t().contiguous().t()
-
-
-def replace_state_dict_of_one(optimizer, params):
-    optimizer.state[params[2]] = {k: v.clone() for k, v in optimizer.state[params[2]].items()}
-
-
-def state_of_another_dtype(optimizer, params):
-    key = "momentum_buffer" if isinstance(optimizer, torch.optim.SGD) else "exp_avg"
-    state = optimizer.state[params[2]]
-    state[key] = state[key].float().double()
-
-
-def forget_one(optimizer, params):
-    del optimizer.state[params[2]]
-
-
-def empty_one(optimizer, params):
-    optimizer.state[params[2]] = {}
-
-
-def forget_all(optimizer, params):
-    optimizer.state.clear()
-
-
-def replace_all_state(optimizer, params):
-    fresh = type(optimizer.state)(dict)
-    for p in reversed(params):  # another order than the parameters'
-        if p in optimizer.state:
-            fresh[p] = dict(reversed(optimizer.state[p].items()))
-    optimizer.state = fresh
-
-
-def swap_data(optimizer, params):
-    for p in params:
-        p.data = p.data.clone() + 0.5
-
-
-def swap_data_strided(optimizer, params):
-    params[2].data = params[2].data.t().contiguous().t()
-    params[3].data = params[3].data.contiguous(memory_format=torch.channels_last)
-
-
-def swap_data_offset(optimizer, params):
-    buffer = torch.zeros(1 + params[5].numel(), dtype=torch.float64)
-    buffer[1:] = params[5].data
-    params[5].data = buffer[1:]
-
-
-def write_data(optimizer, params):
-    for p in params:
-        p.data.mul_(0.5)
-
-
-def freeze(optimizer, params):
-    params[2].requires_grad_(False)
-    params[4].requires_grad_(False)
-
-
-def resize_in_place(optimizer, params):
-    """The elements move to other memory; shape and values are as they were."""
-    p = params[5]
-    values = p.detach().clone()
-    p.data.resize_(100_000)
-    p.data.resize_(257)
-    p.data.copy_(values)
-
-
-def exchange(optimizer, params):
-    with torch.no_grad():
-        params[2].data, other = params[2].data.clone().t().contiguous().t(), params[2].data
-        other.zero_()
-
-
-EDITS = [
-    append,
-    insert,
-    remove,
-    remove_in_place,
-    empty,
-    reverse,
-    replace_list,
-    replace_tuple,
-    replace_one,
-    replace_group,
-    replace_groups,
-    new_group,
-    group_without_ours,
-    drop_group,
-    replace_state,
-    replace_state_strided,
-    replace_state_dict_of_one,
-    state_of_another_dtype,
-    forget_one,
-    empty_one,
-    forget_all,
-    replace_all_state,
-    swap_data,
-    swap_data_strided,
-    swap_data_offset,
-    write_data,
-    freeze,
-    resize_in_place,
-    exchange,
-]
-
-
 @each_class
-@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
-def test_an_edit_takes_effect_at_the_next_step(name, edit):
-    twins = Twins(name)
-    twins.step(3)
-    twins.edit(edit)
-    twins.step(3)
-
-
-HARMLESS = {
-    append,
-    exchange,
-    group_without_ours,
-    insert,
-    new_group,
-    replace_list,
-    replace_state_dict_of_one,
-    replace_state_strided,
-    replace_tuple,
-    resize_in_place,
-    reverse,
-    state_of_another_dtype,
-    swap_data_offset,
-    swap_data_strided,
-    replace_all_state,
-}
-
-
-@pytest.mark.parametrize("edit", [e for e in EDITS if e not in HARMLESS], ids=lambda edit: edit.__name__)
-def test_an_edit_that_went_unnoticed_would_be_found_out(edit):
-    """It changes the outcome of torch's next step for the parameters that were there before."""
-    outcomes = []
-    for edited in (False, True):
-        twins = Twins("Adam")
+def test_model_to_another_dtype_in_the_middle(name):
+    """torch goes on with states in the old dtype, or refuses; loading the states again, as is usual, casts them."""
+    for is_loaded in (False, True):
+        twins = Twins(name, shapes=((5, 7), (9,)), dtype=torch.float32)
         twins.step(2)
-        if edited:
-            twins.edit(edit)
+        twins.edit(lambda o, params: [setattr(p, "data", p.data.double()) for p in params])
+        if is_loaded:
+            twins.edit(lambda o, _: o.load_state_dict(o.state_dict()))
         twins.set_gradients()
-        twins.torchs.optimizer.step()
-        outcomes.append([p.detach() for p in twins.torchs.params[: len(SHAPES)]])
-    assert not all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
-
-
-@each_class
-def test_extended_and_replaced_state_of_a_model_in_another_dtype(name):
-    """model.to(dtype) in the middle of a run: torch goes on with states in the old dtype."""
-    twins = Twins(name, shapes=((5, 7), (9,)), dtype=torch.float32)
-    twins.step(2)
-    twins.edit(lambda o, params: [setattr(p, "data", p.data.double()) for p in params])
-    twins.set_gradients()
-    ours, torchs = (attempt(side.optimizer.step) for side in twins.sides)
-    assert ours == torchs or ours is None  # torch's loop refuses some mixtures of dtypes
-    if torchs is None:
-        twins.compare(rtol=1e-5, atol=1e-6)
-
-
-@each_class
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_model_to_another_dtype_before_the_first_step(name, dtype):
-    sides = []
-    for cls in CLASSES[name]:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2))
-        optimizer = cls(model.parameters(), **OPTIONS[name])
-        model.to(dtype)
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(torch.ones(4, 5, dtype=dtype)).square().sum().backward()
-            optimizer.step()
-        sides.append((optimizer, list(model.parameters())))
-    assert sides[0][0].state[sides[0][1][0]][("momentum_buffer" if name == "SGD" else "exp_avg")].dtype == dtype
-    assert_same_outcome(*sides)
-
-
-@each_class
-def test_model_to_another_dtype_and_states_loaded_again(name):
-    """The usual way round: the state dict casts the states at load."""
-    twins = Twins(name, dtype=torch.float32)
-    twins.step(2)
-    twins.edit(lambda o, params: [setattr(p, "data", p.data.double()) for p in params])
-    twins.edit(lambda o, _: o.load_state_dict(o.state_dict()))
-    twins.set_gradients()
-    twins.edit(lambda o, _: o.step())
-    twins.compare(rtol=1e-5, atol=1e-6)
+        ours, torchs = (attempt(side.optimizer.step) for side in twins.sides)
+        assert ours == torchs or (ours is None and not is_loaded)  # torch's loop refuses some mixtures of dtypes
+        if torchs is None:
+            twins.compare(rtol=1e-5, atol=1e-6)
 
 
 # Anything in any order ------------------------------------------------------------------------------------------------
@@ -582,7 +409,3 @@ AnyOrder.TestCase.settings = settings(
     max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 TestAnyOrder = AnyOrder.TestCase
-
-
-def test_every_class_is_exported():
-    assert {trainopt.SGD, trainopt.Adam, trainopt.AdamW} == {ours for ours, _ in CLASSES.values()}

@@ -6,15 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    CLASSES,
-    OPTIONS,
-    SHAPES,
-    Twins,
-    assert_same_outcome,
-    attempt,
-    each_class,
-)
+from helpers import CLASSES, OPTIONS, SHAPES, Twins, each_class
 
 # Gradients ------------------------------------------------------------------------------------------------------------
 
@@ -50,121 +42,6 @@ def test_frozen_and_unfrozen(name):
 
 
 @each_class
-def test_a_frozen_parameter_with_a_gradient_is_stepped_as_torch_does(name):
-    twins = Twins(name)
-    for _ in range(3):
-        twins.set_gradients()
-        twins.edit(lambda _, params: params[2].requires_grad_(False))
-        twins.edit(lambda o, _: o.step())
-        twins.compare()
-        twins.edit(lambda _, params: params[2].requires_grad_(True))
-
-
-@each_class
-def test_tied_parameters(name):
-    sides = []
-    for cls in CLASSES[name]:
-        torch.manual_seed(0)
-        embed, head = torch.nn.Embedding(11, 6).double(), torch.nn.Linear(6, 11, bias=False).double()
-        head.weight = embed.weight
-        params = list(torch.nn.ModuleList([embed, head]).parameters())
-        optimizer = cls(params, **OPTIONS[name])
-        for i in range(4):
-            optimizer.zero_grad()
-            head(embed(torch.tensor([i, 3, 5]))).exp().sum().backward()
-            optimizer.step()
-        sides.append((optimizer, params))
-    assert_same_outcome(*sides)
-
-
-@each_class
-@pytest.mark.parametrize("dampening", [0.0, 0.25])
-def test_two_parameters_over_the_same_memory(name, dampening):
-    """Tied by hand: torch steps one after the other."""
-    options = {**OPTIONS[name], **({"dampening": dampening} if name == "SGD" else {})}
-    sides = []
-    for cls in CLASSES[name]:
-        torch.manual_seed(0)
-        memory = torch.randn(40, dtype=torch.float64)
-        params = [torch.nn.Parameter(memory[:30]), torch.nn.Parameter(memory[10:]), torch.nn.Parameter(memory.clone())]
-        optimizer = cls(params, **options)
-        for _ in range(4):
-            for p in params:
-                p.grad = torch.randn(p.shape, dtype=p.dtype)
-            optimizer.step()
-        sides.append((optimizer, params))
-    assert_same_outcome(*sides)
-
-
-@each_class
-def test_one_gradient_for_two_parameters(name):
-    twins = Twins(name, shapes=((5, 7), (5, 7)))
-    for _ in range(3):
-        twins.set_gradients()
-        twins.edit(lambda _, params: setattr(params[1], "grad", params[0].grad))
-        twins.edit(lambda o, _: o.step())
-        twins.compare()
-
-
-@each_class
-def test_the_parameter_as_its_own_gradient(name):
-    """p.grad = p.data: what is read is what is written."""
-    twins = Twins(name, shapes=((300,), (5, 7)))
-    for _ in range(3):
-        twins.edit(lambda _, params: [setattr(p, "grad", p.detach()) for p in params])
-        twins.edit(lambda o, _: o.step())
-        twins.compare()
-
-
-@each_class
-def test_a_gradient_that_overlaps_the_parameter(name):
-    sides = []
-    for cls in CLASSES[name]:
-        memory = torch.linspace(-1, 1, 601, dtype=torch.float64)
-        params = [torch.nn.Parameter(memory[:600])]
-        optimizer = cls(params, **OPTIONS[name])
-        params[0].grad = memory[1:]
-        optimizer.step()
-        params[0].grad = memory[:1].expand(600)
-        optimizer.step()
-        sides.append((optimizer, params))
-    assert_same_outcome(*sides)
-
-
-@each_class
-def test_the_same_parameter_twice(name):
-    sides = []
-    for cls in CLASSES[name]:
-        torch.manual_seed(0)
-        p, q = (torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64)) for _ in range(2))
-        with pytest.warns(UserWarning, match="duplicate parameters"):
-            optimizer = cls([p, q, p], **OPTIONS[name])
-        for _ in range(3):
-            p.grad, q.grad = torch.randn_like(p), torch.randn_like(q)
-            optimizer.step()
-        sides.append((optimizer, [p, q]))
-    assert_same_outcome(*sides)
-
-
-@each_class
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_gradient_accumulation(name, set_to_none):
-    sides = []
-    for cls in CLASSES[name]:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)).double()
-        optimizer = cls(model.parameters(), **OPTIONS[name])
-        for i in range(9):
-            (model(torch.full((4, 5), 0.1 * i, dtype=torch.float64)).square().sum() / 3).backward()
-            if i % 3 == 2:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=set_to_none)
-                assert all((p.grad is None) == set_to_none for p in model.parameters())
-        sides.append((optimizer, list(model.parameters())))
-    assert_same_outcome(*sides)
-
-
-@each_class
 @pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True}], ids=str)
 def test_gradients_are_never_written_to(name, flags):
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
@@ -179,59 +56,7 @@ def test_gradients_are_never_written_to(name, flags):
             assert p.grad is gradient and gradient.numpy().tobytes() == content and gradient._version == version
 
 
-LAYOUTS = {
-    "transposed": lambda g: g.t().contiguous().t(),
-    "every other": lambda g: torch.stack([g, -g], -1)[..., 0],
-    "expanded": lambda g: g[:1].expand_as(g),
-    "a scalar expanded": lambda g: g[0, 0].expand_as(g),
-    "reversed": lambda g: g.flip(0).contiguous().flip(0),
-    "in a larger buffer": lambda g: torch.cat([torch.zeros(1, g.shape[1], dtype=g.dtype), g])[1:],
-    "float32": lambda g: g.float(),
-    "bfloat16": lambda g: g.bfloat16(),
-}
-
-
-@each_class
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_of_any_layout(name, layout):
-    """What autograd itself makes, too: a sum's gradient is expanded, a transposed product's transposed."""
-    twins = Twins(name, shapes=((33, 20), (3, 300)))
-    for _ in range(3):
-        twins.set_gradients()
-
-        def lay(_, params):
-            for p in params:
-                gradient = LAYOUTS[layout](p.grad)
-                if gradient.dtype == p.dtype:
-                    p.grad = gradient
-                else:
-                    p.grad = None
-                    p.grad_dtype = None
-                    p.grad = gradient
-
-        twins.edit(lay)
-        if layout in ("float32", "bfloat16") and attempt(twins.torchs.optimizer.step) is not None:
-            twins.ours.optimizer.step()  # torch's loop refuses; the engine need not
-            return
-        if layout not in ("float32", "bfloat16"):
-            twins.torchs.optimizer.step()
-        twins.ours.optimizer.step()
-        twins.compare()
-
-
 # Autograd, memory -----------------------------------------------------------------------------------------------------
-
-
-@each_class
-def test_backward_through_what_was_saved_before_the_step_raises(name):
-    for cls in CLASSES[name]:
-        p = torch.nn.Parameter(torch.ones(5))
-        optimizer = cls([p], **OPTIONS[name])
-        loss = (p * p).sum()
-        p.grad = torch.ones(5)
-        optimizer.step()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
 
 
 @each_class

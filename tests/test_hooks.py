@@ -319,18 +319,6 @@ def test_a_gradient_scale_is_divided_out_and_written_back(name):
     assert all(torch.equal(p.grad, g) for p, g in zip(twins.ours.params, gradients, strict=True))
 
 
-@each_class
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_gradients_that_are_not_finite_do_what_torch_does(name, value):
-    twins = Twins(name)
-    twins.step(2)
-    twins.set_gradients()
-    twins.edit(lambda _, params: params[2].grad[1].fill_(value))
-    twins.edit(lambda o, _: o.step())
-    twins.compare()
-    twins.step(2)
-
-
 # Threads --------------------------------------------------------------------------------------------------------------
 
 
@@ -398,20 +386,6 @@ def test_the_interpreter_is_free_during_a_large_step(name):
         go.release()
         worker.join()
     assert found
-
-
-@each_class
-@pytest.mark.parametrize("threads", [1, 2])
-def test_any_number_of_threads_gives_the_same_bits(name, threads):
-    def outcome(count):
-        torch.set_num_threads(count)
-        twins = Twins(name, shapes=((1000, 300), (50,), (3, 70_001)), dtype=torch.float32, extras={"noise": 0.1})
-        for _ in range(2):
-            twins.set_gradients()
-            twins.ours.optimizer.step()
-        return {**snapshot(twins.ours.optimizer), "members": []}
-
-    assert_same_bits(outcome(1), outcome(threads))
 
 
 class Numbers(torch.utils.data.Dataset):

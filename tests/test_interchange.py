@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import CLASSES, OPTIONS, assert_same_outcome, each_class
+from helpers import CLASSES, OPTIONS, assert_same_outcome, each_class, model_and, train
 from ranks import run_ranks
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -33,19 +33,11 @@ def set_state(model, optimizer, saved, form):
     set_optimizer_state_dict(model, optimizer, saved, options=form)
 
 
-def model_and(cls, options, split=False):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+def made(cls, options, split=False):
+    """A model and its optimizer, of one group or of two."""
+    model, optimizer = model_and(cls, **options)
     params = list(model.parameters())
-    groups = [{"params": params[:3]}, {"params": params[3:], "lr": 0.5}] if split else params
-    return model, cls(groups, **options)
-
-
-def train(model, optimizer, steps, start=0):
-    for i in range(start, start + steps):
-        optimizer.zero_grad()
-        model(torch.full((3, 5), 0.3 * (i + 1), dtype=torch.float64)).square().sum().backward()
-        optimizer.step()
+    return model, cls([{"params": params[:3]}, {"params": params[3:], "lr": 0.5}], **options) if split else optimizer
 
 
 def assert_goes_on(first, second, steps=3):
@@ -62,10 +54,10 @@ def assert_goes_on(first, second, steps=3):
 @pytest.mark.parametrize("split", [False, True], ids=["one group", "two groups"])
 def test_in_memory(name, options, way, form, split):
     source, target = (CLASSES[name][side] for side in way)
-    first = model_and(source, options, split)
+    first = made(source, options, split)
     train(*first, 3)
     saved = copy.deepcopy(get_optimizer_state_dict(*first, options=form))
-    second = model_and(target, options, split)
+    second = made(target, options, split)
     set_state(*second, saved, form)
     assert_goes_on(first, second)
 
@@ -75,10 +67,10 @@ def test_in_memory(name, options, way, form, split):
 @each_form
 def test_in_files(name, options, way, form, tmp_path):
     source, target = (CLASSES[name][side] for side in way)
-    first = model_and(source, options)
+    first = made(source, options)
     train(*first, 3)
     dcp.save({"optimizer": get_optimizer_state_dict(*first, options=form)}, checkpoint_id=tmp_path, no_dist=True)
-    second = model_and(target, options)
+    second = made(target, options)
     held = {"optimizer": get_optimizer_state_dict(*second, options=form)}
     dcp.load(held, checkpoint_id=tmp_path, no_dist=True)
     set_state(*second, held["optimizer"], form)
@@ -90,10 +82,10 @@ def test_in_files(name, options, way, form, tmp_path):
 @pytest.mark.parametrize("to_torch", [False, True])
 def test_options_of_our_own_go_with_ours_and_do_not_disturb_torch(name, form, to_torch):
     ours = {**OPTIONS[name], "l1": 0.01, "noise": 0.001}
-    first = model_and(CLASSES[name][0], ours)
+    first = made(CLASSES[name][0], ours)
     train(*first, 3)
     saved = copy.deepcopy(get_optimizer_state_dict(*first, options=form))
-    model, second = model_and(CLASSES[name][to_torch], OPTIONS[name] if to_torch else ours)
+    model, second = made(CLASSES[name][to_torch], OPTIONS[name] if to_torch else ours)
     set_state(model, second, saved, form)
     if to_torch:
         train(model, second, 1)
@@ -108,13 +100,13 @@ EVERY_OPTION = {"l1": 0.0, "l1_proximal": False, "noise": 0.0, "seed": 0}
 @each_form
 @pytest.mark.parametrize("l1", [0.0, 0.25])
 def test_files_of_the_days_when_every_group_had_every_option(name, form, l1):
-    first = model_and(CLASSES[name][0], {**OPTIONS[name], "l1": l1})
+    first = made(CLASSES[name][0], {**OPTIONS[name], "l1": l1})
     train(*first, 3)
     every = {**EVERY_OPTION, **({} if name == "SGD" else {"bias_correction": True}), "l1": l1}
     for group in first[1].param_groups:
         group.update(every)
     saved = copy.deepcopy(get_optimizer_state_dict(*first, options=form))
-    second = model_and(CLASSES[name][0], {**OPTIONS[name], "l1": l1})
+    second = made(CLASSES[name][0], {**OPTIONS[name], "l1": l1})
     set_state(*second, saved, form)
     assert second[1].param_groups[0].get("l1", 0.0) == l1
     assert "noise" not in second[1].param_groups[0]
@@ -123,7 +115,7 @@ def test_files_of_the_days_when_every_group_had_every_option(name, form, l1):
 
 @each_class
 def test_old_state_dicts_and_pickles(name):
-    model, optimizer = model_and(CLASSES[name][0], OPTIONS[name])
+    model, optimizer = made(CLASSES[name][0], OPTIONS[name])
     train(model, optimizer, 2)
     for group in optimizer.param_groups:
         group.update(EVERY_OPTION)
@@ -132,7 +124,7 @@ def test_old_state_dicts_and_pickles(name):
     for p in again.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     again.step()
-    _, other = model_and(CLASSES[name][0], OPTIONS[name])
+    _, other = made(CLASSES[name][0], OPTIONS[name])
     other.load_state_dict(optimizer.state_dict())
     torchs = CLASSES[name][1]([torch.zeros(1)])
     assert set(other.param_groups[0]) == set(torchs.param_groups[0])
@@ -142,10 +134,10 @@ def test_old_state_dicts_and_pickles(name):
 def test_an_option_that_was_set_is_saved_even_at_its_default(name):
     """Noise that a run has switched off stays off in the run that resumes it, and in the one that resumes that."""
     noisy = {**OPTIONS[name], "noise": 0.1}
-    first = model_and(CLASSES[name][0], noisy)[1]
+    first = made(CLASSES[name][0], noisy)[1]
     first.param_groups[0]["noise"] = 0.0
     for _ in range(2):
-        second = model_and(CLASSES[name][0], noisy)[1]
+        second = made(CLASSES[name][0], noisy)[1]
         second.load_state_dict(first.state_dict())
         assert second.param_groups[0]["noise"] == 0.0
         first = second
@@ -179,7 +171,7 @@ def two_ranks(rank, folder):
 def sharded_run(name, options, way, form, path, fully_shard, mesh):
     sides = []
     for side in way:
-        model, _ = model_and(CLASSES[name][side], options)
+        model, _ = made(CLASSES[name][side], options)
         fully_shard(model, mesh=mesh)
         sides.append((model, CLASSES[name][side](model.parameters(), **options)))
     first, second = sides

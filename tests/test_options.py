@@ -74,18 +74,6 @@ def test_proximal_makes_exact_zeros(dtype, variant):
 
 
 @ROWS
-def test_proximal_comes_after_the_step(row):
-    start, gradients = random_problem((500,), torch.float64, 1, 1)
-    options = {**row.settings["all"], "lr": 0.05}
-    plain = result_of(row.make, start, gradients, **options)
-    found = result_of(row.make, start, gradients, **options, l1=4.0, l1_proximal=True)
-    stepped = plain["param"][0]
-    torch.testing.assert_close(found["param"][0], stepped.sign() * (stepped.abs() - 0.2).clamp(min=0))
-    for name in plain.keys() - {"param"}:
-        assert torch.equal(found[name][0], plain[name][0]), f"{name} must not see the threshold"
-
-
-@ROWS
 def test_proximal_keeps_nonfinite_values(row):
     p = torch.tensor([math.nan, math.inf, -math.inf]).requires_grad_()
     p.grad = torch.zeros(3)
@@ -101,19 +89,6 @@ def test_proximal_without_l1_changes_nothing(row):
 
 
 # Bias correction ------------------------------------------------------------------------------------------------------
-
-
-@MOMENTS
-def test_without_bias_correction(row):
-    """The first step is lr * (1 - beta1) g / (sqrt(1 - beta2) |g| + eps)."""
-    p = torch.tensor([1.0, -1.0], dtype=torch.float64).requires_grad_()
-    p.grad = torch.tensor([3.0, 1e-3], dtype=torch.float64)
-    optimizer = row.make([p], lr=0.1, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.0, bias_correction=False)
-    optimizer.step()
-    g = p.grad
-    expected = torch.tensor([1.0, -1.0], dtype=torch.float64) - 0.1 * (0.1 * g) / ((0.01 * g * g).sqrt() + 1e-3)
-    torch.testing.assert_close(p.detach(), expected, rtol=1e-14, atol=0)
-    assert optimizer.state[p]["step"] == 1
 
 
 @MOMENTS

@@ -63,17 +63,12 @@ def attack(meanwhile, rounds):
     return moved
 
 
+@pytest.mark.parametrize("rounds", [2, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("meanwhile", MEANWHILE, ids=lambda change: change.__name__)
-def test_tensors_that_go_during_a_large_step(meanwhile):
+def test_tensors_that_go_during_a_large_step(meanwhile, rounds):
+    """Counts the strangers whose version counters a step has moved."""
     torch.set_num_threads(2)
-    assert attack(meanwhile, 2) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("meanwhile", MEANWHILE, ids=lambda change: change.__name__)
-def test_tensors_that_go_during_large_steps_many_times(meanwhile):
-    torch.set_num_threads(2)
-    assert attack(meanwhile, 40) == 0
+    assert attack(meanwhile, rounds) == 0
 
 
 def hammer(actions, seconds):
@@ -95,7 +90,9 @@ def hammer(actions, seconds):
     return raised
 
 
-def threads_at_one_optimizer(name, seconds):
+@each_class
+@pytest.mark.parametrize("seconds", [0.3, pytest.param(10, marks=pytest.mark.slow)])
+def test_threads_that_step_and_edit_one_optimizer(name, seconds):
     params = [torch.nn.Parameter(torch.ones(8)) for _ in range(50)] + [torch.nn.Parameter(torch.ones(LARGE))]
     optimizer = CLASSES[name][0](params, **OPTIONS[name])
 
@@ -112,17 +109,6 @@ def threads_at_one_optimizer(name, seconds):
     raised = hammer([optimizer.step, optimizer.step, give_gradients, optimizer.state.clear, edit], seconds)
     assert not [error for error in raised if error[0] is not KeyError]
     assert all(p.isfinite().all() for p in params)
-
-
-@each_class
-def test_threads_that_step_and_edit_one_optimizer(name):
-    threads_at_one_optimizer(name, 0.3)
-
-
-@pytest.mark.slow
-@each_class
-def test_threads_that_step_and_edit_one_optimizer_for_long(name):
-    threads_at_one_optimizer(name, 10)
 
 
 # Users' objects -------------------------------------------------------------------------------------------------------

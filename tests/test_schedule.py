@@ -51,6 +51,11 @@ def schedule_of(optimizer, **more):
     return Schedule(optimizer, lr=CURVE, weight_decay=linear(10), **more)
 
 
+def scheduled(make, **options):
+    optimizer = two_groups(make, **options)
+    return optimizer, schedule_of(optimizer)
+
+
 def run(optimizer, schedule, steps):
     """(lr, weight_decay) of every group in each update."""
     seen = []
@@ -93,31 +98,38 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-@each_optimizer
-@pytest.mark.parametrize(
+each_order = pytest.mark.parametrize(
     "order", ["optimizer, schedule", "schedule, optimizer", "loaded before it is made", "no optimizer"]
 )
+
+
+def resumed(make, order, saved, schedule_of):
+    """An optimizer and its schedule, with what was saved of both loaded in this order."""
+    of_optimizer, of_schedule = through_a_file(saved)
+    optimizer = two_groups(make)
+    if order == "loaded before it is made":
+        optimizer.load_state_dict(of_optimizer)
+    schedule = schedule_of(optimizer)
+    if order == "optimizer, schedule":
+        optimizer.load_state_dict(of_optimizer)
+    schedule.load_state_dict(of_schedule)
+    if order == "schedule, optimizer":
+        optimizer.load_state_dict(of_optimizer)
+    return optimizer, schedule
+
+
+@each_optimizer
+@each_order
 def test_resumed_at_any_step_it_goes_on_the_same(make, order):
     optimizer = two_groups(make)
-    schedule = schedule_of(optimizer)
-    straight = run(optimizer, schedule, STEPS)
+    straight = run(optimizer, schedule_of(optimizer), STEPS)
+    first = two_groups(make)
+    saved_schedule = schedule_of(first)
     for k in range(STEPS):
-        first = two_groups(make)
-        saved_schedule = schedule_of(first)
-        run(first, saved_schedule, k)
-        of_optimizer, of_schedule = through_a_file([first.state_dict(), saved_schedule.state_dict()])
-
-        second = two_groups(make)
-        if order == "loaded before it is made":
-            second.load_state_dict(of_optimizer)
-        resumed = schedule_of(second)
-        if order == "optimizer, schedule":
-            second.load_state_dict(of_optimizer)
-        resumed.load_state_dict(of_schedule)
-        if order == "schedule, optimizer":
-            second.load_state_dict(of_optimizer)
-        assert resumed.last_epoch == k
-        assert run(second, resumed, STEPS - k) == straight[k:]
+        second, schedule = resumed(make, order, [first.state_dict(), saved_schedule.state_dict()], schedule_of)
+        assert schedule.last_epoch == k
+        assert run(second, schedule, STEPS - k) == straight[k:]
+        run(first, saved_schedule, 1)
 
 
 @each_optimizer
@@ -184,8 +196,7 @@ def test_what_is_not_behind_says_nothing(make):
         run(second, Schedule(second, override={"lr": 0.5}), 2)
 
     def once_an_epoch():
-        optimizer = two_groups(make)
-        schedule = schedule_of(optimizer)
+        optimizer, schedule = scheduled(make)
         for _ in range(5):
             optimizer.step()
         schedule.step()
@@ -203,8 +214,7 @@ def test_the_state_is_plain_numbers():
 
 
 def test_a_step_that_is_not_scheduled_yet_is_in_the_state():
-    optimizer = two_groups(torch.optim.SGD)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(torch.optim.SGD)
     run(optimizer, schedule, 2)
     optimizer.step()
     assert schedule.state_dict()["last_epoch"] == 3
@@ -214,8 +224,7 @@ def test_a_step_that_is_not_scheduled_yet_is_in_the_state():
 
 @each_optimizer
 def test_the_unit_is_one_optimizer_step_however_often_step_is_called(make):
-    optimizer = two_groups(make)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(make)
     schedule.step()
     assert options_of(optimizer, "lr")[0] == (0.1 * CURVE(0),)
     for _ in range(4):
@@ -267,8 +276,7 @@ def test_a_schedule_counts_from_when_it_was_made():
     "duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )
 def test_copies_go_on_by_themselves(make, duplicate):
-    optimizer = two_groups(make)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(make)
     run(optimizer, schedule, 3)
     optimizer.step()  # not scheduled yet
     other_optimizer, other = duplicate((optimizer, schedule))
@@ -282,8 +290,7 @@ def test_copies_go_on_by_themselves(make, duplicate):
 
 
 def test_a_schedule_that_is_gone_sets_nothing():
-    optimizer = two_groups(torch.optim.SGD)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(torch.optim.SGD)
     state = optimizer.state_dict()
     del schedule
     state["param_groups"][0]["lr"] = 5.0
@@ -295,30 +302,20 @@ def test_a_schedule_that_is_gone_sets_nothing():
 
 
 @each_optimizer
-@pytest.mark.parametrize(
-    "order", ["optimizer, schedule", "schedule, optimizer", "loaded before it is made", "no optimizer"]
-)
+@each_order
 def test_override_wins_over_what_is_loaded(make, order):
     first = two_groups(make)
-    saved_schedule = Schedule(first, lr=CURVE)
+    saved = Schedule(first, lr=CURVE)
     for _ in range(4):
         first.step()
-        saved_schedule.step()
-    of_optimizer, of_schedule = through_a_file([first.state_dict(), saved_schedule.state_dict()])
-
-    second = two_groups(make)
-    if order == "loaded before it is made":
-        second.load_state_dict(of_optimizer)
-    resumed = Schedule(second, lr=CURVE, override={"lr": 0.5, "weight_decay": [0.3, 0.0]})
-    if order == "optimizer, schedule":
-        second.load_state_dict(of_optimizer)
-    resumed.load_state_dict(of_schedule)
-    if order == "schedule, optimizer":
-        second.load_state_dict(of_optimizer)
+        saved.step()
+    override = {"lr": 0.5, "weight_decay": [0.3, 0.0]}
+    saved = [first.state_dict(), saved.state_dict()]
+    second, schedule = resumed(make, order, saved, lambda o: Schedule(o, lr=CURVE, override=override))
     for k in range(4, STEPS):
         assert options_of(second, "lr", "weight_decay") == [(0.5 * CURVE(k), 0.3), (0.5 * CURVE(k), 0.0)]
         second.step()
-        resumed.step()
+        schedule.step()
 
 
 def test_the_curve_itself_may_change_on_resume():
@@ -437,22 +434,9 @@ def test_a_step_skipped_for_overflow_does_not_count(make, fused, unscale_first):
             assert schedule.last_epoch == done
 
 
-def test_a_step_that_only_makes_states_does_not_count():
-    """As torch.distributed.checkpoint makes one."""
-    optimizer = trainopt.AdamW(parameters(), lr=0.1)
-    schedule = Schedule(optimizer, lr=CURVE)
-    optimizer.param_groups[0]["lr"] = 0.0
-    for p in optimizer.param_groups[0]["params"]:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    schedule.step()
-    assert schedule.last_epoch == 0
-
-
 @each_optimizer
 def test_a_step_that_fails_does_not_count(make):
-    optimizer = two_groups(make)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(make)
 
     def fails():
         raise RuntimeError("in the closure")
@@ -483,8 +467,7 @@ def test_steps_with_hooks_and_closures_count():
 
 @each_optimizer
 def test_a_group_added_later_is_scheduled_from_its_own_base(make):
-    optimizer = two_groups(make)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(make)
     straight = run(optimizer, schedule, 5)
     [param] = parameters(1)
     optimizer.add_param_group({"params": [param], "lr": 3.0, "weight_decay": 0.5})
@@ -506,8 +489,7 @@ def test_a_group_added_later_is_scheduled_from_its_own_base(make):
 
 
 def test_a_group_put_into_the_list_by_hand_is_scheduled_from_the_next_step_on():
-    optimizer = two_groups(torch.optim.SGD)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(torch.optim.SGD)
     optimizer.param_groups.append({**optimizer.param_groups[1], "params": parameters(1), "lr": 3.0})
     del optimizer.param_groups[2]["initial_lr"]
     run(optimizer, schedule, 1)
@@ -519,8 +501,7 @@ def test_a_group_put_into_the_list_by_hand_is_scheduled_from_the_next_step_on():
 
 def test_fuse_keeps_the_schedule_and_its_groups():
     def trained(fuse):
-        optimizer = two_groups(torch.optim.AdamW)
-        schedule = schedule_of(optimizer)
+        optimizer, schedule = scheduled(torch.optim.AdamW)
         seen = run(optimizer, schedule, 3)
         optimizer = trainopt.fuse(optimizer) if fuse else optimizer
         seen += run(optimizer, schedule, 3)
@@ -568,8 +549,7 @@ def test_inside_torchs_sequence():
 
 
 def test_the_caller_may_count():
-    optimizer = two_groups(torch.optim.SGD)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(torch.optim.SGD)
     schedule.step(7)
     assert schedule.last_epoch == 7 and options_of(optimizer, "lr")[0] == (0.1 * CURVE(7),)
 
@@ -717,8 +697,7 @@ def test_a_groups_lr_scale_is_applied_as_timms_schedulers_do(make):
     ],
 )
 def test_a_state_of_something_else_is_refused_whole(state, words):
-    optimizer = two_groups(torch.optim.SGD)
-    schedule = schedule_of(optimizer)
+    optimizer, schedule = scheduled(torch.optim.SGD)
     before = schedule.state_dict(), options_of(optimizer, "lr", "weight_decay")
     with pytest.raises(ValueError) as refusal:
         schedule.load_state_dict(state)

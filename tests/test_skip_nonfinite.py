@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import CLASSES, OPTIONS, SHAPES, Twins, assert_same_bits, each_class, snapshot
+from helpers import CLASSES, OPTIONS, SHAPES, assert_same_bits, each_class, snapshot
 from ranks import run_ranks
 
 import trainopt
@@ -245,12 +245,6 @@ def test_the_option_is_seen_and_saved(name):
     copied.param_groups[0]["params"][0].grad = torch.full((), NAN)
     copied.step()
     assert copied.last_step_skipped
-
-
-@each_class
-def test_finite_steps_are_the_steps_without_it(name):
-    twins = Twins(name, extras={"skip_nonfinite": True})
-    twins.step(3)
 
 
 # Two processes --------------------------------------------------------------------------------------------------------

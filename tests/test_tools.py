@@ -1,4 +1,4 @@
-"""The tools round the optimizers: explain, nonfinite_report, init_state, fuse, and torch's distributed checkpoints."""
+"""The tools round the optimizers: explain, nonfinite_report, init_state and fuse."""
 
 import copy
 import pickle
@@ -11,38 +11,18 @@ from helpers import (
     CLASSES,
     NAMES,
     OPTIONS,
-    Side,
     Twins,
     assert_same_bits,
     assert_same_outcome,
     each_class,
+    model_and,
     snapshot,
-)
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_optimizer_state_dict,
-    set_state_dict,
+    train,
 )
 
 import trainopt
 from trainopt._extension import _C
 from trainopt.optim.explain import _reason
-
-
-def model_and(cls, **options):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)).double()
-    return model, cls(model.parameters(), **options)
-
-
-def train(model, optimizer, steps, start=0):
-    for i in range(start, start + steps):
-        optimizer.zero_grad()
-        model(torch.full((3, 5), 0.3 * (i + 1), dtype=torch.float64)).square().sum().backward()
-        optimizer.step()
-
 
 # explain --------------------------------------------------------------------------------------------------------------
 
@@ -219,7 +199,7 @@ def test_nonfinite_report_of_other_kinds():
     assert [(r.tensor, r.nan, r.inf) for r in found] == [("gradient", 5, 0), ("value", 1, 1)]
 
 
-# init_state, dummy steps ----------------------------------------------------------------------------------------------
+# init_state -----------------------------------------------------------------------------------------------------------
 
 STARTS = {
     "SGD": [{"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}, {"lr": 0.1}],
@@ -277,33 +257,6 @@ def test_init_state_leaves_a_run_alone(name, options):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
-def dummy_step(optimizer):
-    """What torch.distributed.checkpoint does to have states to load into."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(0.0) if isinstance(group["lr"], torch.Tensor) else 0.0
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
-    optimizer.step(closure=None)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-
-
-@pytest.mark.parametrize("name, options", STARTS, ids=str)
-def test_a_dummy_step_is_not_counted(name, options):
-    fresh_model, fresh = model_and(CLASSES[name][0], **options)
-    model, optimizer = model_and(CLASSES[name][0], **options)
-    before = [p.detach().clone() for p in model.parameters()]
-    dummy_step(optimizer)
-    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    assert all(not v.any() for state in optimizer.state.values() for v in state.values())
-    train(model, optimizer, 4)
-    train(fresh_model, fresh, 4)
-    for p, q in zip(model.parameters(), fresh_model.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("name, options", STARTS, ids=str)
 def test_a_step_with_lr_0_in_a_run_is_torchs(name, options):
     """In the middle of a run it counts, as with torch: nobody made it to have states."""
@@ -332,7 +285,7 @@ def test_fuse_carries_on(name, flags, before):
     train(model, fused, 3, start=before)
     straight_model, straight = model_and(CLASSES[name][1], **OPTIONS[name])
     train(straight_model, straight, before + 3)
-    assert_same_outcome(Side(fused, list(model.parameters())), Side(straight, list(straight_model.parameters())))
+    assert_same_outcome((fused, list(model.parameters())), (straight, list(straight_model.parameters())))
     assert all(row.path.startswith("fused") for row in trainopt.explain(fused))
     assert fused.state_dict()["state"].keys() == straight.state_dict()["state"].keys()
     optimizer.param_groups[0]["lr"] = 0.0  # the same groups: what changes them through the old one arrives
@@ -347,28 +300,11 @@ def test_fuse_carries_on(name, flags, before):
     assert "l1: 0.0" in repr(fused) and len(optimizer.param_groups) == 2
 
 
-@each_class
-@pytest.mark.parametrize("kind", ["CosineAnnealingLR", "OneCycleLR"])
-def test_fuse_keeps_a_scheduler_that_was_there(name, kind):
-    def scheduler_of(optimizer):
-        if kind == "OneCycleLR":
-            return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=12)
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        outcomes = []
-        for fusing in (True, False):
-            model, optimizer = model_and(CLASSES[name][1], **OPTIONS[name])
-            scheduler = scheduler_of(optimizer)
-            if fusing:
-                optimizer = trainopt.fuse(optimizer)
-            for i in range(6):
-                train(model, optimizer, 1, start=i)
-                scheduler.step()
-            outcomes.append((optimizer, list(model.parameters())))
-    assert outcomes[0][0].param_groups[0]["lr"] == outcomes[1][0].param_groups[0]["lr"]
-    assert_same_outcome(*outcomes)
+def assert_fused_alike(program):
+    """A program that makes (optimizer, params) and turns one into trainopt's on the way ends as if it did not."""
+    ends = [program(turn) for turn in (trainopt.fuse, lambda optimizer: optimizer)]
+    assert_same_outcome(*ends)
+    return ends
 
 
 @each_class
@@ -388,25 +324,22 @@ def test_fuse_keeps_hooks(name):
 
 @each_class
 def test_fuse_keeps_groups_names_and_their_options(name):
-    torch.manual_seed(0)
-    a, b = (torch.nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
-    outcomes = []
-    for fusing in (True, False):
-        p, q = (torch.nn.Parameter(x.detach().clone()) for x in (a, b))
+    def program(turn):
+        p, q = (torch.nn.Parameter(torch.full((3,), value, dtype=torch.float64)) for value in (0.5, -2.0))
         groups = [{"params": [("a", p)], "lr": 0.5}, {"params": [("b", q)], "weight_decay": 0.25, "tag": "mine"}]
-        optimizer = CLASSES[name][1](groups, **OPTIONS[name])
-        if fusing:
-            optimizer = trainopt.fuse(optimizer)
+        optimizer = turn(CLASSES[name][1](groups, **OPTIONS[name]))
         for i in range(3):
             p.grad, q.grad = torch.full_like(p, i + 1.0), torch.full_like(q, i - 1.0)
             optimizer.step()
-        outcomes.append((optimizer, [p, q]))
-    assert_same_outcome(*outcomes)
-    assert outcomes[0][0].param_groups[1]["tag"] == "mine" and outcomes[0][0].param_groups[1]["param_names"] == ["b"]
+        return optimizer, [p, q]
+
+    (fused, _), _ = assert_fused_alike(program)
+    assert fused.param_groups[1]["tag"] == "mine" and fused.param_groups[1]["param_names"] == ["b"]
 
 
 SCHEDULERS = {
     "LinearLR": lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=5),
+    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=8),
     "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 0.9**k),
     "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=12),
     "CyclicLR": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3, cycle_momentum=False),
@@ -417,34 +350,39 @@ SCHEDULERS = {
 
 @each_class
 @pytest.mark.parametrize("kind", SCHEDULERS)
-@pytest.mark.parametrize("load", ["new", "old", "twice"])
+@pytest.mark.parametrize("load", ["never", "new", "old", "twice"])
+@pytest.mark.filterwarnings("error")
 def test_a_scheduler_moves_what_fuse_made_also_after_loading(name, kind, load):
     rates = []
-    for fusing in (True, False):
+
+    def program(turn):
         model, old = model_and(CLASSES[name][1], **OPTIONS[name])
         scheduler = SCHEDULERS[kind](old)
-        optimizer = trainopt.fuse(old) if fusing else old
+        optimizer = turn(old)
         held = optimizer.param_groups
         rates.append([])
         for i in range(6):
-            if i == 2 or (i == 3 and load == "twice"):
+            if (i == 2 and load != "never") or (i == 3 and load == "twice"):
                 loaded = old if load == "old" else optimizer
                 loaded.load_state_dict(copy.deepcopy(loaded.state_dict()))
             train(model, optimizer, 1, start=i)
             scheduler.step(*([1.0] if kind == "ReduceLROnPlateau" else []))
             rates[-1].append(optimizer.param_groups[0]["lr"])
             assert old.param_groups is optimizer.param_groups and old.state is optimizer.state
-            assert not fusing or optimizer.param_groups is held
+            assert optimizer is old or optimizer.param_groups is held
+        return optimizer, list(model.parameters())
+
+    assert_fused_alike(program)
     assert rates[0] == rates[1] and len(set(rates[0])) > 2
 
 
 @each_class
 def test_the_old_name_of_what_was_fused_is_the_new_optimizer(name):
     """zero_grad, step, state_dict and groups by either name: there is one optimizer."""
-    outcomes = []
-    for fusing in (True, False):
+
+    def program(turn):
         model, old = model_and(CLASSES[name][1], **OPTIONS[name])
-        new = trainopt.fuse(old) if fusing else old
+        new = turn(old)
         train(model, new, 1)
         train(model, old, 1, start=1)
         old.load_state_dict(new.state_dict())
@@ -457,12 +395,13 @@ def test_the_old_name_of_what_was_fused_is_the_new_optimizer(name):
         assert len(old.param_groups) == len(new.param_groups) == 3
         old.zero_grad()
         assert extra.grad is None
-        outcomes.append((old, [*model.parameters(), extra]))
-        if fusing:
+        if turn is trainopt.fuse:
             assert type(old) is CLASSES[name][0] and new.completed_steps == 3
-            again, scheduler = pickle.loads(pickle.dumps((old, new)))
-            assert again is scheduler
-    assert_same_outcome(*outcomes)
+            again, other = pickle.loads(pickle.dumps((old, new)))
+            assert again is other
+        return old, [*model.parameters(), extra]
+
+    assert_fused_alike(program)
 
 
 @each_class
@@ -535,12 +474,10 @@ def test_fuse_takes_three_classes_and_its_own():
 
 @each_class
 def test_fuse_with_gradscaler(name):
-    outcomes = []
-    for fusing in (True, False):
-        model, optimizer = model_and(CLASSES[name][1], **OPTIONS[name], fused=fusing or None)
-        if fusing:
-            optimizer = trainopt.fuse(optimizer)
-            assert optimizer._step_supports_amp_scaling
+    def program(turn):
+        model, optimizer = model_and(CLASSES[name][1], **OPTIONS[name], fused=True if turn is trainopt.fuse else None)
+        optimizer = turn(optimizer)
+        assert turn is not trainopt.fuse or optimizer._step_supports_amp_scaling
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
         for i in range(4):
             optimizer.zero_grad()
@@ -549,50 +486,6 @@ def test_fuse_with_gradscaler(name):
                 model[0].bias.grad[0] = float("inf")
             scaler.step(optimizer)
             scaler.update()
-        outcomes.append((optimizer, list(model.parameters())))
-    assert_same_outcome(*outcomes)
+        return optimizer, list(model.parameters())
 
-
-# Distributed checkpoints, in one process ------------------------------------------------------------------------------
-
-
-@each_class
-@pytest.mark.parametrize("source", [0, 1], ids=["from ours", "from torch"])
-@pytest.mark.parametrize("flat", [False, True])
-def test_distributed_checkpoint_round_trip(name, source, flat):
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    model, optimizer = model_and(CLASSES[name][source], **OPTIONS[name])
-    train(model, optimizer, 3)
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-    other_model, other = model_and(CLASSES[name][0], **OPTIONS[name])
-    set_optimizer_state_dict(other_model, other, saved, options=options)
-    other_model.load_state_dict(model.state_dict())
-    train(model, optimizer, 3, start=3)
-    train(other_model, other, 3, start=3)
-    assert_same_outcome((other, list(other_model.parameters())), (optimizer, list(model.parameters())))
-
-
-@each_class
-def test_asking_for_the_state_of_a_fresh_optimizer_counts_no_step(name):
-    """torch's own optimizer has made a step by then: its first real one comes with the second's bias correction."""
-    fresh_model, fresh = model_and(CLASSES[name][0], **OPTIONS[name])
-    model, optimizer = model_and(CLASSES[name][0], **OPTIONS[name])
-    get_optimizer_state_dict(model, optimizer)
-    assert optimizer.state
-    train(model, optimizer, 3)
-    train(fresh_model, fresh, 3)
-    for p, q in zip(model.parameters(), fresh_model.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=0)
-
-
-@each_class
-def test_model_and_optimizer_together(name):
-    model, optimizer = model_and(CLASSES[name][0], **OPTIONS[name], l1=0.01)
-    train(model, optimizer, 2)
-    weights, states = copy.deepcopy(get_state_dict(model, optimizer))
-    other_model, other = model_and(CLASSES[name][0], **OPTIONS[name])
-    set_state_dict(other_model, other, model_state_dict=weights, optim_state_dict=states)
-    assert other.param_groups[0]["l1"] == 0.01
-    train(model, optimizer, 2, start=2)
-    train(other_model, other, 2, start=2)
-    assert_same_outcome((other, list(other_model.parameters())), (optimizer, list(model.parameters())))
+    assert_fused_alike(program)

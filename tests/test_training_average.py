@@ -52,19 +52,19 @@ def test_the_average_is_its_formula(decay, warmup):
 
 
 @pytest.mark.parametrize(("decay", "warmup"), [(0.99999, False), (0.999, True)])
-def test_after_a_hundred_thousand_updates_it_still_is(decay, warmup):
+def test_after_many_updates_it_still_is(decay, warmup):
     """Weights that grow by 1 an update have a mean that is known: the age of the average."""
     model = Scalar()
     average = WeightAverage(model, decay, warmup)
     total = mass = 0.0
-    for t in range(1, 100_001):
+    for t in range(1, 20_001):
         with torch.no_grad():
             model.weight.fill_(t)
         average.update()
         d = average.decay_at(t)
         total, mass = d * total + (1 - d) * t, d * mass + (1 - d)
     assert float(average.weights["weight"]) == pytest.approx(total / mass, rel=1e-9)
-    assert average.decay_at(100_000) == decay
+    assert average.count == 20_000 and average.decay_at(100_000) == decay
 
 
 def test_warmup_is_the_documented_one():
@@ -130,14 +130,7 @@ def test_a_skipped_update_is_not_averaged():
         def validated(self, event):
             seen.append((event.step, event.on_average))
 
-    result = fit(
-        model,
-        (inputs, target),
-        nn.CrossEntropyLoss(),
-        optimizer,
-        validation=(inputs[:5], target[:5]),
-        report=Watching(),
-        **choices,
-    )
+    choices |= {"validation": (inputs[:5], target[:5]), "report": Watching()}
+    result = fit(model, (inputs, target), nn.CrossEntropyLoss(), optimizer, **choices)
     assert result.step == 3 and seen == [(1, True), (2, True), (3, True)]
     assert all(tensor.isfinite().all() for tensor in result.average.values())

@@ -12,15 +12,12 @@ from torch.nn import functional as F
 import trainopt
 from trainopt.training import Silent, fit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 CE, OURS = nn.CrossEntropyLoss, trainopt.CrossEntropyLoss
 CLASSES = 4
 WEIGHT = torch.tensor([0.2, 3.0, 1.0, 0.5], dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What is trained here is too small to divide."""
-    torch.set_num_threads(1)
 
 
 def network():
@@ -259,6 +256,19 @@ def labelled_batches(empty=True):
     return batches
 
 
+def batches_for(name):
+    """For a row of LABELLED; a sample without any token has no mean of its own."""
+    batches = labelled_batches(empty="samples" not in name)
+    if "samples" in name:
+        for _, target in batches:
+            target[:, 0] = 1
+    return batches
+
+
+#: What some rows add to each loss without a part in the gradient.
+CONSTANTS = {"two terms": 1e-3, "in place": 1 / 3}
+
+
 def assert_gradient_of_the_big_batch(batches, loss, reference, owned=(), **choices):
     """One update of SGD over all micro-batches is that of sum / count over all of them."""
     ours, plain = network(), network()
@@ -279,34 +289,22 @@ def assert_gradient_of_the_big_batch(batches, loss, reference, owned=(), **choic
 @pytest.mark.parametrize("name", LABELLED)
 def test_the_gradient_is_that_of_the_big_batch(name):
     make, reference = LABELLED[name]
-    batches = labelled_batches(empty=name not in ("stack of samples", "sum of samples"))
-    if "samples" in name:
-        for _, target in batches:
-            target[:, 0] = 1  # a sample without any token has no mean
-    _, recorder, expected = assert_gradient_of_the_big_batch(batches, make(), reference)
+    _, recorder, expected = assert_gradient_of_the_big_batch(batches_for(name), make(), reference)
     assert not [event for event in recorder.named("Message") if event.topic == "count"]
-    constant = {"two terms": 1e-3, "in place": 1 / 3}.get(name, 0.0)
     shown = recorder.named("Progress")[-1].loss
-    assert shown == pytest.approx(expected.item() + constant, rel=1e-6)
+    assert shown == pytest.approx(expected.item() + CONSTANTS.get(name, 0.0), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_the_validation_loss_is_the_mean_over_all_that_is_counted(name):
     make, reference = LABELLED[name]
-    batches = labelled_batches(empty="samples" not in name)
-    if "samples" in name:
-        for _, target in batches:
-            target[:, 0] = 1
-    model = network()
+    batches, model = batches_for(name), network()
     with torch.no_grad():
         totals = [reference(model(inputs), target) for inputs, target in batches]
     expected = float(sum(float(total) for total, _ in totals) / sum(count for _, count in totals))
-    recorder = Recorder()
-    data = [batches[-1]]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    fit(model, data, make(), optimizer, epochs=1, validation=batches, report=recorder)
-    constant = {"two terms": 1e-3, "in place": 1 / 3}.get(name, 0.0)
-    assert recorder.named("Validated")[-1].loss == pytest.approx(expected + constant, rel=1e-6)
+    recorder, optimizer = Recorder(), torch.optim.SGD(model.parameters(), lr=0.0)
+    fit(model, batches[-1:], make(), optimizer, epochs=1, validation=batches, report=recorder)
+    assert recorder.named("Validated")[-1].loss == pytest.approx(expected + CONSTANTS.get(name, 0.0), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,10 @@ import trainopt
 from trainopt.training import Silent, checkpoint, fit, lr_find
 from trainopt.training.trained import Trained
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 FEATURES, CLASSES = 6, 5
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What is trained here is too small to divide."""
-    torch.set_num_threads(1)
 
 
 def data(count=40):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from trainopt.training.data import move, source_of
+from trainopt.training.data import source_of
 from trainopt.training.distributed import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -131,9 +131,3 @@ def test_plain_tensors_may_lie_on_different_devices():
     source = source_of((ROWS, torch.empty(23, 2, device="meta")), 4, True, ALONE)
     (rows, elsewhere), _ = next(source.epoch(0, 0, 0))
     assert len(rows) == 4 and elsewhere.is_meta and elsewhere.shape == (4, 2)
-
-
-def test_move_goes_into_what_holds_tensors():
-    tree = {"a": torch.ones(2), "b": [torch.ones(1), ("text", 3)]}
-    moved = move(tree, torch.device("meta"))
-    assert moved["a"].is_meta and moved["b"][0].is_meta and moved["b"][1] == ("text", 3)

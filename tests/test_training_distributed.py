@@ -108,34 +108,48 @@ def train(case, directory, **choices):
     return model, loss, recorder, result
 
 
-def main(case, folder):
-    """What each process of torchrun runs."""
-    rank = os.environ["RANK"]
-    model, loss, recorder, result = train(case, os.path.join(folder, "run"))
-    shown = [(event.step, event.loss) for event in recorder.named("Progress") + recorder.named("Validated")]
-    texts = [event.text for event in recorder.named("Message")]
-    accuracy = [event.metrics["accuracy"] for event in recorder.named("Validated")]
-    weights = {name.removeprefix("module."): whole(value) for name, value in model.state_dict().items()}
-    found = {"model": weights, "owned": dict(loss.state_dict()), "average": result.average}
-    found.update(shown=shown, texts=texts, accuracy=accuracy, step=result.step, reason=result.reason)
-    torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    if "sharded" in case:
-        # torch's FSDP2 over gloo leaves a thread that now and then, one process in fifty, aborts at exit.
-        torch.distributed.barrier()
-        os._exit(0)
+def main(*runs):
+    """What each process of torchrun runs: cases, one after the other, each with a folder of its own."""
+    for case, folder in (run.split("=", 1) for run in runs):
+        model, loss, recorder, result = train(case, os.path.join(folder, "run"))
+        shown = [(event.step, event.loss) for event in recorder.named("Progress") + recorder.named("Validated")]
+        texts = [event.text for event in recorder.named("Message")]
+        accuracy = [event.metrics["accuracy"] for event in recorder.named("Validated")]
+        weights = {name.removeprefix("module."): whole(value) for name, value in model.state_dict().items()}
+        found = {"model": weights, "owned": dict(loss.state_dict()), "average": result.average}
+        found.update(shown=shown, texts=texts, accuracy=accuracy, step=result.step, reason=result.reason)
+        torch.save(found, os.path.join(folder, f"{os.environ['RANK']}.pt"))
+    # torch's FSDP2 over gloo leaves a thread that now and then, one process in fifty, aborts at exit.
+    torch.distributed.barrier()
+    os._exit(0)
 
 
-def torchrun(case, folder, processes=2):
-    """The case under torchrun, on this machine's loopback; what each process found, by rank."""
+def run_under_torchrun(folders):
+    """Cases under torchrun, on this machine's loopback, each with its folder; what went wrong, if anything did."""
     # Where trainopt is not installed it is found by this path.
     path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    command += [f"{case}={folder}" for case, folder in folders.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, __file__, case, str(folder)], env=environment, timeout=120, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+    done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+    return done.stderr[-5000:] if done.returncode else ""
+
+
+def found_in(folder):
+    """What each process found, by rank."""
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def torchrun(case, folder):
+    assert not (error := run_under_torchrun({case: folder})), error
+    return found_in(folder)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folders of all cases, and what went wrong: two processes run them all, for each start takes seconds."""
+    folders = {case: tmp_path_factory.mktemp(case.replace(" ", "-")) for case in CASES}
+    return folders, run_under_torchrun(folders)
 
 
 def assert_close(found, expected):
@@ -145,9 +159,11 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_give_the_weights_of_one(case, tmp_path):
-    model, loss, recorder, result = train(case, tmp_path / "alone")
-    first, second = torchrun(case, tmp_path)
+def test_two_processes_give_the_weights_of_one(case, two_processes):
+    folder, error = two_processes[0][case], two_processes[1]
+    assert (folder / "1.pt").exists(), error
+    model, loss, recorder, result = train(case, folder / "alone")
+    first, second = found_in(folder)
     assert first["step"] == second["step"] == result.step > 0
     assert_close(first["model"], model.state_dict())
     assert_close(first["owned"], loss.state_dict())
@@ -160,7 +176,7 @@ def test_two_processes_give_the_weights_of_one(case, tmp_path):
     accuracy = [event.metrics["accuracy"] for event in recorder.named("Validated")]
     assert first["accuracy"] == pytest.approx(accuracy, rel=1e-12)
     assert second["shown"] == [] and second["texts"] == []  # the first alone speaks
-    files = [sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) for run in ("alone", "run")]
+    files = [sorted(path.name for path in (folder / run / "checkpoints").iterdir()) for run in ("alone", "run")]
     assert files[0] == files[1]
     if "bad batch" in case:
         assert result.step == 5

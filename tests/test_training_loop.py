@@ -43,6 +43,13 @@ def sgd(model, **options):
     return trainopt.SGD(model.parameters(), **{"lr": 0.1, **options})
 
 
+def fitted(model, data=None, loss=None, optimizer=None, **choices):
+    """One epoch of batches of 7 by SGD on cross-entropy, silently, where nothing else is said."""
+    usual = {"batch_size": 7, "report": Silent(), **({} if "steps" in choices else {"epochs": 1})}
+    data, loss = samples() if data is None else data, loss or nn.CrossEntropyLoss()
+    return fit(model, data, loss, optimizer or sgd(model), **{**usual, **choices})
+
+
 def assert_same_weights(a, b, **tolerance):
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         if tolerance:
@@ -106,39 +113,7 @@ def test_class_weights_are_counted():
     ours, plain = network(dtype=torch.float64), network(dtype=torch.float64)
     loss(plain(inputs), target).backward()
     torch.optim.SGD(plain.parameters(), lr=0.5).step()
-    fit(ours, (inputs, target), loss, sgd(ours, lr=0.5), epochs=1, batch_size=5, accumulation=5, report=Silent())
-    assert_same_weights(ours, plain, rtol=1e-13, atol=1e-15)
-
-
-def test_tokens_are_counted_not_samples():
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 9, (12, 6), generator=generator)
-    target = torch.randint(0, 9, (12, 6), generator=generator)
-    for row in range(12):
-        target[row, row % 6 + 1 :] = -100
-
-    class Language(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
-
-        def forward(self, tokens):
-            return self.head(self.embedding(tokens)).transpose(1, 2)
-
-    ours, plain = Language().double(), Language().double()
-    nn.functional.cross_entropy(plain(tokens), target).backward()
-    torch.optim.SGD(plain.parameters(), lr=1.0).step()
-    fit(
-        ours,
-        (tokens, target),
-        nn.CrossEntropyLoss(),
-        sgd(ours, lr=1.0),
-        epochs=1,
-        batch_size=5,
-        accumulation=3,
-        report=Silent(),
-    )
+    fitted(ours, (inputs, target), loss, sgd(ours, lr=0.5), batch_size=5, accumulation=5)
     assert_same_weights(ours, plain, rtol=1e-13, atol=1e-15)
 
 
@@ -151,8 +126,7 @@ def test_full_batch_is_gradient_descent():
         with torch.no_grad():
             for param in plain.parameters():
                 param -= 0.1 * param.grad
-    result = fit(ours, (inputs, target), nn.CrossEntropyLoss(), sgd(ours), epochs=3, batch_size="full", report=Silent())
-    assert result.step == 3
+    assert fitted(ours, (inputs, target), epochs=3, batch_size="full").step == 3
     assert_same_weights(ours, plain, rtol=1e-12, atol=1e-14)
 
 
@@ -163,8 +137,8 @@ def test_the_norm_is_clipped_once_an_update_and_shown_unclipped():
     norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
     torch.optim.SGD(plain.parameters(), lr=1.0).step()
     recorder = Recorder()
-    choices = {"epochs": 1, "batch_size": 4, "accumulation": 4, "clip": 0.05}
-    fit(ours, (inputs, target), nn.CrossEntropyLoss(), sgd(ours, lr=1.0), report=recorder, **choices)
+    choices = {"batch_size": 4, "accumulation": 4, "clip": 0.05, "report": recorder}
+    fitted(ours, (inputs, target), optimizer=sgd(ours, lr=1.0), **choices)
     assert_same_weights(ours, plain, rtol=1e-12, atol=1e-14)
     assert recorder.named("Progress")[-1].grad_norm == pytest.approx(float(norm), rel=1e-12)
     assert float(norm) > 0.05
@@ -195,10 +169,9 @@ def test_autocast_and_scaler_are_those_of_the_plain_loop(precision, fused):
 def test_any_optimizer_of_torch():
     for make in (torch.optim.RMSprop, torch.optim.Adagrad, trainopt.Adam):
         model = network()
-        result = fit(
-            model, samples(), nn.CrossEntropyLoss(), make(model.parameters()), epochs=1, batch_size=7, report=Silent()
+        assert fitted(model, optimizer=make(model.parameters())).step == 4 and not torch.equal(
+            model[0].weight, network()[0].weight
         )
-        assert result.step == 4 and not torch.equal(model[0].weight, network()[0].weight)
 
 
 # What is counted, shown and stepped ---------------------------------------------------------------------------------
@@ -218,25 +191,15 @@ def test_the_unit_is_one_update():
     assert recorder.named("Finished")[0].samples == 56
 
 
-def test_the_loss_shown_is_the_mean_over_what_is_counted():
-    inputs, target = samples()
-    target[::3] = -100
-    model = network()
-    expected = nn.functional.cross_entropy(model(inputs), target).item()
-    recorder = Recorder()
-    fit(model, (inputs, target), nn.CrossEntropyLoss(), sgd(model, lr=0.0), epochs=1, batch_size=8, report=recorder)
-    assert recorder.named("Progress")[-1].loss == pytest.approx(expected, rel=1e-6)
-
-
 def test_validation_is_the_mean_over_all_and_leaves_no_trace():
     inputs, target = samples(27)
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
     model[1].eval()  # a layer the person froze
     recorder = Recorder()
     accuracy = {"accuracy": lambda output, target: (output.argmax(1) == target).float().mean()}
-    arguments = {"epochs": 1, "batch_size": 8, "report": recorder, "metrics": accuracy, "seed": 0}
+    still = {"optimizer": sgd(model, lr=0.0), "batch_size": 8, "seed": 0}
     torch.manual_seed(3)
-    fit(model, samples(), nn.CrossEntropyLoss(), sgd(model, lr=0.0), validation=(inputs, target), **arguments)
+    fitted(model, validation=(inputs, target), report=recorder, metrics=accuracy, **still)
     after = torch.rand(1)
     assert model.training and not model[1].training
     shown = recorder.named("Validated")[-1]
@@ -246,7 +209,7 @@ def test_validation_is_the_mean_over_all_and_leaves_no_trace():
     model.train()
     model[1].eval()
     torch.manual_seed(3)
-    fit(model, samples(), nn.CrossEntropyLoss(), sgd(model, lr=0.0), epochs=1, batch_size=8, seed=0, report=Silent())
+    fitted(model, **still)
     assert torch.equal(torch.rand(1), after)
 
 
@@ -262,15 +225,14 @@ def test_early_stopping_brings_back_the_best_weights():
                 best[:] = [param.detach().clone() for param in model.parameters()]
 
     recorder = Watching()
-    choices = {"epochs": 50, "batch_size": 7, "early_stopping": 3, "report": recorder, "seed": 0}
-    result = fit(
-        model,
-        (inputs, target),
-        nn.CrossEntropyLoss(),
-        sgd(model, lr=2.0),
-        validation=(inputs, (target + 1) % 3),
-        **choices,
-    )
+    choices = {
+        "epochs": 50,
+        "early_stopping": 3,
+        "validation": (inputs, (target + 1) % 3),
+        "report": recorder,
+        "seed": 0,
+    }
+    result = fitted(model, optimizer=sgd(model, lr=2.0), **choices)
     assert result.reason == "early stopping"
     losses = [event.loss for event in recorder.named("Validated")]
     assert result.best == min(losses) and len(losses) == losses.index(min(losses)) + 1 + 3
@@ -282,16 +244,7 @@ def test_what_is_monitored_can_be_a_metric_that_grows():
     metrics = {"score": lambda output, target: output.mean() * 0 + next(scores)}
     scores = iter([1.0, 3.0, 2.0, 2.5, 0.0])
     choices = {"epochs": 50, "batch_size": "full", "early_stopping": 3, "monitor": "score", "maximize": True}
-    result = fit(
-        model,
-        samples(),
-        nn.CrossEntropyLoss(),
-        sgd(model),
-        validation=samples(),
-        metrics=metrics,
-        report=Silent(),
-        **choices,
-    )
+    result = fitted(model, validation=samples(), metrics=metrics, **choices)
     assert (result.best, result.best_step, result.step) == (3.0, 2, 5)
 
 
@@ -344,6 +297,15 @@ def test_plain_lines(capsys):
         ({"keep": True}, "keep is True"),
         ({"seed": -1}, "seed is -1"),
         ({"acumulation": 2}, "no option 'acumulation'; is it 'accumulation'"),
+        ({"lr": 1}, "no option 'lr': it is the optimizer's"),
+        ({"learning_rate": 1}, ": it is the optimizer's"),
+        ({"weight_decay": 1}, ": it is the optimizer's"),
+        ({"max_epochs": 1}, r"; is it 'epochs'\?"),
+        ({"gradient_accumulation_steps": 1}, r"; is it 'accumulation'\?"),
+        ({"max_grad_norm": 1}, r"; is it 'clip'\?"),
+        ({"ema": 1}, r"; is it 'average'\?"),
+        ({"patience": 1}, r"; is it 'early_stopping'\?"),
+        ({"zzz": 1}, "there is no option 'zzz'$"),
         ({"early_stopping": 2}, "early_stopping is 2, but there is no validation"),
         ({"monitor": "f1"}, "monitor is 'f1'"),
         ({"shuffle": 1}, "shuffle is 1"),
@@ -352,9 +314,8 @@ def test_plain_lines(capsys):
 def test_a_bad_option_is_named_and_nothing_is_written(choice, text, tmp_path):
     model = network()
     before = [param.detach().clone() for param in model.parameters()]
-    choices = {"epochs": 1, "batch_size": 7, "directory": tmp_path / "run", **choice}
     with pytest.raises(ValueError, match=text):
-        fit(model, samples(), nn.CrossEntropyLoss(), sgd(model), report=Silent(), **choices)
+        fitted(model, **{"epochs": 1, "directory": tmp_path / "run", **choice})
     assert not (tmp_path / "run").exists()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
@@ -373,17 +334,9 @@ def test_objects_that_do_not_go_together_are_refused():
     loss = nn.CrossEntropyLoss()
     empty = TensorDataset(*samples())
 
-    def refuses(text, data=None, loss=loss, optimizer=None, kind=ValueError, **choices):
+    def refuses(text, data=empty, loss=loss, optimizer=None, kind=ValueError, **choices):
         with pytest.raises(kind, match=text):
-            fit(
-                model,
-                empty if data is None else data,
-                loss,
-                optimizer or sgd(model),
-                epochs=1,
-                report=Silent(),
-                **choices,
-            )
+            fit(model, data, loss, optimizer or sgd(model), epochs=1, report=Silent(), **choices)
 
     refuses("data is empty", DataLoader(TensorDataset(*(tensor[:0] for tensor in samples())), batch_size=4))
     refuses("batch_size=40, drop_last=True, over 28", DataLoader(empty, batch_size=40, drop_last=True))
@@ -407,18 +360,7 @@ def test_every_target_ignored_is_said():
         def __iter__(self):
             return iter(())
 
-    with pytest.raises(ValueError, match="nothing that the loss counts"):
-        model = network()
-        fit(model, Nothing(), nn.CrossEntropyLoss(), sgd(model), steps=3, report=Silent())
-    model = network()
-    inputs, target = samples()
-    with pytest.raises(ValueError, match="nothing that the loss counts"):
-        fit(
-            model,
-            (inputs, target.fill_(-100)),
-            nn.CrossEntropyLoss(),
-            sgd(model),
-            steps=3,
-            batch_size=7,
-            report=Silent(),
-        )
+    model, (inputs, target) = network(), samples()
+    for data, choices in ((Nothing(), {"batch_size": None}), ((inputs, target.fill_(-100)), {})):
+        with pytest.raises(ValueError, match="nothing that the loss counts"):
+            fitted(model, data, steps=3, **choices)

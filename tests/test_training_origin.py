@@ -5,18 +5,11 @@ import re
 
 import pytest
 import torch
+from test_training_loop import Recorder
 from torch import nn
 
 import trainopt
-from trainopt.training import Silent, fit
-
-
-class Recorder(Silent):
-    def __init__(self):
-        self.messages = []
-
-    def message(self, event):
-        self.messages.append(event)
+from trainopt.training import fit
 
 
 class Model(nn.Module):
@@ -60,7 +53,7 @@ def told(model, inputs=None, target=None, loss=None, lr=0.01, **choices):
     choices = {"epochs": 2, "batch_size": 16, "shuffle": False, "nonfinite_limit": 100, "seed": 0, **choices}
     optimizer = trainopt.SGD(model.parameters(), lr=lr)
     fit(model, (inputs, target), loss or nn.CrossEntropyLoss(), optimizer, report=recorder, **choices)
-    return [event.text for event in recorder.messages]
+    return [event.text for event in recorder.named("Message")]
 
 
 def model(function):

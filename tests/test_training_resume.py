@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import training_runs
+from test_training_loop import Recorder
 from torch import nn
 from training_runs import assert_same
 
@@ -113,16 +114,6 @@ def small_fit(directory, report=None, width=4, **choices):
     )
 
 
-class Heard(Silent):
-    """Keeps what is said."""
-
-    def __init__(self):
-        self.messages = []
-
-    def message(self, event):
-        self.messages.append(event)
-
-
 def damage_end(data):
     return data[:-7]
 
@@ -148,10 +139,10 @@ def test_a_damaged_checkpoint_is_named_and_skipped(damage, tmp_path):
     newest.write_bytes(damage(newest.read_bytes()))
     with pytest.raises(CorruptCheckpoint):
         read(newest)
-    heard = Heard()
+    heard = Recorder()
     model, result = small_fit(tmp_path / "b", heard)
-    assert any(str(newest) in message.text and message.topic == "checkpoint" for message in heard.messages)
-    assert not any(str(older) in message.text for message in heard.messages)
+    assert any(str(newest) in message.text and message.topic == "checkpoint" for message in heard.named("Message"))
+    assert not any(str(older) in message.text for message in heard.named("Message"))
     assert result.step == 10 and torch.equal(model.weight, expected.weight)
 
 
@@ -217,10 +208,10 @@ def test_a_full_disk_loses_nothing_that_is_saved(room, tmp_path, monkeypatch):
             lambda path, mode: FullDisk(opened(path, mode), room) if "w" in mode else opened(path, mode),
             raising=False,
         )
-        heard = Heard()
+        heard = Recorder()
         model, result = small_fit(tmp_path, heard)
     assert result.step == 10 and result.checkpoint == before.checkpoint
-    troubles = [message.text for message in heard.messages if message.topic == "checkpoint"]
+    troubles = [message.text for message in heard.named("Message") if message.topic == "checkpoint"]
     assert troubles and all("No space left" in text and str(before.checkpoint) in text for text in troubles)
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == saved
     again, result = small_fit(tmp_path)  # there is room again
@@ -249,10 +240,10 @@ def test_a_directory_that_becomes_unwritable_loses_nothing(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.os, "replace", refuse)
-        heard = Heard()
+        heard = Recorder()
         _, result = small_fit(tmp_path, heard)
     assert result.step == 10 and result.checkpoint == before.checkpoint
-    assert any("Permission denied" in message.text for message in heard.messages)
+    assert any("Permission denied" in message.text for message in heard.named("Message"))
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
     assert small_fit(tmp_path, steps=4)[1].step == 4
 
@@ -382,19 +373,19 @@ def test_a_run_of_many_short_epochs_does_not_spend_its_time_on_checkpoints(tmp_p
 
 
 def said(heard, topic="resume"):
-    return [message.text for message in heard.messages if message.topic == topic]
+    return [message.text for message in heard.named("Message") if message.topic == topic]
 
 
 def test_a_finished_run_says_so(tmp_path):
     default_fit(tmp_path)
     files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
-    heard = Heard()
+    heard = Recorder()
     _, result = default_fit(tmp_path, heard=heard)
     (text,) = said(heard)
     assert "already finished, after step 16" in text and "use another directory or resume=False" in text
     assert result.reason == "finished" and result.is_complete
     assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
-    heard = Heard()
+    heard = Recorder()
     default_fit(tmp_path, 5, heard=heard)
     assert [text for text in said(heard) if "already finished" in text] == []
 
@@ -423,7 +414,7 @@ def cosine(updates):
 )
 def test_what_differs_is_said_and_what_is_done_about_it(before, now, words, tmp_path):
     default_fit(tmp_path, **before)
-    heard = Heard()
+    heard = Recorder()
     default_fit(tmp_path, **{"epochs": 5, **before, **now, "heard": heard})
     texts = said(heard)
     if "epochs" not in now:
@@ -445,7 +436,7 @@ def test_a_best_that_cannot_be_compared_or_brought_back_begins_anew(tmp_path):
     metrics = {"accuracy": lambda output, target: (output.argmax(1) == target).double().mean()}
     choices = {"validation": validation, "metrics": metrics}
     _, first = default_fit(tmp_path / "a", 4, **choices)
-    heard = Heard()
+    heard = Recorder()
     _, second = default_fit(tmp_path / "a", 5, heard=heard, monitor="accuracy", **choices)
     assert first.best > 1 > second.best and second.best_step == 20
     assert any("monitor was 'loss' and is 'accuracy': the best begins anew" in text for text in said(heard))
@@ -474,7 +465,7 @@ def test_what_was_just_written_is_never_deleted(stray, keep, tmp_path):
     else:
         damage = {"stray": lambda data: b"what is this?", "truncated": damage_half, "altered": damage_bit}[stray]
         path.write_bytes(damage(result.checkpoint.read_bytes()))
-    heard = Heard()
+    heard = Recorder()
     model, result = small_fit(tmp_path, heard, keep=keep)
     assert str(path) in said(heard, "checkpoint")[0] and path.exists()
     assert result.checkpoint.exists() and read(result.checkpoint)["counters"]["step"] == 10
@@ -561,7 +552,7 @@ def test_a_whole_file_that_is_no_state_of_a_run_is_skipped_with_a_word(spoil, wo
     _, result = small_fit(tmp_path, steps=4)
     path = result.checkpoint.with_name("step-000000005.pt")
     write(spoil(torch.load(result.checkpoint, weights_only=True)), path)
-    heard = Heard()
+    heard = Recorder()
     model, result = small_fit(tmp_path, heard)
     (text,) = said(heard, "checkpoint")
     assert str(path) in text and words in text
@@ -607,7 +598,7 @@ def test_a_schedules_state_may_be_anything(state, tmp_path):
         return made[-1]
 
     default_fit(tmp_path, schedule=make)
-    heard = Heard()
+    heard = Recorder()
     default_fit(tmp_path, 5, heard=heard, schedule=make)
     assert not said(heard, "checkpoint") and made[1].state == state
 

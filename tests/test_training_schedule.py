@@ -10,26 +10,10 @@ from training_runs import Stopping, assert_same
 import trainopt
 from trainopt.training import Silent, fit, lr_find
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 PER_EPOCH = 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What is trained here is too small to divide."""
-    torch.set_num_threads(1)
-
-
-class Noting(Silent):
-    """Notes the learning rate after each update's Progress, and what is monitored."""
-
-    def __init__(self):
-        self.rates, self.losses = [], []
-
-    def progress(self, event):
-        self.rates.append(event.lr)
-
-    def validated(self, event):
-        self.losses.append(event.loss)
 
 
 def trained(schedule_of, epochs=4, directory=None, stop_at=-1, **choices):
@@ -37,10 +21,11 @@ def trained(schedule_of, epochs=4, directory=None, stop_at=-1, **choices):
     optimizer = sgd(model, lr=1.0)
     schedule = None if schedule_of is None else schedule_of(optimizer)
     choices = {"batch_size": 7, "log_every": 1, "seed": 0, "epochs": epochs, "directory": directory, **choices}
-    noting = Noting()
+    recorder = choices.setdefault("report", Recorder())
     loss = Stopping(nn.CrossEntropyLoss(), stop_at)
-    result = fit(model, samples(), loss, optimizer, schedule=schedule, report=noting, count=len, **choices)
-    return model, schedule, noting, result
+    result = fit(model, samples(), loss, optimizer, schedule=schedule, count=len, **choices)
+    rates = [event.lr for event in recorder.named("Progress")]
+    return model, schedule, rates, result
 
 
 def each(rates):
@@ -53,10 +38,10 @@ def test_the_unit_of_a_schedule(unit):
     def make(optimizer):
         return lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
 
-    _, schedule, noting, _ = trained(make, schedule_every=unit, validation=samples(), validate_every=2)
+    _, schedule, rates, _ = trained(make, schedule_every=unit, validation=samples(), validate_every=2)
     halvings = {"update": range(16), None: range(16), "epoch": each(range(4))}
     halvings["validation"] = [i // 2 for i in range(16)]
-    assert noting.rates == [0.5**k for k in halvings[unit]]
+    assert rates == [0.5**k for k in halvings[unit]]
     assert schedule.last_epoch == {"update": 16, None: 16, "epoch": 4, "validation": 8}[unit]
 
 
@@ -64,8 +49,8 @@ def test_a_cycle_of_epochs_ends_with_the_run():
     def make(optimizer):
         return lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=5)
 
-    _, _, noting, _ = trained(make, epochs=5, schedule_every="epoch")
-    assert len(set(noting.rates)) == 5 and noting.rates[-1] < 1e-4
+    _, _, rates, _ = trained(make, epochs=5, schedule_every="epoch")
+    assert len(set(rates)) == 5 and rates[-1] < 1e-4
 
 
 class Falling:
@@ -93,8 +78,8 @@ def test_a_plateau_is_given_what_is_monitored(unit):
     scores = [0.1, 0.5, 0.4, 0.6]
     metrics = {"accuracy": Falling(*scores)}
     choices = {"validation": [samples()], "metrics": metrics, "monitor": "accuracy"}
-    _, _, noting, result = trained(make, schedule_every=unit, **choices)
-    assert given == pytest.approx(scores) and noting.rates == pytest.approx(each([1, 1, 1, 0.1]))
+    _, _, rates, result = trained(make, schedule_every=unit, **choices)
+    assert given == pytest.approx(scores) and rates == pytest.approx(each([1, 1, 1, 0.1]))
     assert result.best == pytest.approx(0.6) and result.best_step == 16
 
 
@@ -105,8 +90,9 @@ def test_a_plateau_is_given_the_validation_loss():
         def step(self, metrics):
             given.append(metrics)
 
-    _, _, noting, _ = trained(Plateau, validation=samples())
-    assert given == noting.losses and len(given) == 4
+    report = Recorder()
+    trained(Plateau, validation=samples(), report=report)
+    assert given == [event.loss for event in report.named("Validated")] and len(given) == 4
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,10 @@ import trainopt
 from trainopt.training import Silent, fit
 from trainopt.training.data import move, tensors_in
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 META = torch.device("meta")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What is trained here is too small to divide."""
-    torch.set_num_threads(1)
 
 
 # Batches that are mappings --------------------------------------------------------------------------------------------
@@ -125,9 +122,10 @@ def test_mappings_of_any_kind_are_moved_and_looked_into():
         def first(self):
             return self["a"]
 
-    tree = Batch(a=torch.ones(2), b=[torch.ones(1)])
+    tree = Batch(a=torch.ones(2), b=[torch.ones(1), ("text", 3)])
     moved = move(tree, META)
     assert type(moved) is Batch and moved.first.is_meta and moved["b"][0].is_meta and not tree.first.is_meta
+    assert moved["b"][1] == ("text", 3)
     assert type(move(OrderedDict(a=torch.ones(1)), META)) is OrderedDict
     assert len(list(tensors_in({"a": tree, "b": torch.ones(1)}))) == 3
     Pair = namedtuple("Pair", "x y")
@@ -345,24 +343,3 @@ def test_accuracy_is_maximized():
     assert (result.best, result.best_step) == (0.9, 2)
     with pytest.raises(ValueError, match="monitor is 'odd', which does not say"):
         fit(model, samples(), nn.CrossEntropyLoss(), sgd(model), epochs=3, monitor="odd", **choices)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("lr", "no option 'lr': it is the optimizer's"),
-        ("learning_rate", ": it is the optimizer's"),
-        ("weight_decay", ": it is the optimizer's"),
-        ("max_epochs", "; is it 'epochs'?"),
-        ("gradient_accumulation_steps", "; is it 'accumulation'?"),
-        ("max_grad_norm", "; is it 'clip'?"),
-        ("ema", "; is it 'average'?"),
-        ("patience", "; is it 'early_stopping'?"),
-        ("acumulation", "; is it 'accumulation'?"),
-        ("zzz", "there is no option 'zzz'$"),
-    ],
-)
-def test_an_option_by_another_name_is_told(name, words):
-    model = network()
-    with pytest.raises(ValueError, match=words.replace("?", r"\?")):
-        fit(model, samples(), nn.CrossEntropyLoss(), sgd(model), epochs=1, **{name: 1})

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_training_loop import Recorder, network, samples, sgd
+from test_training_loop import Recorder, fitted, network, samples, sgd
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -72,15 +72,8 @@ def test_the_first_offending_tensor_is_named_and_nothing_changes(model, spoil, p
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     recorder = Recorder()
     data = (inputs[:7], target[:7])
-    arguments = {
-        "epochs": 1,
-        "batch_size": 7,
-        "shuffle": False,
-        "report": recorder,
-        "schedule": schedule,
-        "directory": tmp_path,
-    }
-    result = fit(model, data, nn.CrossEntropyLoss(), optimizer, **arguments)
+    choices = {"shuffle": False, "report": recorder, "schedule": schedule, "directory": tmp_path}
+    result = fitted(model, data, optimizer=optimizer, **choices)
     assert result.step == 0 and schedule.last_epoch == 0 and not optimizer.state
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     (message,) = told(recorder, "nonfinite")
@@ -109,15 +102,8 @@ def test_after_so_many_in_a_row_the_run_stops_with_its_last_checkpoint_intact(ch
     inputs[14:] = math.nan
     model = network()
     recorder = Recorder()
-    arguments = {
-        "epochs": 5,
-        "batch_size": 2,
-        "shuffle": False,
-        "checkpoint_every": 2,
-        "directory": tmp_path,
-        **choices,
-    }
-    result = fit(model, (inputs, target), nn.CrossEntropyLoss(), sgd(model), report=recorder, **arguments)
+    usual = {"epochs": 5, "batch_size": 2, "shuffle": False, "checkpoint_every": 2, "directory": tmp_path}
+    result = fitted(model, (inputs, target), report=recorder, **usual, **choices)
     assert result.reason == recorder.named("Finished")[0].reason == "nonfinite" and result.step == 7
     assert result.checkpoint.name == "step-000000006.pt"
     messages = told(recorder, "nonfinite")
@@ -140,16 +126,7 @@ def test_without_the_check_nothing_is_left_out():
     inputs, target = samples()
     inputs[3] = math.nan
     model = network()
-    result = fit(
-        model,
-        (inputs, target),
-        nn.CrossEntropyLoss(),
-        sgd(model),
-        epochs=1,
-        batch_size=7,
-        nonfinite="ignore",
-        report=Silent(),
-    )
+    result = fitted(model, (inputs, target), nonfinite="ignore")
     assert result.step == 4 and model[0].weight.isnan().any()
 
 
@@ -200,17 +177,8 @@ def test_validation_that_parts_from_training_is_said_once_with_numbers():
     recorder = Recorder()
     optimizer = trainopt.AdamW(model.parameters(), lr=0.02)
     data, unlike = samples(20), (torch.randn(50, 5), torch.randint(0, 3, (50,)))
-    fit(
-        model,
-        data,
-        nn.CrossEntropyLoss(),
-        optimizer,
-        epochs=30,
-        batch_size=5,
-        log_every=2,
-        validation=unlike,
-        report=recorder,
-    )
+    choices = {"epochs": 30, "batch_size": 5, "log_every": 2, "validation": unlike, "report": recorder}
+    fitted(model, data, optimizer=optimizer, **choices)
     (message,) = told(recorder, "overfitting")
     assert message.numbers["validation"] > 1.01 * message.numbers["best_validation"]
     assert "weight decay" in message.text and f"{message.numbers['training']:.4g}" in message.text

@@ -17,6 +17,7 @@ from trainopt.training.watch.suspicion import Losses
 from trainopt.training.watch.watch import Validation, scatter_of
 
 pytest.importorskip("sklearn")  # has the digits
+pytestmark = pytest.mark.usefixtures("one_thread")  # more would only wait for each other
 
 #: Those of the sorts that users meet most; the others are marked slow.
 USUAL = r"digits, (AdamW|SGD|momentum|batch norm|convolutions|a high|a slow|one at|long|restarts|dropout|40 %|early"
@@ -31,15 +32,6 @@ def rows(table):
         *(pytest.param(training, id=training.name) for training in fast),
         *(pytest.param(training, id=training.name, marks=pytest.mark.slow) for training in slow),
     ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The trainings are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("training", rows(HEALTHY))
