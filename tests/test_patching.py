@@ -399,6 +399,17 @@ def test_a_subclass_that_knows_torchs_functions(name, in_place):
     assert getattr(F, name)(rows().as_subclass(Tabled), target) == name
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiler_knows_torchs_losses_again():
+    """It lists torch's functions by name, anew after init_process_group, and found trainopt's under those names."""
+    torch._dynamo.trace_rules.clear_lru_cache()  # as init_process_group does
+    with trainopt.patched():
+        torch.compile(F.mse_loss, backend="eager")(torch.ones(3), torch.zeros(3))
+    torch._dynamo.reset()
+    loss = torch.compile(lambda x, t: F.mse_loss(x, t, size_average=False), backend="eager", fullgraph=True)
+    assert loss(torch.ones(3), torch.zeros(3)) == 3
+
+
 def test_traced_exported_and_compiled():
     """The tools that look into functions, and find ours."""
 

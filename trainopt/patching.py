@@ -70,12 +70,22 @@ class Patch:
                         setattr(module, name, before)
                 for torch_class in _OPTIMIZERS:
                     copyreg.dispatch_table.pop(torch_class, None)
+                _forget_in_compiler()
 
     def __enter__(self) -> "Patch":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.undo()
+
+
+def _forget_in_compiler() -> None:
+    """torch.compile keeps a list of torch's functions, by their names, and makes it anew after init_process_group: what
+    it has found under those names meanwhile was trainopt's, and torch's own were strangers to it.
+    """
+    rules = sys.modules.get("torch._dynamo.trace_rules")
+    if rules is not None and hasattr(rules, "clear_lru_cache"):
+        rules.clear_lru_cache()
 
 
 def patch() -> Patch:
