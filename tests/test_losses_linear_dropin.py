@@ -41,7 +41,7 @@ def plain(input, linear_weight, target, **options):
 def fallback(request, monkeypatch):
     """With torch's function to fall back to, and as where torch has none."""
     if request.param == "older torch":
-        monkeypatch.setattr(linear, "_torchs", None)
+        monkeypatch.setattr(linear, "_torch_function", None)
 
 
 # Signatures -----------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def seen(monkeypatch):
     """The tokens of a chunk that the operator was given, call by call; None where torch did it."""
     found = []
     operator = torch.ops.trainopt.linear_cross_entropy
-    torchs = linear._torchs
+    torchs = linear._torch_function
 
     class Operators:
         def __getattr__(self, name):
@@ -280,7 +280,7 @@ def seen(monkeypatch):
 
     monkeypatch.setattr(dispatch, "torch", Torch())
     if torchs is not None:
-        monkeypatch.setattr(linear, "_torchs", watched)
+        monkeypatch.setattr(linear, "_torch_function", watched)
     return found
 
 
@@ -355,7 +355,7 @@ def test_options_that_contradict_each_other():
 def test_accumulation_in_16_bits_is_torchs(dtype, seen):
     """Ours is float32, so whoever asks for another gets torch's, or an error; never what was not asked for."""
     operands, options = (X.to(dtype), W.to(dtype), LABELS), OPTIONS(acc_dtype=dtype)
-    if linear._torchs is not None:
+    if linear._torch_function is not None:
         found = functional.linear_cross_entropy(*operands, options=options)
         assert torch.equal(found, F.linear_cross_entropy(*operands, options=options)) and seen == [None]
     with pytest.raises(ValueError, match=rf"options with acc_dtype={dtype} need torch's own chunks"):
@@ -363,7 +363,7 @@ def test_accumulation_in_16_bits_is_torchs(dtype, seen):
 
 
 def test_accumulation_in_16_bits_on_an_older_torch(monkeypatch):
-    monkeypatch.setattr(linear, "_torchs", None)
+    monkeypatch.setattr(linear, "_torch_function", None)
     with pytest.raises(ValueError, match=r"acc_dtype=torch.bfloat16 need torch's own chunks, of torch 2\.13"):
         functional.linear_cross_entropy(X.bfloat16(), W.bfloat16(), LABELS, options=OPTIONS(acc_dtype=torch.bfloat16))
 
@@ -493,7 +493,7 @@ def test_the_module_is_torchs(options):
 @each_module
 def test_the_module_of_an_older_torch(options, monkeypatch):
     """The one whose base trainopt makes itself."""
-    monkeypatch.setattr(linear, "_torchs", None)
+    monkeypatch.setattr(linear, "_torch_function", None)
     body = dict(vars(trainopt.LinearCrossEntropyLoss))
     body = {name: body[name] for name in ("forward", *trainopt.LinearCrossEntropyLoss.EXTRAS)}
     older = type("LinearCrossEntropyLoss", (older_torch.LinearCrossEntropyLoss,), body)

@@ -45,7 +45,8 @@ def test_a_file_that_needs_it_is_skipped(missing, skipped):
 
 def test_any_other_module_that_is_missing_is_an_error(tmp_path):
     """As one of this suite's own, or of trainopt."""
-    (tmp_path / "conftest.py").write_text((HERE / "conftest.py").read_text())
+    for name in ("conftest.py", "devices.py"):
+        (tmp_path / name).write_text((HERE / name).read_text())
     (tmp_path / "test_it.py").write_text("import no_such_module\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     run = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
