@@ -78,7 +78,7 @@ def test_nothing_is_spilled_or_kept_in_local_memory(usages):
         for usage in found:
             # The row of float64 with every option has all the registers that there are, and a little more.
             has_all = usage.registers == 255 and "float64" in usage.kernel
-            assert usage.spills <= (64 if has_all else 0), (architecture, usage)
+            assert usage.spills <= (64 if has_all else 0) or is_step_preparation(usage), (architecture, usage)
             assert usage.stack <= (16 if has_all else 0) or is_step_preparation(usage), (architecture, usage)
 
 

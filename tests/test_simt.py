@@ -52,7 +52,7 @@ FAULTS = [
     Fault("a step's tail, one element too long", "update.cu", "at < end; at += kThreads", "at <= end; at += kThreads"),
     Fault("a step after an overflow", "update.cu", "*table.header.found_inf != 0) return", "false) return"),
     Fault("scalars of another group", "step_table.h", "row.prepared = set", "row.prepared = 0"),
-    Fault("a sum's tail, one element too long", "gather.cu", "at < end; at +=", "at <= end; at +="),
+    Fault("a sum's tail, one element too long", "gather.cu", "(end - at + kSumLanes - 1)", "(end - at + kSumLanes)"),
     Fault("sums in the slots of another", "gather.cu", "    if (s > 0) __syncthreads();", "", "that thread"),
     Fault("sums of another tensor", "gather.cu", "row.place = places[t]", "row.place = 0"),
     Fault("a chunk's sum that is left out", "gather.cu", "c < row.chunks; c +=", "c + 1 < row.chunks; c +="),
