@@ -1,8 +1,9 @@
-"""Runs a function in several processes that share a gloo group."""
+"""Groups of gloo: of several processes that run a function, and of this one alone."""
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -12,6 +13,16 @@ def run_ranks(function: Callable[..., None], *args: object, world: int = 2) -> N
     """`function(rank, *args)` in each of `world` processes; raises with the first one's traceback if it raises."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_run_rank, (function, world, f"file://{folder}/store", args), nprocs=world)
+
+
+@contextmanager
+def mesh_of_one() -> Iterator[dist.device_mesh.DeviceMesh]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
 
 
 def _run_rank(rank, function, world, store, args):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from helpers import CLASSES, OPTIONS, assert_equal, attempt, each_class
 from judge import bits
+from ranks import mesh_of_one
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -366,11 +367,8 @@ def one_collective_for_each_dimension_of_a_mesh(mesh, name):
 
 @pytest.fixture(scope="module")
 def mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield dist.device_mesh.init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
+    with mesh_of_one() as mesh:
+        yield mesh
 
 
 def replace_local(tensor, local):

@@ -25,22 +25,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 SIZES = (0, 1, 7, 8, 9, 255, 2047, 2049, 10_000)
 
 
-def moved(value, device):
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def on(device, function):
-    """A function of trainopt's, of tensors that lie here, computed there."""
-
-    def compute(*operands, **options):
-        options = {name: moved(value, device) for name, value in options.items()}
-        loss = getattr(functional, function)(*(operand.to(device) for operand in operands), **options)
-        assert loss.device.type == torch.device(device).type and "Pointwise" in loss.grad_fn.name()
-        return loss.cpu()
-
-    return compute
-
-
 def leaves_of(operands, device=None):
     """Copies with gradients and the same strides."""
     copies = [operand.detach().to(device) if device else operand.detach() for operand in operands]

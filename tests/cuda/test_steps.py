@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from judge import DTYPES, TABLE
+from ranks import mesh_of_one
 from steps import SHAPES, assert_near, assert_same_bits, counts_on_device, here, on_device, outcome_on
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -227,11 +228,8 @@ def test_noise_goes_on_after_the_largest_count_of_float32(device, name):
 
 @pytest.fixture
 def mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield dist.device_mesh.init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
+    with mesh_of_one() as mesh:
+        yield mesh
 
 
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.has_sums])

@@ -109,7 +109,7 @@ void CudaBatch::run_by_host(Part& part, const Step& step) const {
   bool last_first = false;
   for (size_t i = 0; i < part.tasks.size(); ++i) {
     const Source& source = part.sources[i];
-    const bool first = source.first || (source.count.on_host && source.count.step == 1);
+    const bool first = source.is_first();
     if (last == nullptr || last->group != source.group || last->count.step != source.count.step ||
         last_first != first) {
       prepared.push_back({source.group->scalars(rule_, source.count.step, first, part.is_float64, step.gradient_scale),
@@ -135,10 +135,9 @@ void CudaBatch::run_by_device(Part& part, const Step& step) const {
     const Source& source = part.sources[i];
     if (last != source.group) groups.push_back(source_of(*source.group, part.device, &kept));
     last = source.group;
-    const bool first = source.first || (source.count.on_host && source.count.step == 1);
     part.tasks[i].prepared = static_cast<uint32_t>(counts.size());
     counts.push_back({source.count.on_device, source.count.step, static_cast<uint32_t>(groups.size() - 1),
-                      source.count.is_double, first});
+                      source.count.is_double, source.is_first()});
   }
   const float* scale = float_on(step.scaling.gradient_scale, part.device, &kept);
   if (scale == nullptr && step.gradient_scale != 1)
@@ -166,10 +165,12 @@ void CudaBatch::update(Part& part, const cuda::Prepared* prepared, bool on_devic
   auto* const own = static_cast<Sum*>(sums.mutable_data_ptr());
   const size_t partial_bytes = cuda::partial_sums(work, rule_.sum_count) * sizeof(Sum);
   cuda::gather(work, static_cast<Sum*>(memory_on(part.device, partial_bytes, &kept)), own, stream);
-  std::vector<const Shard*> shards;
-  for (const Source& source : part.sources) shards.push_back(source.shard);
-  const auto is_shard = [](const Shard* shard) { return shard != nullptr; };
-  if (std::any_of(shards.begin(), shards.end(), is_shard)) step.add_shards(sums, shards);
+  const auto is_shard = [](const Source& source) { return source.shard != nullptr; };
+  if (std::any_of(part.sources.begin(), part.sources.end(), is_shard)) {
+    std::vector<const Shard*> shards;
+    for (const Source& source : part.sources) shards.push_back(source.shard);
+    step.add_shards(sums, shards);
+  }
   auto* const finished = static_cast<cuda::Prepared*>(memory_on(part.device, count * sizeof(cuda::Prepared), &kept));
   cuda::finish(work, own, finished, stream);
   for (size_t t = 0; t < count; ++t) part.tasks[t].prepared = static_cast<uint32_t>(t);

@@ -78,6 +78,8 @@ class CudaBatch {
     bool first;
     StepCount count;
     const Shard* shard;
+
+    bool is_first() const { return first || (count.on_host && count.step == 1); }
   };
 
   // The parameters of one device and one arithmetic.
