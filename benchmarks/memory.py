@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 from collections.abc import Callable
@@ -20,6 +21,7 @@ def can_measure() -> bool:
 def peak_of(call: Callable[[], object]) -> int:
     """Bytes of resident memory that a call, made once here and now, adds at its peak."""
     gc.collect()  # else garbage of before may go during the call, and hide what the call holds
+    _give_back_free_memory()  # else the call may use it, and add nothing
     CLEAR.write_text("5")  # the high-water mark starts again from what is resident
     before = _resident("VmRSS")
     result = call()
@@ -45,6 +47,13 @@ def peak_in_new_process(prepare: Callable[[], Callable[[], object]]) -> int:
 
 def _send_peak(sender: Connection, prepare: Callable[[], Callable[[], object]]) -> None:
     sender.send(peak_of(prepare()))
+
+
+def _give_back_free_memory() -> None:
+    """Has the C library return what it keeps of freed memory to the system; glibc alone keeps much, and can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _resident(name: str) -> int:
