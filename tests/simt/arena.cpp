@@ -55,15 +55,21 @@ class Arena {
     return memory;
   }
 
-  void release(void* memory) {
+  // The bytes that were asked for.
+  size_t retire(void* memory) {
     const auto found = live_.find(static_cast<char*>(memory));
     if (found == live_.end()) throw std::runtime_error("memory of an emulated device is given back twice");
+    statistics.allocated_bytes -= found->second;
+    return found->second;
+  }
+
+  void release(void* memory) {
+    const auto found = live_.find(static_cast<char*>(memory));
     const auto [begin, bytes] = *found;
     const size_t whole = rounded(bytes) + kAlignment;
     find_damage(begin, bytes, whole);
     std::memset(host_address(begin), kMemoryPoison, whole);
     live_.erase(found);
-    statistics.allocated_bytes -= bytes;
     kept_back_[whole].push_back(begin);
     kept_back_bytes_ += whole;
   }
@@ -176,6 +182,12 @@ void* allocate(int device, size_t bytes) {
   if (bytes == 0) return nullptr;
   const std::lock_guard lock(arenas().mutex);
   return arenas().of_device[device].allocate(bytes);
+}
+
+size_t retire(int device, void* memory) {
+  if (memory == nullptr || getpid() != arenas().owner) return 0;
+  const std::lock_guard lock(arenas().mutex);
+  return arenas().of_device[device].retire(memory);
 }
 
 void release(int device, void* memory) {
