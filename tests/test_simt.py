@@ -31,51 +31,62 @@ OTHERS = (
     *("tests/simt/pointwise_test.cpp", "tests/simt/cross_entropy_test.cpp"),
 )
 
-pytestmark = pytest.mark.slow
+#: A line that a fault is seeded into ends with this comment and the fault's name, or follows a line of it.
+TAG = "tests break this: "
 
 
 class Fault(NamedTuple):
-    """Text in a file of csrc/cuda, what it becomes, and what the tests must say."""
+    """The name that a line of csrc/cuda carries, text of that line, what it becomes, and what the tests must say."""
 
-    what: str
-    file: str
+    name: str
     right: str
     wrong: str
     said: str = "FAILED"
 
+    def seed(self, csrc: Path) -> Path:
+        """Writes the fault into a copy of the sources; the file that it is in."""
+        (file,) = [path for path in (csrc / "cuda").iterdir() if f"// {TAG}{self.name}\n" in path.read_text()]
+        lines = file.read_text().split("\n")
+        (at,) = [i for i, line in enumerate(lines) if line.endswith(f"// {TAG}{self.name}")]
+        at += lines[at].strip().startswith("//")  # on a line of its own it is said of the next one
+        code, comment, tag = lines[at].partition(f"  // {TAG}")
+        assert code.count(self.right) == 1, f"{file.name} has changed: say in FAULTS what becomes of {code.strip()!r}"
+        assert self.wrong != self.right
+        lines[at] = code.replace(self.right, self.wrong) + comment + tag
+        file.write_text("\n".join(lines))
+        return file
+
 
 FAULTS = [
-    Fault("a missing barrier", "reduce.h", "  __syncthreads();\n", "", "that thread"),
-    Fault("half a warp's mask", "reduce.h", "kAllLanes = 0xffffffffu", "kAllLanes = 0xffffu", "its own mask"),
-    Fault("unset shared slots", "reduce.h", "threadIdx.x % 32 == 0) of", "threadIdx.x == 0) of", "before it is set"),
-    Fault("a norm's tail, one element too long", "norm.cu", "at < chunk.end", "at <= chunk.end"),
-    Fault("a step's tail, one element too long", "update.cu", "at < end; at += kThreads", "at <= end; at += kThreads"),
-    Fault("a step after an overflow", "update.cu", "*table.header.found_inf != 0) return", "false) return"),
-    Fault("scalars of another group", "step_table.h", "row.prepared = set", "row.prepared = 0"),
-    Fault("a sum's tail, one element too long", "gather.cu", "(end - at + kSumLanes - 1)", "(end - at + kSumLanes)"),
-    Fault("sums in the slots of another", "gather.cu", "    if (s > 0) __syncthreads();", "", "that thread"),
-    Fault("sums of another tensor", "gather.cu", "row.place = places[t]", "row.place = 0"),
-    Fault("a chunk's sum that is left out", "gather.cu", "c < row.chunks; c +=", "c + 1 < row.chunks; c +="),
-    Fault("sums that nothing follows from", "gather.cu", "Rule::finish(scalars, values);", ""),
-    Fault("a neighbour's chunk", "table.h", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
-    Fault("a loss's tail, one element too long", "pointwise.cu", "i < item_end", "i <= item_end"),
-    Fault("a gradient's tail, one element short", "pointwise.cu", "i < end; i +=", "i + 1 < end; i +="),
-    Fault("a factor read past its row", "pointwise.cu", "place + 1 == from.period", "place == from.period"),
-    Fault("a sum without its last part", "pointwise.cu", "i < count; i +=", "i + 1 < count; i +="),
-    Fault("a part that is not set", "pointwise.cu", "threadIdx.x != 0)", "threadIdx.x + blockIdx.x != 0)"),
-    Fault("a mean that is a sum", "pointwise.cu", "0) / pass.divisor", "0)"),
-    Fault("a row's missing barrier", ROWS, "    __syncthreads();\n    sums", "    sums", "before it is set"),
-    Fault("slots of the row before", ROWS, "(row % 2) * kMostWarps", "(row % 1)", "that thread"),
-    Fault("slots of the next set", ROWS, "lane < warps", "lane <= warps", "before it is set"),
-    Fault(
-        "a row's tail, one class short", PLAIN, "singles(before + classes - end)", "singles(before + classes - end - 1)"
-    ),
-    Fault("a word of another place", PLAIN, "word = words[first + i * step]", "word = words[first + i]"),
-    Fault("a label that is another thread's", PLAIN, "% threads + word % 32", "% threads"),
-    Fault("a column's part, one class short", COLUMNS, "? static_cast<int>(classes - at) :", "? 1 :"),
-    Fault("a bad target let through", "cross_entropy_row.h", "index >= task.classes", "index > task.classes"),
-    Fault("labels that are not counted", "cross_entropy.cu", "threadIdx.x < count", "threadIdx.x + 1 < count"),
-    Fault("a row's part that is not set", "cross_entropy_row.h", "threadIdx.x == 0) work", "threadIdx.x == 1) work"),
+    Fault("a missing barrier", "__syncthreads();", "", "that thread"),
+    Fault("half a warp's mask", "kAllLanes = 0xffffffffu", "kAllLanes = 0xffffu", "its own mask"),
+    Fault("unset shared slots", "threadIdx.x % 32 == 0) of", "threadIdx.x == 0) of", "before it is set"),
+    Fault("a norm's tail, one element too long", "at < chunk.end", "at <= chunk.end"),
+    Fault("a step's tail, one element too long", "at < end; at += kThreads", "at <= end; at += kThreads"),
+    Fault("a step after an overflow", "*table.header.found_inf != 0) return", "false) return"),
+    Fault("scalars of another group", "row.prepared = set", "row.prepared = 0"),
+    Fault("a sum's tail, one element too long", "(end - at + kSumLanes - 1)", "(end - at + kSumLanes)"),
+    Fault("sums in the slots of another", "__syncthreads()", "", "that thread"),
+    Fault("sums of another tensor", "row.place = places[t]", "row.place = 0"),
+    Fault("a chunk's sum that is left out", "c < row.chunks; c +=", "c + 1 < row.chunks; c +="),
+    Fault("sums that nothing follows from", "Rule::finish(scalars, values);", ""),
+    Fault("a neighbour's chunk", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
+    Fault("a loss's tail, one element too long", "i < item_end", "i <= item_end"),
+    Fault("a gradient's tail, one element short", "i < end; i +=", "i + 1 < end; i +="),
+    Fault("a factor read past its row", "place + 1 == from.period", "place == from.period"),
+    Fault("a sum without its last part", "i < count; i +=", "i + 1 < count; i +="),
+    Fault("a part that is not set", "threadIdx.x != 0)", "threadIdx.x + blockIdx.x != 0)"),
+    Fault("a mean that is a sum", "0) / pass.divisor", "0)"),
+    Fault("a row's missing barrier", "__syncthreads();", "", "before it is set"),
+    Fault("slots of the row before", "(row % 2) * kMostWarps", "(row % 1)", "that thread"),
+    Fault("slots of the next set", "lane < warps", "lane <= warps", "before it is set"),
+    Fault("a row's tail, one class short", "singles(before + classes - end)", "singles(before + classes - end - 1)"),
+    Fault("a word of another place", "word = words[first + i * step]", "word = words[first + i]"),
+    Fault("a label that is another thread's", "% threads + word % 32", "% threads"),
+    Fault("a column's part, one class short", "? static_cast<int>(classes - at) :", "? 1 :"),
+    Fault("a bad target let through", "index >= task.classes", "index > task.classes"),
+    Fault("labels that are not counted", "threadIdx.x < count", "threadIdx.x + 1 < count"),
+    Fault("a row's part that is not set", "threadIdx.x == 0) work", "threadIdx.x == 1) work"),
 ]
 
 #: The kernels that are compiled anew for a fault in a header.
@@ -112,20 +123,29 @@ def objects(tmp_path_factory) -> dict[str, Path]:
         return {source.name: path for source, path in zip(sources, made, strict=True)}
 
 
+@pytest.fixture
+def sources(tmp_path) -> Path:
+    return Path(shutil.copytree(ROOT / "csrc", tmp_path / "csrc"))
+
+
+def test_every_fault_has_its_line(sources):
+    for fault in FAULTS:
+        fault.seed(sources)
+    tags = sum(path.read_text().count(TAG) for path in (sources / "cuda").iterdir())
+    assert tags == len(FAULTS) == len({fault.name for fault in FAULTS})
+
+
+@pytest.mark.slow
 def test_the_kernels_as_they_are(objects, tmp_path):
     result = run(list(objects.values()), tmp_path / "test")
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
-def test_a_seeded_fault_is_caught(fault, objects, tmp_path):
-    csrc = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
-    file = csrc / "cuda" / fault.file
-    text = file.read_text()
-    assert fault.right in text, f"{fault.file} has changed: seed this fault anew"
-    file.write_text(text.replace(fault.right, fault.wrong, 1))
-    changed = USERS.get(fault.file, fault.file)
-    mine = objects | {changed: compile_object(csrc / "cuda" / changed, csrc, tmp_path)}
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_seeded_fault_is_caught(fault, objects, sources, tmp_path):
+    file = fault.seed(sources)
+    changed = USERS.get(file.name, file.name)
+    mine = objects | {changed: compile_object(sources / "cuda" / changed, sources, tmp_path)}
     result = run(list(mine.values()), tmp_path / "test", PARTS[changed])
     assert result.returncode != 0 and fault.said in result.stdout, result.stdout

@@ -15,6 +15,7 @@ constexpr int kMinBlocks = sizeof(S) == sizeof(float) ? 4 : 2;
 template <class Use>
 __device__ __forceinline__ void for_each_item(int64_t classes, Use use) {
   for (int64_t at = 0; at < classes; at += kItem)
+    // tests break this: a column's part, one class short
     use(Strided{at, classes - at < kItem ? static_cast<int>(classes - at) : kItem});
 }
 

@@ -22,7 +22,7 @@ struct Kept {
     if (i < count) words[first + i * step] = uint4{part[0], part[1], part[2], part[3]};
   }
   __device__ __forceinline__ void get(int i, uint32_t (&part)[4]) const {
-    const uint4 word = words[first + i * step];
+    const uint4 word = words[first + i * step];  // tests break this: a word of another place
     part[0] = word.x, part[1] = word.y, part[2] = word.z, part[3] = word.w;
   }
 };
@@ -68,13 +68,13 @@ struct Plain {
     __device__ __forceinline__ Places(int classes, const Head& head)
         : before(classes < head.elements ? classes : head.elements),
           end(before + (classes - before) / kEach * kEach),
-          singles(before + classes - end) {}
+          singles(before + classes - end) {}  // tests break this: a row's tail, one class short
     __device__ __forceinline__ int single(int s) const { return s < before ? s : end + (s - before); }
     // The thread that has a class.
     __device__ __forceinline__ int owner_of(int c, int threads) const {
       if (c < before || c >= end) return (c < before ? c : before + c - end) % threads;
       const int word = (c - before) / kEach;
-      return word / (32 * kWords) * 32 % threads + word % 32;
+      return word / (32 * kWords) * 32 % threads + word % 32;  // tests break this: a label that is another thread's
     }
   };
 

@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kMostThreads<Way>)
   TRAINOPT_SHARED(S, mass_times_logit, 2 * kMostWarps);
   // The sums of all threads, to every thread.
   const auto combine_all = [&](RowSums<S> sums, int64_t row) {
-    const int set = static_cast<int>(row % 2) * kMostWarps;
+    const int set = static_cast<int>(row % 2) * kMostWarps;  // tests break this: slots of the row before
     sums = combine_sums(sums, constants.has_mass);
     if (lane == 0) {
       largest[set + warp] = sums.largest;
@@ -188,9 +188,9 @@ __global__ void __launch_bounds__(kMostThreads<Way>)
       mass[set + warp] = sums.mass;
       mass_times_logit[set + warp] = sums.mass_times_logit;
     }
-    __syncthreads();
+    __syncthreads();  // tests break this: a row's missing barrier
     sums = {};
-    if (lane < warps) {
+    if (lane < warps) {  // tests break this: slots of the next set
       sums.largest = largest[set + lane];
       sums.shift = sums.largest == -kInfinity<S> ? S(0) : static_cast<S>(sums.largest);
       sums.exponentials = exponentials[set + lane];

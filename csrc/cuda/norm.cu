@@ -163,6 +163,7 @@ __device__ __forceinline__ double sum_chunk(const RowOf<kStrided>& row, const Ch
 #pragma unroll
       for (int i = 0; i < kItem; ++i) {
         const int64_t at = batch.at(item * kItemWords + i / kEach) + i % kEach;
+        // tests break this: a norm's tail, one element too long
         if (at < chunk.end) value[i] = static_cast<S>(from_stored(data[place_of<kStrided>(row, at)]));
       }
       sum = plus<kNorm, S>(sum, sum_item<kNorm>(value));

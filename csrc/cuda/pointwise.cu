@@ -68,7 +68,7 @@ __device__ __forceinline__ void gather(const Operand& from, int64_t at, S (&valu
 #pragma unroll
   for (int k = 0; k < kItem; ++k) {
     value[k] = static_cast<S>(from_stored(data[place]));
-    place = place + 1 == from.period ? 0 : place + 1;
+    place = place + 1 == from.period ? 0 : place + 1;  // tests break this: a factor read past its row
   }
 }
 
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
   for (; at < end; at += kStep) {
     const int64_t item_end = at + kItem < end ? at + kItem : end;
     S item_sum = 0;
-    for (int64_t i = at; i < item_end; ++i) {
+    for (int64_t i = at; i < item_end; ++i) {  // tests break this: a loss's tail, one element too long
       const S x = load<S>(pass.input, pass.numel, i), t = load<S>(pass.target, pass.numel, i);
       const S value = value_of(Loss::value(F(x), F(t), F(load_factor<S>(pass.positive, pass.numel, i)), k)) *
                       load_factor<S>(pass.weight, pass.numel, i);
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
   }
   if (pass.result.data == nullptr) return;
   sum = add_over_block<kThreads>(sum);
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x != 0) return;  // tests break this: a part that is not set
   if (pass.partials != nullptr) {
     pass.partials[blockIdx.x] = sum;
   } else {
@@ -251,6 +251,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
 __global__ void __launch_bounds__(kFinishThreads)
     pointwise_finish_kernel(const double* partials, int64_t count, TensorView result, double divisor) {
   double sum = 0;
+  // tests break this: a sum without its last part
   for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) sum += partials[i];
   sum = add_over_block<kFinishThreads>(sum);
   if (threadIdx.x == 0) write_result(result, sum, divisor);
@@ -264,6 +265,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
   const F k(static_cast<S>(pass.parameter));
   const bool by_element = pass.upstream.data != nullptr;
   const S scale =
+      // tests break this: a mean that is a sum
       by_element ? S(1) : static_cast<S>(load_one<double>(pass.number.data, pass.number.dtype, 0) / pass.divisor);
   const int64_t whole = pass.vectorisable ? begin + (end - begin) / kItem * kItem : begin;
   int64_t at = begin + static_cast<int64_t>(threadIdx.x) * kItem;
@@ -287,6 +289,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<S>)
       store_item(pass.target_gradient.data, pass.target_gradient.dtype, place, gradient);
     }
   });
+  // tests break this: a gradient's tail, one element short
   for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) {
     const F x(load<S>(pass.input, pass.numel, i)), t(load<S>(pass.target, pass.numel, i));
     const F positive(load_factor<S>(pass.positive, pass.numel, i));

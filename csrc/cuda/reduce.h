@@ -7,7 +7,7 @@
 
 namespace trainopt::cuda {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr unsigned kAllLanes = 0xffffffffu;  // tests break this: half a warp's mask
 
 // The value of the lane whose number differs by these bits.
 template <class T>
@@ -30,8 +30,8 @@ __device__ __forceinline__ T combine_warp(T value, Combine combine) {
 template <int kWarps, class T, class Slots, class Combine>
 __device__ __forceinline__ T combine_block(T value, Slots&& of_warp, Combine combine) {
   value = combine_warp(value, combine);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
-  __syncthreads();
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;  // tests break this: unset shared slots
+  __syncthreads();                                               // tests break this: a missing barrier
   if (threadIdx.x != 0) return value;
   T result = of_warp[0];
   for (int w = 1; w < kWarps; ++w) result = combine(result, static_cast<T>(of_warp[w]));

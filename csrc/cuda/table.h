@@ -74,7 +74,7 @@ __device__ inline int find_row(const Table& table, int32_t chunk) {
   int low = 0, high = table.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (table.first_chunk[middle] <= chunk) {
+    if (table.first_chunk[middle] <= chunk) {  // tests break this: a neighbour's chunk
       low = middle;
     } else {
       high = middle;

@@ -160,6 +160,7 @@ struct Chunk {
       whole += (end - at) / kItem * kItem;
       for_each_batch<1, kItem, kThreads>(at, whole, [&](const Batch<1, kItem>& batch) { step_item(batch.first); });
     }
+    // tests break this: a step's tail, one element too long
     for (at = whole + threadIdx.x; at < end; at += kThreads) step_one<kPlain>(at, at, [](int, int64_t i) { return i; });
   }
 };
@@ -189,6 +190,7 @@ constexpr int kMinBlocks = sizeof(S) == sizeof(double)         ? 1
 template <class Rule, class S, StateSet kSet, class Storage>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + count_of(kSet)>) update_kernel(
     const typename TableOf<2 + count_of(kSet), std::is_same_v<Storage, Strided>>::type __grid_constant__ table) {
+  // tests break this: a step after an overflow
   if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const auto& row = table.rows[index];
