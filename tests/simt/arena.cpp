@@ -17,9 +17,10 @@
 namespace simt {
 namespace {
 
-constexpr size_t kAlignment = 512;
+constexpr size_t kAlignment = 512, kPage = 4096;
 constexpr size_t kReserved = size_t{1} << 36;  // addresses, not memory
 constexpr size_t kKeptBack = size_t{8} << 20;
+constexpr size_t kHuge = size_t{1} << 30;  // is not poisoned: what nobody touches takes no memory
 
 size_t rounded(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -46,7 +47,8 @@ class Arena {
       if (used_ + whole > kReserved) throw std::runtime_error("an emulated device is out of memory");
       memory = device_base_ + used_;
       used_ += whole;
-      std::memset(host_address(memory), kMemoryPoison, whole);
+      const size_t clean = bytes < kHuge ? 0 : bytes;
+      std::memset(host_address(memory) + clean, kMemoryPoison, whole - clean);
     }
     live_[memory] = bytes;
     ++statistics.allocations;
@@ -68,8 +70,13 @@ class Arena {
     const auto [begin, bytes] = *found;
     const size_t whole = rounded(bytes) + kAlignment;
     find_damage(begin, bytes, whole);
-    std::memset(host_address(begin), kMemoryPoison, whole);
     live_.erase(found);
+    if (bytes >= kHuge) {  // its addresses are not used again
+      const size_t before = (kPage - reinterpret_cast<uintptr_t>(begin) % kPage) % kPage;
+      madvise(host_address(begin) + before, (whole - before) / kPage * kPage, MADV_REMOVE);
+      return;
+    }
+    std::memset(host_address(begin), kMemoryPoison, whole);
     kept_back_[whole].push_back(begin);
     kept_back_bytes_ += whole;
   }

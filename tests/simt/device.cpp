@@ -750,6 +750,8 @@ void bind_device(pybind11::module_ parent) {
   // For tests.
   m.def("take_faults", take_texts, "What kernels did that they must not, since the last call.");
   m.def("take_launches", take_launches, "How many blocks each launch since the last call had.");
+  m.def("set_blocks", set_blocks, py::arg("only"),
+        "Of the launches to come, only these blocks run; all, if it is empty.");
   m.def("skip_launches", skip_launches, py::arg("skip"), "Whether the launches to come do nothing but count.");
   m.def(
       "set_order", [](bool ascending) { set_order(ascending ? Order::kAscending : Order::kDescending); },
