@@ -167,7 +167,7 @@ void poison(void* memory, size_t bytes) { std::memset(host_address(memory), kMem
 
 // Bytes that tensors have given back, and that wait for their streams: not too many.
 std::atomic<size_t> waiting_bytes{0};
-constexpr size_t kMostWaitingBytes = size_t{64} << 20;
+constexpr size_t kMostWaitingBytes = size_t{16} << 20;
 
 void* allocate_on_stream(int device, size_t bytes) {
   void* memory = allocate(device, bytes);
@@ -648,15 +648,18 @@ struct OnDevice {
   int wanted, before = 0;
 };
 
-// A kernel that writes one number at an address.
-void write_by_kernel(uintptr_t address, float value, bool on_current_stream) {
+// Kernels that write one number at an address, and copy one.
+void run_kernel(bool on_current_stream, std::function<void()> body) {
   const void* stream = on_current_stream ? current_stream_of(device_of(current_device)) : nullptr;
-  launch(1, 1, 0, stream, [=] { *reinterpret_cast<float*>(address) = value; });
+  if (begins(1, 1, 0, stream)) launch(1, 1, 0, stream, std::move(body));
+}
+
+void write_by_kernel(uintptr_t address, float value, bool on_current_stream) {
+  run_kernel(on_current_stream, [=] { *reinterpret_cast<float*>(address) = value; });
 }
 
 void copy_by_kernel(uintptr_t from, uintptr_t to, bool on_current_stream) {
-  const void* stream = on_current_stream ? current_stream_of(device_of(current_device)) : nullptr;
-  launch(1, 1, 0, stream, [=] { *reinterpret_cast<float*>(to) = *reinterpret_cast<const float*>(from); });
+  run_kernel(on_current_stream, [=] { *reinterpret_cast<float*>(to) = *reinterpret_cast<const float*>(from); });
 }
 
 // As cudaMalloc, beside torch's allocator.
@@ -705,6 +708,16 @@ void bind_device(pybind11::module_ parent) {
         return py::module_::import("torch").attr("accelerator").attr("current_stream")(device_of(index_of(on)).str());
       },
       device);
+  m.def(
+      "default_stream",
+      [](const py::object& on) {
+        return py::module_::import("torch").attr("Stream")(py::arg("stream_id") = 0,
+                                                           py::arg("device_index") = index_of(on),
+                                                           py::arg("device_type") = static_cast<int>(kType));
+      },
+      device);
+  m.def("empty_cache", [] {});
+  m.def("graph_pool_handle", &CapturedGraph::get_pool);
   m.def("is_current_stream_capturing",
         [] { return capturing || is_capturing(current_stream_of(device_of(current_device))); });
   py::class_<CapturedGraph>(m, "CUDAGraph")

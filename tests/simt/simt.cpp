@@ -4,6 +4,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "fiber.h"
 #include "queue.h"
@@ -244,22 +245,26 @@ void run(unsigned blocks, unsigned block_threads, size_t shared_bytes, const voi
 
 }  // namespace
 
-void launch(int64_t blocks, int threads, size_t shared_bytes, const void* stream, std::function<void()> body) {
+bool begins(int64_t blocks, int threads, size_t shared_bytes, const void* stream) {
   if (blocks <= 0 || blocks > 0x7fffffff || threads <= 0 || threads > static_cast<int>(kMaxThreads) ||
       shared_bytes > kMaxSharedBytes) {
     report_launch(std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads and " +
                   std::to_string(shared_bytes) + " bytes of dynamic shared memory");
-    return;
+    return false;
   }
   {
     const std::lock_guard lock(mutex);
     launches.push_back(static_cast<unsigned>(blocks));
-    if (launches_are_skipped) return;
+    if (launches_are_skipped) return false;
   }
   if (surroundings.admit != nullptr) surroundings.admit(stream);
+  return true;
+}
+
+void launch(int64_t blocks, int threads, size_t shared_bytes, const void* stream, std::function<void()> body) {
   const unsigned grid = static_cast<unsigned>(blocks), size = static_cast<unsigned>(threads);
   if (stream == nullptr) return run(grid, size, shared_bytes, stream, body);
-  enqueue(stream, [=] { run(grid, size, shared_bytes, stream, body); });
+  enqueue(stream, [=, body = std::move(body)] { run(grid, size, shared_bytes, stream, body); });
 }
 
 void set_surroundings(const Surroundings& wanted) { surroundings = wanted; }

@@ -55,6 +55,8 @@ struct Index {
   unsigned x = 0;
 };
 
+// Whether a launch is one that is to run: it is counted, and may be refused.
+bool begins(int64_t blocks, int threads, size_t shared_bytes, const void* stream);
 // Has `body` run once for each thread of each block, when the stream comes to it (queue.h); at once where the stream is
 // null. Launches of several threads of the host follow one another.
 void launch(int64_t blocks, int threads, size_t shared_bytes, const void* stream, std::function<void()> body);
