@@ -300,12 +300,14 @@ def test_what_cannot_be_captured(device, streams, kind):
 def test_the_legacy_stream_cannot_work_during_a_capture(device, streams):
     tensor = torch.ones(4, device=device)
     legacy = torch.simt.current_stream()
+    graph = torch.simt.CUDAGraph()
     with (
         pytest.raises(RuntimeError, match="previous error"),
-        torch.simt.graph(torch.simt.CUDAGraph(), stream=streams[0]),
+        torch.simt.graph(graph, stream=streams[0]),
+        legacy,
+        pytest.raises(RuntimeError, match="legacy stream"),
     ):
-        with legacy, pytest.raises(RuntimeError, match="legacy stream"):
-            tensor.fill_(2)
+        tensor.fill_(2)
 
 
 def test_a_stream_that_joins_a_capture_has_to_come_back(device, streams):

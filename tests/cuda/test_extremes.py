@@ -1,6 +1,8 @@
-"""What is at the ends on a device: vocabularies of 128k classes and more, more than 2^31 logits, and NaN and infinities.
+"""What is at the ends on a device: vocabularies of 128k classes and more, over 2^31 logits, and NaN and infinities.
+
 They must stand where torch has them in float64, or where the CPU's engine has them, which is held against torch
-elsewhere."""
+elsewhere.
+"""
 
 import contextlib
 import itertools
