@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 import trainopt
 from benchmarks import loss_cases
-from benchmarks.clip import CLIPS
+from benchmarks.clip import LIBRARIES
 from benchmarks.loss_cases import EAGER, OURS, Case, Step
 from benchmarks.optimizers import RULES, Rule
 from benchmarks.workloads import WORKLOADS, Workload
@@ -154,7 +154,8 @@ def clip_task(workload: Workload, clips: bool) -> Task:
     passes = 3 if clips else 1  # the norm reads; clipping reads again and writes
     moved = passes * workload.elements * workload.dtype.itemsize
     title = f"clip_grad_norm_, {workload.title}, {'clips' if clips else 'below the limit'}"
-    return Task("clip", title, moved, "torch", {name: partial(ready, clip) for name, clip in CLIPS.items()})
+    contenders = {name: partial(ready, library.clip_grad_norm_) for name, library in LIBRARIES.items()}
+    return Task("clip", title, moved, "torch", contenders)
 
 
 # ----------------------------------------------------------------------------------------------------------------- all

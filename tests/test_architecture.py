@@ -100,7 +100,9 @@ def test_no_header_hides_one_of_torch():
 
 @needs_source_tree
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ("csrc/torch/optim/batch.cpp", "csrc/python/snapshot.cpp"))
+@pytest.mark.parametrize(
+    "source", ("csrc/torch/optim/batch.cpp", "csrc/torch/optim/step_memory.cpp", "csrc/python/snapshot.cpp")
+)
 def test_torch_is_inspected_in_its_public_words_too(source):
     """The slow twins compile; and csrc/torch does without Python's headers."""
     theirs = Path(torch.__path__[0], "include")

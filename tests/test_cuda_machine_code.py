@@ -21,5 +21,5 @@ def test_wide_accesses_and_no_local_memory(name, architecture):
         if kernel == "finish" or (name == "update" and "strided" in kernel):
             continue
         assert re.search(r"\bLDG\.E[.\w]*\.128\b", code) or "strided" in kernel, kernel
-        writes = name == "update" or kernel.startswith("clip")
+        writes = name == "update" or kernel.startswith(("clip", "clamp"))
         assert bool(re.search(r"\bSTG\.E[.\w]*\.128\b", code)) == writes or "strided" in kernel, kernel

@@ -70,7 +70,7 @@ def in_place(request, monkeypatch):
 @pytest.mark.parametrize(("place", "name"), REPLACED, ids=lambda part: part)
 def test_every_name_is_ours_and_then_torchs_again(place, name):
     ours = {"_get_total_norm": trainopt.get_total_norm, "get_total_norm": trainopt.get_total_norm}
-    ours |= {"clip_grad_norm_": trainopt.clip_grad_norm_}
+    ours |= {"clip_grad_norm_": trainopt.clip_grad_norm_, "_clip_grads_with_norm_": trainopt.clip_grads_with_norm_}
     expected = ours.get(name) or getattr(trainopt, name, None) or getattr(trainopt.functional, name)
     with trainopt.patched():
         assert vars(sys.modules[place])[name] is expected
@@ -83,7 +83,7 @@ def test_everything_that_trainopt_has_of_torchs_is_replaced():
     classes -= {"Schedule", "LinearCrossEntropyOptions"}
     functions = {name for name in trainopt.functional.__all__ if hasattr(F, name)}
     assert {name for name in classes if hasattr(torch.optim, name) or hasattr(nn, name)} | functions <= names
-    assert {"clip_grad_norm_", "get_total_norm"} <= names
+    assert {"clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"} <= names
 
 
 def test_a_patch_is_undone_once():

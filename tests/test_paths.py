@@ -42,7 +42,10 @@ class Holder(nn.Module):
         (Holder(), [("ours (CrossEntropyLoss)", FUSED), ("theirs (MSELoss)", "torch")]),
         (torch.compile(trainopt.MSELoss(), backend="eager"), [("MSELoss", FUSED)]),
         (trainopt.clip_grad_norm_, [("clip_grad_norm_", FUSED)]),
+        (trainopt.clip_grad_value_, [("clip_grad_value_", FUSED)]),
+        (trainopt.clip_grads_with_norm_, [("clip_grads_with_norm_", FUSED)]),
         (nn.utils.clip_grad_norm_, [("clip_grad_norm_", "torch")]),
+        (nn.utils.clip_grad_value_, [("clip_grad_value_", "torch")]),
         (trainopt.get_total_norm, [("get_total_norm", FUSED)]),
     ],
 )

@@ -8,6 +8,8 @@ from trainopt._version import __version__
 __all__ = [
     "__version__",
     "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
     "explain",
     "functional",
     "get_total_norm",
@@ -18,7 +20,7 @@ __all__ = [
 
 try:
     from trainopt import functional, losses, optim, schedules
-    from trainopt.clip import clip_grad_norm_, get_total_norm
+    from trainopt.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
     from trainopt.losses import *  # noqa: F403
     from trainopt.optim import *  # noqa: F403
     from trainopt.patching import patch, patched

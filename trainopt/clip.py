@@ -1,4 +1,5 @@
-"""Gradient clipping by norm: drop-ins for torch.nn.utils.clip_grad_norm_ and get_total_norm.
+"""Gradient clipping: drop-ins for torch.nn.utils.clip_grad_norm_, get_total_norm, clip_grads_with_norm_ and
+clip_grad_value_.
 
 Where torch reads each gradient and then multiplies each, these read all in one call, and multiply only if the norm is
 over the limit. Sums are in float64, in an order that does not depend on the number of threads. On CUDA the norm and
@@ -132,3 +133,62 @@ def clip_grad_norm_(
         # Gradients that share memory are scaled one after the other: torch's foreach kernels on CUDA race for it.
         stock._clip_grads_with_norm_(given, max_norm, total, foreach=False)
     return total
+
+
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+) -> None:
+    """Scales gradients by a norm that is known already, as torch.nn.utils.clip_grads_with_norm_.
+
+    All gradients are multiplied in place by min(1, max_norm / (total_norm + 1e-6)). Where the host knows that this is
+    1, they are not written to.
+
+    Args:
+        parameters: a tensor or an iterable of tensors; those without a gradient are passed over.
+        max_norm: the norm that gradients of norm `total_norm` are scaled to, if it is smaller.
+        total_norm: the gradients' norm, a tensor of one element, of any device and floating dtype.
+        foreach: for gradients that torch takes care of: sparse ones, those of several devices, subclasses.
+    """
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if (
+        switches.REFERENCE_FORCED
+        or torch.compiler.is_compiling()
+        or type(total_norm) is not Tensor
+        or total_norm.dim() > 0
+        or not total_norm.is_floating_point()
+        or not _C.clip_gradients(given, float(max_norm), _on_host_or_device(total_norm))
+    ):
+        stock._clip_grads_with_norm_(given, max_norm, total_norm, foreach)
+
+
+def _on_host_or_device(norm: Tensor) -> float | Tensor:
+    return float(norm) if norm.is_cpu else norm.detach().double()
+
+
+#: float16's largest number. Beyond it torch has words of its own for the dtypes that cannot hold a limit.
+_MOST = 65504.0
+
+
+def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
+    """Brings every element of the gradients into [-clip_value, clip_value], as torch.nn.utils.clip_grad_value_.
+
+    In place, in one call for all gradients. NaN stays NaN. Where no element lies beyond, nothing is written; version
+    counters move all the same, as torch's do.
+
+    Args:
+        parameters: a tensor or an iterable of tensors; those without a gradient are passed over.
+        clip_value: the largest size of an element to be left, at least 0.
+        foreach: for gradients that torch takes care of: sparse ones, those of several devices, subclasses.
+    """
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    limit = float(clip_value)
+    if (
+        switches.REFERENCE_FORCED
+        or torch.compiler.is_compiling()
+        or not 0 <= limit <= _MOST
+        or not _C.clamp_gradients(given, limit)
+    ):
+        stock.clip_grad_value_(given, clip_value, foreach)

@@ -36,7 +36,7 @@ _LOSSES = (
     "mse_loss",
     "smooth_l1_loss",
 )
-_CLIPPING = ("_clip_grads_with_norm_", "_get_total_norm", "clip_grad_norm_")
+_CLIPPING = ("_clip_grads_with_norm_", "_get_total_norm", "clip_grad_norm_", "clip_grad_value_")
 
 
 def _own(found: Any, module: ModuleType, name: str) -> FunctionType | None:
@@ -82,7 +82,7 @@ def _copies(module: ModuleType, names: tuple[str, ...], decorate: Callable[[Any]
     return SimpleNamespace(**{**seen, **copies})
 
 
-#: `clip_grad_norm_`, `_get_total_norm` and `_clip_grads_with_norm_`.
+#: `clip_grad_norm_`, `clip_grad_value_`, `_get_total_norm` and `_clip_grads_with_norm_`.
 clip: Any = _copies(clip_grad_module, _CLIPPING, torch.no_grad())
 
 if TYPE_CHECKING:

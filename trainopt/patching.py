@@ -28,8 +28,18 @@ def _places() -> dict[str, dict[str, Any]]:
         # Not in torch.nn.modules.loss, where pickle looks for torch's classes: they call the functions above.
         "torch.nn": modules,
         "torch.nn.modules": modules,
-        "torch.nn.utils": {"clip_grad_norm_": clip.clip_grad_norm_, "get_total_norm": clip.get_total_norm},
-        "torch.nn.utils.clip_grad": {"clip_grad_norm_": clip.clip_grad_norm_, "_get_total_norm": clip.get_total_norm},
+        "torch.nn.utils": {
+            "clip_grad_norm_": clip.clip_grad_norm_,
+            "clip_grad_value_": clip.clip_grad_value_,
+            "clip_grads_with_norm_": clip.clip_grads_with_norm_,
+            "get_total_norm": clip.get_total_norm,
+        },
+        "torch.nn.utils.clip_grad": {
+            "clip_grad_norm_": clip.clip_grad_norm_,
+            "clip_grad_value_": clip.clip_grad_value_,
+            "_clip_grads_with_norm_": clip.clip_grads_with_norm_,
+            "_get_total_norm": clip.get_total_norm,
+        },
     }
 
 
@@ -96,9 +106,9 @@ def patch() -> Patch:
         patch.undo()
 
     Replaced are SGD, Adam and AdamW in torch.optim and the modules that define them; the losses of trainopt.functional
-    in torch.nn.functional, and their modules in torch.nn; clip_grad_norm_ and get_total_norm in torch.nn.utils and
-    its clip_grad. Objects and names that were taken from there before stay what they are: call it before
-    `from torch.optim import AdamW` runs. It holds for the process, in all its threads, and not for processes that are
+    in torch.nn.functional, and their modules in torch.nn; clipping, in torch.nn.utils and its clip_grad. Objects and
+    names that were taken from there before stay what they are: call it before `from torch.optim import AdamW` runs. It
+    holds for the process, in all its threads, and not for processes that are
     started afresh. Patches may overlap, in any order and thread: the last one that is undone puts torch's things back.
 
     Returns:

@@ -16,7 +16,7 @@ from trainopt.losses import dispatch
 from trainopt.optim.explain import Explanation, ParameterPath, kernel, outline
 from trainopt.optim.explain import explain as explain_optimizer
 
-CLIPPING = ("clip_grad_norm_", "get_total_norm")
+CLIPPING = ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm")
 FORCED = "TRAINOPT_REFERENCE is set"
 
 
@@ -67,11 +67,11 @@ def explain_clipping(function: Callable[..., Any], tensors: Any = ()) -> Paramet
     name = name_of(function)
     given: list[Tensor] = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     what = f"{len(given)} tensor{'s' * (len(given) != 1)}" if given else "ordinary tensors"
-    if function not in (trainopt.clip.clip_grad_norm_, trainopt.clip.get_total_norm):
+    if function is not getattr(trainopt.clip, name, None):
         return ParameterPath(name, "torch", "it is torch's own", what)
     if switches.REFERENCE_FORCED:
         return ParameterPath(name, "torch", FORCED, what)
-    of_gradients = function is trainopt.clip.clip_grad_norm_
+    of_gradients = function is not trainopt.clip.get_total_norm
     if given and _C.norm_of(given, 2.0, of_gradients) is None:
         why = "tensors that the compiled module does not take: sparse, subclasses, several devices, or without a kernel"
         return ParameterPath(name, "torch", why, what)

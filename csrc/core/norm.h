@@ -64,4 +64,11 @@ TRAINOPT_FUNCTION ClipFactors clip_factors(double total, double max_norm) {
   return {1, coefficient > 1 ? 1 : coefficient};
 }
 
+// An element of a gradient that is clipped by value, as torch's clip_grad_value_ has it; NaN stays NaN.
+template <class T>
+TRAINOPT_FUNCTION T clamped(T x, T limit) {
+  x = x < -limit ? -limit : x;
+  return x > limit ? limit : x;
+}
+
 }  // namespace trainopt

@@ -201,6 +201,10 @@ void scale(const TensorView& view, int64_t begin, int64_t end, const ClipFactors
   table_in_use().scale(view, begin, end, factors);
 }
 
+void clamp(const TensorView& view, int64_t begin, int64_t end, double limit) {
+  table_in_use().clamp(view, begin, end, limit);
+}
+
 const char* name_of(Variant variant) {
   static constexpr const char* kNames[kVariants] = {"baseline", "avx2", "avx512"};
   return kNames[static_cast<int>(variant)];

@@ -221,7 +221,8 @@ const KernelTable TRAINOPT_KERNEL_TABLE = {{TRAINOPT_FOR_EACH_RULE(TRAINOPT_KERN
                                            {TRAINOPT_FOR_EACH_RULE(TRAINOPT_GATHERS)},
                                            gaussian_range,
                                            norm_of_chunk_kernel,
-                                           scale_kernel};
+                                           scale_kernel,
+                                           clamp_kernel};
 #undef TRAINOPT_GATHERS
 #undef TRAINOPT_KERNELS
 

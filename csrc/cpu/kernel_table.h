@@ -17,6 +17,7 @@ struct KernelTable {
   void (*gaussian)(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor);
   double (*norm_of_chunk)(Norm, const TensorView&, int64_t begin, int64_t end);
   void (*scale)(const TensorView&, int64_t begin, int64_t end, const ClipFactors&);
+  void (*clamp)(const TensorView&, int64_t begin, int64_t end, double limit);
 };
 
 extern const KernelTable kBaselineKernels;

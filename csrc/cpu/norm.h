@@ -1,4 +1,4 @@
-// Norms over tensors on the CPU, and their scaling. See core/norm.h for the order of the sums.
+// Norms over tensors on the CPU, and clipping. See core/norm.h for the order of the sums.
 #pragma once
 
 #include <cstdint>
@@ -13,5 +13,8 @@ double norm_of_chunk(Norm, const TensorView&, int64_t begin, int64_t end);
 
 // Multiplies elements [begin, end) by the factors, rounded to the arithmetic's type; begin is a multiple of kNormChunk.
 void scale(const TensorView&, int64_t begin, int64_t end, const ClipFactors&);
+
+// Brings elements [begin, end) into [-limit, limit]; writes to no block of 256 that lies there already.
+void clamp(const TensorView&, int64_t begin, int64_t end, double limit);
 
 }  // namespace trainopt::cpu

@@ -147,6 +147,25 @@ void scale_as(const TensorView& view, int64_t begin, int64_t end, const ClipFact
   }
 }
 
+template <class S>
+void clamp_as(const TensorView& view, int64_t begin, int64_t end, double limit) {
+  const S most = static_cast<S>(limit);
+  S buffer[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
+    S* tile = load_tile(view, at, count, buffer);
+    int beyond = 0;
+    for (int i = 0; i < count; ++i) beyond += (tile[i] < -most) | (tile[i] > most);
+    if (beyond == 0) continue;
+    for (int i = 0; i < count; ++i) tile[i] = clamped(tile[i], most);
+    store_tile(view, at, count, tile);
+  }
+}
+
+void clamp_kernel(const TensorView& view, int64_t begin, int64_t end, double limit) {
+  (view.dtype == DType::kFloat64 ? clamp_as<double> : clamp_as<float>)(view, begin, end, limit);
+}
+
 void scale_kernel(const TensorView& view, int64_t begin, int64_t end, const ClipFactors& factors) {
   (view.dtype == DType::kFloat64 ? scale_as<double> : scale_as<float>)(view, begin, end, factors);
 }

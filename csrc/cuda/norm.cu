@@ -32,6 +32,9 @@ struct ClipHeader {
   const double* total;
   double max_norm;
 };
+struct ClampHeader {
+  double limit;
+};
 template <class Header, bool kStrided>
 using TableOf = Table<Header, RowOf<kStrided>, kParameterBytes>;
 
@@ -231,9 +234,10 @@ __global__ void __launch_bounds__(32 * kFinishWarps)
   if (rounded.data != nullptr) store_one(rounded.data, rounded.dtype, 0, result);
 }
 
-// Multiplies a chunk of elements of type T: by words as far as they go, then one by one.
-template <class T, class S, bool kStrided>
-__device__ __forceinline__ void scale_chunk(const RowOf<kStrided>& row, const Chunk& chunk, S first, S second) {
+// Changes a chunk of elements of type T, by words as far as they go, then one by one: `change` is given each and says
+// whether to store it.
+template <class T, class S, bool kStrided, class Change>
+__device__ __forceinline__ void change_chunk(const RowOf<kStrided>& row, const Chunk& chunk, Change change) {
   constexpr int kEach = kPerWord<T>;
   T* data = static_cast<T*>(row.data);
   int64_t rest = chunk.begin;
@@ -249,8 +253,10 @@ __device__ __forceinline__ void scale_chunk(const RowOf<kStrided>& row, const Ch
         if (!batch.has(w)) break;
         S value[kEach];
         unpack_word(word[w], T(), value);
+        bool changed = false;
 #pragma unroll
-        for (int i = 0; i < kEach; ++i) value[i] = value[i] * first * second;
+        for (int i = 0; i < kEach; ++i) changed |= change(value[i]);
+        if (!changed) continue;
         pack_word(value, T(), word[w]);
         store_word<T>(data, batch.at(w), word[w]);
       }
@@ -258,20 +264,39 @@ __device__ __forceinline__ void scale_chunk(const RowOf<kStrided>& row, const Ch
   }
   for (int64_t i = rest + threadIdx.x; i < chunk.end; i += kThreads) {
     T* at = data + place_of<kStrided>(row, i);
-    store_one(at, static_cast<S>(from_stored(*at)) * first * second);
+    S value = static_cast<S>(from_stored(*at));
+    if (change(value)) store_one(at, value);
   }
 }
 
-// One block scales one chunk.
+// The chunk of this block.
+template <class S, bool kStrided, class Header, class Change>
+__device__ __forceinline__ void change_own_chunk(const TableOf<Header, kStrided>& table, Change change) {
+  const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
+  const RowOf<kStrided>& row = table.rows[index];
+  const Chunk chunk = chunk_of(row, table.first_chunk[index], static_cast<int32_t>(blockIdx.x));
+  with_type<S>(row.dtype, [&](auto type) { change_chunk<decltype(type), S, kStrided>(row, chunk, change); });
+}
+
 template <class S, bool kStrided>
 __global__ void __launch_bounds__(kThreads) clip_kernel(const TableOf<ClipHeader, kStrided> __grid_constant__ table) {
   const ClipFactors factors = clip_factors(*table.header.total, table.header.max_norm);
   if (factors.change_nothing()) return;
   const S first = static_cast<S>(factors.first), second = static_cast<S>(factors.second);
-  const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
-  const RowOf<kStrided>& row = table.rows[index];
-  const Chunk chunk = chunk_of(row, table.first_chunk[index], static_cast<int32_t>(blockIdx.x));
-  with_type<S>(row.dtype, [&](auto type) { scale_chunk<decltype(type), S, kStrided>(row, chunk, first, second); });
+  change_own_chunk<S, kStrided, ClipHeader>(table, [&](S& value) {
+    value = value * first * second;
+    return true;
+  });
+}
+
+template <class S, bool kStrided>
+__global__ void __launch_bounds__(kThreads) clamp_kernel(const TableOf<ClampHeader, kStrided> __grid_constant__ table) {
+  const S limit = static_cast<S>(table.header.limit);
+  change_own_chunk<S, kStrided, ClampHeader>(table, [&](S& value) {
+    const bool is_beyond = value < -limit || value > limit;
+    value = clamped(value, limit);
+    return is_beyond;
+  });
 }
 
 // On the host -------------------------------------------------------------------------------------------------------
@@ -323,6 +348,13 @@ void clip_those(const NormTensor* tensors, size_t count, const ClipHeader& heade
   });
 }
 
+template <class S, bool kStrided>
+void clamp_those(const NormTensor* tensors, size_t count, const ClampHeader& header, Stream stream) {
+  for_each_table<S, ClampHeader, kStrided>(tensors, count, header, [&](const auto& table, int64_t chunks) {
+    launch("clamp", clamp_kernel<S, kStrided>, {chunks, kThreads}, stream, table);
+  });
+}
+
 }  // namespace
 
 int64_t norm_partials(const NormTensor* tensors, size_t count) {
@@ -347,6 +379,14 @@ void clip(const NormTensor* tensors, size_t count, const double* total, double m
   clip_those<float, true>(tensors, count, header, stream);
   clip_those<double, false>(tensors, count, header, stream);
   clip_those<double, true>(tensors, count, header, stream);
+}
+
+void clamp(const NormTensor* tensors, size_t count, double limit, Stream stream) {
+  const ClampHeader header{limit};
+  clamp_those<float, false>(tensors, count, header, stream);
+  clamp_those<float, true>(tensors, count, header, stream);
+  clamp_those<double, false>(tensors, count, header, stream);
+  clamp_those<double, true>(tensors, count, header, stream);
 }
 
 }  // namespace trainopt::cuda

@@ -36,4 +36,7 @@ void norm(const NormWork&, Stream);
 // written.
 void clip(const NormTensor* tensors, size_t count, const double* total, double max_norm, Stream);
 
+// Brings every element of all tensors into [-limit, limit], and writes only where one lies beyond.
+void clamp(const NormTensor* tensors, size_t count, double limit, Stream);
+
 }  // namespace trainopt::cuda

@@ -107,4 +107,19 @@ bool clip_gradients(const pybind11::list& parameters, double max_norm, const pyb
   return true;
 }
 
+bool clamp_gradients(const pybind11::list& parameters, double limit) {
+  TensorList list;
+  if (!collect(parameters, true, true, &list) || list.share_memory()) return false;
+  bump_versions(list);
+#if defined(TRAINOPT_WITH_CUDA)
+  if (!list.device().is_cpu()) {
+    clamp_on_cuda(list, limit);
+    return true;
+  }
+#endif
+  const Unlocked unlocked(list);
+  clamp_on_cpu(list, limit);
+  return true;
+}
+
 }  // namespace trainopt::python

@@ -1,4 +1,4 @@
-// Gradient clipping by a norm, over plain tensors of one device.
+// Gradient clipping, over plain tensors of one device.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,5 +13,8 @@ pybind11::object norm_of(const pybind11::list& tensors, double order, bool of_gr
 // Multiplies the gradients of a list of parameters so that their norm, exact as above, becomes at most `max_norm`.
 // False, and nothing is changed, if torch must do it: as above, or gradients that share memory.
 bool clip_gradients(const pybind11::list& parameters, double max_norm, const pybind11::object& norm);
+
+// Brings every element of the gradients into [-limit, limit]; `limit` is at least 0. False likewise.
+bool clamp_gradients(const pybind11::list& parameters, double limit);
 
 }  // namespace trainopt::python

@@ -168,6 +168,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_of", norm_of, pybind11::arg("tensors"), pybind11::arg("order"), pybind11::arg("of_gradients"));
   m.def("clip_gradients", clip_gradients, pybind11::arg("parameters"), pybind11::arg("max_norm"),
         pybind11::arg("norm"));
+  m.def("clamp_gradients", clamp_gradients, pybind11::arg("parameters"), pybind11::arg("limit"));
   pybind11::class_<Plan>(m, "Plan")
       .def(pybind11::init<const std::string&>(), pybind11::arg("rule"))
       .def(

@@ -19,6 +19,8 @@ from test_clip import (
     returned,
 )
 from torch.nn.utils import clip_grad_norm_ as torch_clip
+from torch.nn.utils import clip_grad_value_ as torch_clip_value
+from torch.nn.utils import clip_grads_with_norm_ as torch_clip_by
 from torch.nn.utils import get_total_norm as torch_norm
 
 import trainopt
@@ -102,6 +104,32 @@ def test_below_the_limit_nothing_changes(device, dtype):
     before = here(params)
     assert float(trainopt.clip_grad_norm_(params, 1e4)) < 1e4
     assert all(torch.equal(a, b) for a, b in zip(before, here(params), strict=True))
+
+
+@each_dtype
+@pytest.mark.parametrize("limit", (0, 0.3, 1e4))
+def test_clipping_by_value(device, dtype, limit, no_synchronisation):
+    params = make_parameters(dtype=dtype)
+    params[8].grad[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    params[9].grad = params[9].grad.repeat(2)[::2]
+    mine = moved(params, device)
+    with no_synchronisation():
+        trainopt.clip_grad_value_(mine, limit)
+    torch_clip_value(params, limit)
+    for found, exact in zip(here(mine), gradients(params), strict=True):
+        torch.testing.assert_close(found, exact, rtol=0, atol=0, equal_nan=True)
+
+
+@each_dtype
+@pytest.mark.parametrize("norm", (8.0, 1.0, math.nan))
+def test_clipping_by_a_known_norm(device, dtype, norm):
+    params = make_parameters(dtype=dtype)
+    for total in (torch.tensor(norm), torch.tensor(norm, device=device), torch.tensor(norm, device=device).double()):
+        mine, theirs = moved(params, device), copy_of(params)
+        trainopt.clip_grads_with_norm_(mine, 2, total)
+        torch_clip_by(theirs, 2, total.cpu().double())
+        for found, exact in zip(here(mine), gradients(theirs), strict=True):
+            torch.testing.assert_close(found, exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-7, equal_nan=True)
 
 
 @pytest.mark.parametrize("order", (0.5, 1, 2, 3, "inf", math.inf, -math.inf, 0))

@@ -50,7 +50,7 @@ bool is_near(double found, double exact, bool is_float64) {
   return std::fabs(found - exact) <= (is_float64 ? 1e-13 : 2e-7) * exact;
 }
 
-// The norm, in either order of blocks and threads; then clipping to half of it.
+// The norm, in either order of blocks and threads; then clipping by value, and to half of the norm.
 void check_norms(Parameters& parameters, bool is_float64, const std::string& what) {
   const auto check_no_faults = [&] {
     const std::vector<simt::Fault> faults = simt::take_faults();
@@ -71,11 +71,27 @@ void check_norms(Parameters& parameters, bool is_float64, const std::string& wha
     check_no_faults();
   }
 
-  std::vector<std::vector<double>> before;
-  for (const Parameter* p : parameters) {
-    before.emplace_back();
-    for (int64_t i = 0; i < p->numel; ++i) before.back().push_back(p->gradient.get(i));
+  const auto values = [&] {
+    std::vector<std::vector<double>> result;
+    for (const Parameter* p : parameters) {
+      result.emplace_back();
+      for (int64_t i = 0; i < p->numel; ++i) result.back().push_back(p->gradient.get(i));
+    }
+    return result;
+  };
+  for (const double limit : {1e9, 0.25}) {  // 0.25 is a number of each dtype
+    std::vector<std::vector<double>> clamped_values = values();
+    for (std::vector<double>& of_one : clamped_values)
+      for (double& value : of_one) value = clamped(value, limit);
+    cuda::clamp(tensors_of(parameters).data(), parameters.size(), limit, nullptr);
+    const std::vector<std::vector<double>> found = values();
+    for (size_t t = 0; t < found.size(); ++t)
+      for (size_t i = 0; i < found[t].size(); ++i)
+        check(same_value(found[t][i], clamped_values[t][i]), what + ": not what clipping by value gives");
+    check_no_faults();
   }
+
+  const std::vector<std::vector<double>> before = values();
   const std::vector<cuda::NormTensor> tensors = tensors_of(parameters);
   const auto is_scaled = [&](double factor) {
     for (size_t t = 0; t < parameters.size(); ++t)

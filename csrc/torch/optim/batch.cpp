@@ -3,7 +3,6 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/CPUAllocator.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
@@ -36,27 +35,9 @@ bool is_there(const c10::TensorImpl* tensor) {
   return tensor == nullptr || !(is_plain_cpu(tensor) || is_plain_cuda(tensor)) || has_memory(tensor);
 }
 
-// Whether torch's allocator has made this storage's memory, and gives it to nobody else.
-bool is_allocated(const c10::StorageImpl* storage) {
-  const auto was_made_by = [&](c10::DeleterFnPtr own) {
-    return own != nullptr && storage->data_ptr().get_deleter() == own;
-  };
-  if (storage->device_type() == c10::DeviceType::CPU) {
-    static const c10::DeleterFnPtr on_cpu = c10::GetCPUAllocator()->raw_deleter();
-    return was_made_by(on_cpu);
-  }
-  if (storage->device_type() != kCudaDeviceType) return false;
-  static const c10::DeleterFnPtr on_device = c10::GetAllocator(kCudaDeviceType)->raw_deleter();
-  return was_made_by(on_device);
-}
-
 // torch refuses to write to what was made in inference mode outside of that mode.
 bool is_writable(const c10::TensorImpl* tensor) {
   return counter_of(tensor) != nullptr || c10::InferenceMode::is_enabled();
-}
-
-bool is_alone(const c10::StorageImpl* storage) {
-  return c10::raw::intrusive_ptr::use_count(const_cast<c10::StorageImpl*>(storage)) == 1 && is_allocated(storage);
 }
 
 }  // namespace
@@ -65,31 +46,6 @@ bool Entry::recount() {
   const double last = step;
   step = next_count(*this);
   return step == last + 1;
-}
-
-const char* describe(Path path) {
-  switch (path) {
-    case Path::kFused: return "";
-    case Path::kSubclass: return "a tensor subclass, which may do its own thing with an in-place operation";
-    case Path::kDifferentiable: return "differentiable=True";
-    case Path::kOptions: return "an option that is no number, or beyond the range that the formulas hold in";
-    case Path::kDevice: return "not a plain dense tensor on a device that there are kernels for";
-    case Path::kDtype: return "not float32, float64, bfloat16 or float16";
-    case Path::kGradient: return "a gradient that is sparse, lazily computed, or of another device, dtype or shape";
-    case Path::kStateForm: return "a state of another device, layout or shape than the parameter";
-    case Path::kStateValue: return "a state that is no tensor, or a count of steps below 0";
-    case Path::kPlacement: return "a gradient or a state of another mesh, of other placements or of another class";
-    case Path::kPending:
-      return "a DTensor with a partial placement, a sum that is still to be taken, cannot be stepped in place:"
-             " redistribute it first";
-    case Path::kMemory:
-      return "memory that is not dense, that another parameter, gradient, state or option shares, or of over 8 "
-             "dimensions";
-    case Path::kInference: return "made in inference mode, outside of which torch does not write to it";
-    case Path::kMode: return "a torch dispatch mode is active";
-    case Path::kNoMemory: return "the storage of the parameter, its gradient or a state is smaller than the tensor";
-  }
-  return "";
 }
 
 int64_t threads_for(int64_t elements) {
@@ -106,9 +62,7 @@ void Batch::clear() {
   outer_written_.clear();
   shards_.clear();
   elements = 0;
-  spans_ = 0;
-  owns_written_ = true;
-  read_.clear();
+  memory_.clear();
   for (int is_float64 = 0; is_float64 < 2; ++is_float64) {
     tasks[is_float64].clear();
     starts_[is_float64].assign(1, 0);
@@ -262,102 +216,11 @@ Path Batch::announce(const Operands& operands, const GroupValues& group, uint32_
   return path;
 }
 
-// Memory --------------------------------------------------------------------------------------------------------------
-
-namespace {
-
-// Where a tensor's elements lie; nothing for one that has none, or whose memory is its own affair.
-bool find_span(const c10::TensorImpl* tensor, const char** begin, const char** end) {
-  if (tensor == nullptr || tensor->numel() == 0 || tensor->key_set().has(c10::DispatchKey::Python) ||
-      tensor->layout() != c10::kStrided || !tensor->has_storage())
-    return false;
-  const void* data = storage_of(tensor)->data();
-  if (data == nullptr) return false;
-  const auto itemsize = static_cast<int64_t>(tensor->dtype().itemsize());
-  *begin = static_cast<const char*>(data) + tensor->storage_offset() * itemsize;
-  *end = *begin + extent_of(tensor) * itemsize;
-  return true;
-}
-
-}  // namespace
-
-void Batch::note_span(const Span& span) {
-  if (spans_ == written_.size()) written_.push_back({});
-  Span& then = written_[spans_++];
-  if (then.begin == span.begin && then.end == span.end && then.tensor == span.tensor) return;
-  then = span;
-  sorted_is_current_ = false;
-}
-
-void Batch::note_written(const c10::TensorImpl* tensor, uint32_t index) {
-  Span span{nullptr, nullptr, index};
-  if (!find_span(tensor, &span.begin, &span.end)) return;
-  note_span(span);
-  owns_written_ = owns_written_ && is_allocated(storage_of(tensor));
-}
-
-void Batch::note_read(const c10::TensorImpl* tensor, uint32_t index) {
-  Span span{nullptr, nullptr, index};
-  if (find_span(tensor, &span.begin, &span.end)) read_.push_back({span, is_alone(storage_of(tensor))});
-}
-
 void Batch::note_operands(const Operands& operands, uint32_t tensor, bool writes_gradient) {
-  note_written(operands.param, tensor);
-  for (int s = 0; s < rule_.state_count; ++s) note_written(operands.states[s], tensor);
-  note_written(operands.steps, tensor);
-  writes_gradient ? note_written(operands.gradient, tensor) : note_read(operands.gradient, tensor);
-}
-
-// Sorts what is written, which has seldom moved since the last step, and finds what is written twice.
-void Batch::sort_written() {
-  written_.resize(spans_);
-  sorted_ = written_;
-  std::sort(sorted_.begin(), sorted_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  furthest_.resize(spans_);
-  writers_.clear();
-  size_t last = 0;  // the one that reaches furthest
-  for (size_t i = 0; i < sorted_.size(); ++i) {
-    if (i > 0 && sorted_[i].begin < sorted_[last].end) {
-      writers_.push_back(sorted_[i].tensor);
-      writers_.push_back(sorted_[last].tensor);
-    }
-    if (sorted_[i].end > sorted_[last].end) last = i;
-    furthest_[i] = sorted_[last].end;
-  }
-  sorted_is_current_ = true;
-}
-
-// Calls `use` with all that is written where `span` lies, until it returns false.
-template <class Use>
-void Batch::for_each_written(const Span& span, Use use) const {
-  const auto begins_before = [](const Span& written, const char* end) { return written.begin < end; };
-  const auto after = std::lower_bound(sorted_.begin(), sorted_.end(), span.end, begins_before);
-  for (auto i = static_cast<size_t>(after - sorted_.begin()); i > 0 && furthest_[i - 1] > span.begin; --i)
-    if (sorted_[i - 1].end > span.begin && !use(sorted_[i - 1])) return;
-}
-
-const Indices& Batch::sharing() {
-  if (!sorted_is_current_ || spans_ != written_.size()) sort_written();
-  sharing_ = writers_;
-  for (const Reading& reading : read_) {
-    if (reading.alone && owns_written_) continue;
-    for_each_written(reading, [&](const Span& written) {
-      sharing_.push_back(reading.tensor);
-      sharing_.push_back(written.tensor);
-      return true;
-    });
-  }
-  std::sort(sharing_.begin(), sharing_.end());
-  sharing_.erase(std::unique(sharing_.begin(), sharing_.end()), sharing_.end());
-  return sharing_;
-}
-
-bool Batch::is_clear(const c10::TensorImpl* gradient) const {
-  Span span{nullptr, nullptr, 0};
-  if (!find_span(gradient, &span.begin, &span.end) || (owns_written_ && is_alone(storage_of(gradient)))) return true;
-  bool clear = true;
-  for_each_written(span, [&](const Span&) { return clear = false; });
-  return clear;
+  memory_.note_written(operands.param, tensor);
+  for (int s = 0; s < rule_.state_count; ++s) memory_.note_written(operands.states[s], tensor);
+  memory_.note_written(operands.steps, tensor);
+  writes_gradient ? memory_.note_written(operands.gradient, tensor) : memory_.note_read(operands.gradient, tensor);
 }
 
 // The step ------------------------------------------------------------------------------------------------------------

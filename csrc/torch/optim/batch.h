@@ -14,30 +14,10 @@
 #include "torch/layout.h"
 #include "torch/optim/cuda_batch.h"
 #include "torch/optim/group_values.h"
+#include "torch/optim/path.h"
+#include "torch/optim/step_memory.h"
 
 namespace trainopt::aten {
-
-// Which way a parameter takes through a step, and why.
-enum class Path {
-  kFused,
-  kSubclass,
-  kDifferentiable,
-  kOptions,
-  kDevice,
-  kDtype,
-  kGradient,
-  kStateForm,
-  kStateValue,
-  kPlacement,
-  kPending,  // none: there is no step of a sum that is still to be taken
-  kMemory,
-  kInference,
-  kMode,
-  kNoMemory,  // none: torch's kernels would end the process
-};
-const char* describe(Path);
-
-using Indices = std::vector<int64_t>;
 
 constexpr int kMaxOperands = kMaxStates + 3;  // parameter, gradient, states, step count
 
@@ -85,15 +65,12 @@ class Batch {
   Path announce(const Operands&, const GroupValues&, uint32_t tensor, bool writes_gradient);
 
   // Notes memory that a parameter's step reads besides (of an option), or that torch's step of it reads and writes.
-  void note_read(const c10::TensorImpl*, uint32_t tensor);
+  void note_read(const c10::TensorImpl* tensor, uint32_t index) { memory_.note_read(tensor, index); }
   void note_operands(const Operands&, uint32_t tensor, bool writes_gradient);
 
-  // To be called when all are noted: the parameters that write memory which another one, or they themselves, read or
-  // write as well. Their steps are torch's, one after the other.
-  const Indices& sharing();
-
-  // Whether the steps of the parameters that were added last write nothing that this tensor reads.
-  bool is_clear(const c10::TensorImpl* gradient) const;
+  // As StepMemory says of what was noted.
+  const Indices& sharing() { return memory_.sharing(); }
+  bool is_clear(const c10::TensorImpl* gradient) const { return memory_.is_clear(gradient); }
 
   // What would become of a parameter, with or without a gradient. For kFused, fills the task and the entry.
   Path look(const Operands&, const GroupValues&, bool writes_gradient, TensorTask*, Entry*);
@@ -132,16 +109,6 @@ class Batch {
   CudaBatch cuda;
 
  private:
-  struct Span {
-    const char* begin;
-    const char* end;
-    uint32_t tensor;
-  };
-
-  struct Reading : Span {
-    bool alone;  // no other storage has this memory, unless it lies in memory that torch has not allocated
-  };
-
   // Parameters beside each other that agree in all of this share their scalars.
   struct ScalarsKey {
     const GroupValues* group;
@@ -167,26 +134,11 @@ class Batch {
   std::deque<ShardLayout> shard_layouts_;
   std::vector<VersionCounter*> outer_written_;  // of DTensors
 
-  std::vector<Span> written_;  // the memory of this step, over that of the last
-  size_t spans_ = 0;           // how many are this step's
-  bool owns_written_ = true;   // all of it is memory that torch has allocated for one storage
-  std::vector<Reading> read_;
-
-  bool sorted_is_current_ = false;
-  std::vector<Span> sorted_;           // what is written, by where it begins
-  std::vector<const char*> furthest_;  // the furthest end of each and all before it
-  Indices writers_;                    // parameters that write what another one writes
-  Indices sharing_;
-
+  StepMemory memory_;
   size_t cuda_entries_ = 0;
   double gradient_scale_ = 1;  // with which `prepare` was called
   DeviceScaling scaling_;      // likewise
 
-  void note_span(const Span&);
-  void note_written(const c10::TensorImpl*, uint32_t tensor);
-  void sort_written();
-  template <class Use>
-  void for_each_written(const Span&, Use use) const;
   int64_t parts() const;
   cpu::Update update_of(bool is_float64) const;
   void gather(const AddShards& add_shards);

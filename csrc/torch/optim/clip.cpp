@@ -86,4 +86,10 @@ void clip_on_cpu(const TensorList& list, const ClipFactors& factors) {
   });
 }
 
+void clamp_on_cpu(const TensorList& list, double limit) {
+  Chunks(list).for_each(false, [&](const TensorList::Item& item, int64_t begin, int64_t end, int64_t) {
+    cpu::clamp(item.view, begin, end, limit);
+  });
+}
+
 }  // namespace trainopt::aten

@@ -40,6 +40,12 @@ void clip_on_cuda(const TensorList& list, double max_norm, const at::Tensor& nor
   cuda::clip(tensors.data(), tensors.size(), norm.const_data_ptr<double>(), max_norm, on.stream);
 }
 
+void clamp_on_cuda(const TensorList& list, double limit) {
+  const OnDevice on(list.device());
+  const std::vector<cuda::NormTensor> tensors = tensors_of(list);
+  cuda::clamp(tensors.data(), tensors.size(), limit, on.stream);
+}
+
 }  // namespace trainopt::aten
 
 #endif

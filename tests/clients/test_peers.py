@@ -1,0 +1,82 @@
+"""Optimizers that torch does not have, beside timm's, which people take them from: the same weights in float64."""
+
+from itertools import product
+
+import pytest
+import torch
+from timm.optim import Lamb, Lars, Lion
+
+import trainopt
+
+#: Ours, theirs, their options that make the rule the published one, and the options that both are given.
+PEERS = {
+    "LAMB": (
+        trainopt.LAMB,
+        Lamb,
+        {"max_grad_norm": None},  # before LAMB, timm clips
+        {
+            "lr": [0.01],
+            "betas": [(0.9, 0.999), (0.7, 0.8)],
+            "eps": [1e-6, 1e-2],
+            "weight_decay": [0.0, 0.05],
+            "bias_correction": [True, False],
+            "trust_clip": [False, True],
+            "always_adapt": [False, True],
+        },
+    ),
+    "LARS": (
+        trainopt.LARS,
+        Lars,
+        {},
+        {
+            "lr": [0.3],
+            "momentum": [0.0, 0.9],
+            "dampening": [0.0, 0.5],
+            "nesterov": [False, True],
+            "weight_decay": [0.0, 0.05],
+            "trust_coeff": [0.02],
+            "trust_clip": [False, True],
+            "always_adapt": [False, True],
+        },
+    ),
+    "Lion": (
+        trainopt.Lion,
+        Lion,
+        {},
+        {"lr": [1e-3], "betas": [(0.9, 0.99), (0.5, 0.8)], "weight_decay": [0.0, 0.1]},
+    ),
+}
+
+
+def cases() -> list:
+    rows = []
+    for name, (_, _, _, options) in PEERS.items():
+        for values in product(*options.values()):
+            chosen = dict(zip(options, values, strict=True))
+            if not chosen.get("nesterov") or (chosen["momentum"] and not chosen["dampening"]):
+                rows.append(pytest.param(name, chosen, id=f"{name}-{'-'.join(map(str, values))}"))
+    return rows
+
+
+def trained(cls, steps, **options):
+    """Parameters after so many steps down a bowl with noise; one of them is 0, which has no norm."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 5), (7,), (), (4, 3, 2))
+    params = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    params.append(torch.zeros(6, dtype=torch.float64, requires_grad=True))
+    optimizer = cls([{"params": params[:2]}, {"params": params[2:], "lr": options["lr"] / 2}], **options)
+    for _ in range(steps):
+        for p in params:
+            p.grad = p.detach() + torch.randn(p.shape, dtype=torch.float64, generator=generator)
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+@pytest.mark.parametrize(("name", "options"), cases())
+def test_the_weights_are_those_of_the_field(name, options):
+    ours, theirs, agreed, _ = PEERS[name]
+    start = trained(ours, 0, **options)
+    mine, others = trained(ours, 200, **options), trained(theirs, 200, **options, **agreed)
+    for before, found, expected in zip(start, mine, others, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        assert not torch.equal(before, found)
