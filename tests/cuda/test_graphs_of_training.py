@@ -94,12 +94,30 @@ TASKS = {
 each_task = pytest.mark.parametrize("task", TASKS)
 
 
+def by_norm(params):
+    return trainopt.clip_grad_norm_(params, 0.5)
+
+
+def by_value(params):
+    trainopt.clip_grad_value_(params, 0.01)
+    return torch.zeros((), device=params[0].device)
+
+
+def by_a_norm_that_is_known(params):
+    norm = trainopt.get_total_norm([p.grad for p in params], float("inf"))
+    trainopt.clip_grads_with_norm_(params, 0.01, norm)
+    return norm
+
+
+CLIPS = {None: "as they are", by_norm: "by norm", by_value: "by value", by_a_norm_that_is_known: "by a norm known"}
+
+
 class Training:
     """A model, what it is trained with, and memory for a batch and a learning rate that a graph may read again."""
 
-    def __init__(self, device: str, task: Task, make: Callable, clips: bool, scale: float | None) -> None:
+    def __init__(self, device: str, task: Task, make: Callable, clip: Callable | None, scale: float | None) -> None:
         torch.manual_seed(3)
-        self.device, self.task, self.clips = device, task, clips
+        self.device, self.task, self.clip = device, task, clip
         self.body = nn.Linear(WIDTH, WIDTH).to(device)
         self.head = nn.Linear(WIDTH, CLASSES, bias=False).to(device)
         self.params = [*self.body.parameters(), *self.head.parameters()]
@@ -123,9 +141,9 @@ class Training:
         self.optimizer.zero_grad()
         loss = self.forward()
         self.scaler.scale(loss).backward()
-        if self.clips:
+        if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
-            self.norm.copy_(trainopt.clip_grad_norm_(self.params, 0.5))
+            self.norm.copy_(self.clip(self.params))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.loss.copy_(loss.detach())
@@ -175,11 +193,16 @@ def lamb(params, lr):
 
 
 def assert_replays_are_steps(
-    device: str, name: str, make: Callable = adamw, clips: bool = True, scale: float | None = None, poisoned: int = -1
+    device: str,
+    name: str,
+    make: Callable = adamw,
+    clip: Callable | None = by_norm,
+    scale: float | None = None,
+    poisoned: int = -1,
 ) -> None:
     found = []
     for replays in (False, True):
-        training = Training(device, TASKS[name], make, clips, scale)
+        training = Training(device, TASKS[name], make, clip, scale)
         training.on_the_side(training.step)
         training.on_the_side(training.step)
         graph = training.captured() if replays else None
@@ -197,11 +220,11 @@ def test_replays_are_steps(device, task):
 
 
 @pytest.mark.parametrize("make", [adamw, sgd], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("clips", [False, True], ids=["as they are", "clipped"])
+@pytest.mark.parametrize("clip", CLIPS, ids=CLIPS.values())
 @pytest.mark.parametrize("task", ["cross_entropy", "linear_cross_entropy", "mse_loss"])
-def test_replays_are_steps_under_a_scaler(device, task, clips, make):
+def test_replays_are_steps_under_a_scaler(device, task, clip, make):
     """One of which overflows."""
-    assert_replays_are_steps(device, task, make, clips, scale=256.0, poisoned=2)
+    assert_replays_are_steps(device, task, make, clip, scale=256.0, poisoned=2)
 
 
 @pytest.mark.parametrize("task", ["cross_entropy", "binary_cross_entropy"])
@@ -225,7 +248,7 @@ each_finding = pytest.mark.parametrize("task", FINDINGS)
 @each_finding
 def test_what_a_replay_finds_is_told_once(device, task):
     spoil, error, message = FINDINGS[task]
-    training = Training(device, TASKS[task], adamw, True, None)
+    training = Training(device, TASKS[task], adamw, by_norm, None)
     training.on_the_side(training.step)
     graph = training.captured()
     for told_by in (functional.check_targets, training.forward):
@@ -248,7 +271,7 @@ def test_what_a_replay_finds_is_told_once(device, task):
 @each_finding
 def test_what_was_found_before_a_capture_is_told_in_it(device, task):
     spoil, error, message = FINDINGS[task]
-    training = Training(device, TASKS[task], adamw, True, None)
+    training = Training(device, TASKS[task], adamw, by_norm, None)
     training.on_the_side(training.step)
     good = training.target.clone()
     spoil(training.target)
