@@ -58,6 +58,7 @@ def no_faults():
     _C.simt.set_order(ascending=True)
     _C.simt.set_device(0)
     faults = _C.simt.take_faults()
+    _C.simt.set_seed()
     assert not faults, "\n".join(faults)
 
 

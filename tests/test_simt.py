@@ -29,6 +29,7 @@ OTHERS = (
     *("csrc/cpu/losses.cpp", "csrc/cpu/loss_kernels_baseline.cpp"),
     *("tests/simt/simt.cpp", "tests/simt/engine_test.cpp", "tests/simt/norm_test.cpp"),
     *("tests/simt/pointwise_test.cpp", "tests/simt/cross_entropy_test.cpp"),
+    *("tests/simt/queue.cpp", "tests/simt/streams_test.cpp"),
 )
 
 #: A line that a fault is seeded into ends with this comment and the fault's name, or follows a line of it.
@@ -89,9 +90,23 @@ FAULTS = [
     Fault("a row's part that is not set", "threadIdx.x == 0) work", "threadIdx.x == 1) work"),
 ]
 
+#: Of the order in which launches run, and of what they are handed: all are caught by the same part of the tests.
+ORDER_FAULTS = [
+    Fault("a stream mistaken", "stream, work.norm", "nullptr, work.norm"),
+    Fault("a table that is gone before its launch runs", "[=]", "[&]", ""),
+    Fault(
+        "a graph that keeps a host's value",
+        "work.groups[count.group];",
+        "[](GroupSource now) { now.settings.lr = number_at(now.replaced[0].data, now.replaced[0].is_double != 0);"
+        " now.replaced[0].data = nullptr; return now; }(work.groups[count.group]);",
+    ),
+]
+FAULTS += ORDER_FAULTS
+
 #: The kernels that are compiled anew for a fault in a header.
 USERS = {
     "reduce.h": "norm.cu",
+    "launch.h": "norm.cu",
     "table.h": "update.cu",
     "step_table.h": "update.cu",
     "cross_entropy_row.h": COLUMNS,
@@ -147,5 +162,5 @@ def test_a_seeded_fault_is_caught(fault, objects, sources, tmp_path):
     file = fault.seed(sources)
     changed = USERS.get(file.name, file.name)
     mine = objects | {changed: compile_object(sources / "cuda" / changed, sources, tmp_path)}
-    result = run(list(mine.values()), tmp_path / "test", PARTS[changed])
+    result = run(list(mine.values()), tmp_path / "test", "streams" if fault in ORDER_FAULTS else PARTS[changed])
     assert result.returncode != 0 and fault.said in result.stdout, result.stdout

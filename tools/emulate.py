@@ -33,12 +33,15 @@ def main() -> None:
     torch = import_torch()
     kernels_of_cpu = Compiler(KERNELS)
     own = Compiler(build_folder(torch) / "emulated")
-    device, simt, arena = (Path("tests", "simt", f"{name}.cpp") for name in ("device", "simt", "arena"))
+    device, machine = (
+        [Path("tests", "simt", f"{name}.cpp") for name in names]
+        for names in (("device", "deferred"), ("simt", "queue", "arena"))
+    )
     bindings = [*binding_flags(torch, own.threaded), *SIMT_FLAGS, "-DTRAINOPT_WITH_CUDA"]
-    kernels = [*sorted(Path("csrc", "cuda").glob("*.cu")), simt, arena]
+    kernels = [*sorted(Path("csrc", "cuda").glob("*.cu")), *machine]
     objects = compile_all(
         [
-            *((own, source, bindings) for source in [device, *sources(*BINDINGS)]),
+            *((own, source, bindings) for source in [*device, *sources(*BINDINGS)]),
             *((own, source, kernel_flags(source) + SIMT_FLAGS) for source in kernels),
             *((kernels_of_cpu, source, kernel_flags(source)) for source in sources("csrc/core", "csrc/cpu")),
         ]

@@ -63,11 +63,13 @@ def programs_of_cpu(engine: list[Path]) -> list[list[Path | str]]:
 
 def programs_of_cuda(engine: list[Path]) -> list[list[Path | str]]:
     simt, cuda = Path("tests", "simt"), Path("csrc", "cuda")
-    faults = compile_into("simt", [simt / "faults_test.cpp", simt / "simt.cpp"], SIMT_FLAGS)
+    machine = [simt / "simt.cpp", simt / "queue.cpp"]
+    faults = compile_into("simt", [simt / "faults_test.cpp", *machine], SIMT_FLAGS)
     runs: list[list[Path | str]] = [[link("simt", faults)]]
     tables = [*(cuda / f"{name}.cu" for name in WITH_TABLES), simt / "engine_test.cpp"]
     others = [path for path in sorted(cuda.glob("*.cu")) if path not in tables]
-    others += [simt / f"{name}.cpp" for name in ("cross_entropy_test", "norm_test", "pointwise_test", "simt")]
+    others += [simt / f"{name}.cpp" for name in ("cross_entropy_test", "norm_test", "pointwise_test", "streams_test")]
+    others += machine
     common = engine + compile_into("cuda", others, SIMT_FLAGS)
     for size, parts in PARAMETER_BYTES.items():
         own = compile_into(f"cuda-{size}", tables, [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"])

@@ -368,6 +368,7 @@ void norm(const NormWork& work, Stream stream) {
   partials_of<float, true>(work, stream);
   partials_of<double, false>(work, stream);
   partials_of<double, true>(work, stream);
+  // tests break this: a stream mistaken
   launch("norm_finish", finish_kernel, {1, 32 * kFinishWarps}, stream, work.norm, work.partials,
          norm_partials(work.tensors, work.count), work.total, work.rounded);
 }

@@ -94,7 +94,7 @@ void prepare_all(const Preparation& work, Stream stream) {
       group = 0;
     }
     if (group == group_count) {
-      table.header.groups[group] = work.groups[count.group];
+      table.header.groups[group] = work.groups[count.group];  // tests break this: a graph that keeps a host's value
       groups[group_count++] = count.group;
     }
     Count& row = table.counts[table.header.count++];

@@ -1,8 +1,8 @@
 """Tests of what happens on a GPU. They run on CUDA's device where trainopt has been built for CUDA and there is one,
 on the emulated device under `make emulated`, and are skipped elsewhere.
 
-The emulated device does each launch at once, on the CPU; the host is killed where it touches the device's memory, and
-a test fails if a kernel has done what it must not.
+The emulated device does its streams' work on the CPU, and late: when somebody waits for it. The host is killed where
+it touches the device's memory, and a test fails if a kernel has done what it must not.
 """
 
 import contextlib

@@ -59,17 +59,18 @@ def test_tensors_of_a_device_that_is_not_the_current_one(device, other_device):
     assert on(other_device, functional.cross_entropy)(logits, target).device.type == "cpu"
 
 
-@pytest.mark.gpu
-def test_a_graph_is_replayed_with_other_logits():
-    logits, target = (tensor.cuda() for tensor in problem((64,), count=1500))
+def test_a_graph_is_replayed_with_other_logits(device):
+    logits, target = (tensor.to(device) for tensor in problem((64,), count=1500))
     logits.requires_grad_()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    module = torch.get_device_module(device)
+    stream = module.Stream()
+    stream.wait_stream(module.current_stream())
+    with module.stream(stream):
         for _ in range(3):
             torch.autograd.grad(functional.cross_entropy(logits, target), logits)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    module.current_stream().wait_stream(stream)
+    graph = module.CUDAGraph()
+    with module.graph(graph):
         loss = functional.cross_entropy(logits, target)
         (gradient,) = torch.autograd.grad(loss, logits)
     with torch.no_grad():
@@ -80,7 +81,7 @@ def test_a_graph_is_replayed_with_other_logits():
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
     target[3] = 5000
     graph.replay()
-    torch.cuda.synchronize()
+    module.synchronize()
     with pytest.raises(IndexError, match=r"target 5000 at position \(3\)"):
         functional.check_targets()
 
@@ -270,6 +271,7 @@ def test_a_bad_target_is_told_of_at_the_next_call(device, bad, reduction):
     target[2, 0] = 99
     logits.requires_grad_()
     loss = functional.cross_entropy(logits, target, reduction=reduction)
+    torch.get_device_module(device).synchronize()
     message = (
         rf"target {bad} at position \(1, 2\) is out of range for 7 classes \(found by an earlier call on {device}:0\)"
     )

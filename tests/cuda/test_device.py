@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import trainopt
 from trainopt._extension import _C
 
 pytestmark = pytest.mark.skipif("simt" not in _C.device_types(), reason="of the emulated device itself")
@@ -135,6 +136,199 @@ def test_waiting_is_an_error_in_a_capture(device):
     _C.simt.set_capturing(True)
     with pytest.raises(RuntimeError, match="while a graph is captured"):
         tensor.cpu()
+
+
+# Streams --------------------------------------------------------------------------------------------------------------
+
+each_seed = pytest.mark.parametrize("seed", range(4))
+
+
+@pytest.fixture
+def streams(device):
+    return torch.Stream(device), torch.Stream(device)
+
+
+def handed_over(streams, write, read, waits, synchronises=True):
+    """A number that one stream writes and the other reads, and the host."""
+    source, target = torch.zeros(1, device="simt"), torch.zeros(1, device="simt")
+    seen = torch.zeros(1).pin_memory()
+    torch.simt.synchronize()
+    with streams[0]:
+        write(source)
+    if waits:
+        streams[1].wait_stream(streams[0])
+    with streams[1]:
+        read(source, target)
+        seen.copy_(target, non_blocking=True)
+    if synchronises:
+        streams[1].synchronize()
+    found = seen.item()
+    torch.simt.synchronize()
+    return found
+
+
+WRITES = [lambda source: source.fill_(1), lambda source: _C.simt.write_by_kernel(source.data_ptr(), 1.0)]
+READS = [
+    lambda source, target: target.copy_(source),
+    lambda source, target: torch.add(source, 0, out=target),
+    lambda source, target: _C.simt.copy_by_kernel(source.data_ptr(), target.data_ptr()),
+]
+
+
+@pytest.mark.parametrize("read", READS, ids=["copy", "operator", "kernel"])
+@pytest.mark.parametrize("write", WRITES, ids=["operator", "kernel"])
+def test_streams_are_ordered_by_events_alone(device, streams, write, read):
+    for seed in range(4):
+        _C.simt.set_seed(seed)
+        assert handed_over(streams, write, read, waits=True) == 1
+    _C.simt.set_seed(0)
+    assert handed_over(streams, write, read, waits=False) == 0
+    assert handed_over(streams, write, read, waits=True, synchronises=False) == 0
+
+
+@each_seed
+def test_memory_that_another_stream_uses_is_kept_if_that_is_said(device, streams, seed):
+    _C.simt.set_seed(seed)
+    for is_said in (True, False):
+        with streams[0]:
+            source = torch.ones(100, device=device)
+        streams[1].wait_stream(streams[0])
+        with streams[1]:
+            if is_said:
+                source.record_stream(streams[1])
+            taken = source * 1
+            del source
+            seen = taken.cpu()
+        assert seen.eq(1).all() if is_said else seed != 0 or seen.isnan().all()
+
+
+def test_a_step_that_does_not_wait_for_its_gradient_is_caught(device, streams):
+    for waits in (True, False):
+        param = torch.nn.Parameter(torch.zeros(4, device=device))
+        param.grad = torch.zeros(4, device=device)
+        torch.simt.synchronize()
+        with streams[0]:
+            param.grad.fill_(1)
+        if waits:
+            streams[1].wait_stream(streams[0])
+        with streams[1]:
+            trainopt.SGD([param], lr=1.0).step()
+            assert param.detach().cpu().eq(-1).all() == waits
+        torch.simt.synchronize()
+
+
+# Graphs ---------------------------------------------------------------------------------------------------------------
+
+
+def captured(streams, work):
+    graph = torch.simt.CUDAGraph()
+    with torch.simt.graph(graph, stream=streams[0]):
+        work()
+    return graph
+
+
+def test_a_graph_does_its_work_when_it_is_replayed(device, streams):
+    number, double = torch.ones(3, device=device), torch.zeros(3, device=device)
+    graph = captured(streams, lambda: double.copy_(number * 2))
+    assert double.tolist() == [0, 0, 0]
+    for value in (1.0, 5.0):
+        number.fill_(value)
+        graph.replay()
+        assert double.tolist() == [2 * value] * 3
+
+
+def test_a_value_of_the_hosts_is_kept_by_a_graph(device, streams):
+    """And so is a learning rate that is no tensor on the device, as on CUDA."""
+    param = torch.nn.Parameter(torch.zeros(3, device=device))
+    param.grad = torch.ones(3, device=device)
+    optimizer = trainopt.SGD([param], lr=1.0)
+    optimizer.step()
+    graph = captured(streams, optimizer.step)
+    optimizer.param_groups[0]["lr"] = 5.0
+    graph.replay()
+    assert param.tolist() == [-2, -2, -2]
+
+
+def test_a_graphs_memory_is_its_own_and_fresh_in_each_replay(device, streams):
+    kept = []
+    source, once = torch.ones(100, device=device), torch.ones((), device=device)
+
+    def work():
+        kept.append(source * 2)
+        passing = torch.empty(100, device=device)
+        passing.mul_(once)  # reads what was never set
+        kept.append(passing * 1)
+
+    graph = captured(streams, work)
+    for _ in range(2):
+        graph.replay()
+        assert torch.empty(100, device=device).isnan().all()
+        assert kept[0].eq(2).all() and kept[1].isnan().all()
+
+
+REFUSED = {
+    "a copy to the host": (lambda t, _: t.cpu(), "not permitted"),
+    "a copy from the host": (lambda t, _: t.copy_(torch.ones(4)), "not permitted"),
+    "memory that is not pinned": (lambda t, _: t.copy_(torch.ones(4), non_blocking=True), "unless the CPU tensor is"),
+    "a number of the device's": (lambda t, _: t[0].item(), "not permitted"),
+    "a size of the device's": (lambda t, _: t.nonzero(), "not permitted"),
+    "a device": (lambda t, _: torch.simt.synchronize(), "not permitted"),
+    "a stream": (lambda t, streams: streams[0].synchronize(), "not permitted"),
+    "an event": (lambda t, streams: streams[0].record_event().query(), "not permitted"),
+    "cudaMalloc": (lambda t, _: _C.simt.malloc(100), "not permitted"),
+    "pinned memory": (lambda t, _: torch.ones(4).pin_memory(), "not permitted"),
+    "another stream's past": (lambda t, streams: streams[0].wait_event(t.event), "uncaptured work"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_captured(device, streams, kind):
+    work, message = REFUSED[kind]
+    tensor = torch.ones(4, device=device)
+    tensor.event = streams[1].record_event()
+    graph = torch.simt.CUDAGraph()
+    with pytest.raises(RuntimeError, match="previous error"), torch.simt.graph(graph, stream=streams[0]):
+        with pytest.raises(RuntimeError, match=message):
+            work(tensor, streams)
+        with pytest.raises(RuntimeError, match="previous error"):
+            tensor.fill_(2)
+    with pytest.raises(RuntimeError, match="without a preceding successful capture"):
+        graph.replay()
+    assert tensor.sum() == 4
+
+
+def test_the_legacy_stream_cannot_work_during_a_capture(device, streams):
+    tensor = torch.ones(4, device=device)
+    legacy = torch.simt.current_stream()
+    graph = torch.simt.CUDAGraph()
+    with (
+        pytest.raises(RuntimeError, match="previous error"),
+        torch.simt.graph(graph, stream=streams[0]),
+        legacy,
+        pytest.raises(RuntimeError, match="legacy stream"),
+    ):
+        tensor.fill_(2)
+
+
+def test_a_stream_that_joins_a_capture_has_to_come_back(device, streams):
+    tensor, other = torch.ones(4, device=device), torch.zeros(4, device=device)
+
+    def work(comes_back):
+        streams[1].wait_stream(streams[0])
+        with streams[1]:
+            other.copy_(tensor)
+        if comes_back:
+            streams[0].wait_stream(streams[1])
+        tensor.add_(other)
+
+    graph = captured(streams, lambda: work(True))
+    graph.replay()
+    assert tensor.tolist() == [2] * 4
+    with pytest.raises(RuntimeError, match="unjoined work"):
+        captured(streams, lambda: work(False))
+
+
+# torch ----------------------------------------------------------------------------------------------------------------
 
 
 def test_there_are_two_devices(device):

@@ -3,14 +3,13 @@
 import judge
 import pytest
 import torch
+from devices import IS_EMULATED
 from judge import TABLE
 from steps import assert_same_bits, counts_on_device, here
 
-pytestmark = pytest.mark.gpu
-
 each_row = pytest.mark.parametrize("name", TABLE)
 SHAPES = ((5,), (0, 3), (300,), (33, 20)) + ((40,),) * 600
-RATES = [0.05 / (step + 1) for step in range(10)]
+RATES = [0.05 / (step + 1) for step in range(4 if IS_EMULATED else 10)]
 
 
 def prepared(name, device, **options):
@@ -31,22 +30,23 @@ def set_gradients(params, gradients):
         p.grad.copy_(g)
 
 
-def captured(step):
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
+def captured(step, device):
+    module = torch.get_device_module(device)
+    side = module.Stream()
+    side.wait_stream(module.current_stream())
+    graph = module.CUDAGraph()
+    with module.stream(side), module.graph(graph, stream=side):
         step()
-    torch.cuda.current_stream().wait_stream(side)
+    module.current_stream().wait_stream(side)
     return graph
 
 
 @each_row
-def test_ten_replays_with_a_changing_learning_rate(device, name):
+def test_replays_with_a_changing_learning_rate(device, name):
     outcomes = []
     for replays in (False, True):
         optimizer, params, lr, gradients = prepared(name, device)
-        step = captured(optimizer.step).replay if replays else optimizer.step
+        step = captured(optimizer.step, device).replay if replays else optimizer.step
         for rate, now in zip(RATES, gradients, strict=True):
             lr.fill_(rate)
             set_gradients(params, now)
@@ -62,7 +62,7 @@ def test_a_scaled_step_skips_in_the_graph(device, name):
     optimizer, params, _, gradients = prepared(name, device, fused=True)
     optimizer.grad_scale = torch.tensor(64.0, device=device)
     optimizer.found_inf = torch.tensor(0.0, device=device)
-    graph = captured(optimizer.step)
+    graph = captured(optimizer.step, device)
     set_gradients(params, gradients[0])
     before = [p.detach().clone() for p in params]
     optimizer.found_inf.fill_(1.0)
@@ -81,8 +81,8 @@ def test_a_count_on_the_host_cannot_be_captured(device, name):
     optimizer = row.make([param])
     optimizer.step()
     with pytest.raises(RuntimeError, match="capturable"):
-        captured(optimizer.step)
-    torch.cuda.synchronize()
+        captured(optimizer.step, device)
+    torch.get_device_module(device).synchronize()
 
 
 @each_row
@@ -90,5 +90,5 @@ def test_a_parameter_without_a_gradient_cannot_be_captured(device, name):
     optimizer, params, _, _ = prepared(name, device)
     params[2].grad = None
     with pytest.raises(RuntimeError, match="parameter 2 has no gradient"):
-        captured(optimizer.step)
-    torch.cuda.synchronize()
+        captured(optimizer.step, device)
+    torch.get_device_module(device).synchronize()

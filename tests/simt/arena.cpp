@@ -17,9 +17,10 @@
 namespace simt {
 namespace {
 
-constexpr size_t kAlignment = 512;
+constexpr size_t kAlignment = 512, kPage = 4096;
 constexpr size_t kReserved = size_t{1} << 36;  // addresses, not memory
 constexpr size_t kKeptBack = size_t{8} << 20;
+constexpr size_t kHuge = size_t{1} << 30;  // is not poisoned: what nobody touches takes no memory
 
 size_t rounded(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -46,7 +47,8 @@ class Arena {
       if (used_ + whole > kReserved) throw std::runtime_error("an emulated device is out of memory");
       memory = device_base_ + used_;
       used_ += whole;
-      std::memset(host_address(memory), kMemoryPoison, whole);
+      const size_t clean = bytes < kHuge ? 0 : bytes;
+      std::memset(host_address(memory) + clean, kMemoryPoison, whole - clean);
     }
     live_[memory] = bytes;
     ++statistics.allocations;
@@ -55,15 +57,26 @@ class Arena {
     return memory;
   }
 
-  void release(void* memory) {
+  // The bytes that were asked for.
+  size_t retire(void* memory) {
     const auto found = live_.find(static_cast<char*>(memory));
     if (found == live_.end()) throw std::runtime_error("memory of an emulated device is given back twice");
+    statistics.allocated_bytes -= found->second;
+    return found->second;
+  }
+
+  void release(void* memory) {
+    const auto found = live_.find(static_cast<char*>(memory));
     const auto [begin, bytes] = *found;
     const size_t whole = rounded(bytes) + kAlignment;
     find_damage(begin, bytes, whole);
-    std::memset(host_address(begin), kMemoryPoison, whole);
     live_.erase(found);
-    statistics.allocated_bytes -= bytes;
+    if (bytes >= kHuge) {  // its addresses are not used again
+      const size_t before = (kPage - reinterpret_cast<uintptr_t>(begin) % kPage) % kPage;
+      madvise(host_address(begin) + before, (whole - before) / kPage * kPage, MADV_REMOVE);
+      return;
+    }
+    std::memset(host_address(begin), kMemoryPoison, whole);
     kept_back_[whole].push_back(begin);
     kept_back_bytes_ += whole;
   }
@@ -176,6 +189,12 @@ void* allocate(int device, size_t bytes) {
   if (bytes == 0) return nullptr;
   const std::lock_guard lock(arenas().mutex);
   return arenas().of_device[device].allocate(bytes);
+}
+
+size_t retire(int device, void* memory) {
+  if (memory == nullptr || getpid() != arenas().owner) return 0;
+  const std::lock_guard lock(arenas().mutex);
+  return arenas().of_device[device].retire(memory);
 }
 
 void release(int device, void* memory) {

@@ -18,6 +18,8 @@ constexpr unsigned char kMemoryPoison = 0xff;  // a NaN in every floating-point 
 
 // At a multiple of 512 bytes, as torch's CUDA allocator; null for no bytes.
 void* allocate(int device, size_t bytes);
+// It is not counted from now on; then it is given back. Both must be called, for what was forked neither does anything.
+size_t retire(int device, void* memory);
 void release(int device, void* memory);
 
 // Where the host may read and write what lies on a device.

@@ -10,6 +10,7 @@
 #include "norm_test.h"
 #include "pointwise_test.h"
 #include "rules/rules.h"
+#include "streams_test.h"
 
 namespace trainopt {
 namespace {
@@ -379,7 +380,7 @@ void test_huge() {
 }  // namespace
 }  // namespace trainopt
 
-// With an argument, only one part of the tests: norms, cross-entropy (a part of its grid), pointwise or steps.
+// With an argument, only one part of the tests: norms, cross-entropy (a part of its grid), pointwise, streams or steps.
 int main(int count, char** arguments) {
   using namespace trainopt;
   const std::string only = count > 1 ? arguments[1] : "";
@@ -389,6 +390,7 @@ int main(int count, char** arguments) {
   if (only.empty() || only == "cross-entropy") test_cross_entropy(only.empty());
   if (only.empty() || only == "large-rows") test_large_rows();
   if (only.empty() || only == "pointwise") test_pointwise_losses();
+  if (only.empty() || only == "streams") test_streams();
   if (only.empty() || only == "steps") {
     test_rules();
     test_expanded_gradient();

@@ -2,10 +2,13 @@
 // without it, which must pass and give the right result. The last line tells what passed and failed.
 #include <algorithm>
 #include <cstdio>
+#include <functional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cuda/launch.h"
+#include "queue.h"
 
 namespace {
 
@@ -185,12 +188,126 @@ void test_all() {
   check(found(simt::FaultKind::kLaunch), "a grid of too many blocks");
 }
 
+// Streams -------------------------------------------------------------------------------------------------------------
+
+using trainopt::cuda::Stream;
+
+__global__ void set_kernel(int* to, int value) {
+  if (threadIdx.x == 0) *to = value;
+}
+
+__global__ void assign_kernel(const int* from, int* to) {
+  if (threadIdx.x == 0) *to = *from;
+}
+
+// No default streams.
+char handles[2];
+const Stream kOne = reinterpret_cast<Stream>(&handles[0]), kOther = reinterpret_cast<Stream>(&handles[1]);
+
+void set(int& to, int value, Stream stream) { launch("set", set_kernel, {1, 32}, stream, &to, value); }
+void assign(int& to, int& from, Stream stream) { launch("assign", assign_kernel, {1, 32}, stream, &from, &to); }
+
+bool throws(const std::string& message, const std::function<void()>& work) {
+  try {
+    work();
+  } catch (const std::runtime_error& error) {
+    return std::string(error.what()).find(message) != std::string::npos;
+  }
+  return false;
+}
+
+enum class OrderSeed { kNone, kNoWait, kOtherStream, kEarlyEvent, kNoSynchronisation };
+
+// What one stream has written is taken by the other, and read by the host.
+bool hands_over(OrderSeed seed) {
+  int first = 0, second = 0;
+  simt::Event event = simt::record(kOne);
+  set(first, 1, kOne);
+  if (seed != OrderSeed::kEarlyEvent) event = simt::record(kOne);
+  if (seed != OrderSeed::kNoWait) simt::wait(kOther, event);
+  assign(second, first, seed == OrderSeed::kOtherStream ? kOne : kOther);
+  if (seed != OrderSeed::kNoSynchronisation) simt::finish_stream(kOther);
+  const bool good = second == 1;
+  simt::finish_all();
+  return good;
+}
+
+// Memory that is given back on one stream while the other still reads it.
+bool is_kept_long_enough(bool is_told_of_the_other) {
+  int memory = 0, found = 0;
+  set(memory, 1, kOne);
+  simt::wait(kOther, simt::record(kOne));
+  assign(found, memory, kOther);
+  std::vector<simt::Event> users{simt::last_issued(kOne)};
+  if (is_told_of_the_other) users.push_back(simt::last_issued(kOther));
+  simt::enqueue_after(users, [&] { memory = -1; });
+  simt::finish_all();
+  return found == 1 && memory == -1;
+}
+
+// A graph of two streams, of which each replay has another number to copy.
+bool graph_copies(bool reads_by_host, bool joins) {
+  int number = 5, between = 0, found = 0;
+  simt::begin_capture(kOne);
+  if (reads_by_host) {
+    set(between, number, kOne);
+  } else {
+    assign(between, number, kOne);
+  }
+  simt::wait(kOther, simt::record(kOne));
+  assign(found, between, kOther);
+  if (joins) simt::wait(kOne, simt::record(kOther));
+  const std::shared_ptr<simt::Graph> graph = simt::end_capture(kOne);
+  bool good = found == 0;
+  for (number = 6; number < 9; ++number) {
+    simt::replay(graph, kOther);
+    simt::finish_stream(kOther);
+    good = good && found == number;
+  }
+  return good;
+}
+
+// Does something that a capture does not permit, and ends it.
+bool is_refused(const std::string& message, const std::function<void()>& work) {
+  simt::begin_capture(kOne);
+  const bool good = throws(message, work) && throws("previous error", [] { simt::end_capture(kOne); });
+  return good && !simt::is_any_capturing();
+}
+
+void test_order() {
+  check(hands_over(OrderSeed::kNone) && found_nothing(), "streams that an event orders");
+  check(!hands_over(OrderSeed::kNoWait), "an event that nobody waits for");
+  check(!hands_over(OrderSeed::kOtherStream), "a stream mistaken");
+  check(!hands_over(OrderSeed::kEarlyEvent), "an event that is recorded too early");
+  check(!hands_over(OrderSeed::kNoSynchronisation), "a host that does not wait");
+  check(is_kept_long_enough(true), "memory that both streams are known to use");
+  check(!is_kept_long_enough(false), "memory given back while another stream uses it");
+
+  check(graph_copies(false, true) && found_nothing(), "a graph of two streams");
+  check(!graph_copies(true, true), "a graph that keeps a host's value");
+  check(throws("unjoined work", [] { graph_copies(false, false); }), "a graph of which a stream does not come back");
+  int number = 0;
+  check(is_refused("not permitted", [] { simt::finish_stream(kOne); }), "a captured stream is waited for");
+  check(is_refused("not permitted", [] { simt::finish_streams([](const void*) { return true; }); }),
+        "a device is waited for");
+  check(is_refused("not permitted", [] { simt::query(simt::record(kOne)); }), "a captured event is asked for");
+  check(is_refused("legacy", [&] { set(number, 1, reinterpret_cast<Stream>(1)); }), "work on the legacy stream");
+  const simt::Event before = simt::record(kOther);
+  check(is_refused("uncaptured", [&] { simt::wait(kOne, before); }), "an event from before the capture");
+  simt::finish_all();
+  check(number == 0, "what is refused is not done");
+}
+
 }  // namespace
 
 int main() {
   for (const simt::Order order : {simt::Order::kAscending, simt::Order::kDescending}) {
     simt::set_order(order);
     test_all();
+  }
+  for (const uint64_t seed : {0, 0}) {  // twice: nothing is left behind
+    simt::set_seed(seed);
+    test_order();
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

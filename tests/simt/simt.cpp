@@ -4,8 +4,10 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "fiber.h"
+#include "queue.h"
 
 namespace simt {
 namespace {
@@ -44,9 +46,8 @@ struct Block {
   std::vector<std::unique_ptr<Memory>> memories;
 };
 
-std::mutex mutex;  // held by a launch
-void (*before_launch)(const void*) = nullptr;
-void (*after_launch)() = nullptr;
+std::recursive_mutex mutex;  // held while a kernel runs
+Surroundings surroundings;
 std::vector<Fault> faults;
 Order order = Order::kAscending;
 std::vector<unsigned> launches, only_blocks;
@@ -224,20 +225,14 @@ void remember(std::vector<Access>& accesses, const Access& now) {
 
 }  // namespace
 
-void launch(int64_t blocks, int block_threads, size_t shared_bytes, const void* stream,
-            const std::function<void()>& body) {
+namespace {
+
+void run(unsigned blocks, unsigned block_threads, size_t shared_bytes, const void* stream,
+         const std::function<void()>& body) {
   const std::lock_guard lock(mutex);
-  if (blocks <= 0 || blocks > 0x7fffffff || block_threads <= 0 || block_threads > static_cast<int>(kMaxThreads) ||
-      shared_bytes > kMaxSharedBytes) {
-    report(FaultKind::kLaunch, std::to_string(blocks) + " blocks of " + std::to_string(block_threads) +
-                                   " threads and " + std::to_string(shared_bytes) + " bytes of dynamic shared memory");
-    return;
-  }
-  launches.push_back(static_cast<unsigned>(blocks));
-  if (launches_are_skipped) return;
-  if (before_launch != nullptr) before_launch(stream);
-  gridDim.x = static_cast<unsigned>(blocks);
-  blockDim.x = static_cast<unsigned>(block_threads);
+  if (surroundings.before != nullptr) surroundings.before(stream);
+  gridDim.x = blocks;
+  blockDim.x = block_threads;
   const unsigned count = only_blocks.empty() ? gridDim.x : static_cast<unsigned>(only_blocks.size());
   for (unsigned i = 0; i < count; ++i) {
     const unsigned place = order == Order::kAscending ? i : count - 1 - i;
@@ -245,13 +240,34 @@ void launch(int64_t blocks, int block_threads, size_t shared_bytes, const void* 
     block = Block{&body, blockDim.x, 0, shared_bytes, 0, {}, {}};
     run_block();
   }
-  if (after_launch != nullptr) after_launch();
+  if (surroundings.after != nullptr) surroundings.after();
 }
 
-void set_surroundings(void (*before)(const void*), void (*after)()) {
-  before_launch = before;
-  after_launch = after;
+}  // namespace
+
+bool begins(int64_t blocks, int threads, size_t shared_bytes, const void* stream) {
+  if (blocks <= 0 || blocks > 0x7fffffff || threads <= 0 || threads > static_cast<int>(kMaxThreads) ||
+      shared_bytes > kMaxSharedBytes) {
+    report_launch(std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads and " +
+                  std::to_string(shared_bytes) + " bytes of dynamic shared memory");
+    return false;
+  }
+  {
+    const std::lock_guard lock(mutex);
+    launches.push_back(static_cast<unsigned>(blocks));
+    if (launches_are_skipped) return false;
+  }
+  if (surroundings.admit != nullptr) surroundings.admit(stream);
+  return true;
 }
+
+void launch(int64_t blocks, int threads, size_t shared_bytes, const void* stream, std::function<void()> body) {
+  const unsigned grid = static_cast<unsigned>(blocks), size = static_cast<unsigned>(threads);
+  if (stream == nullptr) return run(grid, size, shared_bytes, stream, body);
+  enqueue(stream, [=, body = std::move(body)] { run(grid, size, shared_bytes, stream, body); });
+}
+
+void set_surroundings(const Surroundings& wanted) { surroundings = wanted; }
 
 void report_alignment(const void* address) {
   char text[64];
@@ -259,7 +275,10 @@ void report_alignment(const void* address) {
   report_thread(FaultKind::kAlignment, text);
 }
 
-void report_launch(const std::string& what) { report(FaultKind::kLaunch, what); }
+void report_launch(const std::string& what) {
+  const std::lock_guard lock(mutex);
+  report(FaultKind::kLaunch, what);
+}
 
 void barrier(Site site) { wait(State::kAtBarrier, site); }
 
@@ -318,6 +337,7 @@ void* touch(Memory* memory, size_t index, Use use) {
 }
 
 std::vector<Fault> take_faults() {
+  finish_all();
   const std::lock_guard lock(mutex);
   std::vector<Fault> result;
   result.swap(faults);
@@ -325,6 +345,7 @@ std::vector<Fault> take_faults() {
 }
 
 void set_order(Order wanted) {
+  finish_all();
   const std::lock_guard lock(mutex);
   order = wanted;
 }
@@ -339,6 +360,7 @@ std::vector<unsigned> take_launches() {
 }
 
 void set_blocks(const std::vector<unsigned>& only) {
+  finish_all();
   const std::lock_guard lock(mutex);
   only_blocks = only;
 }

@@ -1,6 +1,6 @@
 // A small SIMT machine on the CPU, so that CUDA kernels can be compiled by an ordinary C++ compiler and run where there
 // is no GPU. Each thread of a block is a fiber; it runs until it meets a barrier or a warp operation, and goes on when
-// all that it waits for have come. Blocks run one after the other.
+// all that it waits for have come. Blocks run one after the other, and launches when somebody waits for them.
 //
 // Beside results it finds faults that a GPU would hide: two threads that touch one slot of shared memory without a
 // barrier between them, a slot read before it was written, an index out of bounds, a barrier that not all threads
@@ -55,10 +55,19 @@ struct Index {
   unsigned x = 0;
 };
 
-// Runs `body` once for each thread of each block. Launches of several threads of the host follow one another.
-void launch(int64_t blocks, int threads, size_t shared_bytes, const void* stream, const std::function<void()>& body);
-// Called before and after each launch, by the thread of the host that makes it: for memory that kernels alone may use.
-void set_surroundings(void (*before)(const void* stream), void (*after)());
+// Whether a launch is one that is to run: it is counted, and may be refused.
+bool begins(int64_t blocks, int threads, size_t shared_bytes, const void* stream);
+// Has `body` run once for each thread of each block, when the stream comes to it (queue.h); at once where the stream is
+// null. Launches of several threads of the host follow one another.
+void launch(int64_t blocks, int threads, size_t shared_bytes, const void* stream, std::function<void()> body);
+// Called when a launch is made, by the thread of the host that makes it; and before and after the kernel runs: for
+// memory that kernels alone may use.
+struct Surroundings {
+  void (*admit)(const void* stream) = nullptr;
+  void (*before)(const void* stream) = nullptr;
+  void (*after)() = nullptr;
+};
+void set_surroundings(const Surroundings&);
 // A fault of the launch itself.
 void report_launch(const std::string& what);
 

@@ -21,12 +21,9 @@ namespace {
 class Watch {
  public:
   explicit Watch(const c10::Device& device) : device_(device) {
-    at::TensorOptions options(at::kLong);
-#if !defined(TRAINOPT_SIMT)
-    options = options.pinned_memory(true);
-#endif
     static_assert(sizeof(Findings) % sizeof(int64_t) == 0);
-    memory_ = at::zeros({static_cast<int64_t>(sizeof(Findings) / sizeof(int64_t))}, options);
+    const auto pinned = at::TensorOptions(at::kLong).pinned_memory(true);
+    memory_ = at::zeros({static_cast<int64_t>(sizeof(Findings) / sizeof(int64_t))}, pinned);
     findings_ = static_cast<Findings*>(memory_.mutable_data_ptr());
   }
 

@@ -1,0 +1,7 @@
+#pragma once
+
+namespace trainopt {
+
+void test_streams();
+
+}  // namespace trainopt
