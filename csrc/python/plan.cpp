@@ -268,7 +268,9 @@ bool Plan::recall(PyObject* state, bool* all_next) {
     for (Snapshot& snapshot : snapshots_)
       if (!snapshot.unwrap()) return false;
   const int64_t count = static_cast<int64_t>(snapshots_.size());
-  const int64_t parts = count < kFewTensors ? 1 : threads_for(batch_.elements + kTensorElements * count);
+  // A step on devices wakes no other thread: where the cores are busy, as by those that load data, it comes too late.
+  const int64_t parts =
+      count < kFewTensors || batch_.lies_on_devices() ? 1 : threads_for(batch_.elements + kTensorElements * count);
   std::atomic<bool> all_hold = true, all_are_next = true;
   const auto compare = [&](int64_t first_part, int64_t last_part) {
     const int64_t first = count * first_part / parts, last = count * last_part / parts;
