@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -111,7 +112,7 @@ def loss_task(case: Case) -> Task:
 
         return Ready(call, lambda: [*values, *(leaf.grad for leaf in step.leaves if leaf.grad is not None)])
 
-    losses = {**case.losses, **liger_losses(case)}
+    losses = {**case.losses, **peers_losses(case)}
     contenders: dict[str, Callable[[torch.device], Ready]] = {n: partial(ready, loss) for n, loss in losses.items()}
     contenders[COMPILED] = partial(ready, case.losses[EAGER], compiled=True)
     return Task("losses", case.title, case.moved_on_gpu or case.moved, EAGER, contenders)
@@ -122,15 +123,23 @@ def leaf_of(operand: Tensor) -> Tensor:
     return operand.detach().requires_grad_(operand.requires_grad)
 
 
-def liger_losses(case: Case) -> dict[str, Callable[..., Tensor]]:
-    try:
+def peers_losses(case: Case) -> dict[str, Callable[..., Tensor]]:
+    """Those of the packages that are installed; one that does not know the case's options is left out when it runs."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    options = getattr(case.losses[EAGER], "keywords", {})
+    with suppress(ImportError):
         from liger_kernel.transformers import functional as liger
-    except ImportError:
-        return {}
-    if case.name == "cross-entropy":
-        options = getattr(case.losses[EAGER], "keywords", {})
-        return {"Liger, in place": partial(liger.liger_cross_entropy, **options)}
-    return {"Liger": liger.liger_fused_linear_cross_entropy} if case.name == "linear" else {}
+
+        if case.name == "cross-entropy":
+            found["Liger, in place"] = partial(liger.liger_cross_entropy, **options)
+        if case.name == "linear":
+            found["Liger"] = liger.liger_fused_linear_cross_entropy
+    with suppress(ImportError):
+        from quack.cross_entropy import cross_entropy as quack
+
+        if case.name == "cross-entropy":
+            found["quack"] = partial(quack, **options)
+    return found
 
 
 def linear(dtype: torch.dtype, tokens: int, width: int, words: int) -> Case:
