@@ -13,7 +13,7 @@ CUDA_TORCH ?= torch==2.14.1
 OLDEST_VENV ?= .venv-oldest
 OLDEST_TORCH ?= torch==2.11.0
 RESULTS ?= build/gpu
-PARTS ?= test bench sanitize profile
+PARTS ?= test slow bench sanitize profile
 TESTS ?=
 JOBS ?=
 MINUTES ?=
@@ -64,7 +64,7 @@ help:
 	@echo 'make cuda-check build with CUDA in $(CUDA_VENV), GPU or not, run the tests there, and build a wheel into dist/cuda/'
 	@echo 'make oldest     run the tests with the oldest torch that trainopt takes, in $(OLDEST_VENV)'
 	@echo 'make sanitize   run the C++ tests under Address-, UndefinedBehavior- and ThreadSanitizer, and fuzz the losses'
-	@echo 'make gpu-check  on a machine with a GPU: the four parts below, or those in PARTS'
+	@echo 'make gpu-check  on a machine with a GPU: the parts below, or those in PARTS'
 	@echo 'make gpu-test       the tests, with a process for each file'
 	@echo 'make gpu-bench      times against torch'
 	@echo 'make gpu-sanitize   the kernels under compute-sanitizer'

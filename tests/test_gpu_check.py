@@ -138,6 +138,7 @@ def test_the_gpus_files_come_first_and_must_find_one():
     files = gpu_test.test_files([])
     ours = [file for file in files if gpu_test.CUDA_TESTS in file.parents]
     assert files[: len(ours)] == ours and len(ours) > 5 and len(files) == len(set(files)) > 40
+    assert [file.name for file in ours[:2]] == ["test_steps.py", "test_recalled_steps.py"]
     for file, option in ((ours[0], "--gpu"), (files[-1], None)):
         command = gpu_test.job_of(file, "cuda", Path("out"), 60, 2, []).command
         assert (option is None and "--gpu" not in command) or option in command
@@ -279,20 +280,23 @@ def test_what_is_profiled_is_a_call_of_the_contender():
 
 def test_all_parts_are_run_and_summed_up(tmp_path, monkeypatch, capsys):
     code = "import sys; print('said by', sys.argv[1:]); raise SystemExit({})"
-    for part, ends in (("test", 1), ("bench", 0), ("sanitize", 2), ("profile", -9)):
+    for part, ends in (("test", 1), ("slow", 0), ("bench", 0), ("sanitize", 2), ("profile", -9)):
         (tmp_path / f"{part}_part.py").write_text(code.format(ends if ends >= 0 else "__import__('os').abort()"))
-        monkeypatch.setitem(gpu_check.PARTS, part, [f"{part}_part"])
+        monkeypatch.setitem(gpu_check.PARTS, part, [f"{part}_part", *gpu_check.PARTS[part][1:]])
     monkeypatch.chdir(tmp_path)
     assert gpu_check.main(["--results", "out"]) == 1
     output = capsys.readouterr().out
-    table = [line.split() for line in output.splitlines()[-4:]]
+    table = [line.split() for line in output.splitlines()[-5:]]
     assert [(row[0], " ".join(row[2:])) for row in table] == [
         ("test", "FAILED"),
+        ("slow", "ok"),
         ("bench", "ok"),
         ("sanitize", "left out"),
         ("profile", "FAILED"),
     ]
     assert "said by ['--device', 'cuda', '--results', 'out']" in Path("out/test.txt").read_text()
+    handed_on = "'--name', 'slow', 'tests/cuda', '--', '-m', 'slow'"
+    assert f"said by ['--device', 'cuda', '--results', 'out', {handed_on}]" in Path("out/slow.txt").read_text()
     assert gpu_check.main(["--results", "out", "--parts", "bench", "sanitize"]) == 0
 
 

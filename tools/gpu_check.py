@@ -1,6 +1,6 @@
-"""All that there is to run on a GPU: the tests, the benchmark, the sanitizer and the profile, one after the other.
+"""All that there is to run on a GPU: the tests, those that are slow, the benchmark, the sanitizer and the profile.
 
-    python -m tools.gpu_check                    each part also runs alone: see gpu_test, gpu_sanitize, gpu_profile
+    python -m tools.gpu_check                    one after the other; each also runs alone: see gpu_test and the others
     python -m tools.gpu_check --parts test bench
 
 A part that fails does not end the others; one whose tool is not there is left out. Leaves PART.txt, what each has
@@ -19,8 +19,10 @@ from pathlib import Path
 from benchmarks.tables import text_table
 from tools.jobs import say
 
+#: The module of each part, and its arguments beside the device and the folder of results.
 PARTS = {
     "test": ["tools.gpu_test"],
+    "slow": ["tools.gpu_test", "--name", "slow", "tests/cuda", "--", "-m", "slow"],
     "bench": ["benchmarks.gpu"],
     "sanitize": ["tools.gpu_sanitize"],
     "profile": ["tools.gpu_profile"],
@@ -54,16 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for part in options.parts:
         say(f"\n--- {part} ---")
-        command = [
-            sys.executable,
-            "-u",
-            "-m",
-            *PARTS[part],
-            "--device",
-            options.device,
-            "--results",
-            str(options.results),
-        ]
+        module, *more = PARTS[part]
+        command = [sys.executable, "-u", "-m", module, "--device", options.device, "--results", str(options.results)]
+        command += more
         start = time.monotonic()
         code = run_part(command, options.results / f"{part}.txt")
         outcome = OUTCOMES.get(code, "FAILED")

@@ -4,7 +4,8 @@
     python -m tools.gpu_test tests/cuda -- -k clip -x      what stands behind "--" is pytest's
     python -m tools.gpu_test --device simt tests/cuda      on the tests' emulated device
 
-Leaves test/FILE.log for each file and test.json in the folder of results. Slow tests are left out: `-- -m ''` has them.
+Leaves test/FILE.log for each file and test.json in the folder of results, or so under another --name. Slow tests are
+left out: `-- -m slow` has these alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ from tools.jobs import Ended, Job, cores, run_all, say, split_arguments
 ROOT = Path(__file__).parents[1]
 CUDA_TESTS = Path("tests", "cuda")
 KINDS = ("passed", "failed", "error", "skipped")
+#: What comes first on a GPU: whatever the rest stands on. Beginnings of names in tests/cuda.
+FIRST = (
+    *("test_steps", "test_recalled", "test_unread", "test_device", "test_graphs"),
+    *("test_clipping", "test_pointwise", "test_cross_entropy", "test_linear"),
+)
 
 
 @dataclass
@@ -46,17 +52,23 @@ def test_files(wanted: Sequence[str]) -> list[Path]:
     places = [Path(place) for place in wanted] or [CUDA_TESTS, Path("tests")]
     found = []
     for place in places:
-        found += sorted((ROOT / place).rglob("test_*.py")) if (ROOT / place).is_dir() else [ROOT / place]
+        found += sorted((ROOT / place).rglob("test_*.py"), key=rank) if (ROOT / place).is_dir() else [ROOT / place]
     return [file.relative_to(ROOT) for file in dict.fromkeys(found)]
 
 
-def job_of(file: Path, device: str, results: Path, seconds: float, threads: int, arguments: Sequence[str]) -> Job:
+def rank(file: Path) -> tuple[int, Path]:
+    """Its place among the files of a folder."""
+    own = (i for i, start in enumerate(FIRST) if file.parent.name == CUDA_TESTS.name and file.name.startswith(start))
+    return next(own, len(FIRST)), file
+
+
+def job_of(file: Path, device: str, logs: Path, seconds: float, threads: int, arguments: Sequence[str]) -> Job:
     """pytest for one file."""
     command = [sys.executable, *(["-P"] if device == "simt" else []), "-m", "pytest", str(file), "-v", "-rfEs"]
     command += ["-m", "not slow", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={seconds * 0.9:.0f}"]
     if CUDA_TESTS in file.parents:
         command.append("--gpu" if device == "cuda" else "--emulated")
-    log = results / "test" / f"{'-'.join(file.with_suffix('').parts[1:])}.log"
+    log = logs / f"{'-'.join(file.with_suffix('').parts[1:])}.log"
     return Job(str(file), [*command, *arguments], log, seconds, {"OMP_NUM_THREADS": str(threads)})
 
 
@@ -110,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("files", nargs="*", help="test files and folders (default: all)")
     add("--device", choices=("cuda", "simt"), default="cuda", help="simt: the emulated device (default: cuda)")
     add("--results", type=Path, default=Path("build", "gpu"), metavar="DIR", help="default: build/gpu")
+    add("--name", default="test", help="of what it leaves there (default: %(default)s)")
     add("--jobs", type=int, default=max(1, min(6, cores() // 2)), help="files at once (default here: %(default)s)")
     add("--minutes", type=float, default=60.0, help="what has not ended then is ended (default: %(default)s)")
     add("--file-seconds", type=float, default=600.0, help="the longest that a file may take (default: %(default)s)")
@@ -117,14 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     threads = max(1, cores() // options.jobs)
     files = test_files(options.files)
-    jobs = [job_of(f, options.device, options.results, options.file_seconds, threads, handed_on) for f in files]
-    say(f"{len(files)} test files, {options.jobs} at once, logs in {options.results / 'test'}")
+    logs, summary = options.results / options.name, options.results / f"{options.name}.json"
+    jobs = [job_of(f, options.device, logs, options.file_seconds, threads, handed_on) for f in files]
+    say(f"{len(files)} test files, {options.jobs} at once, logs in {logs}")
     by_file = {}
     for ended in run_all(jobs, options.jobs, options.minutes):
         report = by_file[ended.job.name] = report_of(ended)
         say(f"{report.file}: {report.outcome}, {report.seconds:.1f} s")
     reports = [by_file[job.name] for job in jobs]
-    (options.results / "test.json").write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    summary.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
 
     failures = [failure for report in reports for failure in report.failures]
     skips: Counter[str] = Counter()
@@ -132,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         skips.update(report.skips)
     say("\n" + "\n".join(f"FAILED {failure[:200]}" for failure in failures[:40]))
     if len(failures) > 40:
-        say(f"... and {len(failures) - 40} more: see {options.results / 'test.json'}")
+        say(f"... and {len(failures) - 40} more: see {summary}")
     say("\n".join(f"skipped {count}: {reason[:120]}" for reason, count in skips.most_common(12)))
     say("\n" + table(reports))
     return int(any(report.outcome != "ok" for report in reports))
