@@ -7,11 +7,12 @@ import subprocess
 import pytest
 
 from benchmarks import cuda_kernels
-from benchmarks.cuda_kernels import ARCHITECTURES, FLAGS, ROOT, describe
+from benchmarks.cuda_compiled import FILES, FLAGS, ROOT, compiled, nvcc
+from benchmarks.cuda_kernels import ARCHITECTURES, describe
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(cuda_kernels.nvcc() is None, reason="nvcc is neither on the PATH nor in CUDA_HOME"),
+    pytest.mark.skipif(nvcc() is None, reason="nvcc is neither on the PATH nor in CUDA_HOME"),
 ]
 
 RULES = re.findall(r"\bDO\((\w+)\)", (ROOT / "csrc" / "rules" / "rules.h").read_text())
@@ -57,7 +58,11 @@ def ceiling_of(kernel: str) -> int:
 
 @pytest.fixture(scope="module")
 def usages():
-    return cuda_kernels.compile_all()
+    return cuda_kernels.all_usages()
+
+
+def ptx_of(name: str, architecture: int) -> dict[str, str]:
+    return {describe(mangled): ptx for mangled, ptx in compiled(name, architecture).ptx.items()}
 
 
 def is_step_preparation(usage) -> bool:
@@ -103,7 +108,7 @@ def test_aligned_tensors_are_loaded_and_stored_16_bytes_at_a_time(architecture):
         loads, stores = (len(re.findall(rf"\b{what}\.global(\.cs)?\.v4\.\w32\b", ptx)) for what in ("ld", "st"))
         return loads, stores
 
-    for kernel, ptx in cuda_kernels.ptx_of("update", architecture).items():
+    for kernel, ptx in ptx_of("update", architecture).items():
         if "strided" in kernel:
             continue
         roles = 2 + int((re.search(r"with (\d) state", kernel) or ["", "0"])[1])
@@ -111,12 +116,12 @@ def test_aligned_tensors_are_loaded_and_stored_16_bytes_at_a_time(architecture):
         # Two words of each tensor under way; in any types a tensor as float32 and in 16 bits.
         assert loads >= 2 * roles and stores >= 2 * (roles - 1), (kernel, loads, stores)
         assert not re.search(r"\.local\b", ptx), kernel
-    for kernel, ptx in cuda_kernels.ptx_of("norm", architecture).items():
+    for kernel, ptx in ptx_of("norm", architecture).items():
         if "strided" in kernel or kernel == "finish":
             continue
         assert re.search(r"\bld\.global\.(v4\.\w32|v2\.\w64)\b", ptx), kernel
-        assert ("clip" in kernel) == bool(re.search(r"\bst\.global\.v4\.\w32\b", ptx)), kernel
-    for kernel, ptx in cuda_kernels.ptx_of("pointwise", architecture).items():
+        assert kernel.startswith(("clip", "clamp")) == bool(re.search(r"\bst\.global\.v4\.\w32\b", ptx)), kernel
+    for kernel, ptx in ptx_of("pointwise", architecture).items():
         loads, stores = words(ptx)
         # Two items of input and target under way, then one with a weight; a result in each of the types.
         assert "finish" in kernel or (loads >= 12 and stores >= 4 * (1 + ("backward" in kernel))), (
@@ -125,7 +130,7 @@ def test_aligned_tensors_are_loaded_and_stored_16_bytes_at_a_time(architecture):
             stores,
         )
         assert not re.search(r"\.local\b", ptx), kernel
-    for kernel, ptx in cuda_kernels.ptx_of("cross_entropy_rows", architecture).items():
+    for kernel, ptx in ptx_of("cross_entropy_rows", architecture).items():
         loads, stores = words(ptx)
         # Four words of the logits, in each of two passes.
         assert loads >= 8 and (stores >= 4 or " to " in kernel), (kernel, loads, stores)
@@ -135,23 +140,14 @@ def test_aligned_tensors_are_loaded_and_stored_16_bytes_at_a_time(architecture):
 def test_contraction_is_off_so_that_the_steps_bits_are_the_cpus():
     assert "-fmad=false" in FLAGS
     for name in ("update", "gather", "norm"):
-        for kernel, ptx in cuda_kernels.ptx_of(name, 90).items():
+        for kernel, ptx in ptx_of(name, 90).items():
             assert not re.search(r"\bfma\.rn\.f(32|64)\b", ptx), kernel
 
 
 def test_parameters_of_4_kb_compile_too():
-    command = [cuda_kernels.nvcc(), *FLAGS, "-DTRAINOPT_PARAMETER_BYTES=4096", "-arch=sm_75", "-ptx", "-o", "/dev/null"]
-    for name in cuda_kernels.FILES:
+    command = [nvcc(), *FLAGS, "-DTRAINOPT_PARAMETER_BYTES=4096", "-arch=sm_75", "-ptx", "-o", "/dev/null"]
+    for name in FILES:
         subprocess.run([*command, str(ROOT / "csrc" / "cuda" / f"{name}.cu")], check=True)
-
-
-def test_the_documentation_has_these_tables(usages):
-    text = (ROOT / "docs" / "cuda.md").read_text()
-    assert cuda_kernels.roofline_table() in text
-    if cuda_kernels.version() in text:
-        documented = cuda_kernels.DOCUMENTED
-        assert cuda_kernels.resource_table({documented: usages[documented]}) in text
-        assert cuda_kernels.nvdisasm() is None or cuda_kernels.machine_code_table((documented,)) in text
 
 
 def test_a_name_that_is_no_kernel_is_refused():

@@ -456,6 +456,17 @@ def test_ignored_rows_may_hold_anything(device):
         assert torch.equal(loss, clean[0]) and torch.equal(gradient, clean[1])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 100), (3, 3000), (4, 100, 3)], ids=str)
+def test_the_weight_of_a_class_that_no_row_has_may_be_anything(device, shape, value):
+    logits, ours = random(*shape).float(), on(device, functional.cross_entropy)
+    target, weight = classes((shape[0], *shape[2:]), 4), torch.linspace(0.5, 2, shape[1])
+    clean = run(lambda x: ours(x, target, weight), [logits])
+    weight[4] = value
+    loss, gradient = run(lambda x: ours(x, target, weight), [logits])
+    assert torch.equal(loss, clean[0]) and torch.equal(gradient, clean[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_subnormal_logits_and_gradients(device, dtype):
     tiny = torch.finfo(dtype).smallest_normal

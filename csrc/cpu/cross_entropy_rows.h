@@ -78,7 +78,7 @@ class CrossEntropyRows {
 
   // A: all of a row's mass.
   double total_mass(int64_t row) {
-    if (task_.labels != nullptr) return label_mass_of(task_, row) + spread_ * task_.total_weight;
+    if (task_.labels != nullptr) return label_mass_of(task_, row) + spread_mass_of(task_, task_.total_weight);
     LaneSums<S> sums;
     for_each_tile([&](int64_t at, int count) {
       const S* mass = masses(row, at, count);
@@ -269,7 +269,7 @@ void direct_forward(const CrossEntropyTask& task, int64_t first_row, int64_t las
 template <class S, class Stored>
 void direct_backward(const CrossEntropyTask& task, int64_t first_row, int64_t last_row) {
   constexpr int kSize = Register<Stored>::kSize;
-  const double spread = spread_of(task), spread_mass = spread * task.total_weight;
+  const double spread = spread_of(task), spread_mass = spread_mass_of(task, task.total_weight);
   for (int64_t row = first_row; row < last_row; ++row) {
     const Stored* x = static_cast<const Stored*>(task.logits.data) + row * task.logits.stride;
     Stored* out = static_cast<Stored*>(task.gradient.data) + row * task.gradient.stride;

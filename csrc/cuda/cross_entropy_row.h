@@ -318,8 +318,7 @@ struct Scales {
         constants.inverse_temperature;
     loss_factor = static_cast<S>(above * totals.loss_factor);
     z_factor = static_cast<S>(2 * work.task.z_loss * (above * totals.z_factor));
-    // Without smoothing no class has any, be the weight of one that no row has infinite or NaN.
-    spread_mass = work.task.smoothing == 0 ? S(0) : static_cast<S>(spread_of(work.task) * totals.weight);
+    spread_mass = static_cast<S>(spread_mass_of(work.task, totals.weight));
   }
 };
 

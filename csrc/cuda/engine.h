@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "core/sum.h"
 #include "core/tensor_view.h"
@@ -17,6 +18,9 @@
 #include "rules/task.h"
 
 namespace trainopt::cuda {
+
+// What aligned tensors are loaded and stored by.
+constexpr uintptr_t kAlignment = 16;
 
 // What the kernel needs beside the tensors, for one group and step count.
 struct Prepared {
@@ -41,6 +45,18 @@ struct Update {
 
 // Changes the parameters and states of all tasks. Tasks without elements are allowed.
 void update(const Update&, Stream);
+
+// The launches of an update with their tables filled, for steps of the same tensors, of which only gradients move. Each
+// task's `prepared` is the one that it had then.
+class StepTables {
+ public:
+  virtual ~StepTables() = default;
+  // The gradient of the task with this index, aligned as the last one was. Several threads may each set their own.
+  virtual void set_gradient(size_t task, void* data) = 0;
+  // As `update` does: the scalars and `found_inf` are this step's.
+  virtual void launch(const Prepared* prepared, const float* found_inf, Stream) = 0;
+};
+std::unique_ptr<StepTables> tables_of(const Update&);
 
 // The reduce phase of a rule that has one: the sums of each task, one after the other, in `sums`. `partials` is memory
 // for partial_sums(work, ...) of them. Tasks without elements have sums of 0.

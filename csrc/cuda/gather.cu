@@ -189,7 +189,7 @@ void gather_all(const Update& work, Sum* partials, Sum* sums, Stream stream) {
           describe<S>(work.tasks[t], &row);
           row.place = places[t];  // tests break this: sums of another tensor
         },
-        [&](const Table& full, int64_t chunks) {
+        [&](const Table& full, int64_t chunks, const std::vector<uint32_t>&) {
           launch("gather", gather_kernel<Rule, S, kSet, Storage>, {chunks, kThreads}, stream, full);
         });
   });
@@ -204,7 +204,7 @@ void finish_all(const Update& work, const Sum* sums, Prepared* out, Stream strea
   table.header.out = out;
   fill_tables(
       work, table, [](size_t) { return int64_t{1}; }, [](FinishRow&, size_t) {},
-      [&](const FinishTable& full, int64_t tensors) {
+      [&](const FinishTable& full, int64_t tensors, const std::vector<uint32_t>&) {
         const int64_t blocks = (tensors + kFinishThreads - 1) / kFinishThreads;
         launch("apply_sums", apply_sums_kernel<Rule, S>, {blocks, kFinishThreads}, stream, full);
         table.header.sums += tensors * kSumCount<Rule>;

@@ -119,8 +119,8 @@ void describe(const TensorTask& task, RowType* row) {
     row->shard = task.shard != nullptr ? *task.shard : ShardLayout{};
 }
 
-// Fills tables with the tasks that take any blocks, by blocks(t), and hands each to start(table, blocks). fill(row, t)
-// completes a row; which of the prepared scalars are its is written here.
+// Fills tables with the tasks that take any blocks, by blocks(t), and hands each to start(table, blocks, sets): of the
+// prepared scalars, which are those that it holds. fill(row, t) completes a row; which of them are its is written here.
 template <class Table, class Blocks, class Fill, class Start>
 void fill_tables(const Update& work, Table& table, Blocks blocks, Fill fill, Start start) {
   constexpr uint32_t kSets = sizeof(Table::header.prepared) / sizeof(Prepared);
@@ -128,7 +128,7 @@ void fill_tables(const Update& work, Table& table, Blocks blocks, Fill fill, Sta
   table.header.found_inf = work.found_inf;
   uint32_t sets[kSets] = {}, set_count = 0;  // what is in the table
   const auto hand_over = [&](const Table& full, int64_t total) {
-    start(full, total);
+    start(full, total, std::vector<uint32_t>(sets, sets + set_count));
     set_count = 0;
   };
   Filler<Table, decltype(hand_over)> filler(table, hand_over);

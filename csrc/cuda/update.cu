@@ -1,4 +1,8 @@
+#include <cstddef>
+#include <cstring>
+#include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "core/random.h"
@@ -218,35 +222,91 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + cou
 
 // On the host -------------------------------------------------------------------------------------------------------
 
-// The tasks of one kind.
+// A launch: its table, filled, and what is done with one of its type.
+struct Launch {
+  std::unique_ptr<std::byte[]> table;
+  int64_t chunks;
+  std::vector<uint32_t> sets;  // of the prepared scalars, those that the table holds
+  void (*start)(const Launch&, const Prepared* prepared, const float* found_inf, Stream);
+};
+
 template <class Rule, class S, StateSet kSet, class Storage>
-void update_those(const Update& work, const std::vector<Kind>& kinds, Kind mine, Stream stream) {
+void start_kernel(const Launch& filled, const Prepared* prepared, const float* found_inf, Stream stream) {
   using Table = typename TableOf<2 + count_of(kSet), std::is_same_v<Storage, Strided>>::type;
-  static_assert(sizeof(Table) <= kParameterBytes);
-  Table table;
-  fill_tables(
-      work, table, [&](size_t t) { return kinds[t] == mine ? chunks_of(work.tasks[t].numel) : 0; },
-      [&](auto& row, size_t t) { describe<S>(work.tasks[t], &row); },
-      [&](const Table& full, int64_t chunks) {
-        launch("update", update_kernel<Rule, S, kSet, Storage>, {chunks, kThreads}, stream, full);
-      });
+  auto& table = *reinterpret_cast<Table*>(filled.table.get());
+  for (size_t i = 0; i < filled.sets.size(); ++i) table.header.prepared[i] = prepared[filled.sets[i]];
+  if (table.header.on_device != nullptr) table.header.on_device = prepared;
+  table.header.found_inf = found_inf;
+  launch("update", update_kernel<Rule, S, kSet, Storage>, {filled.chunks, kThreads}, stream, table);
 }
 
+class Launches final : public StepTables {
+ public:
+  explicit Launches(size_t tasks) : places_(tasks) {}
+
+  void set_gradient(size_t task, void* data) override {
+    const Place& place = places_[task];
+    if (place.launch >= 0) std::memcpy(launches_[place.launch].table.get() + place.offset, &data, sizeof data);
+  }
+
+  void launch(const Prepared* prepared, const float* found_inf, Stream stream) override {
+    for (const Launch& filled : launches_) filled.start(filled, prepared, found_inf, stream);
+  }
+
+  // Fills tables with the tasks of one kind.
+  template <class Rule, class S, StateSet kSet, class Storage>
+  void add(const Update& work, const std::vector<Kind>& kinds, Kind mine) {
+    using Table = typename TableOf<2 + count_of(kSet), std::is_same_v<Storage, Strided>>::type;
+    static_assert(sizeof(Table) <= kParameterBytes && std::is_trivially_copyable_v<Table>);
+    Table table;
+    fill_tables(
+        work, table, [&](size_t t) { return kinds[t] == mine ? chunks_of(work.tasks[t].numel) : 0; },
+        [&](auto& row, size_t t) {
+          describe<S>(work.tasks[t], &row);
+          const auto* gradient = reinterpret_cast<const std::byte*>(&row.data[1]);
+          places_[t] = {static_cast<int32_t>(launches_.size()),
+                        static_cast<int32_t>(gradient - reinterpret_cast<const std::byte*>(&table))};
+        },
+        [&](const Table& full, int64_t chunks, std::vector<uint32_t> sets) {
+          Launch& filled = launches_.emplace_back();
+          filled.table.reset(new std::byte[sizeof full]);
+          const auto* begin = reinterpret_cast<const std::byte*>(&full);
+          const auto* end = reinterpret_cast<const std::byte*>(full.rows + full.count);
+          std::memcpy(filled.table.get(), begin, static_cast<size_t>(end - begin));
+          filled.chunks = chunks;
+          filled.sets = std::move(sets);
+          filled.start = start_kernel<Rule, S, kSet, Storage>;
+        });
+  }
+
+ private:
+  // Where the address of a task's gradient stands; nowhere for one without elements.
+  struct Place {
+    int32_t launch = -1, offset = 0;
+  };
+  std::vector<Launch> launches_;
+  std::vector<Place> places_;
+};
+
 template <class Rule, class S>
-void update_all(const Update& work, Stream stream) {
+std::unique_ptr<StepTables> fill_all(const Update& work) {
+  auto launches = std::make_unique<Launches>(work.count);
   for_each_kind<Rule, S>(work, [&](auto set, auto storage, const std::vector<Kind>& kinds, Kind mine) {
-    update_those<Rule, S, decltype(set)::kSet, decltype(storage)>(work, kinds, mine, stream);
+    launches->template add<Rule, S, decltype(set)::kSet, decltype(storage)>(work, kinds, mine);
   });
+  return launches;
 }
 
 }  // namespace
 
-void update(const Update& work, Stream stream) {
-  using Function = void (*)(const Update&, Stream);
-#define TRAINOPT_UPDATES(rule) {update_all<rule, float>, update_all<rule, double>},
-  static constexpr Function kUpdates[][2] = {TRAINOPT_FOR_EACH_RULE(TRAINOPT_UPDATES)};
-#undef TRAINOPT_UPDATES
-  kUpdates[work.rule][work.is_float64](work, stream);
+std::unique_ptr<StepTables> tables_of(const Update& work) {
+  using Function = std::unique_ptr<StepTables> (*)(const Update&);
+#define TRAINOPT_TABLES(rule) {fill_all<rule, float>, fill_all<rule, double>},
+  static constexpr Function kFill[][2] = {TRAINOPT_FOR_EACH_RULE(TRAINOPT_TABLES)};
+#undef TRAINOPT_TABLES
+  return kFill[work.rule][work.is_float64](work);
 }
+
+void update(const Update& work, Stream stream) { tables_of(work)->launch(work.prepared, work.found_inf, stream); }
 
 }  // namespace trainopt::cuda

@@ -50,4 +50,10 @@ TRAINOPT_FUNCTION double spread_of(const CrossEntropyBatch& batch) {
   return batch.smoothing / static_cast<double>(batch.classes);
 }
 
+// That of all classes, with the sum of their weights. Without smoothing there is none, though a class that no row has
+// may have a weight that is infinite or NaN.
+TRAINOPT_FUNCTION double spread_mass_of(const CrossEntropyBatch& batch, double total_weight) {
+  return batch.smoothing == 0 ? 0 : spread_of(batch) * total_weight;
+}
+
 }  // namespace trainopt

@@ -19,8 +19,8 @@ namespace {
 // Elements from which on the interpreter is let go during the step. Below, a step takes less than the milliseconds for
 // which Python itself lets no other thread run, and keeping many tensors' memory would take a tenth of its time.
 constexpr int64_t kReleaseElements = 1 << 21;
-// How far ahead of the comparison memory is asked for, in parameters.
-constexpr int64_t kSnapshotsAhead = 4;
+// How far ahead of the comparison memory is asked for, in parameters: a parameter's is as much as can be under way.
+constexpr int64_t kSnapshotsAhead = 1;
 // Parameters below which one thread compares them all before another has been woken.
 constexpr int64_t kFewTensors = 64;
 
@@ -165,7 +165,7 @@ bool Plan::learn() {
 // Looks at everything, as if there had been no step before.
 Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& new_states, const Indices& stepped) {
   const bool mode = c10::impl::TorchDispatchModeTLS::any_modes_set();
-  bool can_recall = !writes_gradient && stepped.empty();
+  bool can_recall = stepped.empty();
   can_recall_ = has_dtensors_ = false;  // until all is seen: there may be an error
   Unfinished found;
   batch_.clear();
@@ -225,7 +225,7 @@ Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& new_
       } else if (lacks) {
         found.missing.push_back(tensor);
       } else {
-        can_recall = snapshot.note(operands, batch_) && can_recall;
+        can_recall = snapshot.note(operands, writes_gradient, batch_) && can_recall;
       }
     }
   }
@@ -237,7 +237,9 @@ Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& new_
     const auto shares = [&](int64_t index) { return contains(found.sharing, index); };
     found.missing.erase(std::remove_if(found.missing.begin(), found.missing.end(), shares), found.missing.end());
   }
-  can_recall_ = can_recall && found.empty() && !found.refused;
+  // Of a DTensor, the whole's gradient is written to as well, which no snapshot knows.
+  can_recall_ = can_recall && found.empty() && !found.refused && !(writes_gradient && has_dtensors_);
+  writes_gradient_ = writes_gradient;
   return found;
 }
 
@@ -266,7 +268,9 @@ bool Plan::recall(PyObject* state, bool* all_next) {
     for (Snapshot& snapshot : snapshots_)
       if (!snapshot.unwrap()) return false;
   const int64_t count = static_cast<int64_t>(snapshots_.size());
-  const int64_t parts = count < kFewTensors ? 1 : threads_for(batch_.elements + kTensorElements * count);
+  // A step on devices wakes no other thread: where the cores are busy, as by those that load data, it comes too late.
+  const int64_t parts =
+      count < kFewTensors || batch_.lies_on_devices() ? 1 : threads_for(batch_.elements + kTensorElements * count);
   std::atomic<bool> all_hold = true, all_are_next = true;
   const auto compare = [&](int64_t first_part, int64_t last_part) {
     const int64_t first = count * first_part / parts, last = count * last_part / parts;
@@ -320,7 +324,8 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
   sort(&stepped);
   if (!refresh(groups.ptr(), state.ptr())) return answer_of("foreign containers");
   if (!gradients_seen && depends_on_gradients(state.ptr())) return answer_of("look at gradients");
-  const bool is_recalled = !writes_gradient && new_states.empty() && stepped.empty() && recall(state.ptr(), &all_next);
+  const bool is_recalled =
+      writes_gradient == writes_gradient_ && new_states.empty() && stepped.empty() && recall(state.ptr(), &all_next);
   if (is_recalled) {
     if (scaling.exists() && !batch_.is_for_devices_alone()) return answer_of("ask the host");
     check_capture();

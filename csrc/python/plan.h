@@ -106,9 +106,10 @@ class Plan {
   Batch batch_;
   std::vector<c10::Storage> kept_;  // while the interpreter is let go
   std::vector<at::Tensor> kept_options_;
-  bool has_dtensors_ = false;  // in the last walk
-  bool can_recall_ = false;    // whether the next step can be compared with the last one
-  bool is_running_ = false;    // with the interpreter let go, or Python code asked
+  bool has_dtensors_ = false;     // in the last walk
+  bool writes_gradient_ = false;  // likewise
+  bool can_recall_ = false;       // whether the next step can be compared with the last one
+  bool is_running_ = false;       // with the interpreter let go, or Python code asked
 
   bool refresh(PyObject* groups, PyObject* state);
   bool recall(PyObject* state, bool* all_next);

@@ -61,15 +61,15 @@ TRAINOPT_FUNCTION bool same_elements(const c10::TensorImpl* param, const c10::Te
          (are_equal(param->strides(), tensor->strides()) || same_order_in_memory(param, tensor));
 }
 
-// A tensor's metadata lies in up to four lines of the cache, its storage's in two.
-void prefetch_lines(const void* address, int lines) {
-  for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(address) + 64 * line);
-}
+void prefetch_line(const void* address) { __builtin_prefetch(address); }
 
+// A tensor's metadata lies in three or four lines of the cache: the first and the last are asked for, and the first of
+// its storage. To ask for all that is read took a seventh longer: there are only so many lines under way at one time.
 void prefetch_tensor(const SeenTensor& tensor) {
-  prefetch_lines(tensor.impl, 4);
-  prefetch_lines(tensor.storage, 2);
-  prefetch_lines(tensor.version, 1);
+  const char* impl = reinterpret_cast<const char*>(tensor.impl);
+  prefetch_line(impl + 16);
+  prefetch_line(impl + sizeof(c10::TensorImpl) - 32);
+  prefetch_line(tensor.storage);
 }
 
 }  // namespace
@@ -158,14 +158,16 @@ bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11:
   return is_known;
 }
 
-bool Snapshot::note(const Operands& operands, Batch& batch) {
+bool Snapshot::note(const Operands& operands, bool writes_gradient, Batch& batch) {
   entry_ = static_cast<int64_t>(batch.entries.size()) - 1;
   param_ = seen(operands.param, true);
-  gradient_ = seen(operands.gradient, false);
+  gradient_is_written_ = writes_gradient;
+  gradient_ = seen(operands.gradient, writes_gradient);
   meta_ = autograd_meta_of(operands.param);
   numel_ = operands.param->numel();
   contiguous_ = operands.param->is_contiguous();
-  bool is_counted = param_.version != nullptr;  // else it was made in inference mode, and may be written to only there
+  // Else it was made in inference mode, and may be written to only there.
+  bool is_counted = param_.version != nullptr && (!writes_gradient || gradient_.version != nullptr);
   for (size_t i = 0; i < items_.size(); ++i) {
     if (items_[i].role == Role::kIgnored) continue;
     items_[i].tensor = seen(tensor_of(i), true);
@@ -182,13 +184,13 @@ bool Snapshot::note(const Operands& operands, Batch& batch) {
 }
 
 void Snapshot::prefetch() const {
-  prefetch_lines(object_, 1);
-  prefetch_lines(state_, 1);
+  prefetch_line(object_);
+  prefetch_line(state_);
   prefetch_tensor(param_);
   prefetch_tensor(gradient_);
-  if (meta_ != nullptr) prefetch_lines(&meta_->grad_, 1);
+  if (meta_ != nullptr) prefetch_line(&meta_->grad_);
   for (const Item& item : items_) {
-    prefetch_lines(item.value, 1);
+    prefetch_line(item.value);
     prefetch_tensor(item.tensor);
   }
 }
@@ -231,22 +233,28 @@ bool Snapshot::look_into_dtensors() {
   if (gradient == nullptr || !has_gradient()) return gradient == gradient_.impl;
   Entry& entry = batch.entries[entry_];
   return is_same(param, param_) && param->numel() == numel_ && param->is_contiguous() == contiguous_ &&
-         param->is_non_overlapping_and_dense() && gradient_matches(param, gradient, batch, batch.task_of(entry)) &&
+         param->is_non_overlapping_and_dense() && gradient_matches(param, gradient, batch, entry) &&
          items_match(param, entry, all_next);
 }
 
-bool Snapshot::gradient_matches(const c10::TensorImpl* param, const c10::TensorImpl* gradient, const Batch& batch,
-                                TensorTask* task) {
+bool Snapshot::gradient_matches(const c10::TensorImpl* param, const c10::TensorImpl* gradient, Batch& batch,
+                                Entry& entry) {
   if (!is_plain_beside(param, gradient) || gradient->dtype() != gradient_.dtype || !same_elements(param, gradient))
     return false;
-  if (same_memory(gradient, gradient_, false)) {
+  if (gradient_is_written_) {
+    if (!gradient->is_non_overlapping_and_dense() || counter_of(gradient) == nullptr) return false;
+    entry.written[kGradientCounter] = counter_of(gradient);
+  }
+  if (same_memory(gradient, gradient_, gradient_is_written_)) {
     gradient_.impl = gradient;  // what the step reads, of whichever tensor
     return true;
   }
+  if (gradient_is_written_) return false;  // another one's may have moved to the same place
   gradient_ = seen(gradient, false);
+  const TensorTask* task = batch.task_of(entry);
   if (task == nullptr) return true;
   if (!has_memory(gradient) || !batch.is_clear(gradient)) return false;
-  task->gradient.data = data_of(gradient, task->gradient.dtype, false);
+  batch.set_gradient(entry, data_of(gradient, task->gradient.dtype, false));
   return true;
 }
 
@@ -263,7 +271,7 @@ bool Snapshot::items_match(const c10::TensorImpl* param, Entry& entry, bool* all
     const c10::TensorImpl* tensor = tensor_of(i);
     if (!is_same(tensor, item.tensor)) return false;
     if (item.role == Role::kState) {
-      if (tensor->requires_grad() || !same_elements(param, tensor)) return false;
+      if (requires_grad(tensor) || !same_elements(param, tensor)) return false;
     } else {
       if (tensor->numel() != 1) return false;
       if (entry.steps == nullptr) continue;  // a CUDA device counts

@@ -41,7 +41,7 @@ class Snapshot {
 
   // Notes where the memory is, once the batch has taken the parameter as its last entry. False if the next step cannot
   // be compared with this one.
-  bool note(const Operands& operands, Batch& batch);
+  bool note(const Operands& operands, bool writes_gradient, Batch& batch);
 
   // To be called before `matches`, by one thread: looks into DTensors. False if they are not those that were noted.
   bool unwrap() { return distributed_ == nullptr || look_into_dtensors(); }
@@ -95,7 +95,7 @@ class Snapshot {
   const torch::autograd::AutogradMeta* meta_ = nullptr;
   int64_t numel_ = 0;
   int64_t entry_ = 0;
-  bool contiguous_ = false;
+  bool contiguous_ = false, gradient_is_written_ = false;
   c10::SmallVector<Item, 3> items_;
   std::unique_ptr<Distributed> distributed_;  // of a DTensor
 
@@ -104,8 +104,7 @@ class Snapshot {
   bool see_param(PyObject* param, Specs* specs, Operands* operands);
   const c10::TensorImpl* see_state(PyObject* value, bool is_count, Specs* specs, Operands* operands);
   bool look_into_dtensors();
-  bool gradient_matches(const c10::TensorImpl* param, const c10::TensorImpl* gradient, const Batch& batch,
-                        TensorTask* task);
+  bool gradient_matches(const c10::TensorImpl* param, const c10::TensorImpl* gradient, Batch& batch, Entry& entry);
   bool items_match(const c10::TensorImpl* param, Entry& entry, bool* all_next) const;
 };
 

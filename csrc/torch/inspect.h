@@ -9,6 +9,7 @@
 #include <c10/core/TensorImpl.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <memory>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -58,9 +59,30 @@ TRAINOPT_INLINE c10::StorageImpl* storage_of(const c10::TensorImpl* tensor) {
 #endif
 }
 
-// What autograd keeps for a tensor; null where there is nothing yet.
+// What autograd keeps for a tensor; null where there is nothing yet. TensorImpl's accessor is a call into libc10 for
+// each tensor of a step; see VersionAccess for how its member is reached here.
+#if defined(TRAINOPT_SLOW_INSPECT)
 inline const torch::autograd::AutogradMeta* autograd_meta_of(const c10::TensorImpl* tensor) {
   return static_cast<const torch::autograd::AutogradMeta*>(const_cast<c10::TensorImpl*>(tensor)->autograd_meta());
+}
+#else
+template <auto kMember>
+struct MetaAccess;
+template <std::unique_ptr<c10::AutogradMetaInterface> c10::TensorImpl::* kMember>
+struct MetaAccess<kMember> {
+  friend const c10::AutogradMetaInterface* meta_of(const c10::TensorImpl& tensor) { return (tensor.*kMember).get(); }
+};
+const c10::AutogradMetaInterface* meta_of(const c10::TensorImpl& tensor);
+template struct MetaAccess<&c10::TensorImpl::autograd_meta_>;
+
+inline const torch::autograd::AutogradMeta* autograd_meta_of(const c10::TensorImpl* tensor) {
+  return static_cast<const torch::autograd::AutogradMeta*>(meta_of(*tensor));
+}
+#endif
+
+// As TensorImpl::requires_grad, which is another call; most states have nothing of autograd's.
+inline bool requires_grad(const c10::TensorImpl* tensor) {
+  return autograd_meta_of(tensor) != nullptr && tensor->requires_grad();
 }
 
 // The tensor in .grad, read without the reference that at::Tensor::grad() hands out; null if there is none.

@@ -78,3 +78,72 @@ def test_a_recalled_step_with_host_counts_is_not_captured(device):
         optimizer.step()
     _C.simt.set_capturing(False)
     assert torch.equal(params[0].detach().cpu(), before) and optimizer.state[params[0]]["step"] == 3
+
+
+def step_both(name, device, gradients_of, steps, **more):
+    """The same steps by an optimizer that compares each with the last, and by one that begins anew each time."""
+    outcomes = []
+    for forgets in (False, True):
+        params = [torch.nn.Parameter(torch.arange(n, dtype=torch.float32, device=device)) for n in (9, 9, 2049, 9)]
+        optimizer = CLASSES[name][0](params, lr=0.125)
+        seen = []
+        for step in range(steps):
+            gradients_of(params, step)
+            for attribute, value in more.items():
+                setattr(optimizer, attribute, torch.tensor(value(step), device=device))
+            if forgets:
+                optimizer._plan = None
+            before = [p.grad._version for p in params]
+            optimizer.step()
+            written = [p.grad._version - version for p, version in zip(params, before, strict=True)]
+            seen.append(([t.detach().cpu().clone() for p in params for t in (p, p.grad)], written))
+        outcomes.append(seen)
+    for (found, found_written), (truth, truth_written) in zip(*outcomes, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+        assert found_written == truth_written
+    return outcomes[0]
+
+
+def numbers(like, step, scale=1.0):
+    generator = torch.Generator().manual_seed(step)
+    return (torch.randn(like.shape, generator=generator) * scale).to(like.device)
+
+
+@each_class
+def test_gradients_move_in_memory(name, device):
+    def gradients_of(params, step):
+        for i, p in enumerate(params):
+            value = numbers(p, 10 * step + i)
+            if step in (3, 4):  # elsewhere, and no longer aligned
+                value = torch.cat((value[:1], value))[1:]
+            if step < 2 or step > 2:
+                p.grad = value
+            else:
+                p.grad.copy_(value)
+
+    step_both(name, device, gradients_of, 7)
+
+
+@each_class
+def test_a_scale_that_stays_on_the_device(name, device):
+    """Gradients are divided by it and written back: in their old memory, in new, and in one that two share."""
+
+    def gradients_of(params, step):
+        for i, p in enumerate(params):
+            value = numbers(p, 10 * step + i, 64.0)
+            if step in (0, 3):
+                p.grad = value
+            elif step == 4 and i == 1:
+                p.grad = params[0].grad
+            elif step == 5:
+                p.grad = value
+            else:
+                p.grad.copy_(value)
+                if step == 6:
+                    p.grad = p.grad.data  # the same memory, with a version counter of its own
+
+    scales = (64.0, 64.0, 64.0, 128.0, 128.0, 128.0, 128.0)
+    seen = step_both(
+        name, device, gradients_of, 7, grad_scale=scales.__getitem__, found_inf=lambda step: float(step == 2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(seen[1][0][::2], seen[2][0][::2], strict=True))  # left out

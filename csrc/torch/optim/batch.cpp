@@ -264,7 +264,8 @@ void Batch::prepare(double gradient_scale, const DeviceScaling& scaling) {
 
 // The entries and the tasks need not be touched if the runs stay what they were.
 void Batch::prepare_again(double gradient_scale, bool all_next, const DeviceScaling& scaling) {
-  if (cuda_entries_ != 0)
+  gradient_scale_ = gradient_scale;
+  if (cuda_entries_ != 0 && !(all_next && cuda.advance(scaling.gradient_scale.defined())))
     for (const Entry& entry : entries)
       if (entry.on_cuda.part >= 0) cuda.recount(entry.on_cuda, entry.step);
   for (const auto& [group, other] : equal_groups_) all_next = all_next && *group == *other;

@@ -20,6 +20,7 @@
 namespace trainopt::aten {
 
 constexpr int kMaxOperands = kMaxStates + 3;  // parameter, gradient, states, step count
+constexpr int kGradientCounter = 1;           // which of an entry's counters is the gradient's, where it is written to
 
 // The tensors of one parameter; null where there is none. Those of a DTensor are its local tensors.
 struct Operands {
@@ -98,9 +99,15 @@ class Batch {
   void prepare_again(double gradient_scale, bool all_next, const DeviceScaling& scaling = {});
 
   // What an entry's tensors are to the engine; null for one without elements.
-  TensorTask* task_of(const Entry& entry) {
+  const TensorTask* task_of(const Entry& entry) const {
     if (entry.on_cuda.part >= 0) return &cuda.task(entry.on_cuda);
     return entry.task < 0 ? nullptr : &tasks[entry.is_float64][entry.task];
+  }
+
+  // Where the gradient of an entry that has elements is now.
+  void set_gradient(const Entry& entry, void* data) {
+    if (entry.on_cuda.part >= 0) return cuda.set_gradient(entry.on_cuda, data);
+    tasks[entry.is_float64][entry.task].gradient.data = data;
   }
 
   std::vector<Entry> entries;

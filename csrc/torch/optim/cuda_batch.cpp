@@ -64,16 +64,45 @@ CudaPlace CudaBatch::add(const TensorTask& task, const GroupValues* group, c10::
   if (task.numel == 0 && count.on_device == nullptr && !is_summed_by_all) return {};
   const auto is_its = [&](const Part& part) { return part.device == device && part.is_float64 == is_float64; };
   auto part = std::find_if(parts_.begin(), parts_.end(), is_its);
-  if (part == parts_.end()) part = parts_.insert(part, {device, is_float64, {}, {}});
+  if (part == parts_.end()) part = parts_.insert(part, Part(device, is_float64));
   static_cast<TensorTask&>(part->tasks.emplace_back()) = task;
   part->sources.push_back({group, first, count, shard});
   return {static_cast<int>(part - parts_.begin()), static_cast<int64_t>(part->tasks.size()) - 1};
 }
 
+void CudaBatch::Part::forget() {
+  by = By::kUnknown;
+  tables.reset();
+}
+
+void CudaBatch::set_gradient(CudaPlace place, void* data) {
+  Part& part = parts_[place.part];
+  void*& last = part.tasks[place.index].gradient.data;
+  // Which kernel takes a tensor goes by this.
+  if (reinterpret_cast<uintptr_t>(last) % cuda::kAlignment != reinterpret_cast<uintptr_t>(data) % cuda::kAlignment)
+    gradients_stay_aligned_ = false;
+  last = data;
+  if (part.tables != nullptr) part.tables->set_gradient(static_cast<size_t>(place.index), data);
+}
+
+bool CudaBatch::advance(bool is_scaled) {
+  const auto is_first = [](const Run& run) { return run.first; };
+  for (const Part& part : parts_) {
+    if (part.was_scaled != is_scaled) return false;
+    if (part.by == Part::By::kHost && std::none_of(part.runs.begin(), part.runs.end(), is_first)) continue;
+    if (part.by == Part::By::kDevice && !counts_on_host_ && !part.has_first) continue;
+    return false;
+  }
+  for (Part& part : parts_)
+    for (Run& run : part.runs) run.step += run.counts ? 1 : 0;
+  return true;
+}
+
 void CudaBatch::recount(CudaPlace place, double step) {
-  Source& source = parts_[place.part].sources[place.index];
-  source.count.step = step;
-  source.first = false;
+  Part& part = parts_[place.part];
+  part.forget();
+  part.sources[place.index].count.step = step;
+  part.sources[place.index].first = false;
 }
 
 bool CudaBatch::is_captured() const {
@@ -81,73 +110,108 @@ bool CudaBatch::is_captured() const {
 }
 
 void CudaBatch::run(double gradient_scale, const DeviceScaling& scaling, const AddShards& add_shards) {
+  if (!gradients_stay_aligned_.exchange(true))
+    for (Part& part : parts_) part.tables.reset();
   for (Part& part : parts_) run_part(part, {gradient_scale, scaling, add_shards});
 }
 
 // The scalars are prepared by the host where it knows all that they are made of, else on the device.
 void CudaBatch::run_part(Part& part, const Step& step) const {
+  using By = Part::By;
+  const bool is_scaled = step.scaling.gradient_scale.defined();
   const auto is_by_host = [&](const Source& source) {
-    return source.count.on_device == nullptr && source.group->on_device[0].tensor == nullptr &&
-           !step.scaling.gradient_scale.defined();
+    return source.count.on_device == nullptr && source.group->on_device[0].tensor == nullptr && !is_scaled;
   };
-  const auto by_host = std::count_if(part.sources.begin(), part.sources.end(), is_by_host);
-  if (by_host == static_cast<std::ptrdiff_t>(part.sources.size())) return run_by_host(part, step);
-  if (by_host == 0) return run_by_device(part, step);
-  Part host{part.device, part.is_float64, {}, {}}, device = host;
+  if (part.by == By::kUnknown || part.was_scaled != is_scaled) {
+    part.forget();
+    part.was_scaled = is_scaled;
+    const auto by_host = std::count_if(part.sources.begin(), part.sources.end(), is_by_host);
+    part.by = by_host == static_cast<std::ptrdiff_t>(part.sources.size()) ? By::kHost
+              : by_host == 0                                              ? By::kDevice
+                                                                          : By::kBoth;
+    if (part.by == By::kHost) part.find_runs();
+    if (part.by == By::kDevice) part.find_counts();
+  }
+  if (part.by == By::kHost) return run_by_host(part, step);
+  if (part.by == By::kDevice) return run_by_device(part, step);
+  Part host(part.device, part.is_float64), device(part.device, part.is_float64);
   for (size_t i = 0; i < part.tasks.size(); ++i) {
     Part& to = is_by_host(part.sources[i]) ? host : device;
     to.tasks.push_back(part.tasks[i]);
     to.sources.push_back(part.sources[i]);
   }
+  host.find_runs();
   run_by_host(host, step);
+  device.find_counts();
   run_by_device(device, step);
+}
+
+void CudaBatch::Part::find_runs() {
+  runs.clear();
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    const Source& source = sources[i];
+    const bool first = source.is_first();
+    if (runs.empty() || runs.back().group != source.group || runs.back().step != source.count.step ||
+        runs.back().counts != source.count.on_host || runs.back().first != first)
+      runs.push_back({source.group, source.count.step, source.count.on_host, first});
+    tasks[i].prepared = static_cast<uint32_t>(runs.size() - 1);
+  }
+}
+
+void CudaBatch::Part::find_counts() {
+  counts.clear();
+  groups.clear();
+  has_first = false;
+  counts.reserve(tasks.size());
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    const Source& source = sources[i];
+    if (groups.empty() || groups.back() != source.group) groups.push_back(source.group);
+    tasks[i].prepared = static_cast<uint32_t>(i);
+    counts.push_back({source.count.on_device, source.count.step, static_cast<uint32_t>(groups.size() - 1),
+                      source.count.is_double, source.is_first()});
+    has_first = has_first || source.is_first();
+  }
 }
 
 void CudaBatch::run_by_host(Part& part, const Step& step) const {
   std::vector<cuda::Prepared> prepared;
-  const Source* last = nullptr;
-  bool last_first = false;
-  for (size_t i = 0; i < part.tasks.size(); ++i) {
-    const Source& source = part.sources[i];
-    const bool first = source.is_first();
-    if (last == nullptr || last->group != source.group || last->count.step != source.count.step ||
-        last_first != first) {
-      prepared.push_back({source.group->scalars(rule_, source.count.step, first, part.is_float64, step.gradient_scale),
-                          random_key(source.group->seed, source.count.step).step});
-      last = &source;
-      last_first = first;
-    }
-    part.tasks[i].prepared = static_cast<uint32_t>(prepared.size() - 1);
-  }
+  prepared.reserve(part.runs.size());
+  for (const Run& run : part.runs)
+    prepared.push_back({run.group->scalars(rule_, run.step, run.first, part.is_float64, step.gradient_scale),
+                        random_key(run.group->seed, run.step).step});
   std::vector<at::Tensor> kept;
   const OnDevice on(part.device);
   update(part, prepared.data(), false, float_on(step.scaling.found_inf, part.device, &kept), step, on.stream);
 }
 
-void CudaBatch::run_by_device(Part& part, const Step& step) const {
-  std::vector<cuda::Count> counts;
-  std::vector<cuda::GroupSource> groups;
-  std::vector<at::Tensor> kept;
-  counts.reserve(part.tasks.size());
-  const OnDevice on(part.device);
-  const GroupValues* last = nullptr;
-  for (size_t i = 0; i < part.tasks.size(); ++i) {
-    const Source& source = part.sources[i];
-    if (last != source.group) groups.push_back(source_of(*source.group, part.device, &kept));
-    last = source.group;
-    part.tasks[i].prepared = static_cast<uint32_t>(counts.size());
-    counts.push_back({source.count.on_device, source.count.step, static_cast<uint32_t>(groups.size() - 1),
-                      source.count.is_double, source.is_first()});
+// Memory for the scalars of so many parameters. It is kept for the next step, whose kernels on the same stream come
+// after this one's; a graph has memory of its own, which is there when it is replayed.
+cuda::Prepared* CudaBatch::scalars_on(Part& part, size_t count, cuda::Stream stream,
+                                      std::vector<at::Tensor>* kept) const {
+  const size_t bytes = count * sizeof(cuda::Prepared);
+  if (is_capturing(part.device)) return static_cast<cuda::Prepared*>(memory_on(part.device, bytes, kept));
+  if (!part.memory.defined() || part.stream != stream || part.memory.nbytes() < bytes) {
+    std::vector<at::Tensor> made;
+    memory_on(part.device, bytes, &made);
+    part.memory = std::move(made.back());
+    part.stream = stream;
   }
+  return static_cast<cuda::Prepared*>(part.memory.mutable_data_ptr());
+}
+
+void CudaBatch::run_by_device(Part& part, const Step& step) const {
+  std::vector<at::Tensor> kept;
+  const OnDevice on(part.device);
+  std::vector<cuda::GroupSource> groups;
+  for (const GroupValues* group : part.groups) groups.push_back(source_of(*group, part.device, &kept));
   const float* scale = float_on(step.scaling.gradient_scale, part.device, &kept);
   if (scale == nullptr && step.gradient_scale != 1)
     scale = kept.emplace_back(at::full({}, step.gradient_scale, at::TensorOptions(part.device).dtype(at::kFloat)))
                 .const_data_ptr<float>();
   const float* found_inf = float_on(step.scaling.found_inf, part.device, &kept);
-  auto* const prepared =
-      static_cast<cuda::Prepared*>(memory_on(part.device, counts.size() * sizeof(cuda::Prepared), &kept));
-  cuda::prepare({rule_.index, part.is_float64, groups.data(), groups.size(), counts.data(), counts.size(), scale,
-                 found_inf, prepared},
+  cuda::Prepared* const prepared = scalars_on(part, part.counts.size(), on.stream, &kept);
+  cuda::prepare({rule_.index, part.is_float64, groups.data(), groups.size(), part.counts.data(), part.counts.size(),
+                 scale, found_inf, prepared},
                 on.stream);
   update(part, prepared, true, found_inf, step, on.stream);
 }
@@ -156,9 +220,13 @@ void CudaBatch::update(Part& part, const cuda::Prepared* prepared, bool on_devic
                        const Step& step, cuda::Stream stream) const {
   const size_t count = part.tasks.size();
   cuda::Update work{rule_.index, part.is_float64, part.tasks.data(), count, prepared, on_device, found_inf};
-  if (rule_.sum_count == 0) return cuda::update(work, stream);
+  if (rule_.sum_count == 0) {
+    if (part.tables == nullptr) part.tables = cuda::tables_of(work);
+    return part.tables->launch(prepared, found_inf, stream);
+  }
 
   // The reduce phase: each task has scalars of its own from then on, on the device.
+  part.forget();
   std::vector<at::Tensor> kept;
   const at::Tensor sums =
       at::empty({static_cast<int64_t>(count), rule_.sum_count, 2}, at::TensorOptions(part.device).dtype(at::kDouble));

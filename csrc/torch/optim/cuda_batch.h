@@ -3,7 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "cuda/engine.h"
@@ -55,8 +57,13 @@ class CudaBatch {
   CudaPlace add(const TensorTask&, const GroupValues* group, c10::Device, bool is_float64, bool first, const StepCount&,
                 const Shard* shard);
 
-  // For a step of the same parameters as the last: what has been added, whose gradient may have moved.
-  TensorTask& task(CudaPlace place) { return parts_[place.part].tasks[place.index]; }
+  // For a step of the same parameters as the last: what has been added.
+  const TensorTask& task(CudaPlace place) const { return parts_[place.part].tasks[place.index]; }
+  // Likewise: where the gradient is now. Several threads may each set their own.
+  void set_gradient(CudaPlace place, void* data);
+  // Likewise: each parameter's step is the one after its last. False if `recount` must be told of each all the same.
+  // `is_scaled`: by GradScaler's scale.
+  bool advance(bool is_scaled);
   // Likewise: the count with this step where the host keeps it. The states are no longer new.
   void recount(CudaPlace place, double step);
 
@@ -82,12 +89,35 @@ class CudaBatch {
     bool is_first() const { return first || (count.on_host && count.step == 1); }
   };
 
+  // Parameters that follow each other and share their scalars, which the host prepares.
+  struct Run {
+    const GroupValues* group;
+    double step;
+    bool counts, first;
+  };
+
   // The parameters of one device and one arithmetic.
   struct Part {
     c10::Device device;
     bool is_float64;
     std::vector<cuda::TensorTask> tasks;
     std::vector<Source> sources;  // of the tasks
+
+    // How the last step was made, for one of the same parameters: as it stands, only gradients and scalars change.
+    enum class By { kUnknown, kHost, kDevice, kBoth } by = By::kUnknown;  // who prepares the scalars
+    bool was_scaled = false;                                              // by a scale on the device
+    std::vector<Run> runs;                                                // by the host
+    std::vector<cuda::Count> counts;                                      // by the device
+    std::vector<const GroupValues*> groups;                               // likewise
+    bool has_first = false;                                               // likewise: states that were new
+    std::unique_ptr<cuda::StepTables> tables;
+    at::Tensor memory;              // of the scalars on the device
+    cuda::Stream stream = nullptr;  // on which that is used
+
+    Part(c10::Device of, bool is_double) : device(of), is_float64(is_double) {}
+    void forget();
+    void find_runs();
+    void find_counts();
   };
 
   // What the parts of a step share.
@@ -101,7 +131,9 @@ class CudaBatch {
   std::vector<Part> parts_;
   std::vector<c10::Device> devices_;
   bool counts_on_host_ = false, sums_over_shards_ = false;
+  std::atomic<bool> gradients_stay_aligned_ = true;  // as they were when the tables were filled
 
+  cuda::Prepared* scalars_on(Part&, size_t count, cuda::Stream, std::vector<at::Tensor>* kept) const;
   void run_part(Part&, const Step&) const;
   void run_by_host(Part&, const Step&) const;
   void run_by_device(Part&, const Step&) const;
@@ -119,7 +151,9 @@ class CudaBatch {
   CudaPlace add(const TensorTask&, const GroupValues*, c10::Device, bool, bool, const StepCount&, const Shard*) {
     return {};
   }
-  TensorTask& task(CudaPlace) { return none_; }
+  const TensorTask& task(CudaPlace) const { return none_; }
+  void set_gradient(CudaPlace, void*) {}
+  bool advance(bool) { return true; }
   void recount(CudaPlace, double) {}
   bool counts_on_host() const { return false; }
   bool is_captured() const { return false; }
