@@ -467,6 +467,17 @@ def test_the_weight_of_a_class_that_no_row_has_may_be_anything(device, shape, va
     assert torch.equal(loss, clean[0]) and torch.equal(gradient, clean[1])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 100), (3, 3000), (4, 100, 3)], ids=str)
+def test_an_upstream_gradient_that_is_not_finite_is_torchs(device, shape, value):
+    logits, target = random(*shape), classes((shape[0], *shape[2:]), 4)
+    gradients = []
+    for function, dtype in ((F.cross_entropy, torch.float64), (on(device, functional.cross_entropy), torch.float32)):
+        _, gradient = run(lambda x, f=function: f(x, target) * value, [logits.to(dtype)])
+        gradients.append(gradient.double())
+    torch.testing.assert_close(*gradients, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_subnormal_logits_and_gradients(device, dtype):
     tiny = torch.finfo(dtype).smallest_normal

@@ -278,7 +278,7 @@ void direct_backward(const CrossEntropyTask& task, int64_t first_row, int64_t la
       continue;
     }
     const RowGradient<S> of_row(task, row, label_mass_of(task, row) + spread_mass);
-    const S mass = static_cast<S>(spread * of_row.upstream);
+    const S mass = spread == 0 ? S(0) : static_cast<S>(spread * of_row.upstream);  // though upstream may be infinite
     const auto derivative = [&](auto logit) {
       using T = decltype(logit);
       return SoftmaxCrossEntropy::derivative(logit - T(of_row.peak), T(of_row.probability_factor), T(mass));
