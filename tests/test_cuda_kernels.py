@@ -37,7 +37,7 @@ COUNTS = {
     "prepare": len(RULES) * len(TYPES),
     # Likewise, of those that gather sums; then what follows from these, and one that combines them.
     "gather": sum(map(len, SUMMING)) * (2 * len(TYPES) + 3) + len(SUMMING) * len(TYPES) + 1,
-    "norm": 2 * len(TYPES) * 2 + 1,  # partial and clip, strided or not; finish
+    "norm": 3 * len(TYPES) * 2 + 1,  # partial, clip and clamp, strided or not; finish
     "pointwise": 2 * len(LOSSES) * len(TYPES) + 1,  # forward and backward; finish
     "cross_entropy": len(TYPES) + 2,  # count; finish of the counts and of the losses
     # A warp and a block a row; in general, and for five pairs of logits' and gradients' types.

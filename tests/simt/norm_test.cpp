@@ -79,7 +79,7 @@ void check_norms(Parameters& parameters, bool is_float64, const std::string& wha
     }
     return result;
   };
-  for (const double limit : {1e9, 0.25}) {  // 0.25 is a number of each dtype
+  for (const double limit : {0x1p15, 0.25}) {  // numbers of each dtype
     std::vector<std::vector<double>> clamped_values = values();
     for (std::vector<double>& of_one : clamped_values)
       for (double& value : of_one) value = clamped(value, limit);
