@@ -1,6 +1,7 @@
 """The emulated device is an honest one: what a GPU would not let pass, it does not."""
 
 import copy
+import math
 import subprocess
 import sys
 
@@ -129,6 +130,14 @@ def test_waiting_is_counted_and_can_be_forbidden(device, no_synchronisation):
         assert _C.simt.synchronisations() > before
         with no_synchronisation(), pytest.raises(RuntimeError, match="waits for the device"):
             wait()
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.int64, 1e300), (torch.int64, math.inf), (torch.uint8, 300)])
+def test_a_number_that_integers_cannot_hold_is_refused_at_the_call(device, dtype, value):
+    tensor = torch.ones(3, dtype=dtype, device=device)
+    with pytest.raises(RuntimeError, match="without overflow"):
+        tensor.fill_(value)
+    assert tensor.tolist() == [1, 1, 1]
 
 
 def test_waiting_is_an_error_in_a_capture(device):

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <utility>
@@ -90,6 +91,21 @@ bool can_be_seen(const c10::FunctionSchema& schema, c10::ArrayRef<c10::IValue> a
   return good;
 }
 
+// Whether a number may be one that a tensor of integers cannot hold, which torch refuses on the host, and meta kernels
+// do not look at.
+bool may_overflow(const c10::FunctionSchema& schema, c10::ArrayRef<c10::IValue> arguments) {
+  bool integers = false, beyond = false;
+  for (size_t a = 0; a < arguments.size(); ++a) {
+    const c10::IValue& value = arguments[a];
+    if (value.isTensor() && value.toTensor().defined())
+      integers = integers || c10::isIntegralType(value.toTensor().scalar_type(), /*includeBool=*/false);
+    if (schema.arguments()[a].type()->kind() == c10::TypeKind::NumberType && value.isScalar() &&
+        !value.toScalar().isComplex())
+      beyond = beyond || !(std::fabs(value.toScalar().toDouble()) <= 127);  // the smallest type's
+  }
+  return integers && beyond;
+}
+
 }  // namespace
 
 bool defer(const c10::OperatorHandle& op, std::vector<c10::IValue>* stack, const void* stream) {
@@ -98,7 +114,7 @@ bool defer(const c10::OperatorHandle& op, std::vector<c10::IValue>* stack, const
   const c10::ArrayRef<c10::IValue> arguments(stack->data() + stack->size() - count, count);
   const std::optional<std::vector<int>> origins = origins_of(schema);
   if (!origins.has_value() || !op.hasComputedKernelForDispatchKey(c10::DispatchKey::CPU) ||
-      !can_be_seen(schema, arguments))
+      !can_be_seen(schema, arguments) || may_overflow(schema, arguments))
     return false;
   bool makes_new = false, writes = false;
   for (const int origin : *origins) makes_new = makes_new || origin < 0;
