@@ -132,8 +132,14 @@ def test_waiting_is_counted_and_can_be_forbidden(device, no_synchronisation):
             wait()
 
 
-@pytest.mark.parametrize(("dtype", "value"), [(torch.int64, 1e300), (torch.int64, math.inf), (torch.uint8, 300)])
-def test_a_number_that_integers_cannot_hold_is_refused_at_the_call(device, dtype, value):
+CANNOT_HOLD = (
+    *((torch.int64, 1e300), (torch.int64, math.inf), (torch.uint8, 300)),
+    *((torch.float16, 1e5), (torch.bfloat16, 1e39), (torch.float32, 1e300)),
+)
+
+
+@pytest.mark.parametrize(("dtype", "value"), CANNOT_HOLD)
+def test_a_number_that_the_dtype_cannot_hold_is_refused_at_the_call(device, dtype, value):
     tensor = torch.ones(3, dtype=dtype, device=device)
     with pytest.raises(RuntimeError, match="without overflow"):
         tensor.fill_(value)

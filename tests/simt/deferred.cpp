@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <cfloat>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -91,19 +92,26 @@ bool can_be_seen(const c10::FunctionSchema& schema, c10::ArrayRef<c10::IValue> a
   return good;
 }
 
-// Whether a number may be one that a tensor of integers cannot hold, which torch refuses on the host, and meta kernels
-// do not look at.
-bool may_overflow(const c10::FunctionSchema& schema, c10::ArrayRef<c10::IValue> arguments) {
-  bool integers = false, beyond = false;
+// Whether a type holds a number, as far as all types of its kind do.
+bool holds(c10::ScalarType type, double number) {
+  if (c10::isIntegralType(type, /*includeBool=*/true)) return std::fabs(number) <= 127;
+  const double most = type == at::kHalf ? 65504 : type == at::kDouble ? DBL_MAX : 3e38;
+  return !std::isfinite(number) || std::fabs(number) <= most;
+}
+
+// Whether each tensor's type holds each number that is given beside them. Where not, torch refuses the call on the
+// host, and meta kernels do not look at it.
+bool can_hold(const c10::FunctionSchema& schema, c10::ArrayRef<c10::IValue> arguments) {
   for (size_t a = 0; a < arguments.size(); ++a) {
-    const c10::IValue& value = arguments[a];
-    if (value.isTensor() && value.toTensor().defined())
-      integers = integers || c10::isIntegralType(value.toTensor().scalar_type(), /*includeBool=*/false);
-    if (schema.arguments()[a].type()->kind() == c10::TypeKind::NumberType && value.isScalar() &&
-        !value.toScalar().isComplex())
-      beyond = beyond || !(std::fabs(value.toScalar().toDouble()) <= 127);  // the smallest type's
+    const c10::IValue& number = arguments[a];
+    if (schema.arguments()[a].type()->kind() != c10::TypeKind::NumberType || !number.isScalar()) continue;
+    if (number.toScalar().isComplex()) return false;
+    for (const c10::IValue& value : arguments)
+      if (value.isTensor() && value.toTensor().defined() &&
+          !holds(value.toTensor().scalar_type(), number.toScalar().toDouble()))
+        return false;
   }
-  return integers && beyond;
+  return true;
 }
 
 }  // namespace
@@ -114,7 +122,7 @@ bool defer(const c10::OperatorHandle& op, std::vector<c10::IValue>* stack, const
   const c10::ArrayRef<c10::IValue> arguments(stack->data() + stack->size() - count, count);
   const std::optional<std::vector<int>> origins = origins_of(schema);
   if (!origins.has_value() || !op.hasComputedKernelForDispatchKey(c10::DispatchKey::CPU) ||
-      !can_be_seen(schema, arguments) || may_overflow(schema, arguments))
+      !can_be_seen(schema, arguments) || !can_hold(schema, arguments))
     return false;
   bool makes_new = false, writes = false;
   for (const int origin : *origins) makes_new = makes_new || origin < 0;
