@@ -25,9 +25,17 @@ _ORDERS = (1.0, 2.0, math.inf)  # any other goes through torch
 _SHORT = (torch.float16, torch.bfloat16)
 
 
+def _listed(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _is_torchs_to_do() -> bool:
+    return switches.REFERENCE_FORCED or torch.compiler.is_compiling()
+
+
 def _norm(tensors: list[Tensor], order: float, of_gradients: bool) -> tuple[float | Tensor, Tensor] | None:
     """The norm in float64, on CUDA a tensor; and as the tensor that torch gives. None if torch must do it."""
-    if switches.REFERENCE_FORCED or order not in _ORDERS or torch.compiler.is_compiling():
+    if order not in _ORDERS or _is_torchs_to_do():
         return None
     return _C.norm_of(tensors, order, of_gradients)
 
@@ -72,7 +80,7 @@ def get_total_norm(
         one that torch promotes them to), but to float32 for float16 and bfloat16; 0 in the default dtype if there are
         no tensors.
     """
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    tensors = _listed(tensors)
     order = float(norm_type)
     found = _norm(tensors, order, of_gradients=False)
     if found is None:
@@ -110,13 +118,10 @@ def clip_grad_norm_(
         the one that torch promotes them to), but float32 for float16 and bfloat16; 0 in the default dtype if there are
         no gradients. Where it is beyond its dtype it is infinity; the gradients are scaled by what it is in float64.
     """
-    if isinstance(parameters, Tensor):
-        given = [parameters]
-    else:
-        given = list(parameters)
-        if not given and isinstance(parameters, GeneratorType):
-            # Torch warns of an empty generator, which is nearly always one that has been used up.
-            return stock.clip_grad_norm_((p for p in given), max_norm, norm_type, error_if_nonfinite, foreach)
+    given = _listed(parameters)
+    if not given and isinstance(parameters, GeneratorType):
+        # Torch warns of an empty generator, which is nearly always one that has been used up.
+        return stock.clip_grad_norm_((p for p in given), max_norm, norm_type, error_if_nonfinite, foreach)
     order = float(norm_type)
     found = _norm(given, order, of_gradients=True)
     if found is None:
@@ -152,10 +157,9 @@ def clip_grads_with_norm_(
         total_norm: the gradients' norm, a tensor of one element, of any device and floating dtype.
         foreach: for gradients that torch takes care of: sparse ones, those of several devices, subclasses.
     """
-    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    given = _listed(parameters)
     if (
-        switches.REFERENCE_FORCED
-        or torch.compiler.is_compiling()
+        _is_torchs_to_do()
         or type(total_norm) is not Tensor
         or total_norm.dim() > 0
         or not total_norm.is_floating_point()
@@ -183,12 +187,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
         clip_value: the largest size of an element to be left, at least 0.
         foreach: for gradients that torch takes care of: sparse ones, those of several devices, subclasses.
     """
-    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    given = _listed(parameters)
     limit = float(clip_value)
-    if (
-        switches.REFERENCE_FORCED
-        or torch.compiler.is_compiling()
-        or not 0 <= limit <= _MOST
-        or not _C.clamp_gradients(given, limit)
-    ):
+    if _is_torchs_to_do() or not 0 <= limit <= _MOST or not _C.clamp_gradients(given, limit):
         stock.clip_grad_value_(given, clip_value, foreach)
