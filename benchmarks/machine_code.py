@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
+from operator import add
+from typing import NamedTuple
 
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;?\s*$")
 LABEL = re.compile(r"^\s*(\.L_\w+):")
@@ -24,8 +26,7 @@ class Instruction:
     target: str  # of a branch
 
 
-@dataclass(frozen=True, order=True)
-class Way:
+class Way(NamedTuple):
     """A way through a loop. Ordered by what it costs."""
 
     instructions: int = 0
@@ -35,17 +36,10 @@ class Way:
     float64: int = 0  # and conversions to it
 
     def after(self, other: Way) -> Way:
-        return Way(
-            self.instructions + other.instructions,
-            self.float32 + other.float32,
-            self.special + other.special,
-            self.integer + other.integer,
-            self.float64 + other.float64,
-        )
+        return Way(*map(add, self, other))
 
 
-@dataclass(frozen=True)
-class Moved:
+class Moved(NamedTuple):
     """What a way through a loop moves, in bytes of a thread; and how many instructions of a wanted kind it has."""
 
     loaded: int = 0
@@ -56,17 +50,10 @@ class Moved:
     singles: int = 0  # elements stored one by one, whatever a condition says
 
     def after(self, other: Moved) -> Moved:
-        return Moved(
-            self.loaded + other.loaded,
-            self.stored + other.stored,
-            self.from_shared + other.from_shared,
-            self.to_shared + other.to_shared,
-            self.marked + other.marked,
-            self.singles + other.singles,
-        )
+        return Moved(*map(add, self, other))
 
     def times(self, count: int) -> Moved:
-        return Moved(*(value * count for value in astuple(self)))
+        return Moved(*(value * count for value in self))
 
     def is_within(self, most: Moved) -> bool:
         return (
