@@ -333,26 +333,17 @@ void for_each_table(const NormTensor* tensors, size_t count, const Header& heade
   filler.flush();
 }
 
-template <class S, bool kStrided>
-void partials_of(const NormWork& work, Stream stream) {
-  const NormHeader header{work.partials, work.norm};
-  for_each_table<S, NormHeader, kStrided>(work.tensors, work.count, header, [&](const auto& table, int64_t chunks) {
-    launch("norm_partial", partial_kernel<S, kStrided>, {chunks, kThreads}, stream, table);
-  });
-}
-
-template <class S, bool kStrided>
-void clip_those(const NormTensor* tensors, size_t count, const ClipHeader& header, Stream stream) {
-  for_each_table<S, ClipHeader, kStrided>(tensors, count, header, [&](const auto& table, int64_t chunks) {
-    launch("clip", clip_kernel<S, kStrided>, {chunks, kThreads}, stream, table);
-  });
-}
-
-template <class S, bool kStrided>
-void clamp_those(const NormTensor* tensors, size_t count, const ClampHeader& header, Stream stream) {
-  for_each_table<S, ClampHeader, kStrided>(tensors, count, header, [&](const auto& table, int64_t chunks) {
-    launch("clamp", clamp_kernel<S, kStrided>, {chunks, kThreads}, stream, table);
-  });
+// The same for every arithmetic, with layouts and without, whose type and std::bool_constant `start` is given first.
+template <class Header, class Start>
+void for_every_table(const NormTensor* tensors, size_t count, const Header& header, Start start) {
+  const auto those = [&](auto arithmetic, auto strided) {
+    for_each_table<decltype(arithmetic), Header, decltype(strided)::value>(
+        tensors, count, header, [&](const auto& table, int64_t chunks) { start(arithmetic, strided, table, chunks); });
+  };
+  those(float(), std::false_type());
+  those(float(), std::true_type());
+  those(double(), std::false_type());
+  those(double(), std::true_type());
 }
 
 }  // namespace
@@ -364,29 +355,30 @@ int64_t norm_partials(const NormTensor* tensors, size_t count) {
 }
 
 void norm(const NormWork& work, Stream stream) {
-  partials_of<float, false>(work, stream);
-  partials_of<float, true>(work, stream);
-  partials_of<double, false>(work, stream);
-  partials_of<double, true>(work, stream);
+  for_every_table(work.tensors, work.count, NormHeader{work.partials, work.norm},
+                  [&](auto arithmetic, auto strided, const auto& table, int64_t chunks) {
+                    launch("norm_partial", partial_kernel<decltype(arithmetic), decltype(strided)::value>,
+                           {chunks, kThreads}, stream, table);
+                  });
   // tests break this: a stream mistaken
   launch("norm_finish", finish_kernel, {1, 32 * kFinishWarps}, stream, work.norm, work.partials,
          norm_partials(work.tensors, work.count), work.total, work.rounded);
 }
 
 void clip(const NormTensor* tensors, size_t count, const double* total, double max_norm, Stream stream) {
-  const ClipHeader header{total, max_norm};
-  clip_those<float, false>(tensors, count, header, stream);
-  clip_those<float, true>(tensors, count, header, stream);
-  clip_those<double, false>(tensors, count, header, stream);
-  clip_those<double, true>(tensors, count, header, stream);
+  for_every_table(tensors, count, ClipHeader{total, max_norm},
+                  [&](auto arithmetic, auto strided, const auto& table, int64_t chunks) {
+                    launch("clip", clip_kernel<decltype(arithmetic), decltype(strided)::value>, {chunks, kThreads},
+                           stream, table);
+                  });
 }
 
 void clamp(const NormTensor* tensors, size_t count, double limit, Stream stream) {
-  const ClampHeader header{limit};
-  clamp_those<float, false>(tensors, count, header, stream);
-  clamp_those<float, true>(tensors, count, header, stream);
-  clamp_those<double, false>(tensors, count, header, stream);
-  clamp_those<double, true>(tensors, count, header, stream);
+  for_every_table(tensors, count, ClampHeader{limit},
+                  [&](auto arithmetic, auto strided, const auto& table, int64_t chunks) {
+                    launch("clamp", clamp_kernel<decltype(arithmetic), decltype(strided)::value>, {chunks, kThreads},
+                           stream, table);
+                  });
 }
 
 }  // namespace trainopt::cuda
