@@ -560,6 +560,7 @@ def main(folder):
     with open(os.path.join(folder, f"{dist.get_rank()}.json"), "w") as file:
         json.dump(outcomes, file)
     dist.destroy_process_group()
+    os._exit(0)  # as in ranks.py
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ is whole: a checkpoint of four processes is one of two, or of one.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Processes:
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
                 return cls(0, 1, device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            atexit.register(dist.destroy_process_group)
+            atexit.register(_leave)
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     @property
@@ -81,6 +82,18 @@ class Processes:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+
+def _leave() -> None:
+    """Ends the group at the process's end, with its threads.
+
+    Gloo's threads take the GIL to give back a tensor; one that does so while Python ends ends the process with SIGABRT
+    (seen under load: "terminate called without an active exception"). They end with the last that knows the group, and
+    DistributedDataParallel, which is in a cycle with what it wraps, may be that.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
 
 
 def is_sharded(model: nn.Module) -> bool:
