@@ -33,7 +33,8 @@ FOREIGN = {
 #: The rooms of the package, from the ground up: modules, or folders.
 STORIES = (
     ("_build", "_version", "_extension", "switches", "checks", "originals", "stand_in", "schedules"),
-    ("losses", "optim", "clip"),
+    ("clip",),
+    ("losses", "optim"),
     ("functional",),
     ("patching", "training"),
     ("paths",),

@@ -34,6 +34,13 @@ def test_the_signature_is_torchs_and_more(name):
     assert {k: default for k, (default, _) in extras.items()} == {
         **({} if name == "SGD" else {"bias_correction": True}),
         **{"l1": 0.0, "l1_proximal": False, "noise": 0.0, "seed": 0, "skip_nonfinite": False},
+        **{
+            "max_grad_norm": None,
+            "error_if_nonfinite": False,
+            "zero_grad": None,
+            "ema_decay": None,
+            "ema_warmup": False,
+        },
     }
     assert all(kind is inspect.Parameter.KEYWORD_ONLY for _, kind in extras.values())
 

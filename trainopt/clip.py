@@ -40,7 +40,7 @@ def _norm(tensors: list[Tensor], order: float, of_gradients: bool) -> tuple[floa
     return _C.norm_of(tensors, order, of_gradients)
 
 
-def _check_finite(total: Tensor, order: float) -> None:
+def check_finite(total: Tensor, order: float) -> None:
     """Torch's own error for a norm that is infinite or NaN."""
     if not math.isfinite(total.item()):
         stock._get_total_norm([total], order, error_if_nonfinite=True)
@@ -87,7 +87,7 @@ def get_total_norm(
         return _norm_by_torch(tensors, order, error_if_nonfinite, foreach)
     _, total = found
     if error_if_nonfinite:
-        _check_finite(total, order)
+        check_finite(total, order)
     return total
 
 
@@ -133,7 +133,7 @@ def clip_grad_norm_(
         return total
     norm, total = found
     if error_if_nonfinite:
-        _check_finite(total, order)
+        check_finite(total, order)
     if not _C.clip_gradients(given, float(max_norm), norm):
         # Gradients that share memory are scaled one after the other: torch's foreach kernels on CUDA race for it.
         stock._clip_grads_with_norm_(given, max_norm, total, foreach=False)

@@ -37,7 +37,7 @@ bool takes(const double* options) {
 template <class R>
 constexpr Rule describe(int index) {
   static_assert(sizeof(R::kOptions) / sizeof(R::kOptions[0]) <= kMaxOptions);
-  static_assert(kStateCount<R> <= kMaxStates && kSumCount<R> <= kMaxSums);
+  static_assert(kStateCount<R> < kMaxStates && kSumCount<R> <= kMaxSums);
   Rule rule{R::kName,
             R::kOptions,
             sizeof(R::kOptions) / sizeof(R::kOptions[0]),
@@ -92,14 +92,14 @@ const KernelTable& table_of(Variant variant) {
 }
 
 // Asks for the first lines of a task's tensors: the processor's own prefetching begins anew with each tensor.
-void prefetch_start(const TensorTask& task, int state_count) {
+void prefetch_start(const TensorTask& task, int slots) {
   constexpr int kLines = 4;
   const auto ask = [](const void* data) {
     for (int line = 0; line < kLines; ++line) __builtin_prefetch(static_cast<const char*>(data) + 64 * line, 1);
   };
   ask(task.param.data);
   ask(task.gradient.data);
-  for (int s = 0; s < state_count; ++s)
+  for (int s = 0; s < slots; ++s)
     if (task.state[s].data != nullptr) ask(task.state[s].data);
 }
 
@@ -149,7 +149,7 @@ void run_blocks(const Update& update, int64_t first, int64_t last) {
   const Kernel kernel = table_in_use().rule[update.rule->index][update.is_float64];
   for_each_task(update, first, last, [&](size_t t, int64_t from, int64_t to) {
     const TensorTask& task = update.tasks[t];
-    if (t + 1 < update.count) prefetch_start(update.tasks[t + 1], update.rule->state_count);
+    if (t + 1 < update.count) prefetch_start(update.tasks[t + 1], update.rule->slots());
     const int64_t begin = from * kBlock, end = to * kBlock < task.numel ? to * kBlock : task.numel;
     if (update.sums == nullptr) return kernel(task, begin, end);
     Scalars scalars = *task.scalars;

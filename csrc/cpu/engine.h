@@ -36,6 +36,7 @@ struct Rule {
   int option_count;
   const char* const* states;
   int state_count;
+  int slots() const { return state_count + 1; }  // the states, then the moving average
   const char* const* sums;
   int sum_count;  // 0 without a reduce phase
   bool counts_steps;

@@ -80,7 +80,7 @@ TRAINOPT_FUNCTION void update_at(const Stages<S>& stages, const typename Rule::t
   T p = load(tile.p + i), g = load(tile.g + i), state[kStateCount<Rule>];
   for (int s = 0; s < kStateCount<Rule>; ++s) state[s] = contains(kSet, s) ? load(tile.state[s] + i) : T(S(0));
   T noise(S(0));
-  if constexpr (!kPlain)
+  if constexpr (!kPlain && sizeof(Stored) == sizeof(S))  // where it is made, all is in the arithmetic's type
     if (tile.noise != nullptr) noise = load(tile.noise + i);
   step_elements<Rule, kPlain>(stages, scalars, p, g, state, noise);
   store(tile.p + i, p);
@@ -128,10 +128,29 @@ TRAINOPT_FUNCTION void prefetch_ahead(const Stored* block) {
   for (size_t line = 0; line < kBlock * sizeof(Stored); line += 64) __builtin_prefetch(ahead + line, 1);
 }
 
-// All tensors are runs of one type: they are worked on where they lie.
-template <class Rule, StateSet kSet, class Stored, class S>
+// The moving average takes in the parameters as they have just been stored, while they are in the nearest cache.
+template <class S>
+[[gnu::noinline]] void average_tile(const TensorView& param, const TensorView& average, S weight, int64_t at,
+                                    int count) {
+  constexpr int kSize = Vec<S>::kSize;
+  S buffer[2][kBlock];
+  const S* p = load_tile(param, at, count, buffer[0]);
+  S* a = load_tile(average, at, count, buffer[1]);
+  int i = 0;
+  for (; i + kSize <= count; i += kSize) {
+    Vec<S> moved = load(a + i);
+    move_average(weight, load(p + i), moved);
+    store(a + i, moved);
+  }
+  for (; i < count; ++i) move_average(weight, p[i], a[i]);
+  store_tile(average, at, count, a);
+}
+
+// All tensors are runs of one type, and there is no noise: they are worked on where they lie.
+template <class Rule, bool kPlain, StateSet kSet, class Stored, class S>
 TRAINOPT_FUNCTION void run_direct(const TensorTask& task, const Stages<S>& stages,
                                   const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
+  const TensorView& average = task.state[kAverage<Rule>];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
     Tile<Stored, S, kStateCount<Rule>> tile{
@@ -140,10 +159,13 @@ TRAINOPT_FUNCTION void run_direct(const TensorTask& task, const Stages<S>& stage
       if (contains(kSet, s)) tile.state[s] = static_cast<Stored*>(task.state[s].data) + at;
     if (end - at >= kAheadElements) {
       prefetch_ahead(tile.p);
+      if (!kPlain && stages.write_gradient) prefetch_ahead(tile.g);
       for (int s = 0; s < kStateCount<Rule>; ++s)
         if (contains(kSet, s)) prefetch_ahead(tile.state[s]);
+      if (average.data != nullptr && is_run_of<S>(average)) prefetch_ahead(static_cast<const S*>(average.data) + at);
     }
-    run_tile<Rule, true, kSet>(stages, scalars, tile, count);
+    run_tile<Rule, kPlain, kSet>(stages, scalars, tile, count);
+    if (average.data != nullptr) average_tile(task.param, average, stages.average_weight, at, count);
   }
 }
 
@@ -153,6 +175,7 @@ TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& sta
                                     const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
   S buffer[3 + kStateCount<Rule>][kBlock];
   float gaussians[kBlock];
+  const TensorView& average = task.state[kAverage<Rule>];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
     Tile<S, S, kStateCount<Rule>> tile{
@@ -173,6 +196,7 @@ TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& sta
     for (int s = 0; s < kStateCount<Rule>; ++s)
       if (contains(kSet, s)) store_tile(task.state[s], at, count, tile.state[s]);
     if (stages.write_gradient) store_tile(task.gradient, at, count, tile.g);
+    if (average.data != nullptr) average_tile(task.param, average, stages.average_weight, at, count);
   }
 }
 
@@ -184,6 +208,16 @@ TRAINOPT_FUNCTION bool is_uniform(const TensorTask& task, StateSet set) {
   return uniform;
 }
 
+template <class Rule, StateSet kSet, class Stored, class S>
+TRAINOPT_FUNCTION void run_uniform(const TensorTask& task, const Stages<S>& stages,
+                                   const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
+  if (stages.noisy) return run_buffered<Rule, kSet>(task, stages, scalars, begin, end);
+  const bool plain =
+      !(stages.scaled || stages.negate || stages.l1_gradient || stages.l1_proximal || stages.write_gradient);
+  if (plain) return run_direct<Rule, true, kSet, Stored>(task, stages, scalars, begin, end);
+  run_direct<Rule, false, kSet, Stored>(task, stages, scalars, begin, end);
+}
+
 template <class Rule, StateSet kSet, class S>
 void run_set(const TensorTask& task, int64_t begin, int64_t end) {
   // Copies: nothing that the loop writes can alias them.
@@ -191,14 +225,10 @@ void run_set(const TensorTask& task, int64_t begin, int64_t end) {
   typename Rule::template Scalars<S> scalars;
   static_assert(sizeof scalars <= kRuleScalarBytes);
   __builtin_memcpy(&scalars, task.scalars->rule, sizeof scalars);
-  const bool plain = !(stages.scaled || stages.negate || stages.l1_gradient || stages.l1_proximal || stages.noisy ||
-                       stages.write_gradient);
-  if (plain && is_uniform<S>(task, kSet)) return run_direct<Rule, kSet, S>(task, stages, scalars, begin, end);
+  if (is_uniform<S>(task, kSet)) return run_uniform<Rule, kSet, S>(task, stages, scalars, begin, end);
   if constexpr (sizeof(S) == sizeof(float)) {
-    if (plain && is_uniform<BFloat16>(task, kSet))
-      return run_direct<Rule, kSet, BFloat16>(task, stages, scalars, begin, end);
-    if (plain && is_uniform<Float16>(task, kSet))
-      return run_direct<Rule, kSet, Float16>(task, stages, scalars, begin, end);
+    if (is_uniform<BFloat16>(task, kSet)) return run_uniform<Rule, kSet, BFloat16>(task, stages, scalars, begin, end);
+    if (is_uniform<Float16>(task, kSet)) return run_uniform<Rule, kSet, Float16>(task, stages, scalars, begin, end);
   }
   run_buffered<Rule, kSet>(task, stages, scalars, begin, end);
 }

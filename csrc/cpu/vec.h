@@ -164,7 +164,12 @@ TRAINOPT_OPERATOR(/)
 
 TRAINOPT_FUNCTION Pair square_root(Pair x) { return {square_root(x.even), square_root(x.odd)}; }
 TRAINOPT_FUNCTION Pair maximum(Pair a, Pair b) { return {maximum(a.even, b.even), maximum(a.odd, b.odd)}; }
+TRAINOPT_FUNCTION Pair operator-(Pair x) { return {-x.even, -x.odd}; }
+TRAINOPT_FUNCTION Pair sign_of(Pair x) { return {sign_of(x.even), sign_of(x.odd)}; }
 TRAINOPT_FUNCTION Pair sign_or_nan(Pair x) { return {sign_or_nan(x.even), sign_or_nan(x.odd)}; }
+TRAINOPT_FUNCTION Pair soft_threshold(Pair x, Pair threshold) {
+  return {soft_threshold(x.even, threshold.even), soft_threshold(x.odd, threshold.odd)};
+}
 
 typedef uint32_t WordLanes __attribute__((vector_size(TRAINOPT_VECTOR_BYTES)));
 

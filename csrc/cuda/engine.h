@@ -43,7 +43,7 @@ struct Update {
   const float* found_inf;   // on the device, or null: nothing is done unless it is 0
 };
 
-// Changes the parameters and states of all tasks. Tasks without elements are allowed.
+// Changes the parameters and states of all tasks, and their moving averages. Tasks without elements are allowed.
 void update(const Update&, Stream);
 
 // The launches of an update with their tables filled, for steps of the same tensors, of which only gradients move. Each
@@ -89,6 +89,7 @@ struct Count {
   uint32_t group;     // which of the sources is its
   uint8_t is_double;  // the type of `steps`: float64 or float32
   uint8_t first;      // its states were made in this very step; so is it where the count becomes 1
+  uint8_t counts;     // the host's count goes up with each step
 };
 
 struct Preparation {
@@ -98,7 +99,9 @@ struct Preparation {
   size_t group_count;
   const Count* counts;
   size_t count;
-  const float* gradient_scale;  // on the device: gradients are divided by it, and written back; or null
+  double scale, norm;           // the gradients', where the host knows them: see Settings::divisor
+  const float* gradient_scale;  // on the device, in place of `scale`; or null
+  const double* gradient_norm;  // likewise in place of `norm`
   const float* found_inf;       // on the device, or null: no step is counted unless it is 0
   Prepared* out;                // on the device, one for each count
 };

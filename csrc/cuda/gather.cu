@@ -186,7 +186,7 @@ void gather_all(const Update& work, Sum* partials, Sum* sums, Stream stream) {
     fill_tables(
         work, table, [&](size_t t) { return kinds[t] == mine ? chunks_of(work.tasks[t].numel) : 0; },
         [&](auto& row, size_t t) {
-          describe<S>(work.tasks[t], &row);
+          describe<S>(work.tasks[t], Roles(work.tasks[t], kStateCount<Rule>).view, &row);
           row.place = places[t];  // tests break this: sums of another tensor
         },
         [&](const Table& full, int64_t chunks, const std::vector<uint32_t>&) {

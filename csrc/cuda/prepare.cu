@@ -10,7 +10,9 @@ constexpr int kGroups = kParameterBytes > 4096 ? 16 : 4;
 
 struct PrepareHeader {
   GroupSource groups[kGroups];
+  double scale, norm;
   const float* gradient_scale;
+  const double* gradient_norm;
   const float* found_inf;
   Prepared* out;  // of the first count
   int32_t count;
@@ -58,12 +60,13 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareT
       options[from.option] = value;
     }
   }
-  const float* scale = table.header.gradient_scale;
+  const PrepareHeader& header = table.header;
+  const double scale = header.gradient_scale != nullptr ? static_cast<double>(*header.gradient_scale) : header.scale;
+  const double norm = header.gradient_norm != nullptr ? *header.gradient_norm : header.norm;
   const StepInfo info{settings.lr, settings.lr_is_float32 != 0, settings.weight_decay, step,
                       count.first != 0 || step == 1};
   Prepared& out = table.header.out[i];
-  stages_of(out.scalars, S()) =
-      prepare_stages<S>(settings, info, Rule::decay(options), scale != nullptr ? static_cast<double>(*scale) : 1.0);
+  stages_of(out.scalars, S()) = prepare_stages<S>(settings, info, Rule::decay(options), scale, norm);
   const typename Rule::template Scalars<S> scalars = Rule::template prepare<S>(options, info);
   __builtin_memcpy(out.scalars.rule, &scalars, sizeof scalars);
   out.step = random_key(settings.seed, step).step;
@@ -72,7 +75,10 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareT
 template <class Rule, class S>
 void prepare_all(const Preparation& work, Stream stream) {
   PrepareTable table;
+  table.header.scale = work.scale;
+  table.header.norm = work.norm;
   table.header.gradient_scale = work.gradient_scale;
+  table.header.gradient_norm = work.gradient_norm;
   table.header.found_inf = work.found_inf;
   uint32_t groups[kGroups], group_count = 0;
   table.header.count = 0;

@@ -59,14 +59,14 @@ constexpr bool kIsOneType = !std::is_same_v<Storage, Mixed> && !std::is_same_v<S
 
 // On the host -------------------------------------------------------------------------------------------------------
 
-// The tensors of a task in the order of their roles.
+// The tensors of a task in the order of their roles, with its states up to so many.
 struct Roles {
   const TensorView* view[2 + kMaxStates];
   int count = 2;
 
-  explicit Roles(const TensorTask& task) : view{&task.param, &task.gradient} {
-    for (const TensorView& state : task.state)
-      if (state.data != nullptr) view[count++] = &state;
+  Roles(const TensorTask& task, int states) : view{&task.param, &task.gradient} {
+    for (int s = 0; s < states; ++s)
+      if (task.state[s].data != nullptr) view[count++] = &task.state[s];
   }
 };
 
@@ -99,16 +99,15 @@ struct Kind {
   bool operator==(const Kind& other) const { return states == other.states && stored == other.stored; }
 };
 
-// Fills a row with a task's tensors.
+// Fills a row with tensors of a task, in the order of their roles.
 template <class S, class RowType>
-void describe(const TensorTask& task, RowType* row) {
+void describe(const TensorTask& task, const TensorView* const* views, RowType* row) {
   constexpr int kRoles = sizeof(row->data) / sizeof(row->data[0]);
   row->numel = task.numel;
   row->tensor = task.tensor;
   row->vectorisable = true;
-  const Roles roles(task);
   for (int r = 0; r < kRoles; ++r) {
-    const TensorView& view = *roles.view[r];
+    const TensorView& view = *views[r];
     row->data[r] = view.data;
     row->dtype[r] = view.dtype;
     row->vectorisable = row->vectorisable && is_vectorisable<S>(view);
@@ -162,7 +161,7 @@ void for_each_kind(const Update& work, Use use) {
   kinds.reserve(work.count);
   for (size_t t = 0; t < work.count; ++t) {
     const TensorTask& task = work.tasks[t];
-    kinds.push_back({states_of<Rule>(task), stored_as<S>(task, Roles(task))});
+    kinds.push_back({states_of<Rule>(task), stored_as<S>(task, Roles(task, kStateCount<Rule>))});
   }
   for_each_set<Rule>([&](auto set) {
     const auto run = [&](auto storage, StoredAs stored) {

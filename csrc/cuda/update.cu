@@ -7,6 +7,7 @@
 
 #include "core/random.h"
 #include "cuda/access.h"
+#include "cuda/average.h"
 #include "cuda/engine.h"
 #include "cuda/launch.h"
 #include "cuda/step_table.h"
@@ -62,7 +63,8 @@ struct Chunk {
   }
 
   __device__ __forceinline__ bool is_plain() const {
-    return !(stages.scaled || stages.negate || stages.l1_gradient || stages.l1_proximal || stages.noisy);
+    return !(stages.scaled || stages.negate || stages.l1_gradient || stages.l1_proximal || stages.noisy ||
+             stages.write_gradient);
   }
 
   // Element i of each tensor, in the arithmetic's type. kPlain: as for step_elements.
@@ -230,14 +232,26 @@ struct Launch {
   void (*start)(const Launch&, const Prepared* prepared, const float* found_inf, Stream);
 };
 
-template <class Rule, class S, StateSet kSet, class Storage>
-void start_kernel(const Launch& filled, const Prepared* prepared, const float* found_inf, Stream stream) {
-  using Table = typename TableOf<2 + count_of(kSet), std::is_same_v<Storage, Strided>>::type;
+template <class Table>
+const Table& table_of(const Launch& filled, const Prepared* prepared, const float* found_inf) {
   auto& table = *reinterpret_cast<Table*>(filled.table.get());
   for (size_t i = 0; i < filled.sets.size(); ++i) table.header.prepared[i] = prepared[filled.sets[i]];
   if (table.header.on_device != nullptr) table.header.on_device = prepared;
   table.header.found_inf = found_inf;
-  launch("update", update_kernel<Rule, S, kSet, Storage>, {filled.chunks, kThreads}, stream, table);
+  return table;
+}
+
+template <class Rule, class S, StateSet kSet, class Storage>
+void start_update(const Launch& filled, const Prepared* prepared, const float* found_inf, Stream stream) {
+  using Table = typename TableOf<2 + count_of(kSet), std::is_same_v<Storage, Strided>>::type;
+  launch("update", update_kernel<Rule, S, kSet, Storage>, {filled.chunks, kThreads}, stream,
+         table_of<Table>(filled, prepared, found_inf));
+}
+
+template <class S, bool kStrided>
+void start_average(const Launch& filled, const Prepared* prepared, const float* found_inf, Stream stream) {
+  launch("average", average_kernel<S, kStrided>, {filled.chunks, kThreads}, stream,
+         table_of<AverageTable<kStrided>>(filled, prepared, found_inf));
 }
 
 class Launches final : public StepTables {
@@ -262,24 +276,52 @@ class Launches final : public StepTables {
     fill_tables(
         work, table, [&](size_t t) { return kinds[t] == mine ? chunks_of(work.tasks[t].numel) : 0; },
         [&](auto& row, size_t t) {
-          describe<S>(work.tasks[t], &row);
+          describe<S>(work.tasks[t], Roles(work.tasks[t], kStateCount<Rule>).view, &row);
           const auto* gradient = reinterpret_cast<const std::byte*>(&row.data[1]);
           places_[t] = {static_cast<int32_t>(launches_.size()),
                         static_cast<int32_t>(gradient - reinterpret_cast<const std::byte*>(&table))};
         },
         [&](const Table& full, int64_t chunks, std::vector<uint32_t> sets) {
-          Launch& filled = launches_.emplace_back();
-          filled.table.reset(new std::byte[sizeof full]);
-          const auto* begin = reinterpret_cast<const std::byte*>(&full);
-          const auto* end = reinterpret_cast<const std::byte*>(full.rows + full.count);
-          std::memcpy(filled.table.get(), begin, static_cast<size_t>(end - begin));
-          filled.chunks = chunks;
-          filled.sets = std::move(sets);
-          filled.start = start_kernel<Rule, S, kSet, Storage>;
+          keep(full, chunks, std::move(sets), start_update<Rule, S, kSet, Storage>);
+        });
+  }
+
+  // Fills tables with the moving averages, which have this place among a task's states. After the updates.
+  template <class S, bool kStrided>
+  void add_averages(const Update& work, int place) {
+    using Table = AverageTable<kStrided>;
+    static_assert(sizeof(Table) <= kParameterBytes && std::is_trivially_copyable_v<Table>);
+    Table table;
+    fill_tables(
+        work, table,
+        [&](size_t t) {
+          const TensorTask& task = work.tasks[t];
+          const TensorView& average = task.state[place];
+          const bool is_strided = task.param.layout != nullptr || average.layout != nullptr;
+          return average.data != nullptr && is_strided == kStrided ? chunks_of(task.numel) : 0;
+        },
+        [&](auto& row, size_t t) {
+          const TensorView* const views[] = {&work.tasks[t].param, &work.tasks[t].state[place]};
+          describe<S>(work.tasks[t], views, &row);
+        },
+        [&](const Table& full, int64_t chunks, std::vector<uint32_t> sets) {
+          keep(full, chunks, std::move(sets), start_average<S, kStrided>);
         });
   }
 
  private:
+  template <class Table>
+  void keep(const Table& full, int64_t chunks, std::vector<uint32_t> sets, decltype(Launch::start) start) {
+    Launch& filled = launches_.emplace_back();
+    filled.table.reset(new std::byte[sizeof full]);
+    const auto* begin = reinterpret_cast<const std::byte*>(&full);
+    const auto* end = reinterpret_cast<const std::byte*>(full.rows + full.count);
+    std::memcpy(filled.table.get(), begin, static_cast<size_t>(end - begin));
+    filled.chunks = chunks;
+    filled.sets = std::move(sets);
+    filled.start = start;
+  }
+
   // Where the address of a task's gradient stands; nowhere for one without elements.
   struct Place {
     int32_t launch = -1, offset = 0;
@@ -294,6 +336,8 @@ std::unique_ptr<StepTables> fill_all(const Update& work) {
   for_each_kind<Rule, S>(work, [&](auto set, auto storage, const std::vector<Kind>& kinds, Kind mine) {
     launches->template add<Rule, S, decltype(set)::kSet, decltype(storage)>(work, kinds, mine);
   });
+  launches->template add_averages<S, false>(work, kAverage<Rule>);
+  launches->template add_averages<S, true>(work, kAverage<Rule>);
   return launches;
 }
 

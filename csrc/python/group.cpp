@@ -132,6 +132,20 @@ class Reader {
     return *found;
   }
 
+  // Whether there is one of them, other than None.
+  bool is_given(PyObject* key) {
+    PyObject* value = find(key);
+    return value != nullptr && value != Py_None;
+  }
+
+  bool clears_gradient(PyObject* key) {
+    PyObject* value = find(key);
+    if (value == nullptr || value == Py_None) return false;
+    if (!PyUnicode_CheckExact(value) || PyUnicode_CompareWithASCIIString(value, "in_step") != 0)
+      raise_type_error("zero_grad must be None or 'in_step'" + not_a(value));
+    return true;
+  }
+
   uint64_t seed(PyObject* key) {
     PyObject* value = find(key);
     if (value == nullptr) return 0;
@@ -225,6 +239,10 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
     PyObject* noise = key("noise");
     PyObject* seed = key("seed");
     PyObject* skip_nonfinite = key("skip_nonfinite");
+    PyObject* max_grad_norm = key("max_grad_norm");
+    PyObject* zero_grad = key("zero_grad");
+    PyObject* ema_decay = key("ema_decay");
+    PyObject* ema_warmup = key("ema_warmup");
     PyObject* params = key("params");
   } keys;
   Reader reader(dict, this);
@@ -234,7 +252,10 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   unreadable = 0;
   for (int i = 0; i < rule.option_count; ++i) options[i] = reader.option(rule_keys[i], i);
   if (!rule.takes(options)) unreadable = 1;
-  states_needed = rule.states_needed(options);
+  averages = reader.is_given(keys.ema_decay);
+  ema_decay = averages != 0 ? reader.own(keys.ema_decay, 0) : 0;
+  ema_warmup = reader.own(keys.ema_warmup, 0) != 0;
+  states_needed = rule.states_needed(options) | (averages != 0 ? 1 << rule.state_count : 0);
   PyObject* lr_value = reader.require(keys.lr);
   lr = reader.number_or_device(lr_value, cuda::DeviceNumber::kLr);
   lr_is_float32 = !PyFloat_CheckExact(lr_value) && THPVariable_CheckExact(lr_value) &&
@@ -246,6 +267,8 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   l1_proximal = reader.own(keys.l1_proximal, 0) != 0;
   noise = reader.own(keys.noise, 0);
   skip_nonfinite = reader.own(keys.skip_nonfinite, 0) != 0;
+  max_grad_norm = reader.is_given(keys.max_grad_norm) ? reader.own(keys.max_grad_norm, 0) : 0;
+  clear_gradient = reader.clears_gradient(keys.zero_grad);
   seed = reader.seed(keys.seed);
 
   items_.clear();

@@ -175,14 +175,14 @@ PYBIND11_MODULE(_C, m) {
           "step",
           [](const pybind11::object& plan, const pybind11::object& groups, const pybind11::object& state,
              double gradient_scale, Indices new_states, Indices stepped, const pybind11::object& device_scale,
-             const pybind11::object& found_inf, bool gradients_seen) {
+             const pybind11::object& found_inf, const pybind11::object& gradient_norm, bool gradients_seen) {
             return plan_in(plan).step(groups, state, gradient_scale, std::move(new_states), std::move(stepped),
-                                      device_scale, found_inf, gradients_seen);
+                                      device_scale, found_inf, gradient_norm, gradients_seen);
           },
           pybind11::arg("groups"), pybind11::arg("state"), pybind11::arg("gradient_scale"),
           pybind11::arg("new_states") = Indices(), pybind11::arg("stepped") = Indices(),
           pybind11::arg("device_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
-          pybind11::arg("gradients_seen") = false)
+          pybind11::arg("gradient_norm") = pybind11::none(), pybind11::arg("gradients_seen") = false)
       .def(
           "paths",
           [](const pybind11::object& plan, const pybind11::object& groups, const pybind11::object& state) {

@@ -83,16 +83,17 @@ pybind11::object answer_of(const char* status, const Unfinished& unfinished = {}
 }
 
 // A number that kernels read where it lies.
-at::Tensor number_or_none(const char* name, const pybind11::object& object) {
+at::Tensor number_or_none(const char* name, const pybind11::object& object, at::ScalarType dtype = at::kFloat) {
   if (object.is_none()) return {};
   if (!THPVariable_Check(object.ptr()))
     throw pybind11::type_error(std::string(name) + " must be a tensor or None, not a " +
                                Py_TYPE(object.ptr())->tp_name);
   const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  TORCH_CHECK_VALUE((is_plain_cpu(impl) || is_plain_cuda(impl)) && tensor.scalar_type() == at::kFloat &&
+  TORCH_CHECK_VALUE((is_plain_cpu(impl) || is_plain_cuda(impl)) && tensor.scalar_type() == dtype &&
                         tensor.numel() == 1 && has_memory(impl),
-                    name, " must be a float32 tensor of one element on the CPU or on a device of the parameters");
+                    name, " must be a ", dtype == at::kFloat ? "float32" : "float64",
+                    " tensor of one element on the CPU or on a device of the parameters");
   return tensor;
 }
 
@@ -118,15 +119,18 @@ Plan::GroupForm::GroupForm(const Group& group)
       states_needed(group.states_needed),
       noisy(group.noise != 0),
       differentiable(group.differentiable != 0),
-      unreadable(group.unreadable != 0) {
+      unreadable(group.unreadable != 0),
+      clips(group.max_grad_norm != 0),
+      clears_gradient(group.clear_gradient != 0) {
   for (const c10::TensorImpl* tensor : group.tensors)
     options.push_back(static_cast<const char*>(storage_of(tensor)->data()) +
                       tensor->storage_offset() * static_cast<int64_t>(tensor->dtype().itemsize()));
 }
 
 Plan::Plan(const std::string& rule) : rule_(rule_named(rule)), batch_(rule_) {
-  for (int i = 0; i <= rule_.state_count; ++i) {
-    PyObject* name = PyUnicode_InternFromString(i < rule_.state_count ? rule_.states[i] : "step");
+  for (int i = 0; i <= rule_.slots(); ++i) {
+    const char* const own[] = {"ema", "step"};
+    PyObject* name = PyUnicode_InternFromString(i < rule_.state_count ? rule_.states[i] : own[i - rule_.state_count]);
     state_names_.push_back(pybind11::reinterpret_steal<pybind11::str>(name));
   }
 }
@@ -146,9 +150,9 @@ bool Plan::refresh(PyObject* groups, PyObject* state) {
 
 bool Plan::lacks_states(const Operands& operands, const Group& group) const {
   StateSet found = 0;
-  for (int s = 0; s < rule_.state_count; ++s) found |= static_cast<StateSet>((operands.states[s] != nullptr) << s);
+  for (int s = 0; s < rule_.slots(); ++s) found |= static_cast<StateSet>((operands.states[s] != nullptr) << s);
   if (found != group.states_needed) return true;
-  const bool needs_steps = rule_.counts_steps || group.noise != 0;
+  const bool needs_steps = rule_.counts_steps || group.noise != 0 || group.averages != 0;
   if (needs_steps && operands.steps == nullptr) return true;
   // A float32 count stops at 2^24, and noise that is keyed by it would be the same from then on.
   return group.noise != 0 && operands.steps->dtype() == caffe2::TypeMeta::Make<float>();
@@ -163,9 +167,9 @@ bool Plan::learn() {
 }
 
 // Looks at everything, as if there had been no step before.
-Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& new_states, const Indices& stepped) {
+Unfinished Plan::walk(PyObject* state, bool is_scaled, const Indices& new_states, const Indices& stepped) {
   const bool mode = c10::impl::TorchDispatchModeTLS::any_modes_set();
-  bool can_recall = stepped.empty();
+  bool can_recall = stepped.empty(), writes_any_gradient = false;
   can_recall_ = has_dtensors_ = false;  // until all is seen: there may be an error
   Unfinished found;
   batch_.clear();
@@ -180,6 +184,8 @@ Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& new_
     Group& group = groups_[g];
     forms_[g] = GroupForm(group);
     const Py_ssize_t count = forms_[g].count;
+    const bool writes_gradient = group.writes_gradient(is_scaled);
+    writes_any_gradient = writes_any_gradient || writes_gradient;
     bool host_knows = group.on_device[0].tensor == nullptr;
     bool is_doubted = false;
     if (snapshots_.size() < static_cast<size_t>(tensor + count)) snapshots_.resize(tensor + count);
@@ -238,8 +244,8 @@ Unfinished Plan::walk(PyObject* state, bool writes_gradient, const Indices& new_
     found.missing.erase(std::remove_if(found.missing.begin(), found.missing.end(), shares), found.missing.end());
   }
   // Of a DTensor, the whole's gradient is written to as well, which no snapshot knows.
-  can_recall_ = can_recall && found.empty() && !found.refused && !(writes_gradient && has_dtensors_);
-  writes_gradient_ = writes_gradient;
+  can_recall_ = can_recall && found.empty() && !found.refused && !(writes_any_gradient && has_dtensors_);
+  is_scaled_ = is_scaled;
   return found;
 }
 
@@ -293,11 +299,11 @@ bool Plan::recall(PyObject* state, bool* all_next) {
 
 // Whether it depends on the gradients' elements what this step is.
 bool Plan::depends_on_gradients(PyObject* state) const {
-  const auto skips = [](const Group& group) { return group.skip_nonfinite != 0; };
+  const auto looks = [](const Group& group) { return group.skip_nonfinite != 0 || group.max_grad_norm != 0; };
   const auto stands_still = [](const Group& group) {
     return group.lr == 0 && group.unreadable == 0 && group.on_device[0].tensor == nullptr;
   };
-  return std::any_of(groups_.begin(), groups_.end(), skips) ||
+  return std::any_of(groups_.begin(), groups_.end(), looks) ||
          (PyDict_GET_SIZE(state) == 0 && std::all_of(groups_.begin(), groups_.end(), stands_still));
 }
 
@@ -312,36 +318,45 @@ void Plan::check_capture() const {
 
 pybind11::object Plan::step(const pybind11::object& groups, const pybind11::object& state, double gradient_scale,
                             Indices new_states, Indices stepped, const pybind11::object& device_scale,
-                            const pybind11::object& found_inf, bool gradients_seen) {
+                            const pybind11::object& found_inf, const pybind11::object& gradient_norm,
+                            bool gradients_seen) {
   // Two threads in one optimizer's step race for its values, as with any in-place operation, but not for the plan.
   if (is_running_)
     return Plan(rule_.name)
-        .step(groups, state, gradient_scale, new_states, stepped, device_scale, found_inf, gradients_seen);
-  const DeviceScaling scaling{number_or_none("device_scale", device_scale), number_or_none("found_inf", found_inf)};
-  const bool writes_gradient = gradient_scale != 1 || scaling.gradient_scale.defined();
+        .step(groups, state, gradient_scale, new_states, stepped, device_scale, found_inf, gradient_norm,
+              gradients_seen);
+  const bool norm_is_tensor = THPVariable_Check(gradient_norm.ptr());
+  const GradientScaling scaling{gradient_scale,
+                                norm_is_tensor || gradient_norm.is_none() ? 0 : gradient_norm.cast<double>()};
+  const DeviceScaling on_device{
+      number_or_none("device_scale", device_scale),
+      norm_is_tensor ? number_or_none("gradient_norm", gradient_norm, at::kDouble) : at::Tensor(),
+      number_or_none("found_inf", found_inf)};
+  const bool is_scaled = gradient_scale != 1 || on_device.gradient_scale.defined();
   bool all_next = false;
   sort(&new_states);
   sort(&stepped);
   if (!refresh(groups.ptr(), state.ptr())) return answer_of("foreign containers");
   if (!gradients_seen && depends_on_gradients(state.ptr())) return answer_of("look at gradients");
   const bool is_recalled =
-      writes_gradient == writes_gradient_ && new_states.empty() && stepped.empty() && recall(state.ptr(), &all_next);
+      is_scaled == is_scaled_ && new_states.empty() && stepped.empty() && recall(state.ptr(), &all_next);
   if (is_recalled) {
-    if (scaling.exists() && !batch_.is_for_devices_alone()) return answer_of("ask the host");
+    if (!batch_.can_apply(on_device)) return answer_of("ask the host");
     check_capture();
-    batch_.prepare_again(gradient_scale, all_next, scaling);
+    batch_.prepare_again(scaling, all_next, on_device);
   } else {
-    const Unfinished unfinished = walk(state.ptr(), writes_gradient, new_states, stepped);
+    const Unfinished unfinished = walk(state.ptr(), is_scaled, new_states, stepped);
     if (learn())
-      return step(groups, state, gradient_scale, new_states, stepped, device_scale, found_inf, gradients_seen);
+      return step(groups, state, gradient_scale, new_states, stepped, device_scale, found_inf, gradient_norm,
+                  gradients_seen);
     if (const auto& refused = unfinished.refused)
       TORCH_CHECK(false, "parameter ", refused->first, ": ", describe(refused->second));
     const bool can_recall = std::exchange(can_recall_, false);  // only what has been prepared
-    if (scaling.exists() && (!batch_.is_for_devices_alone() || !unfinished.rest.empty()))
+    if (!batch_.can_apply(on_device) || (on_device.exists() && !unfinished.rest.empty()))
       return answer_of("ask the host");
     check_capture();
     if (!unfinished.empty()) return answer_of("unfinished", unfinished);
-    batch_.prepare(gradient_scale, scaling);
+    batch_.prepare(scaling, on_device);
     can_recall_ = can_recall;
   }
   // On a GPU's tensors the kernels run when this has returned.
@@ -399,7 +414,7 @@ std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& grou
         TensorTask task;
         Entry entry;
         if (Snapshot().see(object, cursor.find(object), state_names_, group.states_needed, &specs_, &operands))
-          path = batch_.look(operands, group, false, &task, &entry);
+          path = batch_.look(operands, group, group.writes_gradient(false), &task, &entry);
       }
       if (path == Path::kFused && contains(batch_.sharing(), tensor)) path = Path::kMemory;
       result.emplace_back(describe(path));

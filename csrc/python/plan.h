@@ -42,7 +42,7 @@ struct Unfinished {
   bool empty() const { return missing.empty() && rest.empty(); }
 };
 
-// The names of the states that a group's options call for.
+// The names of the rule's states that a group's options call for.
 std::vector<std::string> states_needed(const std::string& rule, const pybind11::dict& group);
 
 // The answer to nearly every step, made once: the module asks for it when it is loaded, so that no step has to.
@@ -56,18 +56,23 @@ class Plan {
   // `gradient_scale` and written back unless it is 1. `new_states` holds the indices of parameters whose states
   // were made in this very step, `stepped` of those that torch has stepped already.
   //
+  // `gradient_norm` is that of the gradients, with their scale, for groups that clip them (`max_grad_norm`): a number,
+  // or a float64 tensor of one element on a CUDA device, where it is read without a wait.
+  //
   // Returns a `StepAnswer`, a named tuple whose `status` is "done" or says why nothing has been changed:
   //   "unfinished"          the other fields are those of an `Unfinished`
-  //   "look at gradients"   a group skips steps that are not finite, or there is neither a state nor a learning rate,
-  //                         so that the step may only ask for states; not where `gradients_seen`
-  //   "ask the host"        the device alone cannot apply `device_scale` and `found_inf`: the host has to read them
+  //   "look at gradients"   a group skips steps that are not finite, or clips gradients by their norm, or there is
+  //                         neither a state nor a learning rate, so that the step may only ask for states; not where
+  //                         `gradients_seen`
+  //   "ask the host"        the device alone cannot apply `device_scale`, `found_inf` and a norm that lies there: the
+  //                         host has to read them
   //   "foreign containers"  groups, parameters or states are in containers that answer by code of their own
   //
   // `device_scale` and `found_inf` (float32 tensors of one element on a CUDA device, or None) say the same as
   // `gradient_scale` and a step that is not to be made. They are applied on the device, without a wait.
   pybind11::object step(const pybind11::object& groups, const pybind11::object& state, double gradient_scale,
                         Indices new_states, Indices stepped, const pybind11::object& device_scale,
-                        const pybind11::object& found_inf, bool gradients_seen);
+                        const pybind11::object& found_inf, const pybind11::object& gradient_norm, bool gradients_seen);
 
   // The path of every parameter, were it to have an ordinary gradient now. Nothing for containers as above.
   std::optional<std::vector<std::string>> paths(const pybind11::object& groups, const pybind11::object& state);
@@ -78,13 +83,15 @@ class Plan {
     Py_ssize_t count = 0;
     int64_t states_needed = 0;
     bool noisy = false, differentiable = false, unreadable = false;
+    bool clips = false, clears_gradient = false;
     std::vector<const void*> options;  // where the options that are tensors lie
 
     GroupForm() = default;
     explicit GroupForm(const Group& group);
     bool operator==(const GroupForm& other) const {
       return count == other.count && states_needed == other.states_needed && noisy == other.noisy &&
-             differentiable == other.differentiable && unreadable == other.unreadable && options == other.options;
+             differentiable == other.differentiable && unreadable == other.unreadable && clips == other.clips &&
+             clears_gradient == other.clears_gradient && options == other.options;
     }
   };
 
@@ -96,7 +103,7 @@ class Plan {
   };
 
   const cpu::Rule& rule_;
-  std::vector<pybind11::str> state_names_;  // the rule's, then "step"
+  std::vector<pybind11::str> state_names_;  // the rule's, then "ema" and "step"
   std::vector<Group> groups_;
   std::vector<GroupForm> forms_;                          // of the last walk
   std::vector<Place> places_;                             // of every parameter, in order
@@ -106,15 +113,15 @@ class Plan {
   Batch batch_;
   std::vector<c10::Storage> kept_;  // while the interpreter is let go
   std::vector<at::Tensor> kept_options_;
-  bool has_dtensors_ = false;     // in the last walk
-  bool writes_gradient_ = false;  // likewise
-  bool can_recall_ = false;       // whether the next step can be compared with the last one
-  bool is_running_ = false;       // with the interpreter let go, or Python code asked
+  bool has_dtensors_ = false;  // in the last walk
+  bool is_scaled_ = false;     // likewise, and so each group knows whether its gradients were written to
+  bool can_recall_ = false;    // whether the next step can be compared with the last one
+  bool is_running_ = false;    // with the interpreter let go, or Python code asked
 
   bool refresh(PyObject* groups, PyObject* state);
   bool recall(PyObject* state, bool* all_next);
   bool same_places(PyObject* state) const;
-  Unfinished walk(PyObject* state, bool writes_gradient, const Indices& new_states, const Indices& stepped);
+  Unfinished walk(PyObject* state, bool is_scaled, const Indices& new_states, const Indices& stepped);
   bool learn();
   bool lacks_states(const Operands& operands, const Group& group) const;
   bool depends_on_gradients(PyObject* state) const;

@@ -6,7 +6,7 @@
 //   kOptions, enum Option    the hyper-parameters that it reads from a parameter group, as doubles; "betas.0" is the
 //                            first of a pair. Those that all rules share (lr, weight_decay, maximize, l1, noise) are
 //                            the engine's
-//   kStates                  the names of its states in torch's state dict, eight at most
+//   kStates                  the names of its states in torch's state dict, seven at most
 //   kStateSets               the sets of states that its options can call for; each is compiled into kernels of its own
 //   kCountsSteps             whether it needs the number of steps of each parameter
 //   states_needed(options)   the set of states that these options call for, one of kStateSets
@@ -33,7 +33,7 @@
 
 namespace trainopt {
 
-constexpr int kMaxStates = 8;
+constexpr int kMaxStates = 8;  // of a parameter: a rule's, and the engine's moving average of it
 constexpr int kMaxOptions = 12;
 constexpr int kMaxSums = 4;
 
@@ -51,6 +51,9 @@ TRAINOPT_FUNCTION constexpr int count_of(StateSet set) {
 
 template <class Rule>
 constexpr int kStateCount = sizeof(Rule::kStates) / sizeof(Rule::kStates[0]);
+// The place of the moving average among a parameter's states: after the rule's.
+template <class Rule>
+constexpr int kAverage = kStateCount<Rule>;
 template <class Rule>
 constexpr int kSetCount = sizeof(Rule::kStateSets) / sizeof(Rule::kStateSets[0]);
 

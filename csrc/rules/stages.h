@@ -1,5 +1,5 @@
-// What happens to an element round its rule, whatever the rule and the device: the gradient's scale and sign, decay,
-// L1, noise. Both engines run these between their load and their store.
+// What happens to an element round its rule, whatever the rule and the device: the gradient's scale, clipping and sign,
+// decay, L1, noise, the cleared gradient. Both engines run these between their load and their store.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +8,7 @@
 #include "core/macros.h"
 #include "core/math.h"
 #include "core/random.h"
+#include "rules/average.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -16,20 +17,38 @@ namespace trainopt {
 struct Settings {
   double lr = 0, lr_is_float32 = 0;  // lr_is_float32: the learning rate is a float32 tensor
   double weight_decay = 0, l1 = 0, noise = 0;
-  double maximize = 0, l1_proximal = 0;  // truth values
+  double max_grad_norm = 0;  // 0: gradients are not clipped
+  double ema_decay = 0;
+  double maximize = 0, l1_proximal = 0, clear_gradient = 0;  // truth values
+  double averages = 0, ema_warmup = 0;                       // likewise: whether a parameter has a moving average
   uint64_t seed = 0;
+
+  // Whether the step writes to gradients: to clear them, or to leave them without the scale that they came with, as
+  // torch's fused optimizers do. Those that are clipped are left as they came.
+  TRAINOPT_INLINE bool writes_gradient(bool is_scaled) const {
+    return clear_gradient != 0 || (is_scaled && max_grad_norm == 0);
+  }
+
+  // What gradients are divided by, of this scale and with this norm, which has the scale in it: torch's clip_grad_norm_
+  // multiplies them by min(1, max_norm / (norm + 1e-6)) once the scale is out of both. A norm of NaN makes them NaN.
+  TRAINOPT_INLINE double divisor(double gradient_scale, double norm) const {
+    if (max_grad_norm == 0) return gradient_scale;
+    const double excess = (norm / gradient_scale + 1e-6) / max_grad_norm;
+    return excess <= 1 ? gradient_scale : gradient_scale * excess;
+  }
 };
 
 // The same for all parameters of a group at one step. S is the arithmetic's type.
 template <class S>
 struct Stages {
-  bool scaled, negate, decay_gradient, l1_gradient, l1_proximal, noisy, write_gradient;
-  S gradient_scale;  // the gradient is divided by it
+  bool scaled, negate, decay_gradient, l1_gradient, l1_proximal, noisy, write_gradient, clear_gradient;
+  S divisor;         // of the gradient, if it is scaled
   S weight_decay;    // L2: added to the gradient, times the parameter
   S decay_factor;    // decoupled decay: the parameter is multiplied by it; else 1
   S l1;              // added to the gradient, times the parameter's sign
   S threshold;       // the proximal form: the parameter is moved to 0 by this
   S noise;           // standard deviation
+  S average_weight;  // of the parameter in its moving average, if it has one
   uint64_t seed;     // of the noise, with
   uint32_t step;     // the step that it belongs to: see random_key
 };
@@ -50,18 +69,21 @@ TRAINOPT_FUNCTION Stages<double>& stages_of(Scalars& s, double) { return s.stage
 TRAINOPT_FUNCTION const Stages<float>& stages_of(const Scalars& s, float) { return s.stages32; }
 TRAINOPT_FUNCTION const Stages<double>& stages_of(const Scalars& s, double) { return s.stages64; }
 
-// Gradients are divided by `gradient_scale`, and written back unless it is 1.
+// `norm` is that of the gradients with their scale, for groups that clip.
 template <class S>
 TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const StepInfo& info, Decay decay,
-                                           double gradient_scale) {
+                                           double gradient_scale, double norm) {
   Stages<S> stages;
-  stages.scaled = stages.write_gradient = gradient_scale != 1;
+  const double divisor = group.divisor(gradient_scale, norm);
+  stages.scaled = divisor != 1;
+  stages.write_gradient = group.writes_gradient(gradient_scale != 1);
+  stages.clear_gradient = group.clear_gradient != 0;
   stages.negate = group.maximize != 0;
   stages.decay_gradient = decay == Decay::kGradient && group.weight_decay != 0;
   stages.l1_gradient = group.l1 != 0 && group.l1_proximal == 0;
   stages.l1_proximal = group.l1 != 0 && group.l1_proximal != 0;
   stages.noisy = group.noise != 0;
-  stages.gradient_scale = static_cast<S>(gradient_scale);
+  stages.divisor = static_cast<S>(divisor);
   stages.weight_decay = static_cast<S>(group.weight_decay);
   stages.decay_factor = decay == Decay::kParameter
                             ? static_cast<S>(info.rounded(1 - info.rounded(info.lr * info.rounded(group.weight_decay))))
@@ -69,6 +91,8 @@ TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const StepInfo
   stages.l1 = static_cast<S>(group.l1);
   stages.threshold = static_cast<S>(info.lr * group.l1);
   stages.noise = static_cast<S>(group.noise);
+  stages.average_weight =
+      group.averages != 0 ? static_cast<S>(average_weight(group.ema_decay, group.ema_warmup != 0, info.step)) : S(0);
   const RandomKey key = random_key(group.seed, info.step);
   stages.seed = key.seed;
   stages.step = key.step;
@@ -80,7 +104,7 @@ TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const StepInfo
 template <bool kPlain, class T, class S>
 TRAINOPT_FUNCTION T before_rule(const Stages<S>& stages, T& p, T& g) {
   if constexpr (!kPlain)
-    if (stages.scaled) g = g / T(stages.gradient_scale);
+    if (stages.scaled) g = g / T(stages.divisor);
   T direction = g;
   if constexpr (!kPlain)
     if (stages.negate) direction = -direction;
@@ -100,6 +124,7 @@ TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rul
   if constexpr (!kPlain) {
     if (stages.l1_proximal) p = soft_threshold(p, T(stages.threshold));
     if (stages.noisy) p = p + noise * T(stages.noise);
+    if (stages.clear_gradient) g = T(S(0));  // tests break this: a gradient that is not cleared
   }
 }
 

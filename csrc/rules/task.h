@@ -20,10 +20,11 @@ struct TensorTask {
   TensorView param, gradient;
   uint32_t tensor;                     // its index in the optimizer, for the random numbers
   const ShardLayout* shard = nullptr;  // likewise: null for a whole
-  TensorView state[kMaxStates];        // in the rule's order; without data where the options call for none
+  // In the rule's order, then the moving average; without data where the options call for none.
+  TensorView state[kMaxStates];
 };
 
-// The states that a task has.
+// The states of the rule's that a task has.
 template <class Rule>
 TRAINOPT_FUNCTION StateSet states_of(const TensorTask& task) {
   StateSet set = 0;

@@ -369,9 +369,9 @@ inline Scalars scalars_of(const Setting& s, bool is_float64) {
   const Settings settings = settings_of(s);
   Scalars result;
   if (is_float64) {
-    result.stages64 = prepare_stages<double>(settings, info, decay, s.gradient_scale);
+    result.stages64 = prepare_stages<double>(settings, info, decay, s.gradient_scale, 0);
   } else {
-    result.stages32 = prepare_stages<float>(settings, info, decay, s.gradient_scale);
+    result.stages32 = prepare_stages<float>(settings, info, decay, s.gradient_scale, 0);
   }
   rule->prepare(s.options.data(), info, is_float64, &result);
   return result;

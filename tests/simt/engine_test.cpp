@@ -79,15 +79,15 @@ void run_prepared(const Setting& s, const Parameters& parameters, bool is_float6
   std::vector<cuda::Count> counts;
   for (size_t i = 0; i < tasks.size(); ++i) {
     void* steps = double_steps ? static_cast<void*>(&double_steps_of[i]) : &float_steps[i];
-    counts.push_back({steps, 0, 0, double_steps, 0});
+    counts.push_back({steps, 0, 0, double_steps, 0, 0});
     tasks[i].prepared = static_cast<uint32_t>(i);
   }
   std::vector<cuda::Prepared> prepared(tasks.size());
   std::memset(static_cast<void*>(prepared.data()), 0xff, prepared.size() * sizeof(cuda::Prepared));
   const auto scale = static_cast<float>(s.gradient_scale);
   const int rule = cpu::find_rule(s.rule)->index;
-  cuda::prepare({rule, is_float64, &source, 1, counts.data(), counts.size(), s.gradient_scale == 1 ? nullptr : &scale,
-                 &found_inf, prepared.data()},
+  cuda::prepare({rule, is_float64, &source, 1, counts.data(), counts.size(), 1, 0,
+                 s.gradient_scale == 1 ? nullptr : &scale, nullptr, &found_inf, prepared.data()},
                 nullptr);
   step({rule, is_float64, tasks.data(), tasks.size(), prepared.data(), true, &found_inf}, tasks);
   for (size_t i = 0; i < tasks.size(); ++i)
@@ -293,7 +293,7 @@ void test_first() {
   std::vector<cuda::TensorTask> tasks = tasks_of(found);
   std::vector<cuda::Count> counts;
   for (uint32_t i = 0; i < tasks.size(); ++i) {
-    counts.push_back({nullptr, 0, 0, 0, 1});
+    counts.push_back({nullptr, 0, 0, 0, 1, 0});
     tasks[i].prepared = i;
   }
   cuda::GroupSource source{};
@@ -324,7 +324,7 @@ void test_groups() {
     steps[i] = static_cast<float>(i % 7);
     // Every third was counted by the host.
     void* on_device = i % 3 == 0 ? nullptr : &steps[i];
-    counts.push_back({on_device, i % 7 + 1.0, i * 13 / 50 % kGroups, 0, 0});
+    counts.push_back({on_device, i % 7 + 1.0, i * 13 / 50 % kGroups, 0, 0, 0});
   }
   std::vector<cuda::Prepared> prepared(kCount);
   const cpu::Rule* rule = cpu::find_rule("adam");

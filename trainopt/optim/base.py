@@ -17,7 +17,8 @@ from trainopt import switches
 from trainopt._extension import _C
 from trainopt.optim import loading, registry, torch_path, traced
 from trainopt.optim.depth import apply_depth
-from trainopt.optim.options import check_extras, defaults_of, not_default
+from trainopt.optim.gradients import GradientScaling, clear_gradients, clips, find_norm
+from trainopt.optim.options import check_extras, defaults_of, extra, not_default
 from trainopt.optim.report import NonfiniteReport
 from trainopt.optim.skipping import found_nonfinite, lie_on_device, skips_nonfinite, step_on_device
 from trainopt.optim.states import States, numbered
@@ -78,6 +79,20 @@ class Fused(States):
             return _observed_step(self, *args, **kwargs)
         return self._step(*args, **kwargs)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler is to leave its scale and what it has found to the step, as torch's fused optimizers set.
+
+        A step that clears gradients has to be called where one is to be left out, too: else infinities would stay in
+        them. One that clips them needs no pass of GradScaler's to take the scale out of them.
+        """
+        acts = any(extra(g, name) is not None for g in self.param_groups for name in ("max_grad_norm", "zero_grad"))
+        return acts or self.__dict__.get("_step_supports_amp_scaling", False)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.__dict__["_step_supports_amp_scaling"] = value
+
     def _has_hooks(self) -> bool:
         return bool(
             self._optimizer_step_pre_hooks
@@ -99,6 +114,8 @@ class Fused(States):
             with torch.enable_grad():
                 loss = closure()
         record, plan = self._record, self._plan
+        if record.holds_averages:
+            raise RuntimeError("step: the parameters are their moving averages, inside averaged_parameters()")
         if plan is None and not switches.REFERENCE_FORCED:
             plan = self._plan = _C.Plan(self._rule)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -109,6 +126,7 @@ class Fused(States):
                 return loss
             record.skipped = found_inf is not None and bool(found_inf)
             if record.skipped:
+                clear_gradients(self)
                 return loss
             scale = 1.0 if grad_scale is None else float(grad_scale)
         else:
@@ -118,13 +136,15 @@ class Fused(States):
             answer = plan.step(self.param_groups, self.state, scale, self._indices_unstarted())
         elif plan is not None:
             answer = plan.step(self.param_groups, self.state, scale)
-        if (answer is not None and answer.status == "done") or self._complete_step(plan, answer, scale):
+        if (answer is not None and answer.status == "done") or self._complete_step(
+            plan, answer, GradientScaling(scale), found_inf is None
+        ):
             record.steps += 1
             if self._unstarted:
                 self._unstarted = {param for param in self._unstarted if param.grad is None}
         return loss
 
-    def _complete_step(self, plan: Any, answer: Any, scale: float) -> bool:
+    def _complete_step(self, plan: Any, answer: Any, scaling: GradientScaling, may_raise: bool) -> bool:
         """Makes a step that the plan has not made, as its answer says, or that is made without one.
 
         False if the step is not to be counted: it is left out, only makes states, or the device that decides on it has
@@ -133,24 +153,26 @@ class Fused(States):
         if self._only_makes_states():
             return False
         if answer is None or answer.status != "unfinished":
+            if clips(self):
+                scaling.norm = find_norm(self, scaling.scale, may_raise)
             if skips_nonfinite(self):
-                found_inf = found_nonfinite(self)
-                can_stay = plan is not None and scale == 1 and lie_on_device(found_inf)
-                if can_stay and step_on_device(self, plan, None, found_inf, gradients_seen=True):
+                found_inf = found_nonfinite(self, norm=scaling.norm)
+                can_stay = plan is not None and scaling.scale == 1 and lie_on_device(found_inf)
+                if can_stay and step_on_device(self, plan, None, found_inf, scaling.norm, gradients_seen=True):
                     return False
                 self._record.skipped = bool(found_inf)
                 if self._record.skipped:
+                    clear_gradients(self)
                     return False
             if plan is None:
-                torch_path.step(self, list(self._enumerate()), None, scale)
+                torch_path.step(self, list(self._enumerate()), None, scaling)
                 return True
-            new_states = self._indices_unstarted()
-            answer = plan.step(self.param_groups, self.state, scale, new_states, gradients_seen=True)
+            answer = scaling.step(plan, self.param_groups, self.state, self._indices_unstarted())
         if answer.status != "done":
-            self._step_with_torch(plan, scale)
+            self._step_with_torch(plan, scaling)
         return True
 
-    def _step_with_torch(self, plan: Any, scale: float) -> None:
+    def _step_with_torch(self, plan: Any, scaling: GradientScaling) -> None:
         """Makes a step in which states are still to be made, or that torch has a part in."""
         groups = self._snapshot()
         params = list(numbered(groups))
@@ -159,11 +181,11 @@ class Fused(States):
         stepped: set[int] = set()  # by torch
 
         def step() -> Any:
-            return plan.step(groups, self.state, scale, sorted(new_states), sorted(stepped), gradients_seen=True)
+            return scaling.step(plan, groups, self.state, sorted(new_states), sorted(stepped))
 
         answer = step()
         if answer.status == "foreign containers":  # the state dict's own
-            torch_path.step(self, params, None, scale)
+            torch_path.step(self, params, None, scaling)
             return
         with self._states_in_order(params, (*answer.missing, *answer.rest)):
             while answer.status == "unfinished":
@@ -172,8 +194,8 @@ class Fused(States):
                 odd = sorted({*answer.missing} - missing)
                 # torch first: if it refuses anything, nothing has been made or changed for the others.
                 torch_path.rehearse(self, params, [*answer.doubtful, *odd])
-                torch_path.step(self, params, sorted({*answer.rest, *odd} - {*answer.sharing}), scale)
-                torch_path.step(self, params, answer.sharing, scale, plain=True)
+                torch_path.step(self, params, sorted({*answer.rest, *odd} - {*answer.sharing}), scaling)
+                torch_path.step(self, params, answer.sharing, scaling, plain=True)
                 new_states.update(i for i in sorted(missing) if self._start(params[i][2], params[i][1]))
                 started |= missing
                 stepped.update(answer.rest, odd)

@@ -37,7 +37,8 @@ class LAMB(Fused, rule="lamb"):
         trust_clip: with True (default False), a trust ratio above 1 is taken for 1.
         always_adapt: with True (default False), the trust ratio holds without weight decay too, as in the paper.
         maximize, foreach, capturable, differentiable, fused: as `torch.optim.AdamW` has them.
-        l1, l1_proximal, noise, seed, skip_nonfinite: as in `trainopt.SGD`.
+        l1, l1_proximal, noise, seed, skip_nonfinite, max_grad_norm, error_if_nonfinite, zero_grad, ema_decay,
+            ema_warmup: as in `trainopt.SGD`.
 
     Raises:
         ValueError: an option is out of its range.

@@ -39,7 +39,8 @@ class LARS(Fused, rule="lars"):
             rate: ``trust`` becomes ``min(trust / lr, 1)``.
         always_adapt: with True (default False), the trust ratio holds without weight decay too.
         maximize, foreach, capturable, differentiable, fused: as `torch.optim.SGD` has them.
-        l1, l1_proximal, noise, seed, skip_nonfinite: as in `trainopt.SGD`.
+        l1, l1_proximal, noise, seed, skip_nonfinite, max_grad_norm, error_if_nonfinite, zero_grad, ema_decay,
+            ema_warmup: as in `trainopt.SGD`.
 
     Raises:
         ValueError: an option is out of its range.

@@ -26,7 +26,8 @@ class Lion(Fused, rule="lion"):
         betas: of the update and of the average (default (0.9, 0.99)), each at least 0 and less than 1.
         weight_decay: decoupled from the gradient, as AdamW's (default 0), at least 0.
         maximize, foreach, capturable, differentiable, fused: as `torch.optim.AdamW` has them.
-        l1, l1_proximal, noise, seed, skip_nonfinite: as in `trainopt.SGD`.
+        l1, l1_proximal, noise, seed, skip_nonfinite, max_grad_norm, error_if_nonfinite, zero_grad, ema_decay,
+            ema_warmup: as in `trainopt.SGD`.
 
     Raises:
         ValueError: an option is out of its range.

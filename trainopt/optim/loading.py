@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from trainopt.optim import average
 from trainopt.optim.options import STOCK_DEFAULTS, extra, not_default
 from trainopt.optim.report import name_of
 from trainopt.optim.states import States, widen_counts
@@ -29,6 +30,7 @@ def adapted(optimizer: States) -> Iterator[None]:
     finally:
         adapting.remove()
     _restore_counts(optimizer, saved)
+    _restore_averages(optimizer, saved)
 
 
 def _adapt_group(optimizer: States, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +57,15 @@ def _restore_counts(optimizer: States, saved: dict[str, Any]) -> None:
                 optimizer.state[param]["step"] = count.to(optimizer.state[param]["step"].device, copy=True)
 
 
+def _restore_averages(optimizer: States, saved: dict[str, Any]) -> None:
+    """Gives averages of 16-bit parameters the float32 back that torch has rounded to the parameter's dtype."""
+    for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        for key, param in zip(saved_group["params"], group["params"], strict=True):
+            value = saved["state"][key].get(average.KEY) if key in saved["state"] else None
+            if isinstance(value, torch.Tensor) and value.dtype != param.dtype:
+                optimizer.state[param][average.KEY] = value.to(param.device, copy=True)
+
+
 def prepare(optimizer: States, state: dict[str, Any]) -> dict[str, Any]:
     """What torch's `load_state_dict` hands to `__setstate__`, made the optimizer's own: checked, with states that are
     copies, and with the groups that are there: a wrapper or a scheduler may hold them."""
@@ -76,7 +87,7 @@ def _check_shapes(optimizer: States, state: dict[str, Any]) -> None:
     for group_index, group in enumerate(state["param_groups"]):
         for i, param in enumerate(group["params"]):
             param_state = state["state"].get(param, {})
-            for name in optimizer._states:
+            for name in (*optimizer._states, average.KEY):
                 value = param_state.get(name)
                 if isinstance(value, torch.Tensor) and value.shape != param.shape:
                     raise ValueError(

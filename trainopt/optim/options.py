@@ -11,6 +11,7 @@ one by one, with their defaults (`show_options`).
 
 import functools
 import inspect
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
@@ -28,6 +29,11 @@ class Extras(TypedDict, total=False):
     noise: float
     seed: int
     skip_nonfinite: bool
+    max_grad_norm: float | None
+    error_if_nonfinite: bool
+    zero_grad: str | None
+    ema_decay: float | None
+    ema_warmup: bool
 
 
 class AdamExtras(Extras, total=False):
@@ -54,6 +60,11 @@ DEFAULTS: dict[str, Any] = {
     "noise": 0.0,
     "seed": 0,
     "skip_nonfinite": False,
+    "max_grad_norm": None,
+    "error_if_nonfinite": False,
+    "zero_grad": None,
+    "ema_decay": None,
+    "ema_warmup": False,
 }
 #: Those of the options that every class of torch's has.
 STOCK_DEFAULTS: dict[str, Any] = {
@@ -80,6 +91,26 @@ def check_extras(options: Mapping[str, Any]) -> None:
     for name in ("l1", "noise"):
         checks.stock_option(name, options[name])
     checks.seed(options["seed"])
+    limit, clearing, decay = options["max_grad_norm"], options["zero_grad"], options["ema_decay"]
+    if limit is not None and not (_is_number(limit) and limit > 0):
+        raise ValueError(f"Invalid max_grad_norm value: {limit!r} (a number above 0, or None not to clip)")
+    if decay is not None and not (_is_number(decay) and 0 <= decay < 1):
+        raise ValueError(f"Invalid ema_decay value: {decay!r} (a number in [0, 1), or None for no average)")
+    if options["ema_warmup"] and decay is None:
+        raise ValueError("ema_warmup=True is about the average of the parameters: give ema_decay too")
+    if clearing not in (None, "in_step"):
+        raise ValueError(f"Invalid zero_grad value: {clearing!r} ('in_step', or None to leave gradients as they are)")
+    if options["error_if_nonfinite"] and limit is None:
+        raise ValueError("error_if_nonfinite=True is about the norm of the gradients: give max_grad_norm too")
+    if options["error_if_nonfinite"] and options["skip_nonfinite"]:
+        raise ValueError("error_if_nonfinite=True and skip_nonfinite=True: a step either raises or is left out")
+    for name, value in (("max_grad_norm", limit), ("zero_grad", clearing), ("ema_decay", decay)):
+        if value is not None and options["differentiable"]:
+            raise ValueError(f"{name}={value!r} does not go with differentiable=True: it acts without a graph")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def defaults_of(class_name: str, rule: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ class Record:
         self.steps = 0  # completed, and those that a device has skipped
         self.skipped_steps: torch.Tensor | None = None  # of these, on the device
         self.compiled_steps: torch.Tensor | None = None  # of a compiled program, into which a number would be compiled
+        self.grad_norm: torch.Tensor | None = None  # before clipping, in the last step that had a limit
+        self.holds_averages = False  # whether the parameters are their moving averages now
         self.asked_at: int | None = None  # `steps` when a step last asked for states to be made
 
     def was_skipped(self) -> bool:

@@ -25,6 +25,15 @@ class SGD(Fused, originals.SGD, rule="sgd"):
         seed: of the noise (default 0), an integer from 0 to 2**64 - 1.
         skip_nonfinite: with True (default False), a step is left out if an element of a gradient is NaN or infinite:
             nothing changes, `last_step_skipped` says so, and schedules do not count it. Reads the gradients once more.
+        max_grad_norm: the largest global norm of the gradients (default None: they are not clipped), over all groups
+            that have a limit. They are scaled by ``min(1, max_grad_norm / (norm + 1e-6))`` as they are read, and stay
+            as they are in memory; `grad_norm` has the norm.
+        error_if_nonfinite: with True (default False), a norm that is NaN or infinite is a RuntimeError, before anything
+            is changed.
+        zero_grad: ``"in_step"`` clears the gradients as they are read, also in a step that is skipped (default None).
+        ema_decay: the decay, in [0, 1), of a moving average of the parameters, free of bias, in the state "ema"
+            (default None: there is none); `averaged_parameters` and `ema_state_dict` are its use.
+        ema_warmup: with True (default False), the decay in step t is at most ``t / (9 + t)``.
 
     The momentum buffer has the parameter's dtype; arithmetic is float32, or float64 for float64 parameters.
     """

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from trainopt._extension import _C
 from trainopt.optim.distributed import elements, on_any_rank
+from trainopt.optim.gradients import DEVICE_TYPES, clear_gradients, clips, find_norm
 from trainopt.optim.options import extra
 from trainopt.optim.states import States, numbered
-
-DEVICE_TYPES = frozenset(_C.device_types()) - {"cpu"}
 
 
 def step_on_device(
@@ -24,6 +23,7 @@ def step_on_device(
     plan: Any,
     grad_scale: Tensor | None,
     found_inf: Any,
+    norm: float | Tensor | None = None,
     gradients_seen: bool = False,
 ) -> bool:
     """Makes the step, with its gradients' scale and its fate left on their device; False if the host must know first.
@@ -32,15 +32,17 @@ def step_on_device(
     """
 
     def step(groups: Any = optimizer.param_groups, new_states: Sequence[int] = ()) -> Any:
-        return plan.step(groups, optimizer.state, 1.0, new_states, (), grad_scale, found_inf, gradients_seen)
+        return plan.step(groups, optimizer.state, 1.0, new_states, (), grad_scale, found_inf, norm, gradients_seen)
 
     optimizer._count_unstarted()
     answer = step()
     if answer.status == "look at gradients":
         if optimizer._only_makes_states():
             return True
+        if clips(optimizer):
+            norm = find_norm(optimizer, 1.0 if grad_scale is None else grad_scale, may_raise=False)
         if skips_nonfinite(optimizer):
-            found_inf = found_nonfinite(optimizer, found_inf)
+            found_inf = found_nonfinite(optimizer, found_inf, norm)
             if not lie_on_device(found_inf):
                 return False
         gradients_seen = True
@@ -60,6 +62,8 @@ def step_on_device(
     if answer.status != "done":
         return False
     optimizer._record.count_unread(found_inf)
+    if found_inf is not None:
+        clear_gradients(optimizer)  # which the step does only where it is made
     return True
 
 
@@ -76,17 +80,29 @@ def skips_nonfinite(optimizer: torch.optim.Optimizer) -> bool:
     return any(extra(group, "skip_nonfinite") for group in optimizer.param_groups)
 
 
-def found_nonfinite(optimizer: torch.optim.Optimizer, found_inf: Tensor | None = None) -> bool | Tensor:
+def found_nonfinite(
+    optimizer: torch.optim.Optimizer, found_inf: Tensor | None = None, norm: float | Tensor | None = None
+) -> bool | Tensor:
     """Whether a gradient in a group that skips such steps holds NaN or infinity, or `found_inf` says so.
 
     Ranks that share DTensors decide alike: what one of them finds in its shard, all know.
+
+    Args:
+        norm: over the gradients of all groups that clip, if there are such: it is finite where they are, in float64,
+            which spares another look at them where all these groups skip steps.
 
     Returns:
         A bool; or, where all gradients lie on devices that the kernels run on, a float32 tensor there (0 or 1), which
         nothing has waited for.
     """
-    params = [p for group in optimizer.param_groups if extra(group, "skip_nonfinite") for p in group["params"]]
-    flags = [_flag_of(gradients) for gradients in _by_device(params)]
+    groups = [group for group in optimizer.param_groups if extra(group, "skip_nonfinite")]
+    params = [param for group in groups for param in group["params"]]
+    clipping = [group for group in optimizer.param_groups if extra(group, "max_grad_norm") is not None]
+    flags = []
+    if norm is not None and all(extra(group, "skip_nonfinite") for group in clipping):
+        groups = [group for group in groups if extra(group, "max_grad_norm") is None]
+        flags.append(norm.isfinite().logical_not() if isinstance(norm, Tensor) else not math.isfinite(norm))
+    flags += map(_flag_of, _by_device([param for group in groups for param in group["params"]]))
     if found_inf is not None:
         flags.append(found_inf)
     flag: bool | Tensor = False

@@ -13,13 +13,14 @@ A warm-up that begins at a learning rate of 0 comes with gradients that are not 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch.optim import optimizer as torch_optimizer
 
 from trainopt._extension import _C
+from trainopt.optim import average
 from trainopt.optim.distributed import elements, on_any_rank
 from trainopt.optim.options import extra, snapshot
 from trainopt.optim.report import Record
@@ -64,6 +65,32 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         """
         return self._record.completed()
 
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The norm of the gradients in the last step that clipped them (``max_grad_norm``), before it did.
+
+        Over all groups with a limit, without GradScaler's scale: a 0-dimensional tensor on the gradients' device,
+        float64 for float64 gradients and float32 for others. None before the first such step.
+        """
+        return self._record.grad_norm
+
+    def averaged_parameters(self) -> AbstractContextManager[None]:
+        """A context in which the parameters are their moving averages (``ema_decay``), as for an evaluation.
+
+        Afterwards they have the bits that they had before, however it is left. Those without an average, which have
+        made no step yet or whose group has no ``ema_decay``, stay as they are. RuntimeError for `step` in it.
+        """
+        return average.applied(self)
+
+    def ema_state_dict(self) -> dict[str | int, torch.Tensor]:
+        """A copy of the moving average of every parameter, by its name, or by its number where it has none.
+
+        Of float32 for a 16-bit parameter, else of the parameter's dtype. A parameter without an average is there as it
+        is, so that ``model.load_state_dict(optimizer.ema_state_dict(), strict=False)`` has all of them where the
+        optimizer was given ``model.named_parameters()``.
+        """
+        return average.averages_by_name(self)
+
     def init_state(self) -> None:
         """Makes the state of every parameter that requires a gradient and has none yet, as before its first step.
 
@@ -103,10 +130,12 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         missing = [name for name in self._states_needed(group) if state.get(name) is None]
         is_first = not state if self._counts_steps else bool(missing)
         with torch.no_grad():
-            if self._counts_steps or extra(group, "noise") != 0:
+            if self._counts_steps or extra(group, "noise") != 0 or average.averages(group):
                 self._start_count(param, group)
             for name in missing:
                 self.state[param][name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            if average.averages(group) and self.state[param].get(average.KEY) is None:
+                self.state[param][average.KEY] = average.new_average(param)
         return is_first
 
     def _start_before_first_step(self, param: torch.Tensor, group: dict[str, Any]) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from trainopt._extension import _C
+from trainopt.optim import average
+from trainopt.optim.gradients import GradientScaling
 from trainopt.optim.options import extra
 from trainopt.optim.states import Numbered, States, widen_count
 from trainopt.originals import step_of
@@ -21,13 +23,18 @@ _LONG_PAST = 1e18
 
 
 def step(
-    optimizer: States, params: Sequence[Numbered], indices: Sequence[int] | None, scale: float, *, plain: bool = False
+    optimizer: States,
+    params: Sequence[Numbered],
+    indices: Sequence[int] | None,
+    scaling: GradientScaling,
+    *,
+    plain: bool = False,
 ) -> None:
     """Steps the parameters of these indices (all if None) that have a gradient, by torch's own code.
 
     Args:
         params: every parameter of the optimizer, in order.
-        scale: what the gradients are divided by first, in place.
+        scaling: what the gradients are divided by first. In place, but for those that are clipped.
         plain: by torch's plain loop on every device. torch's foreach kernels race for memory that parameters share.
     """
     wanted = params if indices is None else [params[i] for i in indices]
@@ -37,14 +44,18 @@ def step(
     sparse = [param for _, _, param in chosen if param.grad is not None and param.grad.layout is not torch.strided]
     if sparse and optimizer._torch_class is None:
         raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
-    if scale != 1:
-        for _, _, param in chosen:
-            assert param.grad is not None
-            param.grad.div_(scale)
+    if scaling.scale != 1:
+        for _, group, param in chosen:
+            if extra(group, "max_grad_norm") is None:
+                assert param.grad is not None
+                param.grad.div_(scaling.scale)
     view = _view(optimizer, list(_narrowed(chosen, plain)))
+    started: list[tuple[torch.Tensor, torch.Tensor]] = []  # states of torch's come first
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(optimizer.defaults["differentiable"]))
         for _, group, param in chosen:
+            if extra(group, "max_grad_norm") is not None and (divisor := scaling.divisor(group)) != 1:
+                stack.enter_context(_divided_gradient(param, divisor))
             if extra(group, "l1") and not extra(group, "l1_proximal"):
                 stack.enter_context(_l1_in_gradient(param, group))
             if not extra(group, "bias_correction"):
@@ -53,13 +64,22 @@ def step(
                 stack.enter_context(_steps_long_past(optimizer.state[param]))
             if not optimizer._counts_steps:
                 _count_step(optimizer, param, group)
+            if average.averages(group) and average.KEY not in optimizer.state.get(param, {}):
+                started.append((param, average.new_average(param)))
         _make_step(view)
+    for param, begun in started:
+        optimizer.state[param][average.KEY] = begun
     with torch.no_grad():
         for index, group, param in chosen:
             if extra(group, "l1") and extra(group, "l1_proximal"):
                 _soft_threshold_(param, float(group["lr"]) * float(group["l1"]))
             if extra(group, "noise"):
                 _add_noise_(param, index, group, optimizer.state[param])
+            if average.averages(group):
+                average.update_(param, group, optimizer.state[param])
+            if extra(group, "zero_grad") is not None:
+                assert param.grad is not None
+                param.grad.zero_()
 
 
 def rehearse(optimizer: States, params: Sequence[Numbered], indices: Sequence[int]) -> None:
@@ -140,6 +160,17 @@ def _narrowed(chosen: Sequence[Numbered], plain: bool) -> Iterator[dict[str, Any
 
 
 @contextmanager
+def _divided_gradient(param: torch.Tensor, divisor: float) -> Iterator[None]:
+    gradient = param.grad
+    assert gradient is not None
+    param.grad = gradient / divisor
+    try:
+        yield
+    finally:
+        param.grad = gradient
+
+
+@contextmanager
 def _l1_in_gradient(param: torch.Tensor, group: dict[str, Any]) -> Iterator[None]:
     gradient = param.grad
     assert gradient is not None
@@ -170,7 +201,7 @@ def _soft_threshold_(param: torch.Tensor, threshold: float) -> None:
 
 def _count_step(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -> None:
     """For a class that counts no steps: counts where trainopt does."""
-    if extra(group, "noise"):
+    if extra(group, "noise") or average.averages(group):
         optimizer._start_count(param, group)
     state = optimizer.state.get(param, {})
     if param in optimizer._unstarted or state.get("step") == 0:

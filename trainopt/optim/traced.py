@@ -27,8 +27,11 @@ def step(optimizer: Any) -> bool:
     """The whole step, traced; False if it must run uncompiled, and then nothing is done."""
     batches = []
     for group in optimizer.param_groups:
-        # Noise depends on a parameter's index and step; what is not finite, the host must see before it steps.
-        if extra(group, "noise") != 0 or extra(group, "skip_nonfinite"):
+        # Noise depends on a parameter's index and step; what depends on all gradients, the host must see to before it
+        # steps; the operator does not write to them.
+        if any(extra(group, name) for name in ("noise", "skip_nonfinite", "max_grad_norm", "zero_grad")):
+            return False
+        if extra(group, "ema_decay") is not None:
             return False
         lists: tuple[list[torch.Tensor], ...] = ([], [], [], [])
         params, gradients, states, steps = lists

@@ -74,7 +74,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   const c10::TensorImpl* param = operands.param;
   const c10::TensorImpl* gradient = operands.gradient;
   if (!is_there(param) || !is_there(gradient) || !is_there(operands.steps)) return Path::kNoMemory;
-  for (int s = 0; s < rule_.state_count; ++s)
+  for (int s = 0; s < rule_.slots(); ++s)
     if (!is_there(operands.states[s])) return Path::kNoMemory;
   if (group.differentiable != 0) return Path::kDifferentiable;
   if (group.unreadable != 0) return Path::kOptions;
@@ -117,7 +117,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
 
   if (!operands.states_are_known) return Path::kStateValue;
   if (!operands.states_are_tensors) return Path::kStateForm;
-  for (int s = 0; s < rule_.state_count; ++s) {
+  for (int s = 0; s < rule_.slots(); ++s) {
     TensorView& view = task->state[s];
     view.data = nullptr;
     const c10::TensorImpl* state = operands.states[s];
@@ -160,7 +160,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   if (in_order && !logical_order) return Path::kFused;
   std::vector<Arranged> arranged{{param, &task->param}};
   if (gradient != nullptr) arranged.push_back({gradient, &task->gradient});
-  for (int s = 0; s < rule_.state_count; ++s)
+  for (int s = 0; s < rule_.slots(); ++s)
     if (operands.states[s] != nullptr) arranged.push_back({operands.states[s], &task->state[s]});
   return arrange(arranged, logical_order, &layouts_) ? Path::kFused : Path::kMemory;
 }
@@ -218,15 +218,15 @@ Path Batch::announce(const Operands& operands, const GroupValues& group, uint32_
 
 void Batch::note_operands(const Operands& operands, uint32_t tensor, bool writes_gradient) {
   memory_.note_written(operands.param, tensor);
-  for (int s = 0; s < rule_.state_count; ++s) memory_.note_written(operands.states[s], tensor);
+  for (int s = 0; s < rule_.slots(); ++s) memory_.note_written(operands.states[s], tensor);
   memory_.note_written(operands.steps, tensor);
   writes_gradient ? memory_.note_written(operands.gradient, tensor) : memory_.note_read(operands.gradient, tensor);
 }
 
 // The step ------------------------------------------------------------------------------------------------------------
 
-cpu::Scalars Batch::scalars_of(const ScalarsKey& key, double gradient_scale) const {
-  return key.group->scalars(rule_, key.step, key.first, key.is_float64, gradient_scale);
+cpu::Scalars Batch::scalars_of(const ScalarsKey& key) const {
+  return key.group->scalars(rule_, key.step, key.first, key.is_float64, scaling_);
 }
 
 // A graph repeats what the host has said once.
@@ -236,10 +236,10 @@ void Batch::check_counts() const {
               " give the optimizer capturable=True");
 }
 
-void Batch::prepare(double gradient_scale, const DeviceScaling& scaling) {
+void Batch::prepare(const GradientScaling& scaling, const DeviceScaling& on_device) {
   check_counts();
-  gradient_scale_ = gradient_scale;
   scaling_ = scaling;
+  on_device_ = on_device;
   scalars_keys_.clear();
   scalars_.clear();
   scalars_.reserve(entries.size());  // tasks point into it
@@ -254,7 +254,7 @@ void Batch::prepare(double gradient_scale, const DeviceScaling& scaling) {
                        (last->group == key.group || *last->group == *key.group);
     if (!joins) {
       scalars_keys_.push_back(key);
-      scalars_.push_back(scalars_of(key, gradient_scale));
+      scalars_.push_back(scalars_of(key));
     } else if (last->group != key.group && (equal_groups_.empty() || equal_groups_.back().second != key.group)) {
       equal_groups_.emplace_back(last->group, key.group);
     }
@@ -263,22 +263,22 @@ void Batch::prepare(double gradient_scale, const DeviceScaling& scaling) {
 }
 
 // The entries and the tasks need not be touched if the runs stay what they were.
-void Batch::prepare_again(double gradient_scale, bool all_next, const DeviceScaling& scaling) {
-  gradient_scale_ = gradient_scale;
-  if (cuda_entries_ != 0 && !(all_next && cuda.advance(scaling.gradient_scale.defined())))
+void Batch::prepare_again(const GradientScaling& scaling, bool all_next, const DeviceScaling& on_device) {
+  if (cuda_entries_ != 0 && !(all_next && cuda.advance(on_device.changes_scalars())))
     for (const Entry& entry : entries)
       if (entry.on_cuda.part >= 0) cuda.recount(entry.on_cuda, entry.step);
   for (const auto& [group, other] : equal_groups_) all_next = all_next && *group == *other;
   for (const ScalarsKey& key : scalars_keys_) all_next = all_next && !key.first && !(key.counts && key.step == 0);
   if (!all_next) {
     for (Entry& entry : entries) entry.first = false;
-    return prepare(gradient_scale, scaling);
+    return prepare(scaling, on_device);
   }
   check_counts();
   scaling_ = scaling;
+  on_device_ = on_device;
   for (size_t i = 0; i < scalars_keys_.size(); ++i) {
     scalars_keys_[i].step += scalars_keys_[i].counts ? 1 : 0;
-    scalars_[i] = scalars_of(scalars_keys_[i], gradient_scale);
+    scalars_[i] = scalars_of(scalars_keys_[i]);
   }
 }
 
@@ -351,7 +351,7 @@ void Batch::gather(const AddShards& add_shards) {
 
 void Batch::work(bool counts, bool updates, const AddShards& add_shards) {
   if (updates && rule_.sum_count > 0) gather(add_shards);
-  if (updates && cuda_entries_ != 0) cuda.run(gradient_scale_, std::exchange(scaling_, {}), add_shards);
+  if (updates && cuda_entries_ != 0) cuda.run(scaling_, std::exchange(on_device_, {}), add_shards);
   const int64_t tensors = static_cast<int64_t>(entries.size());
   // Equal shares: a thread has the same tensors in every step, and so does its cache.
   const int64_t parts = this->parts();

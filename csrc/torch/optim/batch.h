@@ -27,7 +27,7 @@ struct Operands {
   const c10::TensorImpl* param = nullptr;
   const c10::TensorImpl* gradient = nullptr;
   const c10::TensorImpl* steps = nullptr;
-  const c10::TensorImpl* states[kMaxStates] = {};      // in the rule's order
+  const c10::TensorImpl* states[kMaxStates] = {};      // in the rule's order, then the moving average
   bool states_are_tensors = true;                      // else there is a state that is a subclass of one
   bool states_are_known = true;                        // else there is a state that is something else
   const Shard* shard = nullptr;                        // of a DTensor
@@ -80,7 +80,7 @@ class Batch {
   // the elements and touches nothing else, so that it may run without Python's interpreter if the tensors' memory is
   // kept. `run` does both. RuntimeError for a step that a CUDA graph could not repeat, where one is being captured.
   // `add_shards` is called in between where a rule with a reduce phase meets DTensors; then `run` does not do.
-  void prepare(double gradient_scale, const DeviceScaling& scaling = {});
+  void prepare(const GradientScaling& scaling, const DeviceScaling& on_device = {});
   void run() { work(true, true, {}); }
   void count() { work(true, false, {}); }
   void update(const AddShards& add_shards = {}) { work(false, true, add_shards); }
@@ -91,12 +91,15 @@ class Batch {
   // Whether every parameter lies on a CUDA device.
   bool lies_on_devices() const { return cuda_entries_ == entries.size(); }
 
-  // True if the device alone can skip the step: every parameter lies there, and so does the count of its steps.
-  bool is_for_devices_alone() const { return lies_on_devices() && !cuda.counts_on_host(); }
+  // Whether a step can be made with what is left on the device. Where it may be skipped, the count of its steps has to
+  // lie there too.
+  bool can_apply(const DeviceScaling& scaling) const {
+    return !scaling.exists() || (lies_on_devices() && !(scaling.found_inf.defined() && cuda.counts_on_host()));
+  }
 
   // In place of `prepare` where the entries are those of the last step, recounted. `all_next`: each one's step is the
   // one after its last.
-  void prepare_again(double gradient_scale, bool all_next, const DeviceScaling& scaling = {});
+  void prepare_again(const GradientScaling& scaling, bool all_next, const DeviceScaling& on_device = {});
 
   // What an entry's tensors are to the engine; null for one without elements.
   const TensorTask* task_of(const Entry& entry) const {
@@ -143,15 +146,15 @@ class Batch {
 
   StepMemory memory_;
   size_t cuda_entries_ = 0;
-  double gradient_scale_ = 1;  // with which `prepare` was called
-  DeviceScaling scaling_;      // likewise
+  GradientScaling scaling_;  // with which `prepare` was called
+  DeviceScaling on_device_;  // likewise
 
   int64_t parts() const;
   cpu::Update update_of(bool is_float64) const;
   void gather(const AddShards& add_shards);
   void work(bool counts, bool updates, const AddShards& add_shards);
   void check_counts() const;
-  cpu::Scalars scalars_of(const ScalarsKey& key, double gradient_scale) const;
+  cpu::Scalars scalars_of(const ScalarsKey& key) const;
 };
 
 // How many threads of torch's pool are worth waking for this many elements.

@@ -90,11 +90,13 @@ bool CudaBatch::advance(bool is_scaled) {
   for (const Part& part : parts_) {
     if (part.was_scaled != is_scaled) return false;
     if (part.by == Part::By::kHost && std::none_of(part.runs.begin(), part.runs.end(), is_first)) continue;
-    if (part.by == Part::By::kDevice && !counts_on_host_ && !part.has_first) continue;
+    if (part.by == Part::By::kDevice && !part.has_first) continue;
     return false;
   }
-  for (Part& part : parts_)
+  for (Part& part : parts_) {
     for (Run& run : part.runs) run.step += run.counts ? 1 : 0;
+    for (cuda::Count& count : part.counts) count.step += count.counts ? 1 : 0;
+  }
   return true;
 }
 
@@ -109,16 +111,16 @@ bool CudaBatch::is_captured() const {
   return std::any_of(devices_.begin(), devices_.end(), [](c10::Device device) { return is_capturing(device); });
 }
 
-void CudaBatch::run(double gradient_scale, const DeviceScaling& scaling, const AddShards& add_shards) {
+void CudaBatch::run(const GradientScaling& scaling, const DeviceScaling& on_device, const AddShards& add_shards) {
   if (!gradients_stay_aligned_.exchange(true))
     for (Part& part : parts_) part.tables.reset();
-  for (Part& part : parts_) run_part(part, {gradient_scale, scaling, add_shards});
+  for (Part& part : parts_) run_part(part, {scaling, on_device, add_shards});
 }
 
 // The scalars are prepared by the host where it knows all that they are made of, else on the device.
 void CudaBatch::run_part(Part& part, const Step& step) const {
   using By = Part::By;
-  const bool is_scaled = step.scaling.gradient_scale.defined();
+  const bool is_scaled = step.on_device.changes_scalars();
   const auto is_by_host = [&](const Source& source) {
     return source.count.on_device == nullptr && source.group->on_device[0].tensor == nullptr && !is_scaled;
   };
@@ -168,7 +170,7 @@ void CudaBatch::Part::find_counts() {
     if (groups.empty() || groups.back() != source.group) groups.push_back(source.group);
     tasks[i].prepared = static_cast<uint32_t>(i);
     counts.push_back({source.count.on_device, source.count.step, static_cast<uint32_t>(groups.size() - 1),
-                      source.count.is_double, source.is_first()});
+                      source.count.is_double, source.is_first(), source.count.on_host});
     has_first = has_first || source.is_first();
   }
 }
@@ -177,11 +179,11 @@ void CudaBatch::run_by_host(Part& part, const Step& step) const {
   std::vector<cuda::Prepared> prepared;
   prepared.reserve(part.runs.size());
   for (const Run& run : part.runs)
-    prepared.push_back({run.group->scalars(rule_, run.step, run.first, part.is_float64, step.gradient_scale),
+    prepared.push_back({run.group->scalars(rule_, run.step, run.first, part.is_float64, step.scaling),
                         random_key(run.group->seed, run.step).step});
   std::vector<at::Tensor> kept;
   const OnDevice on(part.device);
-  update(part, prepared.data(), false, float_on(step.scaling.found_inf, part.device, &kept), step, on.stream);
+  update(part, prepared.data(), false, float_on(step.on_device.found_inf, part.device, &kept), step, on.stream);
 }
 
 // Memory for the scalars of so many parameters. It is kept for the next step, whose kernels on the same stream come
@@ -204,14 +206,14 @@ void CudaBatch::run_by_device(Part& part, const Step& step) const {
   const OnDevice on(part.device);
   std::vector<cuda::GroupSource> groups;
   for (const GroupValues* group : part.groups) groups.push_back(source_of(*group, part.device, &kept));
-  const float* scale = float_on(step.scaling.gradient_scale, part.device, &kept);
-  if (scale == nullptr && step.gradient_scale != 1)
-    scale = kept.emplace_back(at::full({}, step.gradient_scale, at::TensorOptions(part.device).dtype(at::kFloat)))
-                .const_data_ptr<float>();
-  const float* found_inf = float_on(step.scaling.found_inf, part.device, &kept);
+  const float* scale = float_on(step.on_device.gradient_scale, part.device, &kept);
+  const at::Tensor& device_norm = step.on_device.norm;
+  const auto* norm =
+      device_norm.defined() ? static_cast<const double*>(number_on(device_norm, part.device, &kept)) : nullptr;
+  const float* found_inf = float_on(step.on_device.found_inf, part.device, &kept);
   cuda::Prepared* const prepared = scalars_on(part, part.counts.size(), on.stream, &kept);
   cuda::prepare({rule_.index, part.is_float64, groups.data(), groups.size(), part.counts.data(), part.counts.size(),
-                 scale, found_inf, prepared},
+                 step.scaling.scale, step.scaling.norm, scale, norm, found_inf, prepared},
                 on.stream);
   update(part, prepared, true, found_inf, step, on.stream);
 }

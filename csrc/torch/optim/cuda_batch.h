@@ -19,12 +19,14 @@ namespace trainopt::aten {
 // are pairs of doubles, see core/sum.h. A null shard is that of a tensor which no other process has a part of.
 using AddShards = std::function<void(const at::Tensor& sums, const std::vector<const Shard*>& shards)>;
 
-// What GradScaler leaves on the device for a step; undefined where there is none.
+// What is left on the device for a step; undefined where there is none.
 struct DeviceScaling {
-  at::Tensor gradient_scale;  // gradients are divided by it, and written back
+  at::Tensor gradient_scale;  // GradScaler's, in place of GradientScaling::scale
+  at::Tensor norm;            // in place of GradientScaling::norm, in float64
   at::Tensor found_inf;       // nothing is done unless it is 0
 
-  bool exists() const { return gradient_scale.defined() || found_inf.defined(); }
+  bool exists() const { return changes_scalars() || found_inf.defined(); }
+  bool changes_scalars() const { return gradient_scale.defined() || norm.defined(); }
 };
 
 // The count of a parameter's steps.
@@ -62,7 +64,7 @@ class CudaBatch {
   // Likewise: where the gradient is now. Several threads may each set their own.
   void set_gradient(CudaPlace place, void* data);
   // Likewise: each parameter's step is the one after its last. False if `recount` must be told of each all the same.
-  // `is_scaled`: by GradScaler's scale.
+  // `is_scaled`: by what lies on the device.
   bool advance(bool is_scaled);
   // Likewise: the count with this step where the host keeps it. The states are no longer new.
   void recount(CudaPlace place, double step);
@@ -76,7 +78,7 @@ class CudaBatch {
   bool sums_over_shards() const { return sums_over_shards_; }
 
   // Launches the step. `add_shards` is called where a rule with a reduce phase meets DTensors.
-  void run(double gradient_scale, const DeviceScaling&, const AddShards& add_shards);
+  void run(const GradientScaling&, const DeviceScaling&, const AddShards& add_shards);
 
  private:
   // What a task's scalars are prepared from.
@@ -105,7 +107,7 @@ class CudaBatch {
 
     // How the last step was made, for one of the same parameters: as it stands, only gradients and scalars change.
     enum class By { kUnknown, kHost, kDevice, kBoth } by = By::kUnknown;  // who prepares the scalars
-    bool was_scaled = false;                                              // by a scale on the device
+    bool was_scaled = false;                                              // by what lies on the device
     std::vector<Run> runs;                                                // by the host
     std::vector<cuda::Count> counts;                                      // by the device
     std::vector<const GroupValues*> groups;                               // likewise
@@ -122,8 +124,8 @@ class CudaBatch {
 
   // What the parts of a step share.
   struct Step {
-    double gradient_scale;
-    const DeviceScaling& scaling;
+    const GradientScaling& scaling;
+    const DeviceScaling& on_device;
     const AddShards& add_shards;
   };
 
@@ -158,7 +160,7 @@ class CudaBatch {
   bool counts_on_host() const { return false; }
   bool is_captured() const { return false; }
   bool sums_over_shards() const { return false; }
-  void run(double, const DeviceScaling&, const AddShards&) {}
+  void run(const GradientScaling&, const DeviceScaling&, const AddShards&) {}
 
  private:
   TensorTask none_;

@@ -31,14 +31,14 @@ void GroupValues::read_device_numbers(const cpu::Rule& rule) {
 }
 
 cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first, bool is_float64,
-                                  double gradient_scale) const {
+                                  const GradientScaling& scaling) const {
   cpu::Scalars result;
   const StepInfo info{lr, lr_is_float32 != 0, weight_decay, step, first};
   const Decay decay = rule.decay(options);
   if (is_float64) {
-    result.stages64 = prepare_stages<double>(*this, info, decay, gradient_scale);
+    result.stages64 = prepare_stages<double>(*this, info, decay, scaling.scale, scaling.norm);
   } else {
-    result.stages32 = prepare_stages<float>(*this, info, decay, gradient_scale);
+    result.stages32 = prepare_stages<float>(*this, info, decay, scaling.scale, scaling.norm);
   }
   rule.prepare(options, info, is_float64, &result);
   return result;

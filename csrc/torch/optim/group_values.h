@@ -16,6 +16,12 @@ struct DeviceOption {
   int64_t option = 0;                       // the rule's option that it is, or cuda::DeviceNumber::kLr
 };
 
+// What the gradients of a step carry, where the host knows it.
+struct GradientScaling {
+  double scale = 1;  // gradients are divided by it, and written back unless it is 1 or they are clipped
+  double norm = 0;   // of the gradients with their scale, for groups that clip
+};
+
 // What a group says. All fields are eight bytes is_float64, so that two groups can be compared as they lie in memory.
 struct GroupValues : Settings {
   double options[kMaxOptions] = {};
@@ -25,7 +31,8 @@ struct GroupValues : Settings {
   DeviceOption on_device[cuda::kMaxDeviceNumbers];  // what the host has not read, the first first
 
   bool operator==(const GroupValues& other) const { return std::memcmp(this, &other, sizeof other) == 0; }
-  cpu::Scalars scalars(const cpu::Rule& rule, double step, bool first, bool is_float64, double gradient_scale) const;
+  cpu::Scalars scalars(const cpu::Rule& rule, double step, bool first, bool is_float64,
+                       const GradientScaling& scaling) const;
 
   // Leaves a number on its device if it can stay there; false if the host must read it.
   bool leave_on_device(const at::Tensor& number, int64_t option);

@@ -90,7 +90,7 @@ void optimizer_step_(std::string_view name, at::TensorList params, at::TensorLis
     batch.note_read(lr.unsafeGetTensorImpl(), static_cast<uint32_t>(i));
   };
   const auto run = [&] {
-    batch.prepare(1);
+    batch.prepare({});
     batch.run();
   };
   batch.clear();
