@@ -170,7 +170,7 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("norm"));
   m.def("clamp_gradients", clamp_gradients, pybind11::arg("parameters"), pybind11::arg("limit"));
   pybind11::class_<Plan>(m, "Plan")
-      .def(pybind11::init<const std::string&>(), pybind11::arg("rule"))
+      .def(pybind11::init<const std::string&, uint32_t>(), pybind11::arg("rule"), pybind11::arg("first_tensor") = 0)
       .def(
           "step",
           [](const pybind11::object& plan, const pybind11::object& groups, const pybind11::object& state,

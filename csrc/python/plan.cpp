@@ -127,7 +127,8 @@ Plan::GroupForm::GroupForm(const Group& group)
                       tensor->storage_offset() * static_cast<int64_t>(tensor->dtype().itemsize()));
 }
 
-Plan::Plan(const std::string& rule) : rule_(rule_named(rule)), batch_(rule_) {
+Plan::Plan(const std::string& rule, uint32_t first_tensor)
+    : rule_(rule_named(rule)), first_tensor_(first_tensor), batch_(rule_, first_tensor) {
   for (int i = 0; i <= rule_.slots(); ++i) {
     const char* const own[] = {"ema", "step"};
     PyObject* name = PyUnicode_InternFromString(i < rule_.state_count ? rule_.states[i] : own[i - rule_.state_count]);
@@ -322,7 +323,7 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
                             bool gradients_seen) {
   // Two threads in one optimizer's step race for its values, as with any in-place operation, but not for the plan.
   if (is_running_)
-    return Plan(rule_.name)
+    return Plan(rule_.name, first_tensor_)
         .step(groups, state, gradient_scale, new_states, stepped, device_scale, found_inf, gradient_norm,
               gradients_seen);
   const bool norm_is_tensor = THPVariable_Check(gradient_norm.ptr());

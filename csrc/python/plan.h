@@ -50,7 +50,8 @@ pybind11::object step_is_done();
 
 class Plan {
  public:
-  explicit Plan(const std::string& rule);
+  // `first_tensor`: the index of the first parameter in the optimizer, for the noise.
+  explicit Plan(const std::string& rule, uint32_t first_tensor = 0);
 
   // One step over `groups` (torch's param_groups) and `state` (torch's state dict). Gradients are divided by
   // `gradient_scale` and written back unless it is 1. `new_states` holds the indices of parameters whose states
@@ -103,6 +104,7 @@ class Plan {
   };
 
   const cpu::Rule& rule_;
+  const uint32_t first_tensor_;
   std::vector<pybind11::str> state_names_;  // the rule's, then "ema" and "step"
   std::vector<Group> groups_;
   std::vector<GroupForm> forms_;                          // of the last walk

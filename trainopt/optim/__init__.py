@@ -8,6 +8,7 @@ from trainopt.optim.groups import param_groups
 from trainopt.optim.lamb import LAMB
 from trainopt.optim.lars import LARS
 from trainopt.optim.lion import Lion
+from trainopt.optim.release import step_in_backward
 from trainopt.optim.report import nonfinite_report
 from trainopt.optim.schedule import Schedule
 from trainopt.optim.sgd import SGD
@@ -23,4 +24,5 @@ __all__ = [
     "fuse",
     "nonfinite_report",
     "param_groups",
+    "step_in_backward",
 ]

@@ -117,7 +117,7 @@ class Fused(States):
         if record.holds_averages:
             raise RuntimeError("step: the parameters are their moving averages, inside averaged_parameters()")
         if plan is None and not switches.REFERENCE_FORCED:
-            plan = self._plan = _C.Plan(self._rule)
+            plan = self._plan = _C.Plan(self._rule, self._first_index)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         scale = 1.0
         if found_inf is not None or grad_scale is not None:

@@ -10,6 +10,11 @@ from torch import Tensor
 Sizes = tuple[int, ...]
 
 
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a tensor that is spread over processes; without importing what makes such."""
+    return type(value).__name__ == "DTensor"
+
+
 def elements(gradient: Tensor) -> Tensor:
     """A gradient's elements as a plain tensor: of a DTensor this rank's, of a sparse one those that it stores."""
     gradient = getattr(gradient, "_local_tensor", gradient).detach()

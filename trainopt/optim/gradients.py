@@ -66,7 +66,7 @@ def find_norm(optimizer: States, scale: float | Tensor = 1.0, may_raise: bool = 
     groups = [group for group in optimizer.param_groups if extra(group, "max_grad_norm") is not None]
     params = [param for group in groups for param in group["params"]]
     found = None if switches.REFERENCE_FORCED else _C.norm_of(params, 2.0, True)
-    norm, total = _norm_by_torch([p.grad for p in params if p.grad is not None]) if found is None else found
+    norm, total = norm_by_torch([p.grad for p in params if p.grad is not None]) if found is None else found
     if may_raise and any(extra(group, "error_if_nonfinite") for group in groups):
         check_finite(total, 2.0)
     is_scaled = isinstance(scale, Tensor) or scale != 1
@@ -75,8 +75,8 @@ def find_norm(optimizer: States, scale: float | Tensor = 1.0, may_raise: bool = 
 
 
 @torch.no_grad()
-def _norm_by_torch(gradients: list[Tensor]) -> tuple[float | Tensor, Tensor]:
-    """Likewise, and the tensor that is shown: of gradients of any kind, each rank's part of a DTensor included."""
+def norm_by_torch(gradients: list[Tensor]) -> tuple[float | Tensor, Tensor]:
+    """The norm of gradients of any kind, each rank's part of a DTensor included: as `find_norm` gives it, and shown."""
     shared = [gradient for gradient in gradients if hasattr(gradient, "full_tensor")]
     norms = [
         torch.linalg.vector_norm(torch.view_as_real(own) if own.is_complex() else own, dtype=torch.float64)

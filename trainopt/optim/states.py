@@ -39,6 +39,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     #: Options beyond torch's, with their defaults. They are in param_groups where they are not at these.
     EXTRAS: ClassVar[dict[str, Any]]
 
+    _first_index: ClassVar[int] = 0  # of the parameters, for the noise: other than 0 where there is one of several
     _opt_called: bool  # read by torch's schedulers
     _record: Record
     _unstarted: set[torch.Tensor]  # with states of zeros that only a real step makes a first one

@@ -74,7 +74,7 @@ def step(
             if extra(group, "l1") and extra(group, "l1_proximal"):
                 _soft_threshold_(param, float(group["lr"]) * float(group["l1"]))
             if extra(group, "noise"):
-                _add_noise_(param, index, group, optimizer.state[param])
+                _add_noise_(param, optimizer._first_index + index, group, optimizer.state[param])
             if average.averages(group):
                 average.update_(param, group, optimizer.state[param])
             if extra(group, "zero_grad") is not None:

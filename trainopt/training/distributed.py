@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from trainopt.optim.distributed import is_dtensor
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -99,11 +101,6 @@ def _leave() -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether the parameters are DTensors, as FSDP2's `fully_shard` makes them."""
     return any(is_dtensor(param) or is_dtensor(param.data) for param in model.parameters())
-
-
-def is_dtensor(value: Any) -> bool:
-    """Whether a value is a tensor that is spread over processes; without importing what makes such."""
-    return type(value).__name__ == "DTensor"
 
 
 def whole(value: Any) -> Any:

@@ -185,7 +185,7 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
   entry.on_cuda = {};
   entry.first = first;
   entry.is_float64 = is_float64;
-  task.tensor = tensor;
+  task.tensor = first_tensor_ + tensor;
   if (is_plain_cuda(operands.param)) {
     const c10::Device device = operands.param->device();
     cuda.visit(device);

@@ -53,7 +53,9 @@ struct Entry {
 
 class Batch {
  public:
-  explicit Batch(const cpu::Rule& rule) : cuda(rule), rule_(rule) {}
+  // `first_tensor`: the index in the optimizer of the first parameter, for the noise.
+  explicit Batch(const cpu::Rule& rule, uint32_t first_tensor = 0)
+      : cuda(rule), rule_(rule), first_tensor_(first_tensor) {}
 
   void clear();
 
@@ -134,6 +136,7 @@ class Batch {
   };
 
   const cpu::Rule& rule_;
+  const uint32_t first_tensor_;
   std::vector<int64_t> starts_[2];
   std::vector<ShardedTask> shards_;
   std::vector<Sum> partials_[2], sums_[2];  // of the reduce phase

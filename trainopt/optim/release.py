@@ -1,0 +1,193 @@
+"""Steps within the backward pass: a parameter is stepped as soon as its gradient is there, which is then freed."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainopt import switches
+from trainopt._extension import _C
+from trainopt.optim import torch_path
+from trainopt.optim.distributed import is_dtensor
+from trainopt.optim.gradients import GradientScaling, norm_by_torch
+from trainopt.optim.options import extra
+from trainopt.optim.report import Record, names_of
+from trainopt.optim.states import States
+from trainopt.optim.wrappers import unwrapped
+
+#: Options that depend on all gradients at once, or on the gradients after the step, and why they do not go.
+_REFUSED = {
+    "max_grad_norm": "the norm of all gradients is known only when backward has ended; clip_by_last_norm=… clips by the"
+    " norm of the step before",
+    "skip_nonfinite": "whether a step is left out is known only when backward has ended",
+    "zero_grad": "gradients are freed, there is nothing to clear",
+    "differentiable": "a step cannot be differentiated from within a backward pass",
+}
+
+
+class StepInBackward:
+    """What `step_in_backward` returns: `remove` ends it, and so does leaving it as a context."""
+
+    def __init__(self, optimizer: States, params: set[Tensor], limit: float | None) -> None:
+        self._optimizer, self._limit = optimizer, limit
+        self._last_norm: float | Tensor | None = None
+        self._squares: float | Tensor = 0.0  # of the gradients' norms in the backward pass under way
+        self._pass = -1  # that pass: the steps of the optimizer before it
+        names = names_of(optimizer)
+        self._hooks = []
+        index = 0
+        for group, held in enumerate(optimizer.param_groups):
+            for place, param in enumerate(held["params"]):
+                if param in params and param.requires_grad:
+                    step = _Step(self, param, index, (group, place), names[index])
+                    self._hooks.append(param.register_post_accumulate_grad_hook(step))
+                index += 1
+
+    def remove(self) -> None:
+        """From now on gradients stay until the optimizer's own step."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def __enter__(self) -> StepInBackward:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _note_norm(self, param: Tensor) -> None:
+        """Adds a gradient to the norm of this backward pass; the last one's is what this one is clipped by."""
+        if self._pass != self._optimizer._record.steps:
+            if self._pass >= 0:
+                squares = self._squares
+                self._last_norm = squares.sqrt() if isinstance(squares, Tensor) else math.sqrt(squares)
+            self._squares, self._pass = 0.0, self._optimizer._record.steps
+        assert param.grad is not None
+        found = None if switches.REFERENCE_FORCED else _C.norm_of([param], 2.0, True)
+        norm, _ = norm_by_torch([param.grad]) if found is None else found
+        self._squares = self._squares + norm * norm
+
+
+class _Step:
+    """One parameter's step: the optimizer with this parameter alone, which has a plan and no hooks of its own."""
+
+    def __init__(self, whole: StepInBackward, param: Tensor, index: int, place: tuple[int, int], name: str) -> None:
+        self.whole, self.place, self.name = whole, place, name
+        self.last_pass = -1
+        self.params = [param]
+        optimizer = whole._optimizer
+        self.view: Any = object.__new__(type(optimizer))
+        self.view.__dict__.update(
+            optimizer.__dict__, _plan=None, _record=Record(), _first_index=index, state=defaultdict(dict)
+        )
+
+    def __call__(self, param: Tensor) -> None:
+        optimizer, view = self.whole._optimizer, self.view
+        if self.last_pass == optimizer._record.steps:
+            raise RuntimeError(
+                f"step_in_backward: {self.name} has been stepped since the optimizer's last step(): call"
+                " optimizer.step() after each backward pass; gradients cannot be accumulated over several"
+            )
+        group = self._group(param)
+        check_group(group)
+        group = {**group, "params": self.params}
+        norm = None
+        if self.whole._limit is not None:
+            self.whole._note_norm(param)
+            norm = self.whole._last_norm
+            group["max_grad_norm"] = None if norm is None else self.whole._limit
+        states = optimizer.state.get(param)
+        view.param_groups, view._unstarted = [group], optimizer._unstarted
+        view.state.clear()
+        if states is not None:
+            view.state[param] = states
+        self._make(GradientScaling(1.0, norm))
+        if states is None and view.state.get(param):
+            optimizer.state[param] = view.state[param]
+        optimizer._unstarted.discard(param)
+        param.grad = None
+        self.last_pass = optimizer._record.steps
+
+    def _group(self, param: Tensor) -> dict[str, Any]:
+        """The group that has the parameter: the one that had it, unless groups have been changed."""
+        groups, (index, place) = self.whole._optimizer.param_groups, self.place
+        if index < len(groups) and place < len(groups[index]["params"]) and groups[index]["params"][place] is param:
+            return groups[index]
+        return next(group for group in groups if any(p is param for p in group["params"]))
+
+    def _make(self, scaling: GradientScaling) -> None:
+        view = self.view
+        if switches.REFERENCE_FORCED:
+            torch_path.step(view, list(view._enumerate()), None, scaling)
+            return
+        if view._plan is None:
+            view._plan = _C.Plan(view._rule, view._first_index)
+        answer = scaling.step(view._plan, view.param_groups, view.state, view._indices_unstarted())
+        if answer.status != "done":
+            view._step_with_torch(view._plan, scaling)
+
+
+def step_in_backward(model: nn.Module, optimizer: Any, *, clip_by_last_norm: float | None = None) -> StepInBackward:
+    """Has each parameter stepped within the backward pass, as soon as its gradient is there, which is then freed.
+
+        handle = trainopt.step_in_backward(model, optimizer)
+        ...
+        loss.backward()          # steps the model's parameters
+        optimizer.step()         # steps what is not the model's, and counts the step: for schedules and hooks
+        schedule.step()
+
+    The training loop stays as it is. Of all gradients only those that backward is working on are in memory, and each is
+    read while it is in the caches. The results are those of ordinary steps, bit for bit.
+
+    Args:
+        model: whose parameters are stepped so, as far as they are the optimizer's.
+        optimizer: one of trainopt's, or a wrapper that holds one in ``.optimizer``.
+        clip_by_last_norm: clips the gradients to this norm by that of the pass before, which is known in time (default
+            None: they are not clipped): a gradient is multiplied by ``min(1, limit / (last norm + 1e-6))``. The first
+            pass is not clipped. Reads each gradient once more.
+
+    Returns:
+        A handle; its `remove()`, or leaving it as a context, makes steps ordinary ones again.
+
+    Raises:
+        TypeError: the optimizer is none of trainopt's.
+        ValueError: the model is under DistributedDataParallel, which averages gradients after they are there, or has
+            DTensors, whose gradients are reduced after that; a group has an option that needs all gradients at once
+            (`max_grad_norm`, `skip_nonfinite`) or gradients after the step (`zero_grad`, `differentiable`).
+        RuntimeError: in backward, for a second pass before `optimizer.step()`: gradients are not accumulated. A
+            GradScaler cannot be used, since it looks at all gradients before the step.
+    """
+    inner = unwrapped(optimizer)
+    if not isinstance(inner, States):
+        raise TypeError(
+            f"step_in_backward: {type(inner).__module__}.{type(inner).__qualname__} is not one of trainopt's"
+            " optimizers; trainopt.fuse makes one of torch's such a one"
+        )
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "step_in_backward: the model is under DistributedDataParallel, which averages gradients over the processes"
+            " after they are there: make ordinary steps"
+        )
+    params: set[Tensor] = set(model.parameters())
+    if any(is_dtensor(param) for param in params):
+        raise ValueError(
+            "step_in_backward: the model has DTensors, whose gradients are reduced over the processes after they are"
+            " there: make ordinary steps"
+        )
+    for group in inner.param_groups:
+        check_group(group)
+    if clip_by_last_norm is not None and not clip_by_last_norm > 0:
+        raise ValueError(f"step_in_backward: clip_by_last_norm must be a number above 0, got {clip_by_last_norm!r}")
+    return StepInBackward(inner, params, clip_by_last_norm)
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """ValueError for an option that needs what a step within backward does not have."""
+    for name, why in _REFUSED.items():
+        value = group[name] if name in group else extra(group, name)
+        if value:
+            raise ValueError(f"step_in_backward: a group has {name}={value!r}: {why}")
