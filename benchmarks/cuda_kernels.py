@@ -89,7 +89,7 @@ def states_of(mask: int) -> str:
 
 def describe(mangled: str) -> str:
     """A kernel's name and template arguments in words."""
-    names = "update|prepare|gather|combine_sums|apply_sums|partial|clip|clamp|finish"
+    names = "update|average|prepare|gather|combine_sums|apply_sums|partial|clip|clamp|finish"
     names += "|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
     found = re.search(rf"\d({names})_kernel(.*)", mangled)
     if found is None:

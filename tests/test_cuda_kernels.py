@@ -32,8 +32,9 @@ TYPES = ("float32", "float64")
 
 #: How many kernels each file has.
 COUNTS = {
-    # For each set of states: in any types, strided or not; and in one type each, in float32 arithmetic.
-    "update": sum(map(len, SETS)) * (2 * len(TYPES) + 3),
+    # For each set of states: in any types, strided or not; and in one type each, in float32 arithmetic. And the moving
+    # average of any, strided or not.
+    "update": sum(map(len, SETS)) * (2 * len(TYPES) + 3) + 2 * len(TYPES),
     "prepare": len(RULES) * len(TYPES),
     # Likewise, of those that gather sums; then what follows from these, and one that combines them.
     "gather": sum(map(len, SUMMING)) * (2 * len(TYPES) + 3) + len(SUMMING) * len(TYPES) + 1,
