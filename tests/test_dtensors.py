@@ -67,6 +67,7 @@ EXTRAS = {
     "l1": {"l1": 0.01},
     "maximize": {"maximize": True},
     "proximal": {"l1": 0.1, "l1_proximal": True, "noise": 0.01},
+    "tail": {"max_grad_norm": 0.05, "ema_decay": 0.5, "zero_grad": "in_step"},
 }
 
 
@@ -204,7 +205,7 @@ def steps_of_both(mesh, name, placement, options, wrap=None, steps=3):
     return optimizers
 
 
-@case(*((name, where, extra) for name in OPTIMIZERS for where in PLACEMENTS for extra in ("plain", "noise")))
+@case(*((name, where, extra) for name in OPTIMIZERS for where in PLACEMENTS for extra in ("plain", "noise", "tail")))
 def distributed_by_hand(mesh, name, where, extra):
     optimizers = steps_of_both(mesh, name, PLACEMENTS[where], {**OPTIONS[name], **EXTRAS[extra]})
     check_same(*optimizers)

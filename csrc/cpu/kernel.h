@@ -86,7 +86,7 @@ TRAINOPT_FUNCTION void update_at(const Stages<S>& stages, const typename Rule::t
   store(tile.p + i, p);
   for (int s = 0; s < kStateCount<Rule>; ++s)
     if (contains(kSet, s)) store(tile.state[s] + i, state[s]);
-  if (!kPlain && stages.write_gradient) store(tile.g + i, g);
+  if (!kPlain && stages.write_gradient) store(tile.g + i, stages.clear_gradient ? T(S(0)) : g);
 }
 
 template <class Rule, bool kPlain, StateSet kSet, class Stored, class S>

@@ -1,5 +1,5 @@
 // What happens to an element round its rule, whatever the rule and the device: the gradient's scale, clipping and sign,
-// decay, L1, noise, the cleared gradient. Both engines run these between their load and their store.
+// decay, L1, noise. Both engines run these between their load and their store, which clears the gradient.
 #pragma once
 
 #include <cstddef>
@@ -124,7 +124,6 @@ TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rul
   if constexpr (!kPlain) {
     if (stages.l1_proximal) p = soft_threshold(p, T(stages.threshold));
     if (stages.noisy) p = p + noise * T(stages.noise);
-    if (stages.clear_gradient) g = T(S(0));  // tests break this: a gradient that is not cleared
   }
 }
 
