@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import loss_cases, losses, memory, optimizers, tables, timing, training
+from benchmarks import in_backward, loss_cases, losses, memory, optimizers, tables, tail, timing, training
 from benchmarks.bandwidth import ReadModifyWrite
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -226,3 +226,24 @@ def test_the_training_benchmark_times_every_loop_against_ten_lines(monkeypatch, 
     assert training.main(["--rounds", "2", "--markdown"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert [row.split("|")[1].strip() for row in rows[2:]] == list(training.contenders())
+
+
+def test_the_tail_is_the_same_work_for_all_and_has_a_row_for_each(monkeypatch, capsys):
+    monkeypatch.setitem(tail.WORKLOADS, "mlp", SMALL)
+    assert tail.main(["--rounds", "1", "--workload", "mlp"]) == 0
+    said = capsys.readouterr().out
+    assert "44 bytes an element" in said and all(
+        f"\n{name}" in said for name in ("torch, zero_grad", "trainopt", "x.add_")
+    )
+    one, other = [torch.nn.Parameter(torch.zeros(3))], [torch.nn.Parameter(torch.ones(3))]
+    with pytest.raises(AssertionError):
+        tail.check(one, other)
+
+
+def test_steps_in_backward_are_timed_against_steps_after_it(monkeypatch, capsys):
+    for name, value in {"VOCABULARY": 50, "CONTEXT": 8, "WIDTH": 8, "LAYERS": 2, "HEADS": 2}.items():
+        monkeypatch.setattr(in_backward, name, value)
+    monkeypatch.setattr(in_backward, "peak_in_new_process", lambda prepare: memory.peak_of(prepare()))
+    assert in_backward.main(["--rounds", "1", "--tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "\napart" in said and "\nin backward" in said and " MB" in said
