@@ -33,7 +33,7 @@ FOREIGN = {
 #: The rooms of the package, from the ground up: modules, or folders.
 STORIES = (
     ("_build", "_version", "_extension", "switches", "checks", "originals", "stand_in", "schedules"),
-    ("clip",),
+    ("clip", "adaptive_clip"),
     ("losses", "optim"),
     ("functional",),
     ("patching", "training"),

@@ -7,6 +7,7 @@ from trainopt._version import __version__
 
 __all__ = [
     "__version__",
+    "adaptive_clip_grad_",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
@@ -20,6 +21,7 @@ __all__ = [
 
 try:
     from trainopt import functional, losses, optim, schedules
+    from trainopt.adaptive_clip import adaptive_clip_grad_
     from trainopt.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
     from trainopt.losses import *  # noqa: F403
     from trainopt.optim import *  # noqa: F403

@@ -37,7 +37,7 @@ bool takes(const double* options) {
 template <class R>
 constexpr Rule describe(int index) {
   static_assert(sizeof(R::kOptions) / sizeof(R::kOptions[0]) <= kMaxOptions);
-  static_assert(kStateCount<R> < kMaxStates && kSumCount<R> <= kMaxSums);
+  static_assert(kStateCount<R> <= kMaxStates && kSumCount<R> <= kMaxSums);
   Rule rule{R::kName,
             R::kOptions,
             sizeof(R::kOptions) / sizeof(R::kOptions[0]),

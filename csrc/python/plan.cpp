@@ -150,8 +150,8 @@ bool Plan::refresh(PyObject* groups, PyObject* state) {
 }
 
 bool Plan::lacks_states(const Operands& operands, const Group& group) const {
-  StateSet found = 0;
-  for (int s = 0; s < rule_.slots(); ++s) found |= static_cast<StateSet>((operands.states[s] != nullptr) << s);
+  SlotSet found = 0;
+  for (int s = 0; s < rule_.slots(); ++s) found |= static_cast<SlotSet>((operands.states[s] != nullptr) << s);
   if (found != group.states_needed) return true;
   const bool needs_steps = rule_.counts_steps || group.noise != 0 || group.averages != 0;
   if (needs_steps && operands.steps == nullptr) return true;

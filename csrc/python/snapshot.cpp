@@ -129,7 +129,7 @@ const c10::TensorImpl* Snapshot::see_state(PyObject* value, bool is_count, Specs
   return leaf.local;
 }
 
-bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, StateSet states_needed,
+bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, SlotSet states_needed,
                    Specs* specs, Operands* operands) {
   set_idle(param);
   state_ = state;

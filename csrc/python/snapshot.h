@@ -36,7 +36,7 @@ class Snapshot {
   // Unpacks a parameter, a tensor. `names` are the rule's states, then "step"; of the states `states_needed` count.
   // False if the parameter is of a class that the engine knows nothing of; then its own tensors are unpacked all the
   // same.
-  bool see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, StateSet states_needed,
+  bool see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, SlotSet states_needed,
            Specs* specs, Operands* operands);
 
   // Notes where the memory is, once the batch has taken the parameter as its last entry. False if the next step cannot

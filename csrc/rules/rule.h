@@ -6,7 +6,7 @@
 //   kOptions, enum Option    the hyper-parameters that it reads from a parameter group, as doubles; "betas.0" is the
 //                            first of a pair. Those that all rules share (lr, weight_decay, maximize, l1, noise) are
 //                            the engine's
-//   kStates                  the names of its states in torch's state dict, seven at most
+//   kStates                  the names of its states in torch's state dict, eight at most
 //   kStateSets               the sets of states that its options can call for; each is compiled into kernels of its own
 //   kCountsSteps             whether it needs the number of steps of each parameter
 //   states_needed(options)   the set of states that these options call for, one of kStateSets
@@ -33,15 +33,17 @@
 
 namespace trainopt {
 
-constexpr int kMaxStates = 8;  // of a parameter: a rule's, and the engine's moving average of it
+constexpr int kMaxStates = 8;
+constexpr int kMaxSlots = kMaxStates + 1;  // of a parameter: its states, then its moving average, which is the engine's
 constexpr int kMaxOptions = 12;
 constexpr int kMaxSums = 4;
 
 // A set of a rule's states: bit i stands for kStates[i].
 using StateSet = uint8_t;
 static_assert(kMaxStates <= 8 * sizeof(StateSet));
+using SlotSet = uint16_t;  // likewise, and bit kAverage<Rule> for the average
 
-TRAINOPT_FUNCTION constexpr bool contains(StateSet set, int state) { return (set >> state & 1) != 0; }
+TRAINOPT_FUNCTION constexpr bool contains(uint32_t set, int state) { return (set >> state & 1) != 0; }
 
 TRAINOPT_FUNCTION constexpr int count_of(StateSet set) {
   int count = 0;

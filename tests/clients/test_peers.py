@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from timm.optim import Lamb, Lars, Lion
+from timm.utils import adaptive_clip_grad
 
 import trainopt
 
@@ -80,3 +81,20 @@ def test_the_weights_are_those_of_the_field(name, options):
     for before, found, expected in zip(start, mine, others, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
         assert not torch.equal(before, found)
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.5])
+def test_adaptive_clipping_is_timms(factor):
+    torch.manual_seed(0)
+    pairs = []
+    for shape in [(), (5,), (4, 6), (6, 3, 2, 2), (3, 1)]:
+        weight, gradient = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+        pair = [torch.nn.Parameter(weight.clone()) for _ in range(2)]
+        for p in pair:
+            p.grad = gradient.clone()
+        pairs.append(pair)
+    ours, theirs = zip(*pairs, strict=True)
+    trainopt.adaptive_clip_grad_(ours, factor)
+    adaptive_clip_grad(theirs, factor)
+    for p, q in pairs:
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-15)

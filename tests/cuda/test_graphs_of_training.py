@@ -188,6 +188,11 @@ def sgd(params, lr):
     return trainopt.SGD(params, lr=lr, momentum=0.9, fused=True)
 
 
+def with_a_tail(params, lr):
+    tail = {"max_grad_norm": 0.5, "ema_decay": 0.9, "ema_warmup": True, "zero_grad": "in_step"}
+    return trainopt.AdamW(params, lr=lr, capturable=True, **tail)
+
+
 def lamb(params, lr):
     return trainopt.LAMB(params, lr=lr, capturable=True)
 
@@ -230,6 +235,12 @@ def test_replays_are_steps_under_a_scaler(device, task, clip, make):
 @pytest.mark.parametrize("task", ["cross_entropy", "binary_cross_entropy"])
 def test_replays_are_steps_with_a_reduce_phase(device, task):
     assert_replays_are_steps(device, task, lamb)
+
+
+@pytest.mark.parametrize("scale", [None, 256.0])
+@pytest.mark.parametrize("task", ["cross_entropy", "linear_cross_entropy", "mse_loss"])
+def test_replays_are_steps_that_clip_average_and_clear(device, task, scale):
+    assert_replays_are_steps(device, task, with_a_tail, None, scale, poisoned=2 if scale else -1)
 
 
 # What is found --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@
 
 namespace trainopt::aten {
 
-constexpr int kMaxOperands = kMaxStates + 3;  // parameter, gradient, states, step count
+constexpr int kMaxOperands = kMaxSlots + 3;  // parameter, gradient, states, step count
 constexpr int kGradientCounter = 1;           // which of an entry's counters is the gradient's, where it is written to
 
 // The tensors of one parameter; null where there is none. Those of a DTensor are its local tensors.
@@ -27,7 +27,7 @@ struct Operands {
   const c10::TensorImpl* param = nullptr;
   const c10::TensorImpl* gradient = nullptr;
   const c10::TensorImpl* steps = nullptr;
-  const c10::TensorImpl* states[kMaxStates] = {};      // in the rule's order, then the moving average
+  const c10::TensorImpl* states[kMaxSlots] = {};       // in the rule's order, then the moving average
   bool states_are_tensors = true;                      // else there is a state that is a subclass of one
   bool states_are_known = true;                        // else there is a state that is something else
   const Shard* shard = nullptr;                        // of a DTensor
@@ -45,7 +45,7 @@ struct Entry {
   double step;         // that count with this step
   void* device_steps;  // the count of its steps where a CUDA device keeps it, else null
   bool steps_are_double, first, is_float64;
-  VersionCounter* written[kMaxOperands];  // those of the tensors that the step writes; null after the last
+  VersionCounter* written[kMaxOperands + 1];  // those of the tensors that the step writes; null after the last
 
   // Reads the count of steps again. Whether this step is the one after that of before.
   bool recount();

@@ -27,7 +27,7 @@ struct GroupValues : Settings {
   double options[kMaxOptions] = {};
   double differentiable = 0, skip_nonfinite = 0;  // truth values
   double unreadable = 0;      // likewise: there is an option that only torch can judge, and the rest is not to be used
-  int64_t states_needed = 0;  // a StateSet
+  int64_t states_needed = 0;  // a SlotSet
   DeviceOption on_device[cuda::kMaxDeviceNumbers];  // what the host has not read, the first first
 
   bool operator==(const GroupValues& other) const { return std::memcmp(this, &other, sizeof other) == 0; }
