@@ -25,6 +25,13 @@ from csrc.module import (
 
 PACKAGE = Path("build", "emulated", "trainopt")
 
+#: The SIMT machine that runs kernels on the CPU, and, in its folder "device", the torch device that has them run there.
+SIMT = Path("tests", "simt")
+
+#: For that device. It does little itself, and most of what is compiled there is torch's headers: without these flags the
+#: compiler takes a quarter longer.
+DEVICE_FLAGS = shlex.split("-O1 -DAT_PER_OPERATOR_HEADERS")
+
 #: For the CUDA sources as the SIMT machine of the tests runs them.
 SIMT_FLAGS = shlex.split("-DTRAINOPT_SIMT -Itests/simt -Wno-unknown-pragmas")
 
@@ -33,15 +40,13 @@ def main() -> None:
     torch = import_torch()
     kernels_of_cpu = Compiler(KERNELS)
     own = Compiler(build_folder(torch) / "emulated")
-    device, machine = (
-        [Path("tests", "simt", f"{name}.cpp") for name in names]
-        for names in (("device", "deferred"), ("simt", "queue", "arena"))
-    )
     bindings = [*binding_flags(torch, own.threaded), *SIMT_FLAGS, "-DTRAINOPT_WITH_CUDA"]
+    machine = [file for file in sorted(SIMT.glob("*.cpp")) if not file.match("*_test.cpp")]
     kernels = [*sorted(Path("csrc", "cuda").glob("*.cu")), *machine]
     objects = compile_all(
         [
-            *((own, source, bindings) for source in [*device, *sources(*BINDINGS)]),
+            *((own, source, bindings + DEVICE_FLAGS) for source in sources(str(SIMT / "device"))),
+            *((own, source, bindings) for source in sources(*BINDINGS)),
             *((own, source, kernel_flags(source) + SIMT_FLAGS) for source in kernels),
             *((kernels_of_cpu, source, kernel_flags(source)) for source in sources("csrc/core", "csrc/cpu")),
         ]

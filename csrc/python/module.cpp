@@ -24,7 +24,7 @@
 #include "torch/losses/support.h"
 
 #if defined(TRAINOPT_SIMT)
-#include "device.h"
+#include "device/bindings.h"
 #endif
 
 namespace trainopt::python {

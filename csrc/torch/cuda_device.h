@@ -1,7 +1,7 @@
 // CUDA as torch has it: which tensors lie there, and the current stream.
 //
 // In a build without the CUDA engine (TRAINOPT_WITH_CUDA) no tensor lies there. In the emulated build of the tests
-// (TRAINOPT_SIMT) a device of the tests' own stands for CUDA's: tests/simt/device.cpp.
+// (TRAINOPT_SIMT) a device of the tests' own stands for CUDA's: tests/simt/device.
 #pragma once
 
 #include <c10/core/Device.h>

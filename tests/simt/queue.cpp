@@ -1,6 +1,7 @@
 #include "queue.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <random>
@@ -302,6 +303,11 @@ void set_seed(uint64_t seed) {
   finish_all();
   queue().seed = seed;
   queue().draw.seed(seed);
+}
+
+uint64_t usual_seed() {
+  const char* const given = std::getenv("TRAINOPT_SIMT_SEED");
+  return given == nullptr ? 0 : std::strtoull(given, nullptr, 10);
 }
 
 // Graphs --------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ void enqueue_after(const std::vector<Event>&, std::function<void()> work);
 
 // 0: as late as is legal, the latest first. Otherwise the seed of what is drawn.
 void set_seed(uint64_t seed);
+// That of all tests, if they do not ask for another: TRAINOPT_SIMT_SEED of the environment, or 0.
+uint64_t usual_seed();
 
 // Graphs --------------------------------------------------------------------------------------------------------------
 

@@ -2,14 +2,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 namespace simt {
 
-// Gives an operator to the stream, if what it returns can be told without its results, by its meta kernel: the results
-// are put in place of the arguments then. False if it has to be computed at once.
-bool defer(const c10::OperatorHandle& op, std::vector<c10::IValue>* stack, const void* stream);
+// A device's tensor as the host sees it, at addresses of its own: for the work of streams. It has no hold on the
+// memory: work that comes too late finds what is there then.
+at::Tensor on_host(const at::Tensor&);
 
 // While it lives, operators are those of the backend: no autograd, no autocast, no mode of the thread that waits.
 class Plain {

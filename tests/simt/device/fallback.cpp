@@ -1,15 +1,23 @@
-#include "deferred.h"
+#include "device/fallback.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/enum_tag.h>
+#include <ATen/native/CPUFallback.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/from_blob.h>
+#include <torch/library.h>
 
 #include <cfloat>
 #include <cmath>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "device.h"
+#include "arena.h"
+#include "device/streams.h"
 #include "queue.h"
 
 namespace simt {
@@ -22,7 +30,7 @@ c10::IValue replaced(const c10::IValue& value, c10::DeviceType device, const Rep
     return t.has_value() && t->defined() ? std::optional<at::Tensor>(replace(*t)) : t;
   };
   if (value.isTensor()) return of_optional(value.toTensor());
-  if (value.isDevice() && value.toDevice().type() == c10::DeviceType::PrivateUse1) return c10::Device(device);
+  if (value.isDevice() && value.toDevice().type() == kDeviceType) return c10::Device(device);
   if (value.isTensorList()) {
     c10::List<at::Tensor> result;
     for (const at::Tensor& t : value.toTensorVector()) result.push_back(t.defined() ? replace(t) : t);
@@ -44,7 +52,7 @@ at::Tensor meta_of(const at::Tensor& t) {
 
 // Memory of the device as the CPU's kernels see it, and a copy of what the host may change.
 at::Tensor cpu_of(const at::Tensor& t) {
-  if (t.device().type() == c10::DeviceType::PrivateUse1) return on_host(t);
+  if (t.device().type() == kDeviceType) return on_host(t);
   at::Tensor copy = t.clone();
   if (t.unsafeGetTensorImpl()->is_wrapped_number()) copy.unsafeGetTensorImpl()->set_wrapped_number(true);
   return copy;
@@ -83,7 +91,7 @@ bool can_be_seen(const c10::FunctionSchema& schema, c10::ArrayRef<c10::IValue> a
   bool good = true;
   for (size_t a = 0; a < arguments.size(); ++a) {
     replaced(arguments[a], at::kCPU, [&](const at::Tensor& t) {
-      const bool is_ours = t.device().type() == c10::DeviceType::PrivateUse1;
+      const bool is_ours = t.device().type() == kDeviceType;
       good = good && t.layout() == at::kStrided && !t.is_conj() && !t.is_neg() &&
              (is_ours || (t.is_cpu() && !is_written(schema.arguments()[a])));
       return t;
@@ -114,8 +122,8 @@ bool can_hold(const c10::FunctionSchema& schema, c10::ArrayRef<c10::IValue> argu
   return true;
 }
 
-}  // namespace
-
+// Gives an operator to the stream, if what it returns can be told without its results, by its meta kernel: the results
+// are put in place of the arguments then. False if it has to be computed at once.
 bool defer(const c10::OperatorHandle& op, std::vector<c10::IValue>* stack, const void* stream) {
   const c10::FunctionSchema& schema = op.schema();
   const size_t count = schema.arguments().size();
@@ -184,6 +192,61 @@ bool defer(const c10::OperatorHandle& op, std::vector<c10::IValue>* stack, const
   stack->resize(stack->size() - count);
   stack->insert(stack->end(), given.begin(), given.end());
   return true;
+}
+
+// As CUDA has it, these hand values or sizes to the host.
+bool hands_to_host(const std::string& name) {
+  static const std::set<std::string> all = {"aten::equal",   "aten::is_nonzero", "aten::nonzero", "aten::masked_select",
+                                            "aten::_unique", "aten::_unique2",   "aten::bincount"};
+  return all.count(name) != 0;
+}
+
+// Random numbers are the CPU's generator's, which is asked in the order of the program.
+bool draws(const c10::OperatorHandle& op) { return op.hasTag(at::Tag::nondeterministic_seeded); }
+
+// The device of an operator's tensors, or that which it asks for.
+c10::Device device_of_call(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  for (size_t i = stack.size() - op.schema().arguments().size(); i < stack.size(); ++i) {
+    const c10::IValue& value = stack[i];
+    std::vector<at::Tensor> tensors;
+    if (value.isTensor()) tensors = {value.toTensor()};
+    if (value.isTensorList()) tensors = value.toTensorVector();
+    if (value.isOptionalTensorList())
+      for (const auto& t : value.toOptionalTensorVector()) tensors.push_back(t.value_or(at::Tensor()));
+    for (const at::Tensor& t : tensors)
+      if (t.defined() && t.device().type() == kDeviceType) return t.device();
+    if (value.isDevice() && value.toDevice().type() == kDeviceType && value.toDevice().has_index())
+      return value.toDevice();
+  }
+  return device_of(current_device());
+}
+
+// By the CPU's kernels: when the stream comes to it, or at once, if nobody knows what it returns.
+void by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const std::string& name = op.schema().operator_name().name;
+  const c10::DeviceGuard on(device_of_call(op, *stack));
+  const void* const stream = current_stream_of(on.current_device());
+  if (hands_to_host(name)) {
+    synchronise(name, stream);
+  } else if ((!draws(op) || is_capturing(stream)) && defer(op, stack, stream)) {
+    return;
+  }
+  if (is_capturing(stream)) forbid_while_capturing("the emulated device cannot capture " + name);
+  finish_stream(stream);
+  const WithinFallback copies_do_not_count;
+  at::native::cpu_fallback(op, stack);
+}
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&by_cpu>()); }
+
+}  // namespace
+
+at::Tensor on_host(const at::Tensor& tensor) {
+  if (tensor.device().type() != kDeviceType) return tensor;
+  at::Tensor view = at::from_blob(tensor.numel() == 0 ? nullptr : host_address(tensor.const_data_ptr()), tensor.sizes(),
+                                  tensor.strides(), tensor.options().device(at::kCPU));
+  if (tensor.is_conj()) view = view.conj();
+  return tensor.is_neg() ? view._neg_view() : view;
 }
 
 }  // namespace simt
