@@ -28,8 +28,8 @@ PACKAGE = Path("build", "emulated", "trainopt")
 #: The SIMT machine that runs kernels on the CPU, and, in its folder "device", the torch device that has them run there.
 SIMT = Path("tests", "simt")
 
-#: For that device. It does little itself, and most of what is compiled there is torch's headers: without these flags the
-#: compiler takes a quarter longer.
+#: For that device, which does little itself: most of what is compiled there is torch's headers, and without these flags
+#: the compiler takes a quarter longer.
 DEVICE_FLAGS = shlex.split("-O1 -DAT_PER_OPERATOR_HEADERS")
 
 #: For the CUDA sources as the SIMT machine of the tests runs them.
