@@ -6,57 +6,26 @@ import warnings
 
 import pytest
 import torch
-from helpers import attempt, error_of
+from clipping import (
+    DTYPES,
+    EXTREMES,
+    ORDERS,
+    SHAPES,
+    assert_clipped,
+    copy_of,
+    exact_norm,
+    gradients,
+    make_extreme,
+    make_parameters,
+    returned,
+)
+from helpers import error_of
 from judge import bits
 from torch.nn.utils import clip_grad_norm_ as torch_clip
-from torch.nn.utils import clip_grad_value_ as torch_clip_value
-from torch.nn.utils import clip_grads_with_norm_ as torch_clip_by
 from torch.nn.utils import get_total_norm as torch_norm
 
 import trainopt
 from trainopt._extension import _C
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ORDERS = (1.0, 2.0, math.inf)
-#: Nothing, a scalar, less than the lanes of a sum, a block of 256 and round it, a chunk of 16,384 and round it.
-SHAPES = ((), (0,), (1,), (31,), (33,), (255,), (256,), (257,), (128, 128), (16383,), (16385,), (3, 5, 7, 401))
-
-
-def make_parameters(shapes=SHAPES, dtype=torch.float32, seed=0, scale=1.0) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    params = []
-    for shape in shapes:
-        param = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
-        param.grad = (scale * torch.randn(shape, dtype=torch.float64, generator=generator)).to(dtype)
-        params.append(param)
-    return params
-
-
-def copy_of(params):
-    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    for copy, param in zip(copies, params, strict=True):
-        copy.grad = None if param.grad is None else param.grad.clone()
-    return copies
-
-
-def gradients(params):
-    return [p.grad for p in params if p.grad is not None]
-
-
-def exact_norm(tensors, order: float) -> float:
-    """Of the exact sum, rounded once; the squares of any numbers are held, since the largest is made 1."""
-    values = torch.cat([t.detach().double().flatten() for t in tensors]).abs()
-    largest = float(values.max())
-    if order == math.inf or largest == 0:
-        return largest
-    if order == 1:
-        return math.fsum(values.tolist())
-    return math.sqrt(math.fsum(((values / largest) ** 2).tolist())) * largest
-
-
-def returned(dtype):
-    """The dtype of the norm of gradients of this one."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -208,51 +177,6 @@ def test_bad_arguments_raise_torchs_errors(arguments):
     assert ours == error_of(lambda: torch_clip(make_parameters(), *arguments))
 
 
-#: Gradients at the ends of their dtypes, and what they are clipped to: sums or squares that the dtype or float64 cannot
-#: hold, subnormal numbers, and coefficients that float32 or float64 would hold with few digits.
-EXTREMES = {
-    "float32, 1e25": (torch.float32, (1e25,), 1.0),
-    "float32, 1e-25": (torch.float32, (1e-25,), 1e-30),
-    "float32, 1e38": (torch.float32, (1e38,), 1.0),
-    "float32, 1e38 and 1e-38": (torch.float32, (1e38, 1e-38), 1e-3),
-    "float32, subnormal": (torch.float32, (1e-40,), 1e-30),
-    "float64, 1e200": (torch.float64, (1e200,), 1.0),
-    "float64, 1e-200": (torch.float64, (1e-200,), 1.0),
-    "float64, 1e160 and 1": (torch.float64, (1e160, 1.0), 1e150),
-    "float64, 1 and 1e-160": (torch.float64, (1.0, 1e-160), 1e-3),
-    "float64, 1e-120, 1e-135, 1e-140 and 1e-165": (torch.float64, (1e-120, 1e-135, 1e-140, 1e-165), 1.0),
-    "float64, 1e-135 alone": (torch.float64, (1e-135,), 1e-140),
-    "float64, 1e150": (torch.float64, (1e150,), 1.0),
-    "float64, 1e303": (torch.float64, (1e303,), 1e-8),
-    "float64, subnormal": (torch.float64, (1e-315,), 1.0),
-    "float16, 1,000": (torch.float16, (1000.0,), 1.0),
-    "float16, 60,000": (torch.float16, (20000.0,), 100.0),
-    "float16, subnormal": (torch.float16, (1e-6,), 1e-7),
-    "bfloat16, 1e38": (torch.bfloat16, (1e38,), 1.0),
-    "bfloat16, 1e-38": (torch.bfloat16, (1e-38,), 1.0),
-}
-
-
-def make_extreme(dtype, scales):
-    """A scalar, nothing, less than a block and more than a chunk, for each scale; the first one with zeros in it."""
-    params = [p for i, s in enumerate(scales) for p in make_parameters(((300,), (0,), (), (16_500,)), dtype, i, s)]
-    for p in params:
-        p.grad.clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max)
-    params[0].grad[::3] = 0
-    return params
-
-
-def assert_clipped(before, after, exact, limit):
-    """After clipping, gradients are those before times min(1, limit / (norm + 1e-6)), in float64."""
-    info = torch.finfo(after.dtype)
-    whole, small = limit / (exact + 1e-6), 1.0
-    if abs(whole) < 1e-200:  # itself subnormal: in two steps
-        small, whole = 1e-200, limit / ((exact + 1e-6) * 1e-200)
-    wanted = before.double() * small * min(whole, 1.0)
-    bound = 4 * info.eps * wanted.abs() + 2 * info.smallest_normal * info.eps
-    assert bool(((after.double() - wanted).abs() <= bound).all())
-
-
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", EXTREMES)
 def test_gradients_at_the_ends_of_their_dtype(kind, order, variant):
@@ -314,86 +238,6 @@ def test_a_float16_norm_beyond_float16_is_no_error():
     norm = trainopt.clip_grad_norm_([param], 100.0, error_if_nonfinite=True)
     assert norm.dtype == torch.float32 and float(norm) == pytest.approx(60_000 * math.sqrt(2))
     torch.testing.assert_close(param.grad.double(), torch.full((2,), 100 / math.sqrt(2)).double(), rtol=1e-3, atol=0)
-
-
-# By value, and by a norm that is known already ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("foreach", (None, True, False))
-@pytest.mark.parametrize("limit", (0, 0.3, 0.25, 1e4, 1e5, 1e300, math.inf, -0.5, math.nan, "x", None))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_clipping_by_value_is_torchs(dtype, limit, foreach, variant):
-    params = make_parameters(dtype=dtype)
-    params[8].grad[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
-    params.append(make_parameters(((64, 300),), dtype)[0])
-    params[-1].grad = params[-1].grad.t().contiguous().t()
-    theirs, versions = copy_of(params), [g._version for g in gradients(params)]
-    ours = attempt(lambda: trainopt.clip_grad_value_(params, limit, foreach))
-    assert ours == attempt(lambda: torch_clip_value(theirs, limit, foreach))
-    for mine, torchs in zip(gradients(params), gradients(theirs), strict=True):
-        torch.testing.assert_close(mine, torchs, rtol=0, atol=0, equal_nan=True)
-    if ours is None:
-        assert all(g._version > version for g, version in zip(gradients(params), versions, strict=True))
-
-
-@pytest.mark.parametrize("foreach", (None, True, False))
-@pytest.mark.parametrize("norm", (8.0, 1.0, 0.0, math.inf, math.nan))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_clipping_by_a_known_norm_is_torchs(dtype, norm, foreach):
-    for total in (torch.tensor(norm), torch.tensor(norm).double(), torch.tensor(norm).to(dtype)):
-        params = make_parameters(dtype=dtype)
-        theirs = copy_of(params)
-        assert trainopt.clip_grads_with_norm_(params, 2, total, foreach) is None
-        torch_clip_by(theirs, 2, total, foreach)
-        for mine, torchs in zip(gradients(params), gradients(theirs), strict=True):
-            # torch rounds the factor to the norm's dtype, and to the gradients'.
-            torch.testing.assert_close(mine, torchs, rtol=4 * torch.finfo(dtype).eps, atol=1e-7, equal_nan=True)
-
-
-@pytest.mark.parametrize("total", (2.0, "x", None, torch.tensor([8.0]), torch.ones(2), torch.tensor(8)), ids=str)
-def test_a_known_norm_that_is_no_number_is_torchs_to_refuse(total):
-    params = make_parameters()
-    theirs = copy_of(params)
-    assert attempt(lambda: trainopt.clip_grads_with_norm_(params, 2, total)) == attempt(
-        lambda: torch_clip_by(theirs, 2, total)
-    )
-    for mine, torchs in zip(gradients(params), gradients(theirs), strict=True):
-        torch.testing.assert_close(mine, torchs)
-
-
-def test_a_known_norm_is_read_as_it_is():
-    """A factor of 1/3 is rounded once, with the product; torch rounds it to bfloat16 before."""
-    param = make_parameters(((300,),), torch.bfloat16)[0]
-    before = param.grad.double()
-    trainopt.clip_grads_with_norm_(param, 1.0, torch.tensor(3.0, dtype=torch.float64, requires_grad=True))
-    assert torch.equal(param.grad, (before / (3 + 1e-6)).bfloat16())
-
-
-@pytest.mark.parametrize("clip", ("clip_grad_value_", "clip_grads_with_norm_"))
-@pytest.mark.parametrize("kind", ("sparse", "complex", "shared", "none", "generator"))
-def test_other_clipping_of_what_the_module_does_not_take(kind, clip):
-    def run(function):
-        params = make_parameters(((4, 3), (5,)))
-        if kind == "sparse":
-            params[0].grad = params[0].grad.to_sparse()
-        elif kind == "complex":
-            params[0] = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
-            params[0].grad = torch.ones(3, dtype=torch.complex64)
-        elif kind == "shared":
-            params[1].grad = params[0].grad.flatten()[:5]
-        elif kind == "none":
-            params = [torch.nn.Parameter(torch.ones(3))]
-        given = (p for p in params) if kind == "generator" else params
-        more = (torch.tensor(4.0),) if clip == "clip_grads_with_norm_" else ()
-        error = attempt(lambda: function(given, 0.5, *more))
-        return error, [g.to_dense() for g in gradients(params)]
-
-    if kind == "none":
-        assert run(getattr(trainopt, clip)) == (None, [])
-    (error, mine), (torchs_error, theirs) = run(getattr(trainopt, clip)), run(getattr(torch.nn.utils, clip))
-    if kind != "none":  # torch's clip_grad_value_ has an internal error there
-        assert error == torchs_error
-    torch.testing.assert_close(mine, theirs)
 
 
 def test_mixed_dtypes():

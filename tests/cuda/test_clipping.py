@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import error_of
-from test_clip import (
+from clipping import (
     DTYPES,
     EXTREMES,
     ORDERS,
@@ -18,6 +17,7 @@ from test_clip import (
     make_parameters,
     returned,
 )
+from helpers import error_of
 from torch.nn.utils import clip_grad_norm_ as torch_clip
 from torch.nn.utils import clip_grad_value_ as torch_clip_value
 from torch.nn.utils import clip_grads_with_norm_ as torch_clip_by
