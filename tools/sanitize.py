@@ -67,9 +67,8 @@ def programs_of_cuda(engine: list[Path]) -> list[list[Path | str]]:
     faults = compile_into("simt", [simt / "faults_test.cpp", *machine], SIMT_FLAGS)
     runs: list[list[Path | str]] = [[link("simt", faults)]]
     tables = [*(cuda / f"{name}.cu" for name in WITH_TABLES), simt / "engine_test.cpp"]
-    others = [path for path in sorted(cuda.glob("*.cu")) if path not in tables]
-    others += [simt / f"{name}.cpp" for name in ("cross_entropy_test", "norm_test", "pointwise_test", "streams_test")]
-    others += machine
+    kernels_and_tests = {*cuda.glob("*.cu"), *simt.glob("*_test.cpp")} - {simt / "faults_test.cpp", *tables}
+    others = [*sorted(kernels_and_tests), *machine]
     common = engine + compile_into("cuda", others, SIMT_FLAGS)
     for size, parts in PARAMETER_BYTES.items():
         own = compile_into(f"cuda-{size}", tables, [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"])

@@ -1,7 +1,15 @@
 // Problems for cross-entropy, and its formulas written anew in double: what every engine is compared with.
 #pragma once
 
-#include "judge.h"
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "formats.h"
 #include "losses/cross_entropy_batch.h"
 #include "pointwise_judge.h"
 

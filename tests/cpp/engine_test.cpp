@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "core/random.h"
-#include "judge.h"
+#include "step_judge.h"
 
 namespace trainopt {
 namespace {
@@ -248,8 +248,7 @@ void test_conversions_in_kernels() {
   }
 }
 
-// Random numbers
-// ----------------------------------------------------------------------------------------------------------
+// Random numbers ------------------------------------------------------------------------------------------------------
 
 void test_random() {
   // The known answers of Philox's authors (Random123, kat_vectors).

@@ -7,10 +7,11 @@
 #include <functional>
 #include <limits>
 
+#include "checks.h"
 #include "core/elementary.h"
 #include "cpu/elementary_vec.h"
+#include "cpu/engine.h"
 #include "cross_entropy_judge.h"
-#include "judge.h"
 #include "pointwise_judge.h"
 
 namespace trainopt {
@@ -23,8 +24,7 @@ std::vector<cpu::Variant> variants() {
   return result;
 }
 
-// Elementary functions
-// -------------------------------------------------------------------------------------------------
+// Elementary functions ------------------------------------------------------------------------------------------------
 
 void test_elementary(const char* name, float (*ours)(float), double (*exact)(double), float low, float high,
                      double allowed) {
@@ -93,8 +93,7 @@ void test_multiply_add() {
   check(right, "multiply_add of vectors is not the C library's");
 }
 
-// Pointwise losses
-// -----------------------------------------------------------------------------------------------------
+// Pointwise losses ----------------------------------------------------------------------------------------------------
 
 void test_pointwise(const Formula& formula, DType dtype, size_t count, bool weighted) {
   const std::string what = std::string(formula.name) + ", " + format_of(dtype).name + ", " + std::to_string(count);
@@ -155,8 +154,7 @@ void test_pointwise(const Formula& formula, DType dtype, size_t count, bool weig
   }
 }
 
-// Cross-entropy
-// --------------------------------------------------------------------------------------------------------
+// Cross-entropy -------------------------------------------------------------------------------------------------------
 
 void test_cross_entropy(const Case& c, DType dtype, double offset = 0) {
   CrossEntropyProblem problem(c, dtype);

@@ -1,11 +1,12 @@
 // The pointwise losses by their formulas in double, written anew, for the tests of every engine.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <vector>
 
-#include "judge.h"
+#include "formats.h"
 
 namespace trainopt {
 

@@ -3,7 +3,7 @@
 #include <thread>
 
 #include "cpu/norm.h"
-#include "judge.h"
+#include "step_judge.h"
 
 namespace trainopt {
 namespace {
@@ -11,8 +11,9 @@ namespace {
 constexpr int kOptimizers = 4, kThreads = 3, kSteps = 3;
 
 Setting setting_of(int optimizer, int step) {
-  static const int kChosen[kOptimizers] = {2, 7, 13, 18};  // momentum, Adam, everything, LAMB
-  Setting s = kSettings[kChosen[optimizer]];
+  const Setting kChosen[kOptimizers] = {setting("sgd", "momentum"), setting("adam", "plain"),
+                                        setting("adam", "everything"), setting("lamb", "plain")};
+  Setting s = kChosen[optimizer];
   s.step = step + 1;
   return s;
 }

@@ -2,23 +2,13 @@
 // against the formulas in double. The last line tells what passed and failed.
 #include "cuda/engine.h"
 
-#include <sys/mman.h>
-
-#include "../cpp/judge.h"
-#include "cross_entropy_test.h"
+#include "../cpp/step_judge.h"
 #include "cuda/launch.h"
-#include "norm_test.h"
-#include "pointwise_test.h"
+#include "kernel_tests.h"
 #include "rules/rules.h"
-#include "streams_test.h"
 
 namespace trainopt {
 namespace {
-
-void check_no_faults(const std::string& what) {
-  const std::vector<simt::Fault> faults = simt::take_faults();
-  check(faults.empty(), what + ": " + (faults.empty() ? "" : faults[0].text));
-}
 
 std::vector<cuda::TensorTask> tasks_of(const Parameters& parameters) {
   std::vector<cuda::TensorTask> tasks;
@@ -178,7 +168,8 @@ void test_expanded_gradient() {
 
 // Tensors that are cut into chunks, alone and among others, aligned and not.
 void test_chunks() {
-  for (const Setting& s : {kSettings[4], kSettings[13], kSettings[18], kSettings[24]}) {
+  for (const Setting& s : {setting("sgd", "nesterov"), setting("adam", "everything"), setting("lamb", "plain"),
+                           setting("lars", "everything")}) {
     for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
       for (const int64_t shift : {0, 1}) {
         const Arrangement a{type, type, type, run_of(shift), run_of(shift), run_of(shift), false};
@@ -199,7 +190,7 @@ void test_chunks() {
 
 // More tensors and more sets of scalars than a launch has room for; empty and unaligned tensors at every place.
 void test_many() {
-  const Setting s = kSettings[11];
+  const Setting s = setting("adam", "amsgrad");
   const DType type = DType::kFloat32;
   const int rule = cpu::find_rule(s.rule)->index;
   for (const int64_t count : {1, 2, 40, 700}) {
@@ -240,7 +231,7 @@ void test_many() {
 
 // One launch for what fits: the list of 50 tensors in 4 KB, of 480 in 32 KB.
 void test_launches() {
-  const Setting s = kSettings[10];
+  const Setting s = setting("adam", "decoupled");
   const Arrangement a{DType::kFloat32, DType::kFloat32, DType::kFloat32, run_of(0), run_of(0), run_of(0), false};
   const int64_t fitting = cuda::kParameterBytes > 4096 ? 480 : 50;
   Parameters parameters;
@@ -255,7 +246,7 @@ void test_launches() {
 
 // Sums of more tensors, and of more groups' scalars, than a launch has room for.
 void test_many_sums() {
-  const Setting s = kSettings[18];
+  const Setting s = setting("lamb", "plain");
   const DType type = DType::kFloat32;
   const cpu::Rule* rule = cpu::find_rule(s.rule);
   constexpr uint32_t kCount = 900, kSets = 33;
@@ -286,7 +277,7 @@ void test_many_sums() {
 
 // A first step without a step count: SGD's buffer takes the gradient whole, as the host says.
 void test_first() {
-  const Setting s = kSettings[3];
+  const Setting s = setting("sgd", "first");
   const Arrangement a{DType::kFloat32, DType::kFloat32, DType::kFloat32, run_of(0), run_of(0), run_of(0), false};
   Parameters expected = make(s, a), found = make(s, a);
   run_cpu(s, expected, false, 0);
@@ -349,21 +340,16 @@ void test_groups() {
 // More than 2^31 elements: the first and the last block of a tensor that is only reserved.
 void test_huge() {
   const int64_t n = (int64_t{1} << 31) + 8;
-  const size_t bytes = static_cast<size_t>(n) * 2;
-  const auto map = [&] {
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return memory == MAP_FAILED ? nullptr : static_cast<uint16_t*>(memory);
-  };
-  uint16_t *param = map(), *gradient = map();
-  if (param == nullptr || gradient == nullptr) return check(false, "could not reserve memory for a huge tensor");
+  const Reserved param(n), gradient(n);
+  if (!param || !gradient) return check(false, "could not reserve memory for a huge tensor");
   const uint16_t one = to_bfloat16(1.0f).bits;
   const int64_t places[] = {0, 16383, n - 9, n - 8, n - 1};
   for (const int64_t at : places) gradient[at] = one;
   cuda::TensorTask task{};
   task.numel = n;
-  task.param = {param, nullptr, DType::kBFloat16};
-  task.gradient = {gradient, nullptr, DType::kBFloat16};
-  const cuda::Prepared prepared = prepared_of(kSettings[0], false);
+  task.param = {param.get(), nullptr, DType::kBFloat16};
+  task.gradient = {gradient.get(), nullptr, DType::kBFloat16};
+  const cuda::Prepared prepared = prepared_of(setting("sgd", "plain"), false);
   simt::take_launches();
   const unsigned last = static_cast<unsigned>((n - 1) / 16384);
   simt::set_blocks({0, last - 1, last});
@@ -373,8 +359,6 @@ void test_huge() {
   const uint16_t stepped = to_bfloat16(-0.1f).bits;
   for (const int64_t at : places) check(param[at] == stepped, "element " + std::to_string(at) + " of a huge tensor");
   check_no_faults("a huge tensor");
-  munmap(param, bytes);
-  munmap(gradient, bytes);
 }
 
 }  // namespace
@@ -387,7 +371,10 @@ int main(int count, char** arguments) {
   std::setvbuf(stdout, nullptr, _IONBF, 0);  // a fault may end the process
   std::printf("kernel parameters of %zu bytes\n", cuda::kParameterBytes);
   if (only.empty() || only == "norms") test_norms();
-  if (only.empty() || only == "cross-entropy") test_cross_entropy(only.empty());
+  if (only.empty() || only == "cross-entropy") {
+    test_cross_entropy(only.empty());
+    test_cross_entropy_edges();
+  }
   if (only.empty() || only == "large-rows") test_large_rows();
   if (only.empty() || only == "pointwise") test_pointwise_losses();
   if (only.empty() || only == "streams") test_streams();

@@ -7,19 +7,16 @@
 #include <string>
 #include <vector>
 
+#include "../cpp/checks.h"
 #include "cuda/launch.h"
 #include "queue.h"
 
 namespace {
 
+using trainopt::check;
+using trainopt::failed;
+using trainopt::passed;
 using trainopt::cuda::launch;
-
-int passed = 0, failed = 0;
-
-void check(bool good, const std::string& what) {
-  ++(good ? passed : failed);
-  if (!good) std::printf("FAILED: %s\n", what.c_str());
-}
 
 // A fault may bring others with it: a slot that is written too late is read unset.
 bool found(simt::FaultKind kind) {

@@ -1,9 +1,8 @@
 // Norms and clipping on the SIMT machine, against sums in long double.
-#include "norm_test.h"
-
-#include "../cpp/judge.h"
 #include "cuda/norm.h"
-#include "simt.h"
+
+#include "../cpp/parameters.h"
+#include "kernel_tests.h"
 
 namespace trainopt {
 namespace {

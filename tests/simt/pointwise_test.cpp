@@ -1,17 +1,15 @@
 // The pointwise losses on the SIMT machine: every loss, type, order in memory and option against the formulas in
 // double, and where no exponential or logarithm is taken, or in double, against the CPU engine bit by bit.
-#include "pointwise_test.h"
-
-#include <sys/mman.h>
+#include "cuda/pointwise.h"
 
 #include <algorithm>
 #include <iterator>
 #include <memory>
 
+#include "../cpp/arrays.h"
 #include "../cpp/pointwise_judge.h"
 #include "cpu/losses.h"
-#include "cuda/pointwise.h"
-#include "simt.h"
+#include "kernel_tests.h"
 
 namespace trainopt {
 namespace {
@@ -143,11 +141,6 @@ bool has_cpus_bits(const Formula& formula, bool is_float64) {
   const char* const others[] = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"};
   return is_float64 || std::any_of(std::begin(others), std::end(others),
                                    [&](const char* name) { return std::strcmp(formula.name, name) == 0; });
-}
-
-void check_no_faults(const std::string& what) {
-  const std::vector<simt::Fault> faults = simt::take_faults();
-  check(faults.empty(), what + ": " + (faults.empty() ? "" : faults[0].text));
 }
 
 // The sum divided by `divisor`, in a dtype; what is not written stays NaN.
@@ -354,21 +347,15 @@ void test_bad_probabilities() {
 // More than 2^31 elements, which are only reserved: the first and the last block, forward and backward.
 void test_huge() {
   const int64_t n = (int64_t{1} << 31) + 8;
-  const size_t bytes = static_cast<size_t>(n) * 2;
-  const auto map = [&] {
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return memory == MAP_FAILED ? nullptr : static_cast<uint16_t*>(memory);
-  };
-  uint16_t *input = map(), *target = map(), *gradient = map();
-  if (input == nullptr || target == nullptr || gradient == nullptr)
-    return check(false, "could not reserve memory for a huge tensor");
+  const Reserved input(n), target(n), gradient(n);
+  if (!input || !target || !gradient) return check(false, "could not reserve memory for a huge tensor");
   const int64_t places[] = {0, 4095, n - 9, n - 8, n - 1};
   for (const int64_t at : places) input[at] = to_bfloat16(3.0f).bits;
   PointwiseTask task{};
   task.numel = n;
-  task.input = {input, nullptr, DType::kBFloat16};
-  task.target = {target, nullptr, DType::kBFloat16};
-  task.input_gradient = {gradient, nullptr, DType::kBFloat16};
+  task.input = {input.get(), nullptr, DType::kBFloat16};
+  task.target = {target.get(), nullptr, DType::kBFloat16};
+  task.input_gradient = {gradient.get(), nullptr, DType::kBFloat16};
   double result = std::nan(""), one = 1;
   std::vector<double> partials(static_cast<size_t>(cuda::pointwise_partials(n)));
   const auto last = static_cast<unsigned>(partials.size() - 1);
@@ -382,7 +369,6 @@ void test_huge() {
   for (const int64_t at : places)
     check(gradient[at] == to_bfloat16(6.0f).bits, "gradient " + std::to_string(at) + " of a huge tensor");
   check_no_faults("a huge tensor");
-  for (uint16_t* memory : {input, target, gradient}) munmap(memory, bytes);
 }
 
 }  // namespace

@@ -1,15 +1,15 @@
 // A training step's launches on a stream, which does its work late, and in a graph: as when each is done at once. What
 // the host hands over is gone by then.
-#include "streams_test.h"
+#include <cstring>
 
-#include "../cpp/judge.h"
+#include "cpu/engine.h"
 #include "cpu/losses.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/engine.h"
 #include "cuda/norm.h"
 #include "cuda/pointwise.h"
+#include "kernel_tests.h"
 #include "queue.h"
-#include "simt.h"
 
 namespace trainopt {
 namespace {

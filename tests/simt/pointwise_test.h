@@ -1,7 +1,0 @@
-#pragma once
-
-namespace trainopt {
-
-void test_pointwise_losses();
-
-}  // namespace trainopt

@@ -1,7 +1,0 @@
-#pragma once
-
-namespace trainopt {
-
-void test_streams();
-
-}  // namespace trainopt
