@@ -2,9 +2,8 @@
 
 The truth is the computation in float64: by torch's plain loop (foreach=False, fused=False), never by torch's fused
 step, which is wrong on the CPU in known cases; for an optimizer that torch does not have, by the plain step beside its
-class; and for what trainopt adds to torch, by the formula, written here once more in the plainest way. A result is
-right when its distance to the truth is no larger than that of the same plain computation in the same dtype: torch's own
-error, or the formula's.
+class; and for what trainopt adds to torch, by the formula (formulas.py). A result is right when its distance to the
+truth is no larger than that of the same plain computation in the same dtype: torch's own error, or the formula's.
 
 A new optimizer is a row of `TABLE`; every test that goes over the table then has it.
 """
@@ -16,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from formulas import FormulaOptimizer, adam, formula_step, lamb, lars, lion, sgd, take_undecided
 
 import trainopt
 from trainopt import switches
@@ -30,106 +30,6 @@ LARGE_SIZES = (65_535, 65_536, 65_537)
 
 Tensors = list[torch.Tensor]
 Formula = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any], int], torch.Tensor]
-
-
-# The formulas ---------------------------------------------------------------------------------------------------------
-
-
-def sgd(p, g, state, options, step):
-    """SGD's new parameter from the gradient g, which holds weight decay already."""
-    momentum = options["momentum"]
-    if momentum:
-        before = state.get("momentum_buffer")
-        state["momentum_buffer"] = g if before is None else momentum * before + (1 - options["dampening"]) * g
-        g = g + momentum * state["momentum_buffer"] if options["nesterov"] else state["momentum_buffer"]
-    return p - options["lr"] * g
-
-
-def adam(p, g, state, options, step):
-    """Adam's new parameter; both of Adam and AdamW."""
-    beta1, beta2 = options["betas"]
-    zero = torch.zeros_like(p)
-    state["exp_avg"] = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
-    state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * g * g
-    v = state["exp_avg_sq"]
-    if options["amsgrad"]:
-        v = state["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", zero), v)
-    corrected = options["bias_correction"]
-    correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if corrected else (1.0, 1.0)
-    return p - options["lr"] * (state["exp_avg"] / correction1) / ((v / correction2).sqrt() + options["eps"])
-
-
-def lion(p, g, state, options, step):
-    """Lion's new parameter."""
-    (beta1, beta2), m = options["betas"], state.get("exp_avg", torch.zeros_like(p))
-    state["exp_avg"] = m * beta2 + g * (1 - beta2)
-    return p - sign(m * beta1 + g * (1 - beta1)) * options["lr"]
-
-
-def trust(length, by):
-    """The norm of a tensor by that of another; 1 if either is 0."""
-    return length / by if length != 0 and by != 0 else 1.0
-
-
-def lamb(p, g, state, options, step):
-    """LAMB's new parameter."""
-    (beta1, beta2), zero = options["betas"], torch.zeros_like(p)
-    m = state["exp_avg"] = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
-    v = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * g * g
-    correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if options["bias_correction"] else (1.0, 1.0)
-    u = m / correction1 / ((v / correction2).sqrt() + options["eps"]) + options["weight_decay"] * p
-    ratio = trust(p.norm(), u.norm()) if options["weight_decay"] != 0 or options["always_adapt"] else 1.0
-    return p - options["lr"] * (min(ratio, 1.0) if options["trust_clip"] else ratio) * u
-
-
-def lars(p, g, state, options, step):
-    """LARS's new parameter: that of SGD, from a gradient that is scaled."""
-    ratio, decay = 1.0, options["weight_decay"]
-    if decay != 0 or options["always_adapt"]:
-        by = g.norm() + decay * p.norm() + options["eps"] if g.norm() != 0 else 0.0
-        ratio = trust(options["trust_coeff"] * p.norm(), by)
-        ratio = min(ratio / options["lr"], 1.0) if options["trust_clip"] else ratio
-    return sgd(p, ratio * (g + decay * p), state, options, step)
-
-
-#: What the last formula has taken the sign of.
-signed: Tensors = []
-
-
-def sign(x):
-    """For formulas: 1, -1 or 0, and NaN for NaN. The judge takes either sign where x is within rounding of 0."""
-    signed.append(x)
-    return torch.where(x.isnan(), x, x.sign())
-
-
-def take_undecided(eps: float) -> torch.Tensor | None:
-    """Where the last formula's signs are a matter of how arithmetic with this unit of rounding is ordered, if any are.
-
-    An x of exactly 0 comes of gradients that are 0, and is none of these.
-    """
-    near = [(x != 0) & (x.abs() <= 8 * eps * x.square().mean().sqrt()) for x in signed]
-    signed.clear()
-    return functools.reduce(torch.logical_or, near) if near else None
-
-
-def formula_step(row, p, g, state, options, step):
-    """The whole of a step for one parameter, by the formula; returns the new parameter and changes `state`."""
-    signed.clear()
-    o = {**row.defaults, **options}
-    o = {name: tuple(map(float, value)) if isinstance(value, tuple) else value for name, value in o.items()}
-    decoupled = o.get("decoupled_weight_decay", row.decoupled)
-    if o["maximize"]:
-        g = -g
-    if not decoupled and not row.decays_itself:
-        g = g + o["weight_decay"] * p
-    if not o["l1_proximal"]:
-        g = g + o["l1"] * p.sign()
-    if decoupled:
-        p = p * (1 - o["lr"] * o["weight_decay"])
-    p = row.formula(p, g, state, o, step)
-    if o["l1_proximal"]:
-        p = p.sign() * (p.abs() - o["lr"] * o["l1"]).clamp(min=0)
-    return p
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -198,95 +98,78 @@ def by_plain_step(cls):
     return Plain
 
 
-class FormulaOptimizer:
-    """The formula as an optimizer. `undecided` gathers where its signs are a matter of rounding to `eps`."""
-
-    eps = 0.0
-
-    def __init__(self, row, params, options):
-        self.row, self.options, self.params = row, options, list(params)
-        self.state = {p: {} for p in self.params}
-        self.undecided = {p: torch.zeros_like(p, dtype=torch.bool) for p in self.params}
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self):
-        self.steps += 1
-        for p in self.params:
-            p.copy_(formula_step(self.row, p.clone(), p.grad, self.state[p], self.options, self.steps))
-            if (undecided := take_undecided(self.eps)) is not None:
-                self.undecided[p] |= undecided
-
-
 def float64(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
 LR32, LR64 = torch.tensor(0.03), float64(0.03)
-FLAGS = {"foreach": {"foreach": True}, "fused": {"fused": True}}
 
-ADAM_SETTINGS = {
+# Settings and extras that several optimizers share; where one needs another value to show the option, its row says so.
+
+PLAIN = {
     "default": {},
     "lr": {"lr": 0.05},
     "lr float32 tensor": {"lr": LR32},
     "lr float64 tensor": {"lr": LR64},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+DECAY = {
+    "weight_decay": {"lr": 0.02, "weight_decay": 0.4},
+    "maximize, weight_decay": {"lr": 0.02, "maximize": True, "weight_decay": 0.4},
+}
+MOMENTS = {
     "beta1 0": {"lr": 0.02, "betas": (0.0, 0.95)},
     "beta1 0.3": {"lr": 0.02, "betas": (0.3, 0.95)},
-    "beta1 0.5": {"lr": 0.02, "betas": (0.5, 0.95)},
-    "beta1 0.7": {"lr": 0.02, "betas": (0.7, 0.95)},
     "beta2 0": {"lr": 0.02, "betas": (0.9, 0.0), "eps": 0.1},
-    "beta2 0.2": {"lr": 0.02, "betas": (0.9, 0.2)},
     "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.8), float64(0.9))},
     "eps": {"lr": 0.02, "eps": 0.3},
-    "weight_decay": {"lr": 0.02, "weight_decay": 0.4},
+}
+# torch computes the bias correction of a float32 beta in float32: the formula is the better truth.
+FLOAT32_BETAS = {"betas float32 tensors": {"lr": 0.02, "betas": (torch.tensor(0.8), torch.tensor(0.9))}}
+L1 = {
+    "l1": {"lr": 0.02, "l1": 0.7},
+    "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
+    "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True},
+}
+
+BETAS_AND_DECAY = {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.3}
+DECAY_AND_L1 = {"lr": 0.02, "weight_decay": 0.3, "l1": 0.5, "l1_proximal": True}
+NESTEROV_AND_L1 = {**DECAY_AND_L1, "momentum": 0.9, "nesterov": True, "maximize": True}
+
+ADAM_SETTINGS = {
+    **PLAIN,
+    **MOMENTS,
+    "beta1 0.5": {"lr": 0.02, "betas": (0.5, 0.95)},
+    "beta1 0.7": {"lr": 0.02, "betas": (0.7, 0.95)},
+    "beta2 0.2": {"lr": 0.02, "betas": (0.9, 0.2)},
+    **DECAY,
     "weight_decay, lr float32 tensor": {"lr": LR32, "weight_decay": 0.4},
     "weight_decay, lr float64 tensor": {"lr": LR64, "weight_decay": 0.3},
     "amsgrad": {"lr": 0.02, "betas": (0.9, 0.5), "amsgrad": True},
     "maximize": {"lr": 0.02, "maximize": True},
-    "maximize, weight_decay": {"lr": 0.02, "maximize": True, "weight_decay": 0.4},
     "all": {"lr": 0.02, "betas": (0.6, 0.7), "eps": 1e-2, "weight_decay": 0.3, "amsgrad": True, "maximize": True},
-    **FLAGS,
 }
-
 ADAM_EXTRAS = {
-    # torch computes the bias correction of a float32 beta in float32: the formula is the better truth.
-    "betas float32 tensors": {"lr": 0.02, "betas": (torch.tensor(0.8), torch.tensor(0.9))},
+    **FLOAT32_BETAS,
     "bias_correction": {"lr": 0.02, "bias_correction": False},
     "bias_correction, beta1 0": {"lr": 0.02, "betas": (0.0, 0.9), "bias_correction": False},
     "bias_correction, amsgrad": {"lr": 0.02, "betas": (0.7, 0.5), "bias_correction": False, "amsgrad": True},
-    "l1": {"lr": 0.02, "l1": 0.7},
-    "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
+    **L1,
     "l1, weight_decay": {"lr": 0.02, "l1": 0.7, "weight_decay": 0.5},
-    "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True},
     "l1_proximal, maximize": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "maximize": True},
-    "all": {
-        "lr": 0.02,
-        "betas": (0.6, 0.7),
-        "eps": 1e-2,
-        "weight_decay": 0.3,
-        "amsgrad": True,
-        "maximize": True,
-        "bias_correction": False,
-        "l1": 1.5,
-        "l1_proximal": True,
-    },
+    "all": {**ADAM_SETTINGS["all"], "bias_correction": False, "l1": 1.5, "l1_proximal": True},
 }
-
-ADAM_USUAL = {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.3}
-ADAM_EVERYTHING = {"lr": 0.02, "weight_decay": 0.3, "amsgrad": True, "l1": 0.5, "l1_proximal": True}
+ADAM_EVERYTHING = {**DECAY_AND_L1, "amsgrad": True}
 
 TABLE = {
     "SGD": Row(
         ours=trainopt.SGD,
         formula=sgd,
         settings={
-            "default": {},
-            "lr": {"lr": 0.05},
-            "lr float32 tensor": {"lr": LR32},
-            "lr float64 tensor": {"lr": LR64},
-            "weight_decay": {"lr": 0.02, "weight_decay": 0.4},
+            **PLAIN,
+            **DECAY,
             "maximize": {"lr": 0.02, "maximize": True},
-            "maximize, weight_decay": {"lr": 0.02, "maximize": True, "weight_decay": 0.4},
             "momentum": {"lr": 0.02, "momentum": 0.9},
             "momentum, lr float32 tensor": {"lr": LR32, "momentum": 0.9},
             "momentum 0.4, weight_decay": {"lr": 0.02, "momentum": 0.4, "weight_decay": 0.4},
@@ -294,26 +177,15 @@ TABLE = {
             "dampening, weight_decay": {"lr": 0.02, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.4},
             "nesterov": {"lr": 0.02, "momentum": 0.9, "nesterov": True},
             "all": {"lr": 0.02, "momentum": 0.7, "dampening": 0.2, "weight_decay": 0.3, "maximize": True},
-            **FLAGS,
         },
         extras={
-            "l1": {"lr": 0.02, "l1": 0.7},
-            "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
+            **L1,
             "l1, momentum, weight_decay": {"lr": 0.02, "l1": 0.7, "momentum": 0.9, "weight_decay": 0.5},
-            "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True},
             "l1_proximal, nesterov": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "momentum": 0.9, "nesterov": True},
             "l1_proximal, maximize": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "maximize": True},
         },
         usual={"lr": 0.02, "momentum": 0.9, "weight_decay": 0.3, "nesterov": True},
-        everything={
-            "lr": 0.02,
-            "momentum": 0.9,
-            "weight_decay": 0.3,
-            "nesterov": True,
-            "maximize": True,
-            "l1": 0.5,
-            "l1_proximal": True,
-        },
+        everything=NESTEROV_AND_L1,
     ),
     "Adam": Row(
         ours=trainopt.Adam,
@@ -323,7 +195,7 @@ TABLE = {
             "decoupled_weight_decay": {"lr": 0.02, "weight_decay": 0.4, "decoupled_weight_decay": True},
         },
         extras=ADAM_EXTRAS,
-        usual=ADAM_USUAL,
+        usual=BETAS_AND_DECAY,
         everything=ADAM_EVERYTHING,
     ),
     "AdamW": Row(
@@ -331,7 +203,7 @@ TABLE = {
         formula=adam,
         settings={**ADAM_SETTINGS, "no weight_decay": {"weight_decay": 0.0}},
         extras=ADAM_EXTRAS,
-        usual=ADAM_USUAL,
+        usual=BETAS_AND_DECAY,
         everything=ADAM_EVERYTHING,
     ),
     "Lion": Row(
@@ -339,68 +211,50 @@ TABLE = {
         formula=lion,
         decoupled=True,
         settings={
-            "default": {},
-            "lr": {"lr": 0.05},
-            "lr float32 tensor": {"lr": LR32},
-            "lr float64 tensor": {"lr": LR64},
+            **PLAIN,
             "beta1 0": {"lr": 0.02, "betas": (0.0, 0.5)},
             "beta2 0": {"lr": 0.02, "betas": (0.6, 0.0)},
             "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.7), float64(0.8))},
-            "weight_decay": {"lr": 0.02, "weight_decay": 0.4},
+            **DECAY,
             "weight_decay, lr float32 tensor": {"lr": LR32, "weight_decay": 0.4},
-            "maximize, weight_decay": {"lr": 0.02, "maximize": True, "weight_decay": 0.4},
             "all": {"lr": 0.02, "betas": (0.6, 0.7), "weight_decay": 0.3, "maximize": True},
-            **FLAGS,
         },
         extras={
-            "l1": {"lr": 0.02, "l1": 0.7},
-            "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
+            **L1,
             "l1_proximal": {"lr": 0.02, "l1": 0.5, "l1_proximal": True},
             "all": {"lr": 0.02, "betas": (0.6, 0.7), "weight_decay": 0.3, "maximize": True, "l1": 0.4},
         },
-        usual={"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.3},
-        everything={"lr": 0.02, "weight_decay": 0.3, "maximize": True, "l1": 0.5, "l1_proximal": True},
+        usual=BETAS_AND_DECAY,
+        everything={**DECAY_AND_L1, "maximize": True},
     ),
     "LAMB": Row(
         ours=trainopt.LAMB,
         formula=lamb,
         decays_itself=True,
         settings={
-            "default": {},
-            "lr": {"lr": 0.05},
-            "lr float32 tensor": {"lr": LR32},
-            "lr float64 tensor": {"lr": LR64},
-            "beta1 0": {"lr": 0.02, "betas": (0.0, 0.95)},
-            "beta1 0.3": {"lr": 0.02, "betas": (0.3, 0.95)},
-            "beta2 0": {"lr": 0.02, "betas": (0.9, 0.0), "eps": 0.1},
-            "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.8), float64(0.9))},
-            "eps": {"lr": 0.02, "eps": 0.3},
-            "weight_decay": {"lr": 0.02, "weight_decay": 0.4},
+            **PLAIN,
+            **MOMENTS,
+            **DECAY,
             "no weight_decay": {"lr": 0.02, "weight_decay": 0.0},
             "always_adapt": {"lr": 0.02, "weight_decay": 0.0, "always_adapt": True},
             "trust_clip": {"lr": 0.02, "trust_clip": True},
-            "maximize, weight_decay": {"lr": 0.02, "maximize": True, "weight_decay": 0.4},
             "all": {"lr": 0.02, "betas": (0.6, 0.7), "eps": 1e-2, "weight_decay": 0.3, "maximize": True},
-            **FLAGS,
         },
         extras={
-            "betas float32 tensors": {"lr": 0.02, "betas": (torch.tensor(0.8), torch.tensor(0.9))},
+            **FLOAT32_BETAS,
             "bias_correction": {"lr": 0.02, "betas": (0.9, 0.99), "bias_correction": False},
-            "l1": {"lr": 0.02, "l1": 0.7},
-            "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
-            "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True},
+            **L1,
             "all": {"lr": 0.02, "betas": (0.6, 0.7), "weight_decay": 0.3, "l1": 0.4, "bias_correction": False},
         },
-        usual={"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.3},
-        everything={"lr": 0.02, "weight_decay": 0.3, "maximize": True, "l1": 0.5, "l1_proximal": True},
+        usual=BETAS_AND_DECAY,
+        everything={**DECAY_AND_L1, "maximize": True},
     ),
     "LARS": Row(
         ours=trainopt.LARS,
         formula=lars,
         decays_itself=True,
         settings={
-            "default": {},
-            "lr": {"lr": 0.05},
+            **PLAIN,
             "lr float32 tensor": {"lr": LR32, "weight_decay": 0.1},
             "lr float64 tensor": {"lr": LR64, "weight_decay": 0.1},
             "weight_decay": {"lr": 2.0, "weight_decay": 0.4},
@@ -412,39 +266,15 @@ TABLE = {
             "momentum": {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.1},
             "dampening": {"lr": 2.0, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
             "nesterov": {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
-            "all": {
-                "lr": 0.5,
-                "momentum": 0.7,
-                "dampening": 0.2,
-                "weight_decay": 0.3,
-                "trust_coeff": 0.1,
-                "maximize": True,
-            },
-            **FLAGS,
+            "all": dict(lr=0.5, momentum=0.7, dampening=0.2, weight_decay=0.3, trust_coeff=0.1, maximize=True),
         },
         extras={
-            "l1": {"lr": 0.02, "l1": 0.7},
-            "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
-            "l1, momentum, weight_decay": {
-                "lr": 0.5,
-                "l1": 0.7,
-                "momentum": 0.9,
-                "weight_decay": 0.5,
-                "trust_coeff": 0.1,
-            },
+            **L1,
+            "l1, momentum, weight_decay": dict(lr=0.5, l1=0.7, momentum=0.9, weight_decay=0.5, trust_coeff=0.1),
             "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "weight_decay": 0.1},
         },
         usual={"lr": 0.5, "momentum": 0.9, "weight_decay": 0.3, "nesterov": True, "trust_coeff": 0.1},
-        everything={
-            "lr": 0.02,
-            "momentum": 0.9,
-            "weight_decay": 0.3,
-            "nesterov": True,
-            "maximize": True,
-            "trust_coeff": 0.1,
-            "l1": 0.5,
-            "l1_proximal": True,
-        },
+        everything={**NESTEROV_AND_L1, "trust_coeff": 0.1},
     ),
 }
 

@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+from formulas import formula_step, take_undecided
 from judge import (
     DTYPES,
     TABLE,
@@ -12,13 +13,11 @@ from judge import (
     assert_no_worse,
     assert_same_bits,
     bits,
-    formula_step,
     outcome,
     random_problem,
     result_of,
     run,
     spacing,
-    take_undecided,
 )
 
 import trainopt

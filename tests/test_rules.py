@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from formulas import formula_step, take_undecided
 from judge import (
     DTYPES,
     LARGE_SIZES,
@@ -12,11 +13,9 @@ from judge import (
     assert_no_worse,
     assert_one_rounding,
     assert_same_bits,
-    formula_step,
     random_problem,
     result_of,
     run,
-    take_undecided,
     undecided_elements,
 )
 

@@ -1,0 +1,129 @@
+"""The optimizers' formulas, written once more in the plainest way: one step of one whole tensor."""
+
+import functools
+
+import torch
+
+
+def sgd(p, g, state, options, step):
+    """SGD's new parameter from the gradient g, which holds weight decay already."""
+    momentum = options["momentum"]
+    if momentum:
+        before = state.get("momentum_buffer")
+        state["momentum_buffer"] = g if before is None else momentum * before + (1 - options["dampening"]) * g
+        g = g + momentum * state["momentum_buffer"] if options["nesterov"] else state["momentum_buffer"]
+    return p - options["lr"] * g
+
+
+def moments(p, g, state, options):
+    """Moves the averages of the gradient and its square on; returns both."""
+    (beta1, beta2), zero = options["betas"], torch.zeros_like(p)
+    state["exp_avg"] = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
+    state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * g * g
+    return state["exp_avg"], state["exp_avg_sq"]
+
+
+def corrections(options, step):
+    """What the averages are divided by, since they began at 0."""
+    beta1, beta2 = options["betas"]
+    return (1 - beta1**step, 1 - beta2**step) if options["bias_correction"] else (1.0, 1.0)
+
+
+def adam(p, g, state, options, step):
+    """Adam's new parameter; both of Adam and AdamW."""
+    m, v = moments(p, g, state, options)
+    if options["amsgrad"]:
+        v = state["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(p)), v)
+    correction1, correction2 = corrections(options, step)
+    return p - options["lr"] * (m / correction1) / ((v / correction2).sqrt() + options["eps"])
+
+
+def lion(p, g, state, options, step):
+    """Lion's new parameter."""
+    (beta1, beta2), m = options["betas"], state.get("exp_avg", torch.zeros_like(p))
+    state["exp_avg"] = m * beta2 + g * (1 - beta2)
+    return p - sign(m * beta1 + g * (1 - beta1)) * options["lr"]
+
+
+def trust(length, by):
+    """The norm of a tensor by that of another; 1 if either is 0."""
+    return length / by if length != 0 and by != 0 else 1.0
+
+
+def lamb(p, g, state, options, step):
+    """LAMB's new parameter."""
+    m, v = moments(p, g, state, options)
+    correction1, correction2 = corrections(options, step)
+    u = m / correction1 / ((v / correction2).sqrt() + options["eps"]) + options["weight_decay"] * p
+    ratio = trust(p.norm(), u.norm()) if options["weight_decay"] != 0 or options["always_adapt"] else 1.0
+    return p - options["lr"] * (min(ratio, 1.0) if options["trust_clip"] else ratio) * u
+
+
+def lars(p, g, state, options, step):
+    """LARS's new parameter: that of SGD, from a gradient that is scaled."""
+    ratio, decay = 1.0, options["weight_decay"]
+    if decay != 0 or options["always_adapt"]:
+        by = g.norm() + decay * p.norm() + options["eps"] if g.norm() != 0 else 0.0
+        ratio = trust(options["trust_coeff"] * p.norm(), by)
+        ratio = min(ratio / options["lr"], 1.0) if options["trust_clip"] else ratio
+    return sgd(p, ratio * (g + decay * p), state, options, step)
+
+
+#: What the last formula has taken the sign of.
+signed: list[torch.Tensor] = []
+
+
+def sign(x):
+    """For formulas: 1, -1 or 0, and NaN for NaN. The judge takes either sign where x is within rounding of 0."""
+    signed.append(x)
+    return torch.where(x.isnan(), x, x.sign())
+
+
+def take_undecided(eps: float) -> torch.Tensor | None:
+    """Where the last formula's signs are a matter of how arithmetic with this unit of rounding is ordered, if any are.
+
+    An x of exactly 0 comes of gradients that are 0, and is none of these.
+    """
+    near = [(x != 0) & (x.abs() <= 8 * eps * x.square().mean().sqrt()) for x in signed]
+    signed.clear()
+    return functools.reduce(torch.logical_or, near) if near else None
+
+
+def formula_step(row, p, g, state, options, step):
+    """The whole of a step for one parameter, by the formula; returns the new parameter and changes `state`."""
+    signed.clear()
+    o = {**row.defaults, **options}
+    o = {name: tuple(map(float, value)) if isinstance(value, tuple) else value for name, value in o.items()}
+    decoupled = o.get("decoupled_weight_decay", row.decoupled)
+    if o["maximize"]:
+        g = -g
+    if not decoupled and not row.decays_itself:
+        g = g + o["weight_decay"] * p
+    if not o["l1_proximal"]:
+        g = g + o["l1"] * p.sign()
+    if decoupled:
+        p = p * (1 - o["lr"] * o["weight_decay"])
+    p = row.formula(p, g, state, o, step)
+    if o["l1_proximal"]:
+        p = p.sign() * (p.abs() - o["lr"] * o["l1"]).clamp(min=0)
+    return p
+
+
+class FormulaOptimizer:
+    """The formula as an optimizer. `undecided` gathers where its signs are a matter of rounding to `eps`."""
+
+    eps = 0.0
+
+    def __init__(self, row, params, options):
+        self.row, self.options, self.params = row, options, list(params)
+        self.state = {p: {} for p in self.params}
+        self.undecided = {p: torch.zeros_like(p, dtype=torch.bool) for p in self.params}
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        for p in self.params:
+            p.copy_(formula_step(self.row, p.clone(), p.grad, self.state[p], self.options, self.steps))
+            if (undecided := take_undecided(self.eps)) is not None:
+                self.undecided[p] |= undecided
