@@ -5,16 +5,10 @@
 
 #include "core/random.h"
 #include "step_judge.h"
+#include "variants.h"
 
 namespace trainopt {
 namespace {
-
-std::vector<cpu::Variant> variants() {
-  std::vector<cpu::Variant> result;
-  for (int v = 0; v < cpu::kVariants; ++v)
-    if (cpu::supported(static_cast<cpu::Variant>(v))) result.push_back(static_cast<cpu::Variant>(v));
-  return result;
-}
 
 bool rounds_right(float x, DType dtype) {
   return same_value(decode16(convert(x, dtype), dtype), round16(static_cast<double>(x), dtype));

@@ -10,19 +10,12 @@
 #include "checks.h"
 #include "core/elementary.h"
 #include "cpu/elementary_vec.h"
-#include "cpu/engine.h"
 #include "cross_entropy_judge.h"
 #include "pointwise_judge.h"
+#include "variants.h"
 
 namespace trainopt {
 namespace {
-
-std::vector<cpu::Variant> variants() {
-  std::vector<cpu::Variant> result;
-  for (int v = 0; v < cpu::kVariants; ++v)
-    if (cpu::supported(static_cast<cpu::Variant>(v))) result.push_back(static_cast<cpu::Variant>(v));
-  return result;
-}
 
 // Elementary functions ------------------------------------------------------------------------------------------------
 
