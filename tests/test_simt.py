@@ -39,7 +39,7 @@ TAG = "tests break this: "
 
 
 class Fault(NamedTuple):
-    """The name that a line of csrc/cuda carries, text of that line, what it becomes, and what the tests must say."""
+    """The name that a line of csrc/cuda carries, text of it, what it becomes, and what the tests must say."""
 
     name: str
     right: str
@@ -65,6 +65,8 @@ FAULTS = [
     Fault("half a warp's mask", "kAllLanes = 0xffffffffu", "kAllLanes = 0xffffu", "its own mask"),
     Fault("unset shared slots", "threadIdx.x % 32 == 0) of", "threadIdx.x == 0) of", "before it is set"),
     Fault("a norm's tail, one element too long", "at < chunk.end", "at <= chunk.end"),
+    Fault("an average's tail, one element too long", "at < end; at += kThreads", "at <= end; at += kThreads"),
+    Fault("a gradient that is not cleared", "role == 1 && stages.clear_gradient", "false"),
     Fault("a step's tail, one element too long", "at < end; at += kThreads", "at <= end; at += kThreads"),
     Fault("a step after an overflow", "*table.header.found_inf != 0) return", "false) return"),
     Fault("scalars of another group", "row.prepared = set", "row.prepared = 0"),
@@ -109,6 +111,7 @@ FAULTS += ORDER_FAULTS
 USERS = {
     "reduce.h": "norm.cu",
     "launch.h": "norm.cu",
+    "average.h": "update.cu",
     "table.h": "update.cu",
     "step_table.h": "update.cu",
     "cross_entropy_row.h": COLUMNS,

@@ -83,6 +83,7 @@ struct Chunk {
   }
 
   __device__ __forceinline__ bool writes(int role) const { return role != 1 || stages.write_gradient; }
+  // tests break this: a gradient that is not cleared
   __device__ __forceinline__ bool clears(int role) const { return role == 1 && stages.clear_gradient; }
 
   // The words of a batch, all of one type: all of them are under way before the first is waited for. Each is worked on

@@ -114,7 +114,7 @@ void test_rules() {
             }
           }
         }
-        if (s.gradient_scale == 1) {
+        if (!s.writes_gradient()) {
           // A gradient of stride 0 is read, and never written.
           const Arrangement expanded{t.param, t.gradient, t.state, run_of(0), kExpanded, run_of(0), false};
           Parameters start = make(s, expanded), found = make(s, expanded);

@@ -21,9 +21,14 @@ struct Sums {
   double ratio_to(double by) const { return of[0] != 0 && of[1] != 0 ? root(0) / by : 1; }
 };
 
+// Of a gradient without its scale: clip_grad_norm_'s.
+inline double clip_factor(const Setting& s) {
+  return s.tail.max_norm == 0 ? 1 : std::min(s.tail.max_norm / (s.tail.norm / s.gradient_scale + 1e-6), 1.0);
+}
+
 // The gradient as the rule sees it; decay that is decoupled has shrunk the parameter then.
-inline double direction_of(const Setting& s, double& p, double& g) {
-  g /= s.gradient_scale;
+inline double direction_of(const Setting& s, double& p, double g) {
+  g = g / s.gradient_scale * clip_factor(s);
   double direction = s.maximize ? -g : g;
   if (s.decay == kCoupled) direction += s.weight_decay * p;
   if (!s.l1_proximal) direction += s.l1 * sign(p);
@@ -140,6 +145,18 @@ inline void step_element(const Setting& s, double& p, double& g, double* state, 
   p -= formulas_of(s).change(s, p, direction, state, sums);
   if (s.l1_proximal) p = sign(p) * std::max(std::fabs(p) - s.lr * s.l1, 0.0);
   p += s.noise * noise;
+  if (s.writes_gradient()) g = s.tail.clears ? 0 : g / s.gradient_scale;
+}
+
+// How far the average goes towards the parameter: (1 - d_t) / (1 - d_1 ... d_t), where d_t is the decay, or with
+// warm-up the smaller of it and t / (9 + t).
+inline double average_weight_of(const Setting& s) {
+  double decay = 0, product = 1;
+  for (int t = 1; t <= s.step; ++t) {
+    decay = s.tail.ema_warmup ? std::min(s.tail.ema_decay, t / (9.0 + t)) : s.tail.ema_decay;
+    product *= decay;
+  }
+  return (1 - decay) / (1 - product);
 }
 
 }  // namespace trainopt

@@ -10,6 +10,15 @@
 
 namespace trainopt {
 
+// What the step does besides: clips gradients of this norm, which has their scale in it; clears them; moves an average
+// of the parameter.
+struct Tail {
+  double max_norm = 0, norm = 0;  // max_norm 0: no clipping
+  bool clears = false;
+  double ema_decay = 0;  // 0: no average
+  bool ema_warmup = false;
+};
+
 struct Setting {
   const char* name;
   const char* rule;
@@ -21,6 +30,9 @@ struct Setting {
   bool l1_proximal;
   double noise, gradient_scale;
   double step;
+  Tail tail = {};
+
+  bool writes_gradient() const { return tail.clears || (gradient_scale != 1 && tail.max_norm == 0); }
 };
 
 // The options' order: SGD momentum, dampening, nesterov; Adam beta1, beta2, eps, amsgrad, decoupled, bias correction;
@@ -56,6 +68,24 @@ inline const std::vector<Setting> kSettings = {
     {"everything", "lars", {0.9, 0, 1, 0.1, 0.01, 0, 1}, kInUpdate, 0.5, 0.3, true, 2, true, 0.1, 3, 4},
     {"sums of all kinds", "four", {0}, kCoupled, 0.05, 0.3, true, 0.5, false, 0.1, 3, 4},
     {"decoupled", "four", {1}, kDecoupled, 0.05, 0.3, false, 0, false, 0, 1, 1},
+    {"clipped", "sgd", {0.9, 0, 1}, kCoupled, 0.1, 0.3, false, 0, false, 0, 3, 2, {0.5, 4}},
+    {"clipped little, cleared", "sgd", {0, 0, 0}, kCoupled, 0.1, 0, false, 0, false, 0, 1, 1, {5, 4, true}},
+    {"averaged", "adam", {0.9, 0.99, 0.05, 0, 0, 1}, kCoupled, 0.05, 0, false, 0, false, 0, 1, 3, {0, 0, false, 0.9}},
+    {"tail",
+     "adam",
+     {0.9, 0.5, 0.05, 1, 1, 1},
+     kDecoupled,
+     0.05,
+     0.3,
+     true,
+     2,
+     true,
+     0.1,
+     3,
+     4,
+     {2, 9, true, 0.9, true}},
+    {"averaged", "eight", {3, 2}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 20, {0, 0, false, 0.6, true}},
+    {"tail", "lamb", {0.9, 0.99, 0.05, 0, 0, 1}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 1, {1, 2, true, 0.9}},
 };
 
 inline const Setting& setting(const char* rule, const char* name) {
@@ -74,6 +104,11 @@ inline Settings settings_of(const Setting& s) {
   settings.noise = s.noise;
   settings.maximize = s.maximize;
   settings.l1_proximal = s.l1_proximal;
+  settings.max_grad_norm = s.tail.max_norm;
+  settings.clear_gradient = s.tail.clears;
+  settings.averages = s.tail.ema_decay != 0;
+  settings.ema_decay = s.tail.ema_decay;
+  settings.ema_warmup = s.tail.ema_warmup;
   settings.seed = kSeed;
   return settings;
 }
@@ -85,14 +120,20 @@ inline Scalars scalars_of(const Setting& s, bool is_float64) {
   const Settings settings = settings_of(s);
   Scalars result;
   if (is_float64) {
-    result.stages64 = prepare_stages<double>(settings, info, decay, s.gradient_scale, 0);
+    result.stages64 = prepare_stages<double>(settings, info, decay, s.gradient_scale, s.tail.norm);
   } else {
-    result.stages32 = prepare_stages<float>(settings, info, decay, s.gradient_scale, 0);
+    result.stages32 = prepare_stages<float>(settings, info, decay, s.gradient_scale, s.tail.norm);
   }
   rule->prepare(s.options.data(), info, is_float64, &result);
   return result;
 }
 
-inline StateSet states_of(const Setting& s) { return cpu::find_rule(s.rule)->states_needed(s.options.data()); }
+// The place of the moving average among a parameter's states.
+inline int average_of(const Setting& s) { return static_cast<int>(cpu::find_rule(s.rule)->state_count); }
+
+inline SlotSet states_of(const Setting& s) {
+  const SlotSet of_rule = cpu::find_rule(s.rule)->states_needed(s.options.data());
+  return s.tail.ema_decay == 0 ? of_rule : static_cast<SlotSet>(of_rule | 1u << average_of(s));
+}
 
 }  // namespace trainopt

@@ -45,11 +45,10 @@ inline bool is_right(const Setting& s, const Parameters& before, const Parameter
   for (size_t t = 0; t < after.size(); ++t) {
     std::vector<float> noise(static_cast<size_t>(after[t]->numel));
     cpu::gaussian(noise.data(), 0, after[t]->numel, kSeed, static_cast<uint32_t>(s.step), static_cast<uint32_t>(t));
-    double p, g, state[kMaxStates];
+    double p, g, state[kMaxSlots];
     const auto read = [&](int64_t i) {
       p = before[t]->param.get(i), g = before[t]->gradient.get(i);
-      for (int k = 0; k < kMaxStates; ++k)
-        state[k] = before[t]->states[k] != nullptr ? before[t]->states[k]->get(i) : 0;
+      for (int k = 0; k < kMaxSlots; ++k) state[k] = before[t]->states[k] != nullptr ? before[t]->states[k]->get(i) : 0;
     };
     Sums sums;
     for (int64_t i = 0; i < after[t]->numel; ++i) {
@@ -63,9 +62,14 @@ inline bool is_right(const Setting& s, const Parameters& before, const Parameter
       if (!is_float64) g = static_cast<double>(static_cast<float>(g));
       step_element(s, p, g, state, static_cast<double>(noise[static_cast<size_t>(i)]), sums);
       if (!is_close(after[t]->param.get(i), p, a.param_dtype, is_float64, scale)) return false;
-      if (s.gradient_scale != 1 && !is_close(after[t]->gradient.get(i), g, a.gradient_dtype, is_float64, scale))
+      if (!s.writes_gradient() && after[t]->gradient.bits(i) != before[t]->gradient.bits(i)) return false;
+      if (s.writes_gradient() && !is_close(after[t]->gradient.get(i), g, a.gradient_dtype, is_float64, scale))
         return false;
-      for (int k = 0; k < kMaxStates; ++k)
+      if (s.tail.ema_decay != 0) {  // of the parameter as it is stored
+        double& average = state[average_of(s)];
+        average += average_weight_of(s) * (after[t]->param.get(i) - average);
+      }
+      for (int k = 0; k < kMaxSlots; ++k)
         if (after[t]->states[k] != nullptr &&
             !is_close(after[t]->states[k]->get(i), state[k], a.state_dtype, is_float64, scale * scale))
           return false;

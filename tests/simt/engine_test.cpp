@@ -76,9 +76,10 @@ void run_prepared(const Setting& s, const Parameters& parameters, bool is_float6
   std::memset(static_cast<void*>(prepared.data()), 0xff, prepared.size() * sizeof(cuda::Prepared));
   const auto scale = static_cast<float>(s.gradient_scale);
   const int rule = cpu::find_rule(s.rule)->index;
-  cuda::prepare({rule, is_float64, &source, 1, counts.data(), counts.size(), 1, 0,
-                 s.gradient_scale == 1 ? nullptr : &scale, nullptr, &found_inf, prepared.data()},
-                nullptr);
+  cuda::prepare(
+      {rule, is_float64, &source, 1, counts.data(), counts.size(), 1, s.tail.norm,
+       s.gradient_scale == 1 ? nullptr : &scale, tensors ? &s.tail.norm : nullptr, &found_inf, prepared.data()},
+      nullptr);
   step({rule, is_float64, tasks.data(), tasks.size(), prepared.data(), true, &found_inf}, tasks);
   for (size_t i = 0; i < tasks.size(); ++i)
     steps_after->push_back(double_steps ? double_steps_of[i] : static_cast<double>(float_steps[i]));
@@ -154,7 +155,7 @@ void test_rules() {
 // An expanded gradient is read with stride 0.
 void test_expanded_gradient() {
   for (const Setting& s : kSettings) {
-    if (s.gradient_scale != 1) continue;
+    if (s.writes_gradient()) continue;
     const DType type = DType::kFloat32;
     const Arrangement expanded{type, type, type, run_of(0), kExpanded, run_of(0), false};
     Parameters start = make(s, expanded), found = make(s, expanded);
@@ -168,8 +169,8 @@ void test_expanded_gradient() {
 
 // Tensors that are cut into chunks, alone and among others, aligned and not.
 void test_chunks() {
-  for (const Setting& s : {setting("sgd", "nesterov"), setting("adam", "everything"), setting("lamb", "plain"),
-                           setting("lars", "everything")}) {
+  for (const Setting& s : {setting("sgd", "nesterov"), setting("adam", "everything"), setting("adam", "tail"),
+                           setting("lamb", "plain"), setting("lars", "everything")}) {
     for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
       for (const int64_t shift : {0, 1}) {
         const Arrangement a{type, type, type, run_of(shift), run_of(shift), run_of(shift), false};
@@ -291,7 +292,8 @@ void test_first() {
   source.settings = settings_of(s);
   std::copy(s.options.begin(), s.options.end(), source.options);
   std::vector<cuda::Prepared> prepared(tasks.size());
-  cuda::prepare({0, false, &source, 1, counts.data(), counts.size(), nullptr, nullptr, prepared.data()}, nullptr);
+  cuda::prepare({0, false, &source, 1, counts.data(), counts.size(), 1, 0, nullptr, nullptr, nullptr, prepared.data()},
+                nullptr);
   cuda::update({0, false, tasks.data(), tasks.size(), prepared.data(), true, nullptr}, nullptr);
   check(same_bits(expected, found, true), "a first step that is not counted");
   check_no_faults("a first step that is not counted");
@@ -319,7 +321,8 @@ void test_groups() {
   }
   std::vector<cuda::Prepared> prepared(kCount);
   const cpu::Rule* rule = cpu::find_rule("adam");
-  cuda::prepare({rule->index, false, sources.data(), kGroups, counts.data(), kCount, nullptr, nullptr, prepared.data()},
+  cuda::prepare({rule->index, false, sources.data(), kGroups, counts.data(), kCount, 1, 0, nullptr, nullptr, nullptr,
+                 prepared.data()},
                 nullptr);
   bool same = true;
   for (uint32_t i = 0; i < kCount; ++i) {

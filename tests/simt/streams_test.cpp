@@ -124,7 +124,7 @@ void step(Memory& m, cuda::Stream stream) {
   const double options[] = {0.9, 0.999, 1e-8, 0, 0, 1};
   std::copy(options, options + 6, group.options);
   group.replaced[0] = {&m.lr, cuda::DeviceNumber::kLr, 0};
-  cuda::Count count{&m.steps, 0, 0, 0, 0};
+  cuda::Count count{&m.steps, 0, 0, 0, 0, 0};
   cuda::TensorTask task{};
   task.numel = kCount;
   task.param = view(m.params);
@@ -132,7 +132,7 @@ void step(Memory& m, cuda::Stream stream) {
   task.state[0] = view(m.moments);
   task.state[1] = view(m.squares);
   const int adam = cpu::find_rule("adam")->index;
-  cuda::prepare({adam, false, &group, 1, &count, 1, nullptr, &m.found_inf, m.prepared.data()}, stream);
+  cuda::prepare({adam, false, &group, 1, &count, 1, 1, 0, nullptr, nullptr, &m.found_inf, m.prepared.data()}, stream);
   cuda::update({adam, false, &task, 1, m.prepared.data(), true, &m.found_inf}, stream);
 
   for (auto [memory, bytes] : {std::pair<void*, size_t>{&gradients, sizeof gradients},
