@@ -35,6 +35,10 @@ class SeparatePasses:
         wide = [torch.float64 if p.dtype == torch.float64 else torch.float32 for p in params]
         self.averages = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(self.params, wide, strict=True)]
 
+    def noise(self, step):
+        """What is added to each parameter in a step."""
+        return [torch.zeros_like(p) for p in self.params]
+
     @property
     def state(self):
         held = {p: dict(self.plain.state[p]) for p in self.params}
@@ -50,8 +54,10 @@ class SeparatePasses:
             for p in self.params:
                 p.grad.mul_((self.limit / (self.norm + 1e-6)).clamp(max=1))
         self.plain.step()
+        self.steps += 1
+        for p, noise in zip(self.params, self.noise(self.steps), strict=True):
+            p.add_(noise)
         if self.decay is not None:
-            self.steps += 1
             decay = min(self.decay, self.steps / (9 + self.steps)) if self.warmup else self.decay
             self.product *= decay
             for p, average in zip(self.params, self.averages, strict=True):
