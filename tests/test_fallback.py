@@ -668,6 +668,7 @@ ANSWERS = {
     "a part of torch's": (lambda group, state: group.update(differentiable=True), "unfinished", {"rest": [0, 1]}),
     "an odd option": (lambda group, state: group.update(eps=None), "unfinished", {"rest": [0, 1], "doubtful": [0]}),
     "steps may be skipped": (lambda group, state: group.update(skip_nonfinite=True), "look at gradients", {}),
+    "gradients are clipped": (lambda group, state: group.update(max_grad_norm=1.0), "look at gradients", {}),
     "nothing to say": (lambda group, state: None, "done", {}),
 }
 

@@ -457,3 +457,41 @@ def test_bad_input(name, case):
         TABLE[name].ours([p], **options)
     with pytest.raises(ValueError, match=message):
         TABLE[name].ours([{"params": [p], **options}])
+
+
+def test_explain_says_what_the_step_does_beside_the_update():
+    params = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2).bfloat16())]
+    rows = trainopt.explain(
+        trainopt.AdamW([{"params": params[:1]}, {"params": params[1:], "max_grad_norm": None}], **TAIL)
+    )
+    assert "to a norm of 20 over all" in rows[0].note and "in float32" in rows[0].note and "clears" in rows[0].note
+    assert "norm" not in rows[1].note and "average is kept, in float32" in rows[1].note
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("zero_grad", True), ("zero_grad", "after"), ("max_grad_norm", "1"), ("ema_decay", [])]
+)
+def test_what_a_group_is_given_later_is_refused_before_anything_changes(key, value):
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = trainopt.AdamW([p])
+    p.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.param_groups[0][key] = value
+    before = snapshot(optimizer)
+    with pytest.raises(TypeError, match=f"{key} must be"):
+        optimizer.step()
+    assert_same_optimizer(before, snapshot(optimizer))
+
+
+def test_a_compiled_step_runs_uncompiled():
+    results = []
+    for compiled in (True, False):
+        params = [torch.nn.Parameter(torch.full((n,), 2.0)) for n in (3, 5)]
+        optimizer = trainopt.AdamW(params, lr=0.1, **{**TAIL, "max_grad_norm": 0.5})
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.arange(float(p.numel()))
+            step()
+        results.append(outcome(optimizer, params))
+    assert_same_bits(*results)

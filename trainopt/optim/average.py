@@ -23,10 +23,13 @@ def averages(group: dict[str, Any]) -> bool:
     return extra(group, "ema_decay") is not None
 
 
+def dtype_of(param: Tensor) -> torch.dtype:
+    return torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
+
+
 def new_average(param: Tensor) -> Tensor:
     """The parameter as it is: in its first step the average forgets it, and one that begins later goes on from it."""
-    dtype = torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
-    return param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
+    return param.detach().to(dtype_of(param), copy=True, memory_format=torch.preserve_format)
 
 
 def weight_at(group: dict[str, Any], t: float) -> float:

@@ -9,6 +9,7 @@ import torch
 
 from trainopt import switches
 from trainopt._extension import _C, why_no_cuda
+from trainopt.optim import average
 from trainopt.optim.options import extra
 from trainopt.optim.report import names_of
 from trainopt.optim.states import States
@@ -53,8 +54,8 @@ def explain(optimizer: Any) -> Explanation:
     """Tells which path each parameter of an optimizer takes in `step`: the fused engine, or torch's own code, and why.
 
     Looks at the parameters, options, states and gradients as they are now; where there is no gradient yet, an ordinary
-    one is assumed. Also notes where moments are float16, in which small ones underflow, and where steps are left out
-    for gradients that are not finite (`skip_nonfinite`). Changes nothing.
+    one is assumed. Also notes where moments are float16, in which small ones underflow, and what the step does beside
+    the update: that it clips, averages or clears, or is left out for gradients that are not finite. Changes nothing.
 
     Args:
         optimizer: any torch optimizer, or a wrapper of one (Accelerate's, Fabric's, Lookahead).
@@ -84,6 +85,14 @@ def _notes(optimizer: States) -> Iterator[str]:
         notes = []
         if extra(group, "skip_nonfinite"):
             notes.append("a step whose gradients are not all finite is left out (skip_nonfinite)")
+        if (limit := extra(group, "max_grad_norm")) is not None:
+            notes.append(f"gradients are clipped in the step, to a norm of {limit:g} over all (max_grad_norm)")
+        if average.averages(group):
+            notes.append(
+                f"a moving average is kept, in {str(average.dtype_of(param)).removeprefix('torch.')} (ema_decay)"
+            )
+        if extra(group, "zero_grad") is not None:
+            notes.append("the step clears its gradient (zero_grad)")
         state = optimizer.state.get(param, {})
         squares = [state.get(name, param) for name in optimizer._states_needed(group) if name.endswith("_sq")]
         if any(isinstance(moment, torch.Tensor) and moment.dtype is torch.float16 for moment in squares):
