@@ -167,6 +167,18 @@ def test_options_that_do_not_go(option):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_no_step_of_averages_that_are_put_back():
+    model = network()
+    optimizer = trainopt.SGD(model.parameters(), lr=0.1, ema_decay=0.5)
+    trainopt.step_in_backward(model, optimizer)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    with optimizer.averaged_parameters(), pytest.raises(RuntimeError, match="moving averages"):
+        loss_of(model, 1).backward()
+    with optimizer.averaged_parameters(), pytest.raises(RuntimeError, match="moving averages"):
+        optimizer.step(lambda: pytest.fail("the closure ran"))
+
+
 def test_bad_input():
     model = network()
     with pytest.raises(TypeError, match=r"torch.optim.*SGD is not one of trainopt's optimizers.*fuse"):

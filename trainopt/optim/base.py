@@ -109,13 +109,11 @@ class Fused(States):
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
+        loss, record, plan = None, self._record, self._plan
+        record.check_parameters()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        record, plan = self._record, self._plan
-        if record.holds_averages:
-            raise RuntimeError("step: the parameters are their moving averages, inside averaged_parameters()")
         if plan is None and not switches.REFERENCE_FORCED:
             plan = self._plan = _C.Plan(self._rule, self._first_index)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)

@@ -87,6 +87,7 @@ class _Step:
 
     def __call__(self, param: Tensor) -> None:
         optimizer, view = self.whole._optimizer, self.view
+        optimizer._record.check_parameters()
         if self.last_pass == optimizer._record.steps:
             raise RuntimeError(
                 f"step_in_backward: {self.name} has been stepped since the optimizer's last step(): call"
@@ -158,8 +159,9 @@ def step_in_backward(model: nn.Module, optimizer: Any, *, clip_by_last_norm: flo
         ValueError: the model is under DistributedDataParallel, which averages gradients after they are there, or has
             DTensors, whose gradients are reduced after that; a group has an option that needs all gradients at once
             (`max_grad_norm`, `skip_nonfinite`) or gradients after the step (`zero_grad`, `differentiable`).
-        RuntimeError: in backward, for a second pass before `optimizer.step()`: gradients are not accumulated. A
-            GradScaler cannot be used, since it looks at all gradients before the step.
+        RuntimeError: in backward, for a second pass before `optimizer.step()`: gradients are not accumulated.
+
+    A GradScaler cannot be used: its scale would be in the gradients.
     """
     inner = unwrapped(optimizer)
     if not isinstance(inner, States):

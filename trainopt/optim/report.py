@@ -23,6 +23,11 @@ class Record:
         self.holds_averages = False  # whether the parameters are their moving averages now
         self.asked_at: int | None = None  # `steps` when a step last asked for states to be made
 
+    def check_parameters(self) -> None:
+        """RuntimeError for a step of what is put back afterwards."""
+        if self.holds_averages:
+            raise RuntimeError("step: the parameters are their moving averages, inside averaged_parameters()")
+
     def was_skipped(self) -> bool:
         """Whether the last step was skipped; waits for a device that knows."""
         if not isinstance(self.skipped, bool):
