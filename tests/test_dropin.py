@@ -40,6 +40,7 @@ def test_the_signature_is_torchs_and_more(name):
             "zero_grad": None,
             "ema_decay": None,
             "ema_warmup": False,
+            "state_dtype": None,
         },
     }
     assert all(kind is inspect.Parameter.KEYWORD_ONLY for _, kind in extras.values())

@@ -7,6 +7,16 @@
 #include "cpu/norm.h"
 
 namespace trainopt::cpu {
+
+const bool kAsksAhead = [] {
+#if defined(TRAINOPT_X86)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return false;
+#endif
+}();
+
 namespace {
 
 template <class S, class R>

@@ -119,8 +119,9 @@ TRAINOPT_FUNCTION void run_tile(const Stages<S>& stages, const typename Rule::te
   if (!kPlain && stages.write_gradient) __builtin_memcpy(tile.g + i, rest.g, bytes);
 }
 
-// Asks for a block that is to be read and written, four blocks before its turn: the processor's own prefetching asks
-// for it as if it were only read.
+// Asks for a block that is to be read and written, four blocks before its turn: Intel's own prefetching asks for it as
+// if it were only read. AdamW of 64M elements was 0.98 times as fast as torch's fused step without it and 1.02 with it
+// on a Xeon, but GPT-2's 1.04 without and 0.93 with it on an EPYC.
 constexpr int64_t kAheadElements = 64 * 1024;  // of a tensor that are left; shorter ones are in the caches
 template <class Stored>
 TRAINOPT_FUNCTION void prefetch_ahead(const Stored* block) {
@@ -157,7 +158,7 @@ TRAINOPT_FUNCTION void run_direct(const TensorTask& task, const Stages<S>& stage
         static_cast<Stored*>(task.param.data) + at, static_cast<Stored*>(task.gradient.data) + at, {}, nullptr};
     for (int s = 0; s < kStateCount<Rule>; ++s)
       if (contains(kSet, s)) tile.state[s] = static_cast<Stored*>(task.state[s].data) + at;
-    if (end - at >= kAheadElements) {
+    if (kAsksAhead && end - at >= kAheadElements) {
       prefetch_ahead(tile.p);
       if (!kPlain && stages.write_gradient) prefetch_ahead(tile.g);
       for (int s = 0; s < kStateCount<Rule>; ++s)

@@ -11,6 +11,9 @@ namespace trainopt::cpu {
 constexpr int kRules = TRAINOPT_FOR_EACH_RULE(TRAINOPT_COUNT);
 #undef TRAINOPT_COUNT
 
+// Whether it pays to ask for memory that will be written: see prefetch_ahead.
+extern const bool kAsksAhead;
+
 struct KernelTable {
   Kernel rule[kRules][2];          // [..][0] float arithmetic, [..][1] double
   GatherKernel gather[kRules][2];  // null for rules without a reduce phase

@@ -2,6 +2,7 @@
 
 from trainopt.optim.adam import Adam
 from trainopt.optim.adamw import AdamW
+from trainopt.optim.convert import convert_state
 from trainopt.optim.explain import explain as explain  # `trainopt.explain` takes losses too
 from trainopt.optim.fuse import fuse
 from trainopt.optim.groups import param_groups
@@ -21,6 +22,7 @@ __all__ = [
     "AdamW",
     "Lion",
     "Schedule",
+    "convert_state",
     "fuse",
     "nonfinite_report",
     "param_groups",

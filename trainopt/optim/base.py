@@ -15,7 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from trainopt import switches
 from trainopt._extension import _C
-from trainopt.optim import loading, registry, torch_path, traced
+from trainopt.optim import loading, registry, state_dtype, torch_path, traced
 from trainopt.optim.depth import apply_depth
 from trainopt.optim.gradients import GradientScaling, clear_gradients, clips, find_norm
 from trainopt.optim.options import check_extras, defaults_of, extra, not_default
@@ -54,7 +54,11 @@ class Fused(States):
         """Adds a group of parameters, as torch does."""
         self.defaults = {**self.defaults, **self.__dict__.get("_extras", {})}
         if isinstance(param_group, dict):
-            check_extras({**self.EXTRAS, **self.defaults, **param_group})
+            options = {**self.EXTRAS, **self.defaults, **param_group}
+            check_extras(options)
+            params = param_group.get("params", ())
+            params = [params] if isinstance(params, torch.Tensor) else params
+            state_dtype.check(options["state_dtype"], self._states, params if isinstance(params, list) else ())
             apply_depth(param_group, self.defaults)
         super().add_param_group(param_group)
 

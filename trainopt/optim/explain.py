@@ -12,6 +12,7 @@ from trainopt._extension import _C, why_no_cuda
 from trainopt.optim import average
 from trainopt.optim.options import extra
 from trainopt.optim.report import names_of
+from trainopt.optim.state_dtype import dtype_of
 from trainopt.optim.states import States
 from trainopt.optim.wrappers import unwrapped
 
@@ -94,6 +95,10 @@ def _notes(optimizer: States) -> Iterator[str]:
         if extra(group, "zero_grad") is not None:
             notes.append("the step clears its gradient (zero_grad)")
         state = optimizer.state.get(param, {})
+        if extra(group, "state_dtype") is not None:
+            dtypes = {name: dtype_of(group, name, param) for name in optimizer._states_needed(group)}
+            said = ", ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
+            notes.append(f"states are stored with {said} (state_dtype)" if said else "there are no states")
         squares = [state.get(name, param) for name in optimizer._states_needed(group) if name.endswith("_sq")]
         if any(isinstance(moment, torch.Tensor) and moment.dtype is torch.float16 for moment in squares):
             beta2 = float(group["betas"][1])

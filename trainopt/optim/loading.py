@@ -9,6 +9,7 @@ import torch
 from trainopt.optim import average
 from trainopt.optim.options import STOCK_DEFAULTS, extra, not_default
 from trainopt.optim.report import name_of
+from trainopt.optim.state_dtype import dtype_of
 from trainopt.optim.states import States, widen_counts
 
 
@@ -30,7 +31,7 @@ def adapted(optimizer: States) -> Iterator[None]:
     finally:
         adapting.remove()
     _restore_counts(optimizer, saved)
-    _restore_averages(optimizer, saved)
+    _restore_dtypes(optimizer, saved)
 
 
 def _adapt_group(optimizer: States, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -57,13 +58,16 @@ def _restore_counts(optimizer: States, saved: dict[str, Any]) -> None:
                 optimizer.state[param]["step"] = count.to(optimizer.state[param]["step"].device, copy=True)
 
 
-def _restore_averages(optimizer: States, saved: dict[str, Any]) -> None:
-    """Gives averages of 16-bit parameters the float32 back that torch has rounded to the parameter's dtype."""
+def _restore_dtypes(optimizer: States, saved: dict[str, Any]) -> None:
+    """Gives states that are not in their parameter's dtype theirs, from what was saved: torch casts all to that."""
     for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        names = (*(optimizer._states if extra(group, "state_dtype") is not None else ()), average.KEY)
         for key, param in zip(saved_group["params"], group["params"], strict=True):
-            value = saved["state"][key].get(average.KEY) if key in saved["state"] else None
-            if isinstance(value, torch.Tensor) and value.dtype != param.dtype:
-                optimizer.state[param][average.KEY] = value.to(param.device, copy=True)
+            for name in names:
+                value = saved["state"][key].get(name) if key in saved["state"] else None
+                dtype = average.dtype_of(param) if name == average.KEY else dtype_of(group, name, param)
+                if isinstance(value, torch.Tensor) and dtype != param.dtype:
+                    optimizer.state[param][name] = value.to(param.device, dtype, copy=True)
 
 
 def prepare(optimizer: States, state: dict[str, Any]) -> dict[str, Any]:

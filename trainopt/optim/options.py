@@ -34,6 +34,7 @@ class Extras(TypedDict, total=False):
     zero_grad: str | None
     ema_decay: float | None
     ema_warmup: bool
+    state_dtype: str | torch.dtype | dict[str, str | torch.dtype] | None
 
 
 class AdamExtras(Extras, total=False):
@@ -65,6 +66,7 @@ DEFAULTS: dict[str, Any] = {
     "zero_grad": None,
     "ema_decay": None,
     "ema_warmup": False,
+    "state_dtype": None,
 }
 #: Those of the options that every class of torch's has.
 STOCK_DEFAULTS: dict[str, Any] = {
@@ -104,7 +106,8 @@ def check_extras(options: Mapping[str, Any]) -> None:
         raise ValueError("error_if_nonfinite=True is about the norm of the gradients: give max_grad_norm too")
     if options["error_if_nonfinite"] and options["skip_nonfinite"]:
         raise ValueError("error_if_nonfinite=True and skip_nonfinite=True: a step either raises or is left out")
-    for name, value in (("max_grad_norm", limit), ("zero_grad", clearing), ("ema_decay", decay)):
+    acting = {"max_grad_norm": limit, "zero_grad": clearing, "ema_decay": decay, "state_dtype": options["state_dtype"]}
+    for name, value in acting.items():
         if value is not None and options["differentiable"]:
             raise ValueError(f"{name}={value!r} does not go with differentiable=True: it acts without a graph")
 

@@ -20,7 +20,7 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 from trainopt._extension import _C
-from trainopt.optim import average
+from trainopt.optim import average, state_dtype
 from trainopt.optim.distributed import elements, on_any_rank
 from trainopt.optim.options import extra, snapshot
 from trainopt.optim.report import Record
@@ -134,7 +134,8 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
             if self._counts_steps or extra(group, "noise") != 0 or average.averages(group):
                 self._start_count(param, group)
             for name in missing:
-                self.state[param][name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                dtype = state_dtype.dtype_of(group, name, param)
+                self.state[param][name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             if average.averages(group) and self.state[param].get(average.KEY) is None:
                 self.state[param][average.KEY] = average.new_average(param)
         return is_first

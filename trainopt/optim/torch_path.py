@@ -5,6 +5,7 @@ optimizer that holds only the parameters in question. For an optimizer that torc
 that stands beside its class (`plain_step`). What trainopt adds to torch is done round it, in plain torch.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from trainopt._extension import _C
 from trainopt.optim import average
 from trainopt.optim.gradients import GradientScaling
 from trainopt.optim.options import extra
+from trainopt.optim.state_dtype import cast_states
 from trainopt.optim.states import Numbered, States, widen_count
 from trainopt.originals import step_of
 
@@ -44,6 +46,12 @@ def step(
     sparse = [param for _, _, param in chosen if param.grad is not None and param.grad.layout is not torch.strided]
     if sparse and optimizer._torch_class is None:
         raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
+    in_wide = [each for each in chosen if extra(each[1], "state_dtype") is not None]
+    for each in in_wide:
+        _step_in_float32(optimizer, each, scaling, plain)
+    chosen = [each for each in chosen if extra(each[1], "state_dtype") is None]
+    if not chosen:
+        return
     if scaling.scale != 1:
         for _, group, param in chosen:
             if extra(group, "max_grad_norm") is None:
@@ -82,6 +90,37 @@ def step(
                 param.grad.zero_()
 
 
+def _step_in_float32(optimizer: States, numbered: Numbered, scaling: GradientScaling, plain: bool) -> None:
+    """Steps a parameter whose states have other dtypes: in a float32 copy, for torch's code takes no mixture."""
+    index, group, param = numbered
+    assert param.grad is not None
+    copy = torch.nn.Parameter(param.detach().float())
+    copy.grad = param.grad.detach().float()
+    wide = {**group, "state_dtype": None, "params": [copy]}
+    view = _view(optimizer, [wide])
+    view.state = defaultdict(dict)
+    view._unstarted = {copy} if param in optimizer._unstarted else set()
+    if (state := optimizer.state.get(param)) is not None:
+        view.state[copy] = dict(state)
+        cast_states(view.state[copy], wide, copy, optimizer._states)
+    begun = view.state[copy].pop(average.KEY, None)
+    if begun is None and average.averages(group):
+        begun = average.new_average(param)
+    step(view, [(index, wide, copy)], None, scaling, plain=plain)
+    is_written = scaling.scale != 1 and extra(group, "max_grad_norm") is None
+    with torch.no_grad():
+        param.copy_(copy)
+        if is_written or extra(group, "zero_grad") is not None:
+            param.grad.copy_(copy.grad)
+    made = view.state[copy]
+    cast_states(made, group, param, optimizer._states)
+    if begun is not None:  # of the parameter as it is stored, not of the copy
+        average.update_(param, group, made | {average.KEY: begun})
+        made[average.KEY] = begun
+    if made:
+        optimizer.state[param].update(made)
+
+
 def rehearse(optimizer: States, params: Sequence[Numbered], indices: Sequence[int]) -> None:
     """Lets torch refuse options and states of these parameters before anything is changed.
 
@@ -94,6 +133,8 @@ def rehearse(optimizer: States, params: Sequence[Numbered], indices: Sequence[in
         stand_in.grad = torch.ones_like(stand_in)
         state = dict(optimizer.state.get(param) or {})  # as it is now: another thread may be making it
         view = _view(optimizer, list(_narrowed([(index, group, stand_in)], True)))
+        if extra(group, "state_dtype") is not None:
+            cast_states(state, {"state_dtype": None}, param, optimizer._states)
         view.state = {stand_in: {key: _first_element(value, param) for key, value in state.items()}}
         with torch.no_grad():
             _make_step(view)

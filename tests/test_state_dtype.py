@@ -1,0 +1,195 @@
+"""States in dtypes of their own (``state_dtype``), made, stepped, saved, loaded and converted."""
+
+import copy
+import io
+from unittest import mock
+
+import pytest
+import torch
+from formulas import FormulaOptimizer
+from judge import TABLE, assert_same_bits, bits, outcome, random_problem, run
+
+import trainopt
+from trainopt import switches
+
+NAMES = [name for name, row in TABLE.items() if row.states]
+PARAMS = [torch.float32, torch.bfloat16, torch.float16]
+STATES = ["float32", "bfloat16", "float16"]
+SHAPES = ((), (7,), (0, 3), (33, 20), (257,))
+
+
+def states_of(optimizer, params):
+    names = optimizer._states
+    return [{name: value for name, value in optimizer.state[p].items() if name in names} for p in params]
+
+
+@pytest.mark.parametrize("stored", STATES)
+@pytest.mark.parametrize("dtype", PARAMS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_float32_arithmetic_between_a_load_and_one_rounding(name, dtype, stored):
+    """Each step, from what is stored, against float64: a state is off by its own rounding alone."""
+    row = TABLE[name]
+    start, gradients = random_problem(SHAPES, dtype, 3)
+    options = {**row.usual, "state_dtype": stored}
+    params = [torch.nn.Parameter(p.clone()) for p in start]
+    optimizer = row.make(params, **options)
+    judge = FormulaOptimizer(row, [torch.nn.Parameter(p.double()) for p in start], row.usual)
+    for now in gradients:
+        for p, q, g in zip(params, judge.params, now, strict=True):
+            p.grad, q.grad = g.clone(), g.double()
+            q.data.copy_(p.detach())
+            held = {key: value.double() for key, value in optimizer.state.get(p, {}).items() if key in row.states}
+            judge.state[q].clear()
+            judge.state[q].update(held)
+        optimizer.step()
+        judge.step()
+        for p, q in zip(params, judge.params, strict=True):
+            for key, exact in judge.state[q].items():
+                found = optimizer.state[p][key]
+                assert found.dtype == getattr(torch, stored), key
+                unit = torch.finfo(found.dtype).eps
+                # In float32, numbers of up to 16 may cancel; in float16, the least ones have fewer digits.
+                arithmetic = 16 * torch.finfo(torch.float32).eps + torch.finfo(found.dtype).smallest_normal * unit
+                error = (found.double() - exact).abs()
+                assert (error <= 0.51 * unit * exact.abs() + arithmetic).all(), (key, error.max())
+    assert {row_.path.split(" ")[0] for row_ in trainopt.explain(optimizer)} == {"fused"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")], ids=str)
+def test_the_engine_and_torchs_path_are_at_one(name, dtype, stored):
+    row = TABLE[name]
+    start, gradients = random_problem(SHAPES, dtype, 3)
+    tail = {"max_grad_norm": 3.0, "zero_grad": "in_step", "ema_decay": 0.9}
+    results = []
+    for reference in (False, True):
+        with mock.patch.object(switches, "REFERENCE_FORCED", reference):
+            own = [[g.clone() for g in now] for now in gradients]  # they are cleared
+            optimizer, params = run(row.make, start, own, **row.usual, state_dtype=stored, **tail)
+            results.append(outcome(optimizer, params))
+            assert all(not p.grad.any() for p in params)
+    assert results[0].keys() == results[1].keys()
+    for key, tensors in results[0].items():
+        for ours, plain in zip(tensors, results[1][key], strict=True):
+            assert ours.dtype == plain.dtype
+            off = (ours.double() - plain.double()).abs() > 3 * torch.finfo(ours.dtype).eps * plain.double().abs() + 1e-6
+            assert off.double().mean() < 0.02 if off.numel() else True, key  # a rounding may fall either way
+
+
+def test_by_the_name_of_the_state_by_dtype_and_by_group():
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(3)]
+    groups = [
+        {"params": params[:1], "state_dtype": {"exp_avg": "bfloat16"}},
+        {"params": params[1:2], "state_dtype": torch.float16},
+        {"params": params[2:]},
+    ]
+    optimizer = trainopt.AdamW(groups)
+    for p in params:
+        p.grad = torch.ones(4)
+    optimizer.step()
+    found = [
+        [state[name].dtype for name in ("exp_avg", "exp_avg_sq")] for state in (optimizer.state[p] for p in params)
+    ]
+    assert found == [[torch.bfloat16, torch.float32], [torch.float16] * 2, [torch.float32] * 2]
+    notes = [row.note for row in trainopt.explain(optimizer)]
+    assert "exp_avg in bfloat16, exp_avg_sq in float32" in notes[0] and "state_dtype" not in notes[2]
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_loaded_and_resumed_bit_for_bit(name, dtype, stored):
+    row = TABLE[name]
+    start, gradients = random_problem(SHAPES, dtype, 4)
+    options = {**row.usual, "state_dtype": stored}
+    straight = outcome(*run(row.make, start, gradients, **options))
+    optimizer, params = run(row.make, start, gradients[:2], **options)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    for given in (options, row.usual):  # the file's own option counts, as any group's does
+        again = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        resumed = row.make(again, **given)
+        resumed.load_state_dict(copy.deepcopy(saved))
+        for now in gradients[2:]:
+            for p, g in zip(again, now, strict=True):
+                p.grad = g.clone()
+            resumed.step()
+        assert_same_bits(straight, outcome(resumed, again))
+    if row.ours._torch_class is not None:  # and the way back
+        stock = row.ours._torch_class([torch.nn.Parameter(p.detach().clone()) for p in params])
+        stock.load_state_dict(saved)
+        for p in stock.param_groups[0]["params"]:
+            assert {v.dtype for key, v in stock.state[p].items() if key != "step"} == {dtype}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_torchs_is_rounded_once(name):
+    """Or of trainopt's without the option: values go to nearest."""
+    row = TABLE[name]
+    start, gradients = random_problem(SHAPES, torch.float32, 2)
+    optimizer, params = run(row.make, start, gradients, **row.usual)
+    other = row.make([torch.nn.Parameter(p.detach().clone()) for p in params], **row.usual, state_dtype="bfloat16")
+    other.load_state_dict(optimizer.state_dict())
+    for p, q in zip(params, other.param_groups[0]["params"], strict=True):
+        for key in states_of(optimizer, [p])[0]:
+            assert torch.equal(bits(other.state[q][key]), bits(optimizer.state[p][key].bfloat16()))
+    for p, q in zip(params, other.param_groups[0]["params"], strict=True):
+        p.grad = q.grad = torch.ones_like(p)
+    other.step()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_converted_midway_and_back(name):
+    row = TABLE[name]
+    start, gradients = random_problem(SHAPES, torch.float32, 2)
+    optimizer, params = run(row.make, start, gradients, **row.usual)
+    before = states_of(optimizer, params)
+    trainopt.convert_state(optimizer, "bfloat16")
+    for was, now in zip(before, states_of(optimizer, params), strict=True):
+        assert all(torch.equal(now[key], was[key].bfloat16()) for key in was)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert {v.dtype for state in states_of(optimizer, params) for v in state.values()} == {torch.bfloat16}
+    trainopt.convert_state(optimizer, None)
+    assert {v.dtype for state in states_of(optimizer, params) for v in state.values()} == {torch.float32}
+    assert "state_dtype" not in optimizer.param_groups[0]
+    optimizer.step()
+
+
+BAD = {
+    "unknown": ("int4", "Invalid state_dtype value: 'int4'"),
+    "a dtype that is none of them": (torch.float64, "Invalid state_dtype value: torch.float64"),
+    "a number": (16, "Invalid state_dtype value: 16"),
+    "a state that there is none of": ({"exp_max": "float32"}, "there is no state 'exp_max'"),
+    "an unknown one for a state": ({"exp_avg": "int4"}, "Invalid state_dtype value: 'int4'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    value, message = BAD[case]
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=message):
+        trainopt.AdamW([p], state_dtype=value)
+    with pytest.raises(ValueError, match=message):
+        trainopt.AdamW([{"params": [p], "state_dtype": value}])
+    optimizer = trainopt.AdamW([p])
+    with pytest.raises(ValueError, match=message):
+        trainopt.convert_state(optimizer, value)
+    assert "state_dtype" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+def test_parameters_of_other_dtypes_are_refused(dtype):
+    p = torch.nn.Parameter(torch.ones(2, dtype=dtype))
+    with pytest.raises(ValueError, match=f"one is {dtype}"):
+        trainopt.AdamW([p], state_dtype="bfloat16")
+    optimizer = trainopt.AdamW([{"params": [p], "state_dtype": None}], state_dtype="bfloat16")
+    with pytest.raises(ValueError, match=f"one is {dtype}"):
+        trainopt.convert_state(optimizer, "bfloat16")
+    with pytest.raises(ValueError, match="differentiable"):
+        trainopt.AdamW([torch.nn.Parameter(torch.ones(2))], state_dtype="bfloat16", differentiable=True)
+    with pytest.raises(TypeError, match="SGD is not one of trainopt's"):
+        trainopt.convert_state(torch.optim.SGD([p]), "bfloat16")
