@@ -99,8 +99,9 @@ def _notes(optimizer: States) -> Iterator[str]:
             dtypes = {name: dtype_of(group, name, param) for name in optimizer._states_needed(group)}
             said = ", ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
             notes.append(f"states are stored with {said} (state_dtype)" if said else "there are no states")
-        squares = [state.get(name, param) for name in optimizer._states_needed(group) if name.endswith("_sq")]
-        if any(isinstance(moment, torch.Tensor) and moment.dtype is torch.float16 for moment in squares):
+        squares = [name for name in optimizer._states_needed(group) if name.endswith("_sq")]
+        stored = [getattr(state.get(name), "dtype", dtype_of(group, name, param)) for name in squares]
+        if torch.float16 in stored:
             beta2 = float(group["betas"][1])
             if beta2 < 1:
                 least = math.sqrt(2**-25 / (1 - beta2))

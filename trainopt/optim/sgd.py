@@ -34,6 +34,8 @@ class SGD(Fused, originals.SGD, rule="sgd"):
         ema_decay: the decay, in [0, 1), of a moving average of the parameters, free of bias, in the state "ema"
             (default None: there is none); `averaged_parameters` and `ema_state_dict` are its use.
         ema_warmup: with True (default False), the decay in step t is at most ``t / (9 + t)``.
+        state_dtype: what states are stored in, "float32", "bfloat16" or "float16", or the torch.dtype; or a dict of
+            these by the name of the state (default None: the parameter's dtype). For parameters of these three dtypes.
 
     The momentum buffer has the parameter's dtype; arithmetic is float32, or float64 for float64 parameters.
     """
