@@ -26,19 +26,19 @@ def states_of(optimizer, params):
 @pytest.mark.parametrize("stored", STATES)
 @pytest.mark.parametrize("dtype", PARAMS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_is_float32_arithmetic_between_a_load_and_one_rounding(name, dtype, stored):
+def test_a_step_is_float32_arithmetic_between_a_load_and_one_rounding(name, dtype, stored, device):
     """Each step, from what is stored, against float64: a state is off by its own rounding alone."""
     row = TABLE[name]
     start, gradients = random_problem(SHAPES, dtype, 3)
     options = {**row.usual, "state_dtype": stored}
-    params = [torch.nn.Parameter(p.clone()) for p in start]
+    params = [torch.nn.Parameter(p.to(device, copy=True)) for p in start]
     optimizer = row.make(params, **options)
     judge = FormulaOptimizer(row, [torch.nn.Parameter(p.double()) for p in start], row.usual)
     for now in gradients:
         for p, q, g in zip(params, judge.params, now, strict=True):
-            p.grad, q.grad = g.clone(), g.double()
-            q.data.copy_(p.detach())
-            held = {key: value.double() for key, value in optimizer.state.get(p, {}).items() if key in row.states}
+            p.grad, q.grad = g.to(device, copy=True), g.double()
+            q.data.copy_(p.detach().cpu())
+            held = {key: value.cpu().double() for key, value in optimizer.state.get(p, {}).items() if key in row.states}
             judge.state[q].clear()
             judge.state[q].update(held)
         optimizer.step()
@@ -50,7 +50,7 @@ def test_a_step_is_float32_arithmetic_between_a_load_and_one_rounding(name, dtyp
                 unit = torch.finfo(found.dtype).eps
                 # In float32, numbers of up to 16 may cancel; in float16, the least ones have fewer digits.
                 arithmetic = 16 * torch.finfo(torch.float32).eps + torch.finfo(found.dtype).smallest_normal * unit
-                error = (found.double() - exact).abs()
+                error = (found.cpu().double() - exact).abs()
                 assert (error <= 0.51 * unit * exact.abs() + arithmetic).all(), (key, error.max())
     assert {row_.path.split(" ")[0] for row_ in trainopt.explain(optimizer)} == {"fused"}
 
