@@ -11,6 +11,7 @@ from judge import TABLE, assert_same_bits, bits, outcome, random_problem, run
 
 import trainopt
 from trainopt import switches
+from trainopt._extension import _C
 
 NAMES = [name for name, row in TABLE.items() if row.states]
 PARAMS = [torch.float32, torch.bfloat16, torch.float16]
@@ -74,6 +75,22 @@ def test_the_engine_and_torchs_path_are_at_one(name, dtype, stored):
             assert ours.dtype == plain.dtype
             off = (ours.double() - plain.double()).abs() > 3 * torch.finfo(ours.dtype).eps * plain.double().abs() + 1e-6
             assert off.double().mean() < 0.02 if off.numel() else True, key  # a rounding may fall either way
+
+
+@pytest.mark.parametrize("stored", STATES)
+@pytest.mark.parametrize("dtype", PARAMS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_bits_for_any_number_of_threads_and_every_variant(name, dtype, stored):
+    row = TABLE[name]
+    start, gradients = random_problem((*SHAPES, (100_001,)), dtype, 2)
+    results = []
+    for variant in [name for name, usable in _C.cpu_variants().items() if usable]:
+        for threads in (1, 3):
+            _C.set_cpu_variant(variant)
+            torch.set_num_threads(threads)
+            results.append(outcome(*run(row.make, start, gradients, **row.usual, state_dtype=stored)))
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
 
 
 def test_by_the_name_of_the_state_by_dtype_and_by_group():
