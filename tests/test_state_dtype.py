@@ -210,3 +210,19 @@ def test_parameters_of_other_dtypes_are_refused(dtype):
         trainopt.AdamW([torch.nn.Parameter(torch.ones(2))], state_dtype="bfloat16", differentiable=True)
     with pytest.raises(TypeError, match="SGD is not one of trainopt's"):
         trainopt.convert_state(torch.optim.SGD([p]), "bfloat16")
+
+
+def test_a_state_of_another_shape_is_refused_before_anything_changes():
+    p = torch.nn.Parameter(torch.ones(4).bfloat16())
+    optimizer = trainopt.AdamW([p], state_dtype="float32", ema_decay=0.5)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name in ("exp_avg", "ema"):
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["state"][0][name] = torch.ones(3)
+        saved["param_groups"][0]["lr"] = 0.5
+        before = {key: value.clone() for key, value in optimizer.state[p].items()}
+        with pytest.raises(ValueError, match=rf"{name} of a parameter has shape \(3,\).* \(4,\)"):
+            optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["lr"] != 0.5
+        assert all(torch.equal(value, before[key]) for key, value in optimizer.state[p].items())

@@ -1,6 +1,6 @@
 """State dicts: what trainopt adds to torch's loading of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,10 @@ def adapted(optimizer: States) -> Iterator[None]:
         saved_groups, own_groups = given["param_groups"], optimizer.param_groups
         groups = [_adapt_group(optimizer, *both) for both in zip(saved_groups, own_groups, strict=False)]
         saved.update({**given, "param_groups": [*groups, *saved_groups[len(groups) :]]})
-        return saved
+        own = list(_in_own_dtypes(optimizer, saved))
+        for key, name, param, _ in own:
+            _check_shape(name, saved["state"][key][name], param, "a parameter")
+        return {**saved, "state": _without(saved["state"], [(key, name) for key, name, _, _ in own])}
 
     # The last of the pre-hooks: whatever form the state dict came in, it has torch's form by then.
     adapting = optimizer.register_load_state_dict_pre_hook(adapt)
@@ -31,7 +34,8 @@ def adapted(optimizer: States) -> Iterator[None]:
     finally:
         adapting.remove()
     _restore_counts(optimizer, saved)
-    _restore_dtypes(optimizer, saved)
+    for key, name, param, dtype in _in_own_dtypes(optimizer, saved):
+        optimizer.state[param][name] = saved["state"][key][name].to(param.device, dtype, copy=True)
 
 
 def _adapt_group(optimizer: States, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -58,16 +62,24 @@ def _restore_counts(optimizer: States, saved: dict[str, Any]) -> None:
                 optimizer.state[param]["step"] = count.to(optimizer.state[param]["step"].device, copy=True)
 
 
-def _restore_dtypes(optimizer: States, saved: dict[str, Any]) -> None:
-    """Gives states that are not in their parameter's dtype theirs, from what was saved: torch casts all to that."""
-    for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        names = (*(optimizer._states if extra(group, "state_dtype") is not None else ()), average.KEY)
-        for key, param in zip(saved_group["params"], group["params"], strict=True):
+def _in_own_dtypes(optimizer: States, saved: dict[str, Any]) -> Iterator[tuple[Any, str, torch.Tensor, torch.dtype]]:
+    """What was saved of states that are not to have their parameter's dtype, to which torch casts all that it loads:
+    (the parameter's key in the file, the state's name, the parameter, the dtype)."""
+    for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=False):
+        names = (*(optimizer._states if extra(saved_group, "state_dtype") is not None else ()), average.KEY)
+        for key, param in zip(saved_group["params"], group["params"], strict=False):
             for name in names:
-                value = saved["state"][key].get(name) if key in saved["state"] else None
-                dtype = average.dtype_of(param) if name == average.KEY else dtype_of(group, name, param)
-                if isinstance(value, torch.Tensor) and dtype != param.dtype:
-                    optimizer.state[param][name] = value.to(param.device, dtype, copy=True)
+                dtype = average.dtype_of(param) if name == average.KEY else dtype_of(saved_group, name, param)
+                if dtype != param.dtype and isinstance(saved["state"].get(key, {}).get(name), torch.Tensor):
+                    yield key, name, param, dtype
+
+
+def _without(state: dict[Any, Any], left_out: Iterable[tuple[Any, str]]) -> dict[Any, Any]:
+    """A state dict's states without some of them."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in state.items()}
+    for key, name in left_out:
+        del kept[key][name]
+    return kept
 
 
 def prepare(optimizer: States, state: dict[str, Any]) -> dict[str, Any]:
@@ -92,12 +104,15 @@ def _check_shapes(optimizer: States, state: dict[str, Any]) -> None:
         for i, param in enumerate(group["params"]):
             param_state = state["state"].get(param, {})
             for name in (*optimizer._states, average.KEY):
-                value = param_state.get(name)
-                if isinstance(value, torch.Tensor) and value.shape != param.shape:
-                    raise ValueError(
-                        f"loaded state dict: {name} of {name_of(group, group_index, i)} has shape"
-                        f" {tuple(value.shape)}, but the parameter has shape {tuple(param.shape)}"
-                    )
+                _check_shape(name, param_state.get(name), param, name_of(group, group_index, i))
+
+
+def _check_shape(name: str, value: Any, param: torch.Tensor, whose: str) -> None:
+    if isinstance(value, torch.Tensor) and value.shape != param.shape:
+        raise ValueError(
+            f"loaded state dict: {name} of {whose} has shape {tuple(value.shape)}, but the parameter has shape"
+            f" {tuple(param.shape)}"
+        )
 
 
 def complete(optimizer: States) -> None:
