@@ -495,3 +495,24 @@ def test_a_compiled_step_runs_uncompiled():
             step()
         results.append(outcome(optimizer, params))
     assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_gradients_that_are_unscaled_already(name):
+    """`scaler.unscale_` before the step, with or without a look at the norm: as without a scaler."""
+    row = TABLE[name]
+    start, gradients = problem(torch.float32)
+    plain, expected = run(lambda params: row.make(params, **row.usual, **TAIL), start, gradients)
+    params = [torch.nn.Parameter(p.clone()) for p in start]
+    optimizer = row.make(params, **row.usual, **TAIL)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
+    scaler.scale(torch.ones(()))
+    for now in gradients:
+        for p, g in zip(params, now, strict=True):
+            p.grad = g * 8.0 if p.grad is None else p.grad.add_(g * 8.0)
+        scaler.unscale_(optimizer)
+        norm = trainopt.get_total_norm([p.grad for p in params])
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(norm, optimizer.grad_norm)
+    assert_same_bits(outcome(optimizer, params), outcome(plain, expected))
