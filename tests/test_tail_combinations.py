@@ -26,8 +26,10 @@ TAIL = {
 def combinations(draw):
     name = draw(st.sampled_from(sorted(TABLE)))
     row = TABLE[name]
-    options = draw(st.sampled_from([row.usual, row.everything, *row.settings.values(), *row.extras.values()]))
-    options = {key: value for key, value in options.items() if key not in ("foreach", "fused", "noise")}
+    drawn = draw(st.sampled_from([row.usual, row.everything, *row.settings.values(), *row.extras.values()]))
+    # A learning rate that is a float32 tensor makes torch, and so the engine, round what follows from it to float32.
+    options = {key: value for key, value in drawn.items() if key not in ("foreach", "fused", "noise")}
+    options = {key: value for key, value in options.items() if not isinstance(value, torch.Tensor)}
     tail = draw(st.fixed_dictionaries({}, optional=TAIL))
     if "ema_decay" not in tail:
         tail.pop("ema_warmup", None)
@@ -44,7 +46,7 @@ def gaussian(shape, seed, step, index):
     return noise.double()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(combinations())
 def test_any_combination_is_its_separate_passes(combination):
     row, options, tail, scale, shapes, overflows, seed = combination
