@@ -20,7 +20,7 @@
 namespace trainopt::aten {
 
 constexpr int kMaxOperands = kMaxSlots + 3;  // parameter, gradient, states, step count
-constexpr int kGradientCounter = 1;           // which of an entry's counters is the gradient's, where it is written to
+constexpr int kGradientCounter = 1;          // which of an entry's counters is the gradient's, where it is written to
 
 // The tensors of one parameter; null where there is none. Those of a DTensor are its local tensors.
 struct Operands {
