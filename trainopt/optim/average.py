@@ -5,7 +5,7 @@ with the parameter's own count of steps for t; csrc/rules/average.h has it for t
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ def averages(group: dict[str, Any]) -> bool:
 
 
 def dtype_of(param: Tensor) -> torch.dtype:
+    """float32 for a 16-bit parameter, in which an average's small steps would be lost; else the parameter's own."""
     return torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
 
 
@@ -61,20 +62,29 @@ def applied(optimizer: Any) -> Iterator[None]:
         for param in group["params"]
         if averages(group) and KEY in optimizer.state.get(param, {})
     ]
-    before = [param.detach().clone() for param, _ in params]
     record = optimizer._record
     if record.holds_averages:
         raise RuntimeError("averaged_parameters: the parameters are the averages already")
-    record.holds_averages = True
+    with kept([param for param, _ in params]):
+        record.holds_averages = True
+        try:
+            with torch.no_grad():
+                for param, average in params:
+                    param.copy_(average)
+            yield
+        finally:
+            record.holds_averages = False
+
+
+@contextmanager
+def kept(params: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever happens to the parameters inside, afterwards they have the same bits as before."""
+    before = [param.detach().clone() for param in params]
     try:
-        with torch.no_grad():
-            for param, average in params:
-                param.copy_(average)
         yield
     finally:
-        record.holds_averages = False
         with torch.no_grad():
-            for (param, _), value in zip(params, before, strict=True):
+            for param, value in zip(params, before, strict=True):
                 param.copy_(value)
 
 

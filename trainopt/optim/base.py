@@ -17,8 +17,8 @@ from trainopt import switches
 from trainopt._extension import _C
 from trainopt.optim import loading, registry, state_dtype, torch_path, traced
 from trainopt.optim.depth import apply_depth
-from trainopt.optim.gradients import GradientScaling, clear_gradients, clips, find_norm
-from trainopt.optim.options import check_extras, defaults_of, extra, not_default
+from trainopt.optim.gradients import GradientScaling, clear_gradients, clears, clips, find_norm
+from trainopt.optim.options import check_extras, defaults_of, not_default
 from trainopt.optim.report import NonfiniteReport
 from trainopt.optim.skipping import found_nonfinite, lie_on_device, skips_nonfinite, step_on_device
 from trainopt.optim.states import States, numbered
@@ -90,7 +90,7 @@ class Fused(States):
         A step that clears gradients has to be called where one is to be left out, too: else infinities would stay in
         them. One that clips them needs no pass of GradScaler's to take the scale out of them.
         """
-        acts = any(extra(g, name) is not None for g in self.param_groups for name in ("max_grad_norm", "zero_grad"))
+        acts = any(clips(group) or clears(group) for group in self.param_groups)
         return acts or self.__dict__.get("_step_supports_amp_scaling", False)
 
     @_step_supports_amp_scaling.setter
@@ -155,7 +155,7 @@ class Fused(States):
         if self._only_makes_states():
             return False
         if answer is None or answer.status != "unfinished":
-            if clips(self):
+            if any(map(clips, self.param_groups)):
                 scaling.norm = find_norm(self, scaling.scale, may_raise)
             if skips_nonfinite(self):
                 found_inf = found_nonfinite(self, norm=scaling.norm)

@@ -10,6 +10,7 @@ import torch
 from trainopt import switches
 from trainopt._extension import _C, why_no_cuda
 from trainopt.optim import average
+from trainopt.optim.gradients import clears, clips
 from trainopt.optim.options import extra
 from trainopt.optim.report import names_of
 from trainopt.optim.state_dtype import dtype_of
@@ -86,18 +87,17 @@ def _notes(optimizer: States) -> Iterator[str]:
         notes = []
         if extra(group, "skip_nonfinite"):
             notes.append("a step whose gradients are not all finite is left out (skip_nonfinite)")
-        if (limit := extra(group, "max_grad_norm")) is not None:
+        if clips(group):
+            limit = extra(group, "max_grad_norm")
             notes.append(f"gradients are clipped in the step, to a norm of {limit:g} over all (max_grad_norm)")
         if average.averages(group):
-            notes.append(
-                f"a moving average is kept, in {str(average.dtype_of(param)).removeprefix('torch.')} (ema_decay)"
-            )
-        if extra(group, "zero_grad") is not None:
+            notes.append(f"a moving average is kept, in {_name_of(average.dtype_of(param))} (ema_decay)")
+        if clears(group):
             notes.append("the step clears its gradient (zero_grad)")
         state = optimizer.state.get(param, {})
         if extra(group, "state_dtype") is not None:
             dtypes = {name: dtype_of(group, name, param) for name in optimizer._states_needed(group)}
-            said = ", ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
+            said = ", ".join(f"{name} in {_name_of(dtype)}" for name, dtype in dtypes.items())
             notes.append(f"states are stored with {said} (state_dtype)" if said else "there are no states")
         squares = [name for name in optimizer._states_needed(group) if name.endswith("_sq")]
         stored = [getattr(state.get(name), "dtype", dtype_of(group, name, param)) for name in squares]
@@ -123,4 +123,8 @@ def kernel(device: str) -> str:
 
 
 def outline(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
+    return f"{_name_of(tensor.dtype)} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -37,18 +37,33 @@ class GradientScaling:
             answer = plan.step(groups, state, self.scale, new_states, stepped, None, None, self.norm, True)
         return answer
 
+    def is_written_back(self, group: dict[str, Any]) -> bool:
+        """Whether this group's gradients are left without their scale. Those that are clipped stay as they are."""
+        return self.scale != 1 and not clips(group)
+
     def divisor(self, group: dict[str, Any]) -> float:
         """What this group's gradients are divided by. Waits for a device where the norm lies there."""
-        limit = extra(group, "max_grad_norm")
-        if limit is None or self.norm is None:
+        if not clips(group) or self.norm is None:
             return self.scale
-        excess = (float(self.norm) / self.scale + 1e-6) / limit
+        excess = (float(self.norm) / self.scale + 1e-6) / extra(group, "max_grad_norm")
         return self.scale if excess <= 1 else self.scale * excess
 
 
-def clips(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a group has a ``max_grad_norm``."""
-    return any(extra(group, "max_grad_norm") is not None for group in optimizer.param_groups)
+def clips(group: dict[str, Any]) -> bool:
+    """Whether a group's gradients are clipped in the step."""
+    return extra(group, "max_grad_norm") is not None
+
+
+def clears(group: dict[str, Any]) -> bool:
+    """Whether a group's gradients are cleared in the step."""
+    return extra(group, "zero_grad") is not None
+
+
+def norm_of(params: list[Tensor]) -> tuple[float | Tensor, Tensor]:
+    """The norm over the gradients of parameters: in float64, a number or a tensor on a device that kernels run on; and
+    as the tensor that is shown."""
+    found = None if switches.REFERENCE_FORCED else _C.norm_of(params, 2.0, True)
+    return _norm_by_torch([param.grad for param in params if param.grad is not None]) if found is None else found
 
 
 def find_norm(optimizer: States, scale: float | Tensor = 1.0, may_raise: bool = True) -> float | Tensor:
@@ -61,12 +76,10 @@ def find_norm(optimizer: States, scale: float | Tensor = 1.0, may_raise: bool = 
         may_raise: whether a norm that is not finite is an error then; with a GradScaler it is none.
 
     Returns:
-        The norm in float64: a number, or a tensor on a device that kernels run on.
+        The norm in float64, as `norm_of` gives it.
     """
-    groups = [group for group in optimizer.param_groups if extra(group, "max_grad_norm") is not None]
-    params = [param for group in groups for param in group["params"]]
-    found = None if switches.REFERENCE_FORCED else _C.norm_of(params, 2.0, True)
-    norm, total = norm_by_torch([p.grad for p in params if p.grad is not None]) if found is None else found
+    groups = [group for group in optimizer.param_groups if clips(group)]
+    norm, total = norm_of([param for group in groups for param in group["params"]])
     if may_raise and any(extra(group, "error_if_nonfinite") for group in groups):
         check_finite(total, 2.0)
     is_scaled = isinstance(scale, Tensor) or scale != 1
@@ -75,8 +88,8 @@ def find_norm(optimizer: States, scale: float | Tensor = 1.0, may_raise: bool = 
 
 
 @torch.no_grad()
-def norm_by_torch(gradients: list[Tensor]) -> tuple[float | Tensor, Tensor]:
-    """The norm of gradients of any kind, each rank's part of a DTensor included: as `find_norm` gives it, and shown."""
+def _norm_by_torch(gradients: list[Tensor]) -> tuple[float | Tensor, Tensor]:
+    """Likewise, of gradients of any kind, each rank's part of a DTensor included."""
     shared = [gradient for gradient in gradients if hasattr(gradient, "full_tensor")]
     norms = [
         torch.linalg.vector_norm(torch.view_as_real(own) if own.is_complex() else own, dtype=torch.float64)
@@ -95,7 +108,7 @@ def norm_by_torch(gradients: list[Tensor]) -> tuple[float | Tensor, Tensor]:
 def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Clears what a step would have cleared that is left out: what is not finite would stay in the gradients else."""
     for group in optimizer.param_groups:
-        if extra(group, "zero_grad") is None:
+        if not clears(group):
             continue
         gradients = [param.grad for param in group["params"] if param.grad is not None]
         plain = [g for g in gradients if type(g) is Tensor and g.layout is torch.strided]

@@ -17,12 +17,13 @@ from trainopt.optim.states import States, widen_counts
 def adapted(optimizer: States) -> Iterator[None]:
     """While torch loads a state dict in here, its groups are adapted to the optimizer's; its counts are put right."""
     saved: dict[str, Any] = {}
+    own: list[tuple[Any, str, torch.Tensor, torch.dtype]] = []  # states that torch is not to cast
 
     def adapt(_: Any, given: dict[str, Any]) -> dict[str, Any]:
         saved_groups, own_groups = given["param_groups"], optimizer.param_groups
         groups = [_adapt_group(optimizer, *both) for both in zip(saved_groups, own_groups, strict=False)]
         saved.update({**given, "param_groups": [*groups, *saved_groups[len(groups) :]]})
-        own = list(_in_own_dtypes(optimizer, saved))
+        own.extend(_in_own_dtypes(optimizer, saved))
         for key, name, param, _ in own:
             _check_shape(name, saved["state"][key][name], param, "a parameter")
         return {**saved, "state": _without(saved["state"], [(key, name) for key, name, _, _ in own])}
@@ -34,7 +35,7 @@ def adapted(optimizer: States) -> Iterator[None]:
     finally:
         adapting.remove()
     _restore_counts(optimizer, saved)
-    for key, name, param, dtype in _in_own_dtypes(optimizer, saved):
+    for key, name, param, dtype in own:
         optimizer.state[param][name] = saved["state"][key][name].to(param.device, dtype, copy=True)
 
 

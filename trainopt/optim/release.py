@@ -13,7 +13,7 @@ from trainopt import switches
 from trainopt._extension import _C
 from trainopt.optim import torch_path
 from trainopt.optim.distributed import is_dtensor
-from trainopt.optim.gradients import GradientScaling, norm_by_torch
+from trainopt.optim.gradients import GradientScaling, norm_of
 from trainopt.optim.options import extra
 from trainopt.optim.report import Record, names_of
 from trainopt.optim.states import States
@@ -66,9 +66,7 @@ class StepInBackward:
                 squares = self._squares
                 self._last_norm = squares.sqrt() if isinstance(squares, Tensor) else math.sqrt(squares)
             self._squares, self._pass = 0.0, self._optimizer._record.steps
-        assert param.grad is not None
-        found = None if switches.REFERENCE_FORCED else _C.norm_of([param], 2.0, True)
-        norm, _ = norm_by_torch([param.grad]) if found is None else found
+        norm, _ = norm_of([param])
         self._squares = self._squares + norm * norm
 
 

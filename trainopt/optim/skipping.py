@@ -39,7 +39,7 @@ def step_on_device(
     if answer.status == "look at gradients":
         if optimizer._only_makes_states():
             return True
-        if clips(optimizer):
+        if any(map(clips, optimizer.param_groups)):
             norm = find_norm(optimizer, 1.0 if grad_scale is None else grad_scale, may_raise=False)
         if skips_nonfinite(optimizer):
             found_inf = found_nonfinite(optimizer, found_inf, norm)
@@ -97,11 +97,10 @@ def found_nonfinite(
     """
     groups = [group for group in optimizer.param_groups if extra(group, "skip_nonfinite")]
     params = [param for group in groups for param in group["params"]]
-    clipping = [group for group in optimizer.param_groups if extra(group, "max_grad_norm") is not None]
     flags = []
-    if norm is not None and all(extra(group, "skip_nonfinite") for group in clipping):
-        groups = [group for group in groups if extra(group, "max_grad_norm") is None]
-        flags.append(norm.isfinite().logical_not() if isinstance(norm, Tensor) else not math.isfinite(norm))
+    if norm is not None and all(extra(group, "skip_nonfinite") for group in optimizer.param_groups if clips(group)):
+        groups = [group for group in groups if not clips(group)]
+        flags.append(_is_not_finite(norm))
     flags += map(_flag_of, _by_device([param for group in groups for param in group["params"]]))
     if found_inf is not None:
         flags.append(found_inf)
@@ -130,10 +129,13 @@ def _flag_of(gradients: list[Tensor]) -> bool | Tensor:
     """Whether one of these, of one device, is not finite: a tensor where the kernels run on that device."""
     found = _C.norm_of(gradients, math.inf, False)
     if found is not None:
-        largest, _ = found
-        return largest.isfinite().logical_not() if isinstance(largest, Tensor) else not math.isfinite(largest)
+        return _is_not_finite(found[0])
     flag = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().logical_not()
     return flag if flag.device.type in DEVICE_TYPES else bool(flag)
+
+
+def _is_not_finite(number: float | Tensor) -> bool | Tensor:
+    return number.isfinite().logical_not() if isinstance(number, Tensor) else not math.isfinite(number)
 
 
 def _move_counts(optimizer: States) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from trainopt._extension import _C
 from trainopt.optim import average
-from trainopt.optim.gradients import GradientScaling
+from trainopt.optim.gradients import GradientScaling, clears, clips
 from trainopt.optim.options import extra
 from trainopt.optim.state_dtype import cast_states
 from trainopt.optim.states import Numbered, States, widen_count
@@ -52,17 +52,16 @@ def step(
     chosen = [each for each in chosen if extra(each[1], "state_dtype") is None]
     if not chosen:
         return
-    if scaling.scale != 1:
-        for _, group, param in chosen:
-            if extra(group, "max_grad_norm") is None:
-                assert param.grad is not None
-                param.grad.div_(scaling.scale)
+    for _, group, param in chosen:
+        if scaling.is_written_back(group):
+            assert param.grad is not None
+            param.grad.div_(scaling.scale)
     view = _view(optimizer, list(_narrowed(chosen, plain)))
     started: list[tuple[torch.Tensor, torch.Tensor]] = []  # states of torch's come first
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(optimizer.defaults["differentiable"]))
         for _, group, param in chosen:
-            if extra(group, "max_grad_norm") is not None and (divisor := scaling.divisor(group)) != 1:
+            if clips(group) and (divisor := scaling.divisor(group)) != 1:
                 stack.enter_context(_divided_gradient(param, divisor))
             if extra(group, "l1") and not extra(group, "l1_proximal"):
                 stack.enter_context(_l1_in_gradient(param, group))
@@ -85,7 +84,7 @@ def step(
                 _add_noise_(param, optimizer._first_index + index, group, optimizer.state[param])
             if average.averages(group):
                 average.update_(param, group, optimizer.state[param])
-            if extra(group, "zero_grad") is not None:
+            if clears(group):
                 assert param.grad is not None
                 param.grad.zero_()
 
@@ -107,10 +106,9 @@ def _step_in_float32(optimizer: States, numbered: Numbered, scaling: GradientSca
     if begun is None and average.averages(group):
         begun = average.new_average(param)
     step(view, [(index, wide, copy)], None, scaling, plain=plain)
-    is_written = scaling.scale != 1 and extra(group, "max_grad_norm") is None
     with torch.no_grad():
         param.copy_(copy)
-        if is_written or extra(group, "zero_grad") is not None:
+        if scaling.is_written_back(group) or clears(group):
             param.grad.copy_(copy.grad)
     made = view.state[copy]
     cast_states(made, group, param, optimizer._states)

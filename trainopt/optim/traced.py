@@ -11,6 +11,8 @@ import torch
 
 from trainopt import switches
 from trainopt._extension import _C
+from trainopt.optim.average import averages
+from trainopt.optim.gradients import clears, clips
 from trainopt.optim.options import extra, option_at, places_of
 from trainopt.optim.states import States
 
@@ -29,9 +31,7 @@ def step(optimizer: Any) -> bool:
     for group in optimizer.param_groups:
         # Noise depends on a parameter's index and step; what depends on all gradients, the host must see to before it
         # steps; the operator does not write to them.
-        if any(extra(group, name) for name in ("noise", "skip_nonfinite", "max_grad_norm", "zero_grad")):
-            return False
-        if extra(group, "ema_decay") is not None:
+        if extra(group, "noise") or extra(group, "skip_nonfinite") or clips(group) or clears(group) or averages(group):
             return False
         lists: tuple[list[torch.Tensor], ...] = ([], [], [], [])
         params, gradients, states, steps = lists

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainopt.optim.average import dtype_of, kept, new_average
 from trainopt.training.distributed import is_dtensor, like, whole
 from trainopt.training.gradients import parameters
 from trainopt.training.trained import Trained, plain_state
@@ -44,7 +45,7 @@ class WeightAverage:
         with torch.no_grad():
             names = model.names() if isinstance(model, Trained) else [name for name, _ in model.named_parameters()]
             params = zip(names, model.parameters(), strict=True)
-            self.weights = {name: at_least_float32(param.detach()).clone() for name, param in params}
+            self.weights = {name: new_average(param) for name, param in params}
 
     def decay_at(self, t: int) -> float:
         """d_t."""
@@ -58,7 +59,7 @@ class WeightAverage:
         self.log_bias += math.log(decay) if decay > 0 else -math.inf
         step = (1 - decay) / -math.expm1(self.log_bias)
         averages = list(self.weights.values())
-        current = [at_least_float32(param.detach()) for param in self.model.parameters()]
+        current = [param.detach().to(dtype_of(param)) for param in self.model.parameters()]
         if not any(map(is_dtensor, averages)):
             torch._foreach_lerp_(averages, current, step)
             return
@@ -95,23 +96,6 @@ class WeightAverage:
                 for param, average in zip(params, self.weights.values(), strict=True):
                     param.copy_(average)
             yield
-
-
-@contextmanager
-def kept(params: Sequence[Tensor]) -> Iterator[None]:
-    """Whatever happens to the parameters inside, afterwards they have the same bits as before."""
-    before = [param.detach().clone() for param in params]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for param, value in zip(params, before, strict=True):
-                param.copy_(value)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """float32 for a 16-bit tensor, else the tensor itself."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 class Modes:
