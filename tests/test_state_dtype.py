@@ -201,8 +201,13 @@ def test_bad_input(case):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
 def test_parameters_of_other_dtypes_are_refused(dtype):
     p = torch.nn.Parameter(torch.ones(2, dtype=dtype))
+    for params in ([p], (p,), iter([p]), [("weight", p)], [{"params": (p,)}], [{"params": [("weight", p)]}]):
+        with pytest.raises(ValueError, match=f"one is {dtype}"):
+            trainopt.AdamW(params, state_dtype="bfloat16")
+    optimizer = trainopt.AdamW([torch.nn.Parameter(torch.ones(2))], state_dtype="bfloat16")
     with pytest.raises(ValueError, match=f"one is {dtype}"):
-        trainopt.AdamW([p], state_dtype="bfloat16")
+        optimizer.add_param_group({"params": (p,)})
+    assert len(optimizer.param_groups) == 1
     optimizer = trainopt.AdamW([{"params": [p], "state_dtype": None}], state_dtype="bfloat16")
     with pytest.raises(ValueError, match=f"one is {dtype}"):
         trainopt.convert_state(optimizer, "bfloat16")

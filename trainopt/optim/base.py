@@ -56,11 +56,14 @@ class Fused(States):
         if isinstance(param_group, dict):
             options = {**self.EXTRAS, **self.defaults, **param_group}
             check_extras(options)
-            params = param_group.get("params", ())
-            params = [params] if isinstance(params, torch.Tensor) else params
-            state_dtype.check(options["state_dtype"], self._states, params if isinstance(params, list) else ())
+            state_dtype.check(options["state_dtype"], self._states)
             apply_depth(param_group, self.defaults)
         super().add_param_group(param_group)
+        try:  # of the parameters, whatever form they came in, torch has made a list
+            state_dtype.check_params(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     # The step ---------------------------------------------------------------------------------------------------------
 

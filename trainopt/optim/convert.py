@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainopt.optim.state_dtype import cast_states, check
+from trainopt.optim.state_dtype import cast_states, check, check_params
 from trainopt.optim.states import States
 from trainopt.optim.wrappers import unwrapped
 
@@ -24,8 +24,9 @@ def convert_state(optimizer: Any, state_dtype: Any) -> None:
     optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, States):
         raise TypeError(f"convert_state: {type(optimizer).__qualname__} is not one of trainopt's optimizers")
+    check(state_dtype, optimizer._states)
     for group in optimizer.param_groups:
-        check(state_dtype, optimizer._states, group["params"])
+        check_params({**group, "state_dtype": state_dtype})
     for group in optimizer.param_groups:
         if state_dtype is None:
             group.pop("state_dtype", None)

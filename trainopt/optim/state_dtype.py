@@ -22,8 +22,8 @@ def dtype_of(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype:
     return DTYPES[chosen] if isinstance(chosen, str) else chosen
 
 
-def check(chosen: Any, states: Iterable[str], params: Iterable[Any]) -> None:
-    """ValueError for a choice that makes no sense for these states and parameters."""
+def check(chosen: Any, states: Iterable[str]) -> None:
+    """ValueError for a choice that makes no sense for these states."""
     names = tuple(states)
     parts = chosen if isinstance(chosen, Mapping) else {name: chosen for name in names or ("",)}
     for name, dtype in parts.items():
@@ -34,8 +34,13 @@ def check(chosen: Any, states: Iterable[str], params: Iterable[Any]) -> None:
             raise ValueError(
                 f"Invalid state_dtype value: {dtype!r} ({', '.join(map(repr, DTYPES))}, or the torch.dtype)"
             )
-    for param in params if chosen is not None else ():
-        if isinstance(param, Tensor) and param.dtype not in DTYPES.values():
+
+
+def check_params(group: Mapping[str, Any]) -> None:
+    """ValueError for a group with a choice that makes no sense for its parameters."""
+    chosen = extra(group, "state_dtype")
+    for param in group["params"] if chosen is not None else ():
+        if param.dtype not in DTYPES.values():
             raise ValueError(
                 f"state_dtype={chosen!r} is for parameters of {', '.join(DTYPES)}, and one is {param.dtype}: put it in"
                 " a group with state_dtype=None"
