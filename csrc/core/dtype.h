@@ -7,7 +7,23 @@
 
 namespace trainopt {
 
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class DType : uint8_t {
+  kFloat32,
+  kFloat64,
+  kBFloat16,
+  kFloat16,
+  // Float32 numbers in two tensors: a parameter as its model sees it, and beside it what that lacks.
+  kMaster16,    // bfloat16, and the lower 16 bits
+  kMaster24,    // bfloat16, and the next 8 bits
+  kMasterCopy,  // float16, and the float32 itself
+  // One byte for an element, and beside it a float32 scale for each 256 of them: core/code8.h.
+  kSigned8,
+  kUnsigned8,
+};
+TRAINOPT_FUNCTION constexpr bool is_coded(DType dtype) { return dtype >= DType::kMaster16; }
+TRAINOPT_FUNCTION constexpr bool is_16_bit(DType dtype) {
+  return dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+}
 
 // Stored as bits; arithmetic happens in float.
 struct BFloat16 {
@@ -23,7 +39,7 @@ TRAINOPT_FUNCTION constexpr DType dtype_of(BFloat16) { return DType::kBFloat16; 
 TRAINOPT_FUNCTION constexpr DType dtype_of(Float16) { return DType::kFloat16; }
 
 TRAINOPT_FUNCTION int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : dtype >= DType::kSigned8 ? 1 : 2;
 }
 
 TRAINOPT_FUNCTION uint32_t bits_of(float value) {

@@ -21,6 +21,14 @@ TRAINOPT_FUNCTION double sign_of(double x) { return x > 0 ? 1.0 : x < 0 ? -1.0 :
 TRAINOPT_FUNCTION float sign_or_nan(float x) { return x != x ? x : sign_of(x); }
 TRAINOPT_FUNCTION double sign_or_nan(double x) { return x != x ? x : sign_of(x); }
 
+// `value` where a * b >= 0, as it is in exact arithmetic; else 0.
+TRAINOPT_FUNCTION float where_signs_agree(float a, float b, float value) {
+  return (a > 0 && b < 0) || (a < 0 && b > 0) ? 0.0f : value;
+}
+TRAINOPT_FUNCTION double where_signs_agree(double a, double b, double value) {
+  return (a > 0 && b < 0) || (a < 0 && b > 0) ? 0.0 : value;
+}
+
 // x moved towards 0 by `threshold`, and to exactly 0 if it is nearer than that; NaN stays NaN.
 TRAINOPT_FUNCTION float soft_threshold(float x, float threshold) {
   return x - (x > threshold ? threshold : x < -threshold ? -threshold : x);

@@ -10,7 +10,7 @@
 namespace trainopt {
 
 // Which of the independent random streams of one element is meant.
-enum class RandomStream : uint32_t { kNoise = 0 };
+enum class RandomStream : uint32_t { kNoise = 0, kRounding = 1 };
 
 struct RandomWords {
   uint32_t word[4];
@@ -38,6 +38,12 @@ TRAINOPT_FUNCTION RandomWords philox(uint64_t seed, uint32_t c0, uint32_t c1, ui
 struct RandomKey {
   uint64_t seed;
   uint32_t step;
+};
+
+// Likewise of one tensor.
+struct TensorKey {
+  uint64_t seed;
+  uint32_t step, tensor;
 };
 
 // `count` is the number of the step, a whole one. Its bits beyond 32 go into the seed: no step has another's numbers.

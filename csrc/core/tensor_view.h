@@ -19,8 +19,9 @@ struct Layout {
 
 struct TensorView {
   void* data;
-  const Layout* layout;  // null: one run in memory
+  const Layout* layout;  // null: one run in memory, as whatever has something beside it is
   DType dtype;
+  void* beside = nullptr;  // of a dtype in two tensors: the other one's data
 };
 
 }  // namespace trainopt

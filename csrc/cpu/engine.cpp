@@ -53,6 +53,7 @@ constexpr Rule describe(int index) {
             sizeof(R::kOptions) / sizeof(R::kOptions[0]),
             R::kStates,
             kStateCount<R>,
+            kUnsignedStates<R>,
             nullptr,
             kSumCount<R>,
             R::kCountsSteps,
@@ -102,14 +103,14 @@ const KernelTable& table_of(Variant variant) {
 }
 
 // Asks for the first lines of a task's tensors: the processor's own prefetching begins anew with each tensor.
-void prefetch_start(const TensorTask& task, int slots) {
+void prefetch_start(const TensorTask& task, int views) {
   constexpr int kLines = 4;
   const auto ask = [](const void* data) {
     for (int line = 0; line < kLines; ++line) __builtin_prefetch(static_cast<const char*>(data) + 64 * line, 1);
   };
   ask(task.param.data);
   ask(task.gradient.data);
-  for (int s = 0; s < slots; ++s)
+  for (int s = 0; s < views; ++s)
     if (task.state[s].data != nullptr) ask(task.state[s].data);
 }
 
@@ -159,7 +160,7 @@ void run_blocks(const Update& update, int64_t first, int64_t last) {
   const Kernel kernel = table_in_use().rule[update.rule->index][update.is_float64];
   for_each_task(update, first, last, [&](size_t t, int64_t from, int64_t to) {
     const TensorTask& task = update.tasks[t];
-    if (t + 1 < update.count) prefetch_start(update.tasks[t + 1], update.rule->slots());
+    if (t + 1 < update.count) prefetch_start(update.tasks[t + 1], update.rule->state_count + 1);
     const int64_t begin = from * kBlock, end = to * kBlock < task.numel ? to * kBlock : task.numel;
     if (update.sums == nullptr) return kernel(task, begin, end);
     Scalars scalars = *task.scalars;
@@ -199,8 +200,12 @@ void sums_of(const Update& update, size_t task, const Sum* partials, Sum* sums) 
   }
 }
 
-void gaussian(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor) {
-  table_in_use().gaussian(out, begin, count, seed, step, tensor);
+void gaussian(float* out, int64_t begin, int64_t count, const TensorKey& key) {
+  table_in_use().gaussian(out, begin, count, key);
+}
+
+void rounding_bits(uint16_t* out, int64_t begin, int64_t count, const TensorKey& key) {
+  table_in_use().rounding_bits(out, begin, count, key);
 }
 
 double norm_of_chunk(Norm norm, const TensorView& view, int64_t begin, int64_t end) {

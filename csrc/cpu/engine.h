@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/random.h"
 #include "core/sum.h"
 #include "core/tensor_view.h"
 #include "rules/rule.h"
@@ -36,7 +37,8 @@ struct Rule {
   int option_count;
   const char* const* states;
   int state_count;
-  int slots() const { return state_count + 1; }  // the states, then the moving average
+  StateSet unsigned_states;
+  Slots slots() const { return {state_count}; }
   const char* const* sums;
   int sum_count;  // 0 without a reduce phase
   bool counts_steps;
@@ -71,8 +73,10 @@ void sums_of(const Update& update, size_t task, const Sum* partials, Sum* sums);
 
 inline int64_t blocks_of(int64_t numel) { return (numel + kBlock - 1) / kBlock; }
 
-// Standard normal values for elements [begin, begin + count) of a tensor at a step.
-void gaussian(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor);
+// Standard normal values for elements [begin, begin + count) of a tensor at a step; and the 16 bits that each is
+// rounded by at random.
+void gaussian(float* out, int64_t begin, int64_t count, const TensorKey& key);
+void rounding_bits(uint16_t* out, int64_t begin, int64_t count, const TensorKey& key);
 
 // The SIMD variants in this binary, the plainest first.
 enum class Variant { kBaseline, kAvx2, kAvx512 };

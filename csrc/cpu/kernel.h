@@ -2,67 +2,18 @@
 // each kernels_*.cpp, which names the table that it fills.
 #pragma once
 
-#include "core/random.h"
+#include "cpu/coded_kernel.h"
+#include "cpu/coded_tile.h"
 #include "cpu/gather_kernel.h"
 #include "cpu/kernel_table.h"
 #include "cpu/norm_kernel.h"
+#include "cpu/random_tile.h"
 #include "cpu/tile.h"
 #include "cpu/vec.h"
 #include "rules/stages.h"
 
 namespace trainopt::cpu {
 namespace {
-
-// Elements of one quad in a tile, first all words, then all values: two loops that become vector code. `begin` is a
-// multiple of 4.
-constexpr int kQuads = kBlock / 4;
-TRAINOPT_FUNCTION void gaussian_quads(float* out, int64_t begin, int quads, uint64_t seed, uint32_t step,
-                                      uint32_t tensor) {
-  uint32_t words[4][kQuads];
-  for (int q = 0; q < quads; ++q) {
-    const RandomWords r = random_words(seed, step, tensor, RandomStream::kNoise, static_cast<uint64_t>(begin / 4 + q));
-    for (int w = 0; w < 4; ++w) words[w][q] = r.word[w];
-  }
-  for (int q = 0; q < quads; ++q) {
-    const GaussianPair one = gaussian_pair(words[0][q], words[1][q]);
-    const GaussianPair two = gaussian_pair(words[2][q], words[3][q]);
-    out[4 * q] = one.first;
-    out[4 * q + 1] = one.second;
-    out[4 * q + 2] = two.first;
-    out[4 * q + 3] = two.second;
-  }
-}
-
-void gaussian_tile(float* out, int64_t begin, uint64_t seed, uint32_t step, uint32_t tensor) {
-  gaussian_quads(out, begin, kQuads, seed, step, tensor);
-}
-
-void gaussian_range(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor) {
-  float tile[kBlock];
-  for (int64_t i = begin, end = begin + count; i < end;) {
-    const int64_t first = i / 4 * 4, quads = (end - first + 3) / 4;
-    gaussian_quads(tile, first, static_cast<int>(quads < kQuads ? quads : kQuads), seed, step, tensor);
-    for (; i < end && i < first + kBlock; ++i) *out++ = tile[i - first];
-  }
-}
-
-// The noise of a shard's elements is that of their places in the whole: run by run of its innermost dimension.
-void gaussian_shard(float* out, const ShardLayout& shard, int64_t begin, int count, uint64_t seed, uint32_t step,
-                    uint32_t tensor) {
-  const Layout& layout = shard.layout;
-  for (int done = 0; done < count;) {
-    int64_t place = shard.offset, rest = begin + done, run = count - done;
-    for (int d = layout.ndim; d-- > 0; rest /= layout.sizes[d]) {
-      const int64_t index = rest % layout.sizes[d];
-      place += index * layout.strides[d];
-      if (d < layout.ndim - 1) continue;
-      const int64_t left = layout.strides[d] == 1 ? layout.sizes[d] - index : 1;
-      if (left < run) run = left;
-    }
-    gaussian_range(out + done, place, run, seed, step, tensor);
-    done += static_cast<int>(run);
-  }
-}
 
 // The parts of one tile, stored as `Stored`.
 template <class Stored, class S, int kStates>
@@ -176,6 +127,9 @@ TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& sta
                                     const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
   S buffer[3 + kStateCount<Rule>][kBlock];
   float gaussians[kBlock];
+  uint16_t bits[kBlock];
+  const TensorKey key{stages.seed, stages.step, task.tensor};
+  const bool rounds_at_random = stages.round_at_random && is_16_bit(task.param.dtype);
   const TensorView& average = task.state[kAverage<Rule>];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
@@ -184,21 +138,61 @@ TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& sta
     for (int s = 0; s < kStateCount<Rule>; ++s)
       if (contains(kSet, s)) tile.state[s] = load_tile(task.state[s], at, count, buffer[3 + s]);
     if (stages.noisy) {
-      if (task.shard == nullptr) {
-        gaussian_tile(gaussians, at, stages.seed, stages.step, task.tensor);
-      } else {
-        gaussian_shard(gaussians, *task.shard, at, count, stages.seed, stages.step, task.tensor);
-      }
+      random_tile<Gaussians>(gaussians, task, at, count, key);
       for (int i = 0; i < kBlock; ++i) buffer[2][i] = gaussians[i];
       tile.noise = buffer[2];
     }
     run_tile<Rule, false, kSet>(stages, scalars, tile, count);
+    if constexpr (sizeof(S) == sizeof(float)) {
+      if (rounds_at_random) {
+        random_tile<RoundingBits>(bits, task, at, count, key);
+        round_tile_at_random(task.param.dtype, count, bits, tile.p);
+      }
+    }
     store_tile(task.param, at, count, tile.p);
     for (int s = 0; s < kStateCount<Rule>; ++s)
-      if (contains(kSet, s)) store_tile(task.state[s], at, count, tile.state[s]);
+      if (contains(kSet, s)) store_tile(task.state[s], at, count, tile.state[s], stages.code_rounding);
     if (stages.write_gradient) store_tile(task.gradient, at, count, tile.g);
     if (average.data != nullptr) average_tile(task.param, average, stages.average_weight, at, count);
   }
+}
+
+// Parameters or states in two parts, in one of the ways that coded_kernel.h has: whole blocks. Returns where it has
+// stopped.
+template <class Rule, bool kPlain, StateSet kSet, class Param, class State>
+[[gnu::noinline]] int64_t run_coded(const TensorTask& given, const Stages<float>& given_stages,
+                                    const typename Rule::template Scalars<float>& given_scalars, int64_t begin,
+                                    int64_t end) {
+  // Copies, which the bytes that are written cannot alias.
+  const TensorTask task = given;
+  const Stages<float> stages = given_stages;
+  const typename Rule::template Scalars<float> scalars = given_scalars;
+  const TensorView& average = task.state[kAverage<Rule>];
+  int64_t at = begin;
+  for (; at + kBlock <= end; at += kBlock) {
+    run_coded_block<Rule, kPlain, kSet, Param, State>(task, stages, scalars, at);
+    if (average.data != nullptr) average_tile(task.param, average, stages.average_weight, at, kBlock);
+  }
+  return at;
+}
+
+template <class Rule, StateSet kSet>
+TRAINOPT_FUNCTION int64_t run_if_coded(const TensorTask& task, const Stages<float>& stages,
+                                       const typename Rule::template Scalars<float>& scalars, int64_t begin,
+                                       int64_t end) {
+  if (stages.needs_random(is_16_bit(task.param.dtype))) return begin;
+  const auto run = [&](auto param, auto state) {
+    if (begin < end && are_stored_as<decltype(param), decltype(state)>(task, kSet))
+      begin = (stages.is_plain()
+                   ? run_coded<Rule, true, kSet, decltype(param), decltype(state)>
+                   : run_coded<Rule, false, kSet, decltype(param), decltype(state)>)(task, stages, scalars, begin, end);
+  };
+  run(Whole<float>(), InCodes());
+  run(Whole<BFloat16>(), InCodes());
+  run(WithRest16(), InCodes());
+  run(WithRest8(), InCodes());
+  run(WithRest16(), Whole<BFloat16>());
+  return begin;
 }
 
 template <class Stored>
@@ -212,10 +206,9 @@ TRAINOPT_FUNCTION bool is_uniform(const TensorTask& task, StateSet set) {
 template <class Rule, StateSet kSet, class Stored, class S>
 TRAINOPT_FUNCTION void run_uniform(const TensorTask& task, const Stages<S>& stages,
                                    const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
-  if (stages.noisy) return run_buffered<Rule, kSet>(task, stages, scalars, begin, end);
-  const bool plain =
-      !(stages.scaled || stages.negate || stages.l1_gradient || stages.l1_proximal || stages.write_gradient);
-  if (plain) return run_direct<Rule, true, kSet, Stored>(task, stages, scalars, begin, end);
+  if (stages.needs_random(sizeof(Stored) == sizeof(BFloat16)))
+    return run_buffered<Rule, kSet>(task, stages, scalars, begin, end);
+  if (stages.is_plain()) return run_direct<Rule, true, kSet, Stored>(task, stages, scalars, begin, end);
   run_direct<Rule, false, kSet, Stored>(task, stages, scalars, begin, end);
 }
 
@@ -230,6 +223,7 @@ void run_set(const TensorTask& task, int64_t begin, int64_t end) {
   if constexpr (sizeof(S) == sizeof(float)) {
     if (is_uniform<BFloat16>(task, kSet)) return run_uniform<Rule, kSet, BFloat16>(task, stages, scalars, begin, end);
     if (is_uniform<Float16>(task, kSet)) return run_uniform<Rule, kSet, Float16>(task, stages, scalars, begin, end);
+    begin = run_if_coded<Rule, kSet>(task, stages, scalars, begin, end);
   }
   run_buffered<Rule, kSet>(task, stages, scalars, begin, end);
 }
@@ -250,7 +244,8 @@ void run(const TensorTask& task, int64_t begin, int64_t end) {
 #define TRAINOPT_GATHERS(rule) {gather_kernel<rule, float>(), gather_kernel<rule, double>()},
 const KernelTable TRAINOPT_KERNEL_TABLE = {{TRAINOPT_FOR_EACH_RULE(TRAINOPT_KERNELS)},
                                            {TRAINOPT_FOR_EACH_RULE(TRAINOPT_GATHERS)},
-                                           gaussian_range,
+                                           random_range<Gaussians>,
+                                           random_range<RoundingBits>,
                                            norm_of_chunk_kernel,
                                            scale_kernel,
                                            clamp_kernel};

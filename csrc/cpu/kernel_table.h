@@ -17,7 +17,8 @@ extern const bool kAsksAhead;
 struct KernelTable {
   Kernel rule[kRules][2];          // [..][0] float arithmetic, [..][1] double
   GatherKernel gather[kRules][2];  // null for rules without a reduce phase
-  void (*gaussian)(float* out, int64_t begin, int64_t count, uint64_t seed, uint32_t step, uint32_t tensor);
+  void (*gaussian)(float* out, int64_t begin, int64_t count, const TensorKey&);
+  void (*rounding_bits)(uint16_t* out, int64_t begin, int64_t count, const TensorKey&);
   double (*norm_of_chunk)(Norm, const TensorView&, int64_t begin, int64_t end);
   void (*scale)(const TensorView&, int64_t begin, int64_t end, const ClipFactors&);
   void (*clamp)(const TensorView&, int64_t begin, int64_t end, double limit);

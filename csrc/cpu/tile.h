@@ -5,6 +5,7 @@
 
 #include "core/dtype.h"
 #include "core/tensor_view.h"
+#include "cpu/coded_tile.h"
 #include "cpu/engine.h"
 #include "cpu/vec.h"
 
@@ -92,19 +93,23 @@ TRAINOPT_FUNCTION S* load_tile(const TensorView& view, int64_t begin, int count,
     case DType::kFloat64: load_as<double>(view, begin, count, buffer); break;
     case DType::kBFloat16: load_as<BFloat16>(view, begin, count, buffer); break;
     case DType::kFloat16: load_as<Float16>(view, begin, count, buffer); break;
+    default:
+      if constexpr (sizeof(S) == sizeof(float)) load_coded(view, begin, count, buffer);
   }
   return buffer;
 }
 
-// Takes the tile back to its tensor, if load_tile copied it.
+// Takes the tile back to its tensor, if load_tile copied it. `rounding`: of second moments in 8 bits.
 template <class S>
-TRAINOPT_FUNCTION void store_tile(const TensorView& view, int64_t begin, int count, const S* tile) {
+TRAINOPT_FUNCTION void store_tile(const TensorView& view, int64_t begin, int count, const S* tile, float rounding = 0) {
   if (is_run_of<S>(view)) return;
   switch (view.dtype) {
     case DType::kFloat32: store_as<float>(view, begin, count, tile); break;
     case DType::kFloat64: store_as<double>(view, begin, count, tile); break;
     case DType::kBFloat16: store_as<BFloat16>(view, begin, count, tile); break;
     case DType::kFloat16: store_as<Float16>(view, begin, count, tile); break;
+    default:
+      if constexpr (sizeof(S) == sizeof(float)) store_coded(view, begin, count, rounding, tile);
   }
 }
 

@@ -12,6 +12,7 @@
 #endif
 
 #include "core/dtype.h"
+#include "core/lanes.h"
 #include "core/macros.h"
 
 namespace trainopt::cpu {
@@ -120,6 +121,15 @@ TRAINOPT_FUNCTION Vec<S> sign_or_nan(Vec<S> x) {
   return x.lanes != x.lanes ? x.lanes : sign_of(x).lanes;
 }
 
+// `value` where a * b >= 0, as it is in exact arithmetic; else 0.
+template <class S>
+TRAINOPT_FUNCTION Vec<S> where_signs_agree(Vec<S> a, Vec<S> b, Vec<S> value) {
+  const Vec<S> zero(S(0));
+  const auto differ =
+      ((a.lanes > zero.lanes) & (b.lanes < zero.lanes)) | ((a.lanes < zero.lanes) & (b.lanes > zero.lanes));
+  return differ ? zero.lanes : value.lanes;
+}
+
 // x moved towards 0 by `threshold`, and to exactly 0 if it is nearer than that; NaN stays NaN.
 template <class S>
 TRAINOPT_FUNCTION Vec<S> soft_threshold(Vec<S> x, Vec<S> threshold) {
@@ -167,11 +177,68 @@ TRAINOPT_FUNCTION Pair maximum(Pair a, Pair b) { return {maximum(a.even, b.even)
 TRAINOPT_FUNCTION Pair operator-(Pair x) { return {-x.even, -x.odd}; }
 TRAINOPT_FUNCTION Pair sign_of(Pair x) { return {sign_of(x.even), sign_of(x.odd)}; }
 TRAINOPT_FUNCTION Pair sign_or_nan(Pair x) { return {sign_or_nan(x.even), sign_or_nan(x.odd)}; }
+TRAINOPT_FUNCTION Pair where_signs_agree(Pair a, Pair b, Pair value) {
+  return {where_signs_agree(a.even, b.even, value.even), where_signs_agree(a.odd, b.odd, value.odd)};
+}
 TRAINOPT_FUNCTION Pair soft_threshold(Pair x, Pair threshold) {
   return {soft_threshold(x.even, threshold.even), soft_threshold(x.odd, threshold.odd)};
 }
 
 typedef uint32_t WordLanes __attribute__((vector_size(TRAINOPT_VECTOR_BYTES)));
+
+typedef int32_t IntLanes __attribute__((vector_size(TRAINOPT_VECTOR_BYTES)));
+
+// The bits of a vector of floats: for what is written once for numbers and for vectors of them (core/lanes.h).
+struct Words {
+  WordLanes lanes;
+
+  Words() = default;
+  TRAINOPT_INLINE Words(WordLanes l) : lanes(l) {}
+  TRAINOPT_INLINE explicit Words(uint32_t word) : lanes(word + WordLanes{}) {}
+  TRAINOPT_INLINE Words operator~() const { return ~lanes; }
+  // By a vector of the same count, which costs less where it is not a constant than a shift by one number.
+  TRAINOPT_INLINE Words operator<<(int count) const { return lanes << count; }
+  TRAINOPT_INLINE Words operator>>(int count) const { return lanes >> count; }
+};
+#define TRAINOPT_OPERATOR(op)                                                          \
+  TRAINOPT_FUNCTION Words operator op(Words a, Words b) { return a.lanes op b.lanes; } \
+  TRAINOPT_FUNCTION Words operator op(Words a, uint32_t b) { return a.lanes op b; }
+TRAINOPT_OPERATOR(+)
+TRAINOPT_OPERATOR(-)
+TRAINOPT_OPERATOR(&)
+TRAINOPT_OPERATOR(|)
+TRAINOPT_OPERATOR(^)
+#undef TRAINOPT_OPERATOR
+
+// Overloads of the functions for numbers, which stay visible here.
+using trainopt::bits_of;
+using trainopt::float_like;
+using trainopt::float_of;
+using trainopt::held_within;
+using trainopt::larger;
+using trainopt::mask_where_nan;
+using trainopt::smaller;
+using trainopt::where_larger;
+using trainopt::where_not_0;
+TRAINOPT_FUNCTION Words bits_of(Vec<float> x) { return (WordLanes)x.lanes; }
+TRAINOPT_FUNCTION Vec<float> float_of(Words bits) { return (FloatLanes)bits.lanes; }
+TRAINOPT_FUNCTION Vec<float> float_like(Words, float x) { return Vec<float>(x); }
+TRAINOPT_FUNCTION Words where_not_0(Words that, Words x) { return that.lanes != 0u ? x.lanes : WordLanes{}; }
+TRAINOPT_FUNCTION Words where_larger(Vec<float> that, float limit, Words x) {
+  return that.lanes > Vec<float>(limit).lanes ? x.lanes : WordLanes{};
+}
+TRAINOPT_FUNCTION Words larger(Words a, Words b) {
+  return (WordLanes)((IntLanes)a.lanes > (IntLanes)b.lanes ? (IntLanes)a.lanes : (IntLanes)b.lanes);
+}
+TRAINOPT_FUNCTION Words smaller(Words a, Words b) { return a.lanes < b.lanes ? a.lanes : b.lanes; }
+TRAINOPT_FUNCTION Words mask_where_nan(Words bits) {
+  return (WordLanes)((IntLanes)(bits.lanes & 0x7fffffffu) > 0x7f800000);
+}
+TRAINOPT_FUNCTION Vec<float> held_within(Vec<float> x, float least, float largest) {
+  const Vec<float> low(least), high(largest);
+  const FloatLanes capped = x.lanes < high.lanes ? x.lanes : high.lanes;
+  return capped > low.lanes ? capped : low.lanes;
+}
 
 TRAINOPT_FUNCTION Pair load(const BFloat16* from) {
   WordLanes words;

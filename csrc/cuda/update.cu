@@ -62,11 +62,6 @@ struct Chunk {
     return dtypes[role];
   }
 
-  __device__ __forceinline__ bool is_plain() const {
-    return !(stages.scaled || stages.negate || stages.l1_gradient || stages.l1_proximal || stages.noisy ||
-             stages.write_gradient);
-  }
-
   // Element i of each tensor, in the arithmetic's type. kPlain: as for step_elements.
   template <bool kPlain, int kCount>
   __device__ __forceinline__ void step_value(S (&value)[kRoles][kCount], int i, S noise) const {
@@ -227,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + cou
     for (at += threadIdx.x; at < end; at += kThreads)
       chunk.template step_one<false>(at, shard.layout.ndim == 0 ? at : shard.offset + offset_of(shard.layout, at),
                                      place);
-  } else if (kIsOneType<Storage> && chunk.is_plain()) {
+  } else if (kIsOneType<Storage> && chunk.stages.is_plain()) {
     chunk.template step_run<true>(at, end, true);
   } else {
     chunk.template step_run<false>(at, end, row.vectorisable);

@@ -146,6 +146,16 @@ class Reader {
     return true;
   }
 
+  Precision precision(PyObject* key) {
+    PyObject* value = find(key);
+    if (value == nullptr || value == Py_None) return Precision::kNative;
+    static constexpr const char* kNames[] = {"native", "master", "master24", "stochastic"};
+    for (int i = 0; i < 4; ++i)
+      if (PyUnicode_CheckExact(value) && PyUnicode_CompareWithASCIIString(value, kNames[i]) == 0)
+        return static_cast<Precision>(i);
+    raise_type_error("precision must be 'native', 'master', 'master24' or 'stochastic'" + not_a(value));
+  }
+
   uint64_t seed(PyObject* key) {
     PyObject* value = find(key);
     if (value == nullptr) return 0;
@@ -243,6 +253,8 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
     PyObject* zero_grad = key("zero_grad");
     PyObject* ema_decay = key("ema_decay");
     PyObject* ema_warmup = key("ema_warmup");
+    PyObject* cautious_weight_decay = key("cautious_weight_decay");
+    PyObject* precision = key("precision");
     PyObject* params = key("params");
   } keys;
   Reader reader(dict, this);
@@ -269,6 +281,9 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   skip_nonfinite = reader.own(keys.skip_nonfinite, 0) != 0;
   max_grad_norm = reader.is_given(keys.max_grad_norm) ? reader.own(keys.max_grad_norm, 0) : 0;
   clear_gradient = reader.clears_gradient(keys.zero_grad);
+  cautious_weight_decay = reader.own(keys.cautious_weight_decay, 0) != 0;
+  precision = reader.precision(keys.precision);
+  round_at_random = precision == Precision::kStochastic;
   seed = reader.seed(keys.seed);
 
   items_.clear();

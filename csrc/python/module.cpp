@@ -73,14 +73,19 @@ pybind11::tuple names(const char* const* first, int count) {
   return pybind11::tuple(pybind11::cast(std::vector<std::string>(first, first + count)));
 }
 
-// What each rule's header says of it: for every name (options, states, counts_steps, sums).
+// What each rule's header says of it: for every name (options, states, counts_steps, sums, unsigned).
 pybind11::dict rules() {
   const auto facts =
-      pybind11::module_::import("collections").attr("namedtuple")("Rule", "options states counts_steps sums");
+      pybind11::module_::import("collections").attr("namedtuple")("Rule", "options states counts_steps sums unsigned");
   pybind11::dict result;
-  for (int i = 0; const cpu::Rule* rule = cpu::rule_at(i); ++i)
-    result[rule->name] = facts(names(rule->options, rule->option_count), names(rule->states, rule->state_count),
-                               rule->counts_steps, names(rule->sums, rule->sum_count));
+  for (int i = 0; const cpu::Rule* rule = cpu::rule_at(i); ++i) {
+    std::vector<std::string> unsigned_states;
+    for (int s = 0; s < rule->state_count; ++s)
+      if (trainopt::contains(rule->unsigned_states, s)) unsigned_states.emplace_back(rule->states[s]);
+    result[rule->name] =
+        facts(names(rule->options, rule->option_count), names(rule->states, rule->state_count), rule->counts_steps,
+              names(rule->sums, rule->sum_count), pybind11::tuple(pybind11::cast(unsigned_states)));
+  }
   return result;
 }
 
@@ -94,7 +99,18 @@ void gaussian_(const pybind11::handle& object, uint64_t seed, uint64_t step, uin
     throw pybind11::value_error("gaussian_: the tensor must be a contiguous float32 one on the CPU");
   check_memory("out", out.unsafeGetTensorImpl());
   const RandomKey key = random_key(seed, static_cast<double>(step));
-  cpu::gaussian(static_cast<float*>(out.mutable_data_ptr()), 0, out.numel(), key.seed, key.step, tensor);
+  cpu::gaussian(static_cast<float*>(out.mutable_data_ptr()), 0, out.numel(), {key.seed, key.step, tensor});
+}
+
+// Likewise an int16 tensor with the bits by which the parameter's elements are rounded at random.
+void rounding_bits_(const pybind11::handle& object, uint64_t seed, uint64_t step, uint32_t tensor) {
+  if (!THPVariable_Check(object.ptr())) throw pybind11::type_error("rounding_bits_: not a tensor");
+  const at::Tensor& out = THPVariable_Unpack(object.ptr());
+  if (!is_plain_cpu(out.unsafeGetTensorImpl()) || out.scalar_type() != at::kShort || !out.is_contiguous())
+    throw pybind11::value_error("rounding_bits_: the tensor must be a contiguous int16 one on the CPU");
+  check_memory("out", out.unsafeGetTensorImpl());
+  const RandomKey key = random_key(seed, static_cast<double>(step));
+  cpu::rounding_bits(static_cast<uint16_t*>(out.mutable_data_ptr()), 0, out.numel(), {key.seed, key.step, tensor});
 }
 
 // Whether the fused losses take all of these tensors (or None) together as they are now.
@@ -142,6 +158,8 @@ PYBIND11_MODULE(_C, m) {
         "What the header of each rule says of it: its options and states, if it counts steps, and its sums.");
   m.def("states_needed", states_needed, pybind11::arg("rule"), pybind11::arg("group"),
         "The names of the states that a parameter group's options call for.");
+  m.def("decay_of", decay_of, pybind11::arg("rule"), pybind11::arg("group"),
+        "Where the weight decay of a parameter group belongs: \"gradient\", \"parameter\" or \"update\".");
   step_is_done();
   m.def("is_observed", is_observed, "Whether a profiler or another observer of record_function is active.");
   m.def("takes", take, "Whether the fused losses take all of these tensors (or None) together as they are now.");
@@ -163,6 +181,8 @@ PYBIND11_MODULE(_C, m) {
       "What is said of a GPU that the CUDA kernels do not run on.");
   m.def("set_install_command", set_install_command, "The command that installs trainopt here, for such words.");
   m.def("gaussian_", gaussian_, pybind11::arg("out"), pybind11::arg("seed"), pybind11::arg("step"),
+        pybind11::arg("tensor"));
+  m.def("rounding_bits_", rounding_bits_, pybind11::arg("out"), pybind11::arg("seed"), pybind11::arg("step"),
         pybind11::arg("tensor"));
   bind_loss_calls(m);
   m.def("norm_of", norm_of, pybind11::arg("tensors"), pybind11::arg("order"), pybind11::arg("of_gradients"));

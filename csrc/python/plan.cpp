@@ -114,10 +114,19 @@ std::vector<std::string> states_needed(const std::string& rule_name, const pybin
   return names;
 }
 
+std::string decay_of(const std::string& rule_name, const pybind11::dict& dict) {
+  const cpu::Rule& rule = rule_named(rule_name);
+  Group group;
+  group.refresh(dict.ptr(), rule);
+  static constexpr const char* kNames[] = {"gradient", "parameter", "update"};
+  return kNames[static_cast<int>(rule.decay(group.options))];
+}
+
 Plan::GroupForm::GroupForm(const Group& group)
     : count(PySequence_Fast_GET_SIZE(group.params)),
       states_needed(group.states_needed),
       noisy(group.noise != 0),
+      precision(group.precision),
       differentiable(group.differentiable != 0),
       unreadable(group.unreadable != 0),
       clips(group.max_grad_norm != 0),
@@ -129,11 +138,14 @@ Plan::GroupForm::GroupForm(const Group& group)
 
 Plan::Plan(const std::string& rule, uint32_t first_tensor)
     : rule_(rule_named(rule)), first_tensor_(first_tensor), batch_(rule_, first_tensor) {
-  for (int i = 0; i <= rule_.slots(); ++i) {
-    const char* const own[] = {"ema", "step"};
-    PyObject* name = PyUnicode_InternFromString(i < rule_.state_count ? rule_.states[i] : own[i - rule_.state_count]);
-    state_names_.push_back(pybind11::reinterpret_steal<pybind11::str>(name));
-  }
+  const auto name = [this](const std::string& text) {
+    state_names_.push_back(pybind11::reinterpret_steal<pybind11::str>(PyUnicode_InternFromString(text.c_str())));
+  };
+  for (int s = 0; s < rule_.state_count; ++s) name(rule_.states[s]);
+  name("ema");
+  name("master");
+  for (int s = 0; s < rule_.state_count; ++s) name(std::string(rule_.states[s]) + "_scale");
+  name("step");
 }
 
 // Reads the groups. False where a container answers by code of its own.
@@ -150,13 +162,15 @@ bool Plan::refresh(PyObject* groups, PyObject* state) {
 }
 
 bool Plan::lacks_states(const Operands& operands, const Group& group) const {
-  SlotSet found = 0;
-  for (int s = 0; s < rule_.slots(); ++s) found |= static_cast<SlotSet>((operands.states[s] != nullptr) << s);
-  if (found != group.states_needed) return true;
-  const bool needs_steps = rule_.counts_steps || group.noise != 0 || group.averages != 0;
-  if (needs_steps && operands.steps == nullptr) return true;
-  // A float32 count stops at 2^24, and noise that is keyed by it would be the same from then on.
-  return group.noise != 0 && operands.steps->dtype() == caffe2::TypeMeta::Make<float>();
+  for (int s = 0; s <= rule_.slots().average(); ++s)
+    if (trainopt::contains(group.states_needed, s) && operands.states[s] == nullptr) return true;
+  const bool is_16_bit = operands.param->dtype().itemsize() == 2;
+  const bool has_master = group.precision == Precision::kMaster || group.precision == Precision::kMaster24;
+  if (has_master && is_16_bit && operands.states[rule_.slots().master()] == nullptr) return true;
+  const bool is_random = group.noise != 0 || (group.round_at_random != 0 && is_16_bit);
+  if ((rule_.counts_steps || is_random || group.averages != 0) && operands.steps == nullptr) return true;
+  // A float32 count stops at 2^24, and random numbers that are keyed by it would be the same from then on.
+  return is_random && operands.steps->dtype() == caffe2::TypeMeta::Make<float>();
 }
 
 // Asks Python of the DTensors' specs that the walk has met for the first time. Whether there were any.
@@ -208,7 +222,7 @@ Unfinished Plan::walk(PyObject* state, bool is_scaled, const Indices& new_states
       Operands operands;
       const bool is_tensor = THPVariable_Check(object);
       const bool is_stepped =
-          is_tensor && snapshot.see(object, param_state, state_names_, group.states_needed, &specs_, &operands);
+          is_tensor && snapshot.see(object, param_state, state_names_, group.slots(rule_), &specs_, &operands);
       if (!is_stepped || mode) {
         if (is_tensor) batch_.note_operands(operands, tensor, writes_gradient);
         snapshot.set_idle(object);
@@ -414,7 +428,7 @@ std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& grou
         Operands operands;
         TensorTask task;
         Entry entry;
-        if (Snapshot().see(object, cursor.find(object), state_names_, group.states_needed, &specs_, &operands))
+        if (Snapshot().see(object, cursor.find(object), state_names_, group.slots(rule_), &specs_, &operands))
           path = batch_.look(operands, group, group.writes_gradient(false), &task, &entry);
       }
       if (path == Path::kFused && contains(batch_.sharing(), tensor)) path = Path::kMemory;

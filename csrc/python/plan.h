@@ -45,6 +45,9 @@ struct Unfinished {
 // The names of the rule's states that a group's options call for.
 std::vector<std::string> states_needed(const std::string& rule, const pybind11::dict& group);
 
+// Where the weight decay of a group belongs: "gradient", "parameter" or "update".
+std::string decay_of(const std::string& rule, const pybind11::dict& group);
+
 // The answer to nearly every step, made once: the module asks for it when it is loaded, so that no step has to.
 pybind11::object step_is_done();
 
@@ -83,7 +86,9 @@ class Plan {
   struct GroupForm {
     Py_ssize_t count = 0;
     int64_t states_needed = 0;
-    bool noisy = false, differentiable = false, unreadable = false;
+    bool noisy = false;
+    Precision precision = Precision::kNative;
+    bool differentiable = false, unreadable = false;
     bool clips = false, clears_gradient = false;
     std::vector<const void*> options;  // where the options that are tensors lie
 
@@ -91,8 +96,8 @@ class Plan {
     explicit GroupForm(const Group& group);
     bool operator==(const GroupForm& other) const {
       return count == other.count && states_needed == other.states_needed && noisy == other.noisy &&
-             differentiable == other.differentiable && unreadable == other.unreadable && clips == other.clips &&
-             clears_gradient == other.clears_gradient && options == other.options;
+             precision == other.precision && differentiable == other.differentiable && unreadable == other.unreadable &&
+             clips == other.clips && clears_gradient == other.clears_gradient && options == other.options;
     }
   };
 
@@ -105,7 +110,7 @@ class Plan {
 
   const cpu::Rule& rule_;
   const uint32_t first_tensor_;
-  std::vector<pybind11::str> state_names_;  // the rule's, then "ema" and "step"
+  std::vector<pybind11::str> state_names_;  // of the rule's slots, then "step"
   std::vector<Group> groups_;
   std::vector<GroupForm> forms_;                          // of the last walk
   std::vector<Place> places_;                             // of every parameter, in order

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "core/code8.h"
 #include "torch/inspect.h"
 
 namespace trainopt::python {
@@ -112,9 +113,9 @@ bool Snapshot::see_param(PyObject* param, Specs* specs, Operands* operands) {
 }
 
 // The tensor in a value of the state dict, whose item is the next; null if the engine does not take it.
-const c10::TensorImpl* Snapshot::see_state(PyObject* value, bool is_count, Specs* specs, Operands* operands) {
+const c10::TensorImpl* Snapshot::see_state(PyObject* value, bool is_plain, Specs* specs, Operands* operands) {
   operands->states_are_known = THPVariable_Check(value);
-  if (distributed_ == nullptr || is_count) {
+  if (distributed_ == nullptr || is_plain) {
     operands->states_are_tensors = THPVariable_CheckExact(value);
     return operands->states_are_tensors ? impl_of(value) : nullptr;
   }
@@ -129,7 +130,7 @@ const c10::TensorImpl* Snapshot::see_state(PyObject* value, bool is_count, Specs
   return leaf.local;
 }
 
-bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, SlotSet states_needed,
+bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, SlotSet wanted,
                    Specs* specs, Operands* operands) {
   set_idle(param);
   state_ = state;
@@ -139,6 +140,7 @@ bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11:
   operands->states_are_tensors = is_plain_dict(state);
   if (!operands->states_are_tensors) return is_known;
   const int count_name = static_cast<int>(names.size()) - 1;
+  const int first_scale = Slots{count_name / 2 - 1}.scale(0);
   Py_ssize_t position = 0;
   PyObject *key, *value;
   while (PyDict_Next(state, &position, &key, &value)) {
@@ -146,9 +148,9 @@ bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11:
     if (!operands->states_are_tensors) break;
     const int name = find_name(names, key);
     Role role = Role::kIgnored;
-    if (value != Py_None && (name == count_name || contains(states_needed, name))) {
-      role = name == count_name ? Role::kCount : Role::kState;
-      const c10::TensorImpl* tensor = see_state(value, role == Role::kCount, specs, operands);
+    if (value != Py_None && (name == count_name || contains(wanted, name))) {
+      role = name == count_name ? Role::kCount : name >= first_scale ? Role::kScale : Role::kState;
+      const c10::TensorImpl* tensor = see_state(value, role != Role::kState, specs, operands);
       if (tensor == nullptr) break;
       (role == Role::kCount ? operands->steps : operands->states[name]) = tensor;
     }
@@ -272,6 +274,8 @@ bool Snapshot::items_match(const c10::TensorImpl* param, Entry& entry, bool* all
     if (!is_same(tensor, item.tensor)) return false;
     if (item.role == Role::kState) {
       if (requires_grad(tensor) || !same_elements(param, tensor)) return false;
+    } else if (item.role == Role::kScale) {
+      if (tensor->numel() != scales_of(param->numel()) || !tensor->is_contiguous()) return false;
     } else {
       if (tensor->numel() != 1) return false;
       if (entry.steps == nullptr) continue;  // a CUDA device counts

@@ -33,11 +33,11 @@ class Snapshot {
   // A parameter that takes no part in the step.
   void set_idle(PyObject* param);
 
-  // Unpacks a parameter, a tensor. `names` are the rule's states, then "step"; of the states `states_needed` count.
+  // Unpacks a parameter, a tensor. `names` are those of the rule's slots, then "step"; of the slots `wanted` count.
   // False if the parameter is of a class that the engine knows nothing of; then its own tensors are unpacked all the
   // same.
-  bool see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, SlotSet states_needed,
-           Specs* specs, Operands* operands);
+  bool see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, SlotSet wanted, Specs* specs,
+           Operands* operands);
 
   // Notes where the memory is, once the batch has taken the parameter as its last entry. False if the next step cannot
   // be compared with this one.
@@ -68,7 +68,7 @@ class Snapshot {
   }
 
  private:
-  enum class Role { kState, kCount, kIgnored };
+  enum class Role { kState, kScale, kCount, kIgnored };  // kScale: of a state of 8 bits
 
   // Of the parameter's state dict.
   struct Item {
@@ -102,7 +102,7 @@ class Snapshot {
   bool is_in_dtensor(size_t item) const;
   const c10::TensorImpl* tensor_of(size_t item) const;
   bool see_param(PyObject* param, Specs* specs, Operands* operands);
-  const c10::TensorImpl* see_state(PyObject* value, bool is_count, Specs* specs, Operands* operands);
+  const c10::TensorImpl* see_state(PyObject* value, bool is_plain, Specs* specs, Operands* operands);
   bool look_into_dtensors();
   bool gradient_matches(const c10::TensorImpl* param, const c10::TensorImpl* gradient, Batch& batch, Entry& entry);
   bool items_match(const c10::TensorImpl* param, Entry& entry, bool* all_next) const;

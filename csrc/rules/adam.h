@@ -14,6 +14,7 @@ struct Adam {
                                              "bias_correction"};
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr StateSet kStateSets[] = {0b011, 0b111};
+  static constexpr StateSet kUnsigned = 0b110;
   static constexpr bool kCountsSteps = true;
 
   TRAINOPT_INLINE static StateSet states_needed(const double* options) {

@@ -14,6 +14,7 @@ struct Lamb {
                                              "trust_clip", "always_adapt", "bias_correction"};
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
   static constexpr StateSet kStateSets[] = {0b11};
+  static constexpr StateSet kUnsigned = 0b10;
   static constexpr const char* kSums[] = {"squares of the parameter", "squares of the update"};
   static constexpr bool kCountsSteps = true;
 

@@ -10,6 +10,7 @@
 //   kStateSets               the sets of states that its options can call for; each is compiled into kernels of its own
 //   kCountsSteps             whether it needs the number of steps of each parameter
 //   states_needed(options)   the set of states that these options call for, one of kStateSets
+//   kUnsigned                if it is there: the states that are never below 0, which tells how 8 bits hold them
 //   takes(options)           whether the arithmetic is torch's for these options; where it is not, torch's own path has
 //                            to find the result, or the error
 //   decay(options)           where weight decay belongs
@@ -34,14 +35,13 @@
 namespace trainopt {
 
 constexpr int kMaxStates = 8;
-constexpr int kMaxSlots = kMaxStates + 1;  // of a parameter: its states, then its moving average, which is the engine's
+constexpr int kMaxViews = kMaxStates + 1;  // of a parameter: its states, then its moving average, which is the engine's
 constexpr int kMaxOptions = 12;
 constexpr int kMaxSums = 4;
 
 // A set of a rule's states: bit i stands for kStates[i].
 using StateSet = uint8_t;
 static_assert(kMaxStates <= 8 * sizeof(StateSet));
-using SlotSet = uint16_t;  // likewise, and bit kAverage<Rule> for the average
 
 TRAINOPT_FUNCTION constexpr bool contains(uint32_t set, int state) { return (set >> state & 1) != 0; }
 
@@ -59,6 +59,12 @@ constexpr int kAverage = kStateCount<Rule>;
 template <class Rule>
 constexpr int kSetCount = sizeof(Rule::kStateSets) / sizeof(Rule::kStateSets[0]);
 
+// The states of a rule that are never below 0.
+template <class Rule, class = void>
+constexpr StateSet kUnsignedStates = 0;
+template <class Rule>
+constexpr StateSet kUnsignedStates<Rule, decltype(void(Rule::kUnsigned))> = Rule::kUnsigned;
+
 // The number of a rule's sums; 0 for one that has no reduce phase.
 template <class Rule, class = void>
 constexpr int kSumCount = 0;
@@ -70,6 +76,19 @@ template <class T>
 struct Term {
   T a, b;
 };
+
+// The tensors that a parameter's state dict holds for the engine, by number: the rule's states, in its order; then what
+// is the engine's own, whatever the rule.
+struct Slots {
+  int states;
+  constexpr int average() const { return states; }
+  constexpr int master() const { return states + 1; }                  // what a 16-bit parameter lacks of a float32
+  constexpr int scale(int state) const { return states + 2 + state; }  // of a state that is stored in 8 bits
+  constexpr int count() const { return 2 * states + 2; }
+};
+constexpr int kMaxSlots = Slots{kMaxStates}.count();
+using SlotSet = uint32_t;
+static_assert(kMaxSlots <= 8 * sizeof(SlotSet));
 
 // A set as a type, for what is compiled once for each.
 template <StateSet kStates>

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/code8.h"
 #include "core/macros.h"
 #include "core/math.h"
 #include "core/random.h"
@@ -21,6 +22,7 @@ struct Settings {
   double ema_decay = 0;
   double maximize = 0, l1_proximal = 0, clear_gradient = 0;  // truth values
   double averages = 0, ema_warmup = 0;                       // likewise: whether a parameter has a moving average
+  double cautious_weight_decay = 0, round_at_random = 0;     // likewise
   uint64_t seed = 0;
 
   // Whether the step writes to gradients: to clear them, or to leave them without the scale that they came with, as
@@ -41,16 +43,26 @@ struct Settings {
 // The same for all parameters of a group at one step. S is the arithmetic's type.
 template <class S>
 struct Stages {
-  bool scaled, negate, decay_gradient, l1_gradient, l1_proximal, noisy, write_gradient, clear_gradient;
-  S divisor;         // of the gradient, if it is scaled
-  S weight_decay;    // L2: added to the gradient, times the parameter
-  S decay_factor;    // decoupled decay: the parameter is multiplied by it; else 1
-  S l1;              // added to the gradient, times the parameter's sign
-  S threshold;       // the proximal form: the parameter is moved to 0 by this
-  S noise;           // standard deviation
-  S average_weight;  // of the parameter in its moving average, if it has one
-  uint64_t seed;     // of the noise, with
-  uint32_t step;     // the step that it belongs to: see random_key
+  bool scaled, negate, decay_gradient, l1_gradient, l1_proximal, noisy, write_gradient, clear_gradient, cautious_decay;
+  bool round_at_random;  // a 16-bit parameter
+  S divisor;             // of the gradient, if it is scaled
+  S weight_decay;        // L2: added to the gradient, times the parameter
+  S decay_factor;        // decoupled decay: the parameter is multiplied by it; else 1
+  S cautious_share;      // of the parameter that cautious decay takes away, where it decays
+  S l1;                  // added to the gradient, times the parameter's sign
+  S threshold;           // the proximal form: the parameter is moved to 0 by this
+  S noise;               // standard deviation
+  float code_rounding;   // of second moments in 8 bits: core/code8.h
+  S average_weight;      // of the parameter in its moving average, if it has one
+  uint64_t seed;         // of the noise, with
+  uint32_t step;         // the step that it belongs to: see random_key
+
+  // Whether there is nothing but weight decay.
+  TRAINOPT_INLINE bool is_plain() const {
+    return !(scaled || negate || l1_gradient || l1_proximal || noisy || write_gradient || cautious_decay);
+  }
+  // Whether random numbers are wanted for a parameter of a 16-bit type, or of another.
+  TRAINOPT_INLINE bool needs_random(bool is_16_bit) const { return noisy || (round_at_random && is_16_bit); }
 };
 
 constexpr size_t kRuleScalarBytes = 128;
@@ -85,15 +97,18 @@ TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const StepInfo
   stages.noisy = group.noise != 0;
   stages.divisor = static_cast<S>(divisor);
   stages.weight_decay = static_cast<S>(group.weight_decay);
-  stages.decay_factor = decay == Decay::kParameter
-                            ? static_cast<S>(info.rounded(1 - info.rounded(info.lr * info.rounded(group.weight_decay))))
-                            : S(1);
+  stages.round_at_random = group.round_at_random != 0;
+  const double share = decay == Decay::kParameter ? info.rounded(info.lr * info.rounded(group.weight_decay)) : 0;
+  stages.cautious_decay = group.cautious_weight_decay != 0 && share != 0;
+  stages.cautious_share = static_cast<S>(share);
+  stages.decay_factor = stages.cautious_decay ? S(1) : static_cast<S>(info.rounded(1 - share));
   stages.l1 = static_cast<S>(group.l1);
   stages.threshold = static_cast<S>(info.lr * group.l1);
   stages.noise = static_cast<S>(group.noise);
   stages.average_weight =
       group.averages != 0 ? static_cast<S>(average_weight(group.ema_decay, group.ema_warmup != 0, info.step)) : S(0);
   const RandomKey key = random_key(group.seed, info.step);
+  stages.code_rounding = code_rounding(key.step);
   stages.seed = key.seed;
   stages.step = key.step;
   return stages;
@@ -120,8 +135,15 @@ template <class Rule, bool kPlain, class T, class S>
 TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T& p,
                                      T& g, T* state, T noise) {
   const T direction = before_rule<kPlain>(stages, p, g);
-  Rule::update(scalars, p, direction, state);
-  if constexpr (!kPlain) {
+  if constexpr (kPlain) {
+    Rule::update(scalars, p, direction, state);
+  } else {
+    // A rule whose decay is decoupled takes its update from the parameter, whatever that is: from 0, to see its sign.
+    T updated = p;
+    if (stages.cautious_decay) updated = T(S(0));
+    Rule::update(scalars, updated, direction, state);
+    if (stages.cautious_decay) updated = p + updated - where_signs_agree(-updated, p, p * T(stages.cautious_share));
+    p = updated;
     if (stages.l1_proximal) p = soft_threshold(p, T(stages.threshold));
     if (stages.noisy) p = p + noise * T(stages.noise);
   }

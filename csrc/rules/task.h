@@ -21,7 +21,7 @@ struct TensorTask {
   uint32_t tensor;                     // its index in the optimizer, for the random numbers
   const ShardLayout* shard = nullptr;  // likewise: null for a whole
   // In the rule's order, then the moving average; without data where the options call for none.
-  TensorView state[kMaxSlots];
+  TensorView state[kMaxViews];
 };
 
 // The states of the rule's that a task has.

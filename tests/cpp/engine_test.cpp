@@ -286,14 +286,14 @@ void test_random() {
     constexpr int64_t n = 3000;
     cpu::set_variant(cpu::Variant::kBaseline);
     std::vector<float> expected(n);
-    cpu::gaussian(expected.data(), origin, n, kSeed, 7, 3);
+    cpu::gaussian(expected.data(), origin, n, {kSeed, 7, 3});
     for (const cpu::Variant variant : variants()) {
       cpu::set_variant(variant);
       for (int round = 0; round < 20; ++round) {
         std::vector<float> found(n);
         for (int64_t at = 0; at < n;) {
           const int64_t count = std::min(1 + numbers.below(round < 10 ? 20 : 700), n - at);
-          cpu::gaussian(found.data() + at, origin + at, count, kSeed, 7, 3);
+          cpu::gaussian(found.data() + at, origin + at, count, {kSeed, 7, 3});
           at += count;
         }
         check(std::memcmp(expected.data(), found.data(), n * sizeof(float)) == 0,
@@ -301,7 +301,7 @@ void test_random() {
       }
     }
     std::vector<float> first(n);
-    cpu::gaussian(first.data(), 0, n, kSeed, 7, 3);
+    cpu::gaussian(first.data(), 0, n, {kSeed, 7, 3});
     if (origin != 0) check(first != expected, "noise repeats itself after 2^33 elements");
   }
 }

@@ -21,12 +21,12 @@ struct Arrangement {
 // Tensors of one parameter, with the same values for the same number.
 struct Parameter {
   Array param, gradient;
-  Array* states[kMaxSlots];  // then the average; null for those that are not there
+  Array* states[kMaxViews];  // then the average; null for those that are not there
   int64_t numel;
 
   Parameter(int64_t n, int64_t number, SlotSet set, const Arrangement& a)
       : param(a.param_dtype, n, a.param, a.guarded), gradient(a.gradient_dtype, n, a.gradient, a.guarded), numel(n) {
-    for (int s = 0; s < kMaxSlots; ++s)
+    for (int s = 0; s < kMaxViews; ++s)
       states[s] = contains(set, s) ? new Array(a.state_dtype, n, a.state, a.guarded) : nullptr;
     Numbers numbers{static_cast<uint64_t>(number)};
     const bool expanded = std::strcmp(a.gradient.name, "expanded") == 0;
@@ -53,7 +53,7 @@ struct Parameter {
     task->numel = numel;
     task->param = param.view();
     task->gradient = gradient.view();
-    for (int s = 0; s < kMaxSlots; ++s) task->state[s] = states[s] == nullptr ? TensorView{} : states[s]->view();
+    for (int s = 0; s < kMaxViews; ++s) task->state[s] = states[s] == nullptr ? TensorView{} : states[s]->view();
   }
 
   bool is_intact() const {
@@ -83,7 +83,7 @@ inline bool same_bits(const Parameters& a, const Parameters& b, bool with_gradie
     for (int64_t i = 0; i < a[t]->numel; ++i) {
       if (a[t]->param.bits(i) != b[t]->param.bits(i)) return false;
       if (with_gradient && a[t]->gradient.bits(i) != b[t]->gradient.bits(i)) return false;
-      for (int s = 0; s < kMaxSlots; ++s)
+      for (int s = 0; s < kMaxViews; ++s)
         if (a[t]->states[s] != nullptr && a[t]->states[s]->bits(i) != b[t]->states[s]->bits(i)) return false;
     }
   return true;

@@ -44,11 +44,11 @@ inline bool is_right(const Setting& s, const Parameters& before, const Parameter
                      bool is_float64) {
   for (size_t t = 0; t < after.size(); ++t) {
     std::vector<float> noise(static_cast<size_t>(after[t]->numel));
-    cpu::gaussian(noise.data(), 0, after[t]->numel, kSeed, static_cast<uint32_t>(s.step), static_cast<uint32_t>(t));
-    double p, g, state[kMaxSlots];
+    cpu::gaussian(noise.data(), 0, after[t]->numel, {kSeed, static_cast<uint32_t>(s.step), static_cast<uint32_t>(t)});
+    double p, g, state[kMaxViews];
     const auto read = [&](int64_t i) {
       p = before[t]->param.get(i), g = before[t]->gradient.get(i);
-      for (int k = 0; k < kMaxSlots; ++k) state[k] = before[t]->states[k] != nullptr ? before[t]->states[k]->get(i) : 0;
+      for (int k = 0; k < kMaxViews; ++k) state[k] = before[t]->states[k] != nullptr ? before[t]->states[k]->get(i) : 0;
     };
     Sums sums;
     for (int64_t i = 0; i < after[t]->numel; ++i) {
@@ -69,7 +69,7 @@ inline bool is_right(const Setting& s, const Parameters& before, const Parameter
         double& average = state[average_of(s)];
         average += average_weight_of(s) * (after[t]->param.get(i) - average);
       }
-      for (int k = 0; k < kMaxSlots; ++k)
+      for (int k = 0; k < kMaxViews; ++k)
         if (after[t]->states[k] != nullptr &&
             !is_close(after[t]->states[k]->get(i), state[k], a.state_dtype, is_float64, scale * scale))
           return false;

@@ -15,7 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from trainopt import switches
 from trainopt._extension import _C
-from trainopt.optim import loading, registry, state_dtype, torch_path, traced
+from trainopt.optim import loading, precision, registry, state_dtype, torch_path, traced
 from trainopt.optim.depth import apply_depth
 from trainopt.optim.gradients import GradientScaling, clear_gradients, clears, clips, find_norm
 from trainopt.optim.options import check_extras, defaults_of, not_default
@@ -57,10 +57,12 @@ class Fused(States):
             options = {**self.EXTRAS, **self.defaults, **param_group}
             check_extras(options)
             state_dtype.check(options["state_dtype"], self._states)
+            self._check_decay(options)
             apply_depth(param_group, self.defaults)
         super().add_param_group(param_group)
         try:  # of the parameters, whatever form they came in, torch has made a list
             state_dtype.check_params(self.param_groups[-1])
+            precision.check_params(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise

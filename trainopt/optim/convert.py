@@ -1,36 +1,62 @@
-"""Changing the dtypes of the states that are there."""
+"""Changing how the states and the parameters that are there are stored."""
 
 from typing import Any
 
+from trainopt.optim import precision as precisions
+from trainopt.optim.options import PRECISIONS, extra
 from trainopt.optim.state_dtype import cast_states, check, check_params
 from trainopt.optim.states import States
 from trainopt.optim.wrappers import unwrapped
 
 
-def convert_state(optimizer: Any, state_dtype: Any) -> None:
+def convert_state(optimizer: Any, state_dtype: Any, *, precision: str | None = None) -> None:
     """Stores an optimizer's states in other dtypes from now on, those that are there and new ones.
 
     Values are rounded to nearest. So a run changes precision midway, and a checkpoint of another precision goes on.
+    With ``state_dtype=None, precision="native"`` a state dict is one of torch's own class again.
 
     Args:
         optimizer: one of trainopt's.
-        state_dtype: as the option of that name: "float32", "bfloat16", "float16" or the torch.dtype; a dict of these by
-            the name of the state; or None for each parameter's own dtype.
+        state_dtype: as the option of that name: "float32", "bfloat16", "float16", "8bit" or the torch.dtype; a dict of
+            these by the name of the state; or None for each parameter's own dtype.
+        precision: as the option of that name, for 16-bit parameters: "native", "master", "master24" or "stochastic".
+            Default None: as it is.
 
     Raises:
         TypeError: the optimizer is none of trainopt's.
-        ValueError: no such dtype or state, or a parameter of float64 or complex numbers; nothing has been changed then.
+        ValueError: no such dtype, state or precision, or a parameter of float64 or complex numbers, or a DTensor for
+            8 bits; nothing has been changed then.
     """
     optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, States):
         raise TypeError(f"convert_state: {type(optimizer).__qualname__} is not one of trainopt's optimizers")
     check(state_dtype, optimizer._states)
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"Invalid precision value: {precision!r} ({', '.join(map(repr, PRECISIONS))})")
     for group in optimizer.param_groups:
         check_params({**group, "state_dtype": state_dtype})
+        precisions.check_params({**group, "precision": precision or "native"})
     for group in optimizer.param_groups:
         if state_dtype is None:
             group.pop("state_dtype", None)
         else:
             group["state_dtype"] = state_dtype
         for param in group["params"]:
-            cast_states(optimizer.state.get(param, {}), group, param, optimizer._states)
+            cast_states(optimizer, optimizer.state.get(param, {}), group, param)
+    if precision is not None:
+        for group in optimizer.param_groups:
+            _convert_params(optimizer, group, precision)
+
+
+def _convert_params(optimizer: States, group: dict[str, Any], precision: str) -> None:
+    """Stores a group's 16-bit parameters in another way, of the values that they have."""
+    before = dict(group)
+    if precision == "native":
+        group.pop("precision", None)
+    else:
+        group["precision"] = precision
+    to_nearest = {**group, "precision": "native"} if precision == "stochastic" else group
+    for param in group["params"] if extra(before, "precision") != precision else ():
+        if state := optimizer.state.get(param):
+            own = state if precisions.of(before, param) != "native" else {}
+            precisions.store_(param, precisions.value_of(param, own), to_nearest, state, 0)

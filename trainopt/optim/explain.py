@@ -9,13 +9,20 @@ import torch
 
 from trainopt import switches
 from trainopt._extension import _C, why_no_cuda
-from trainopt.optim import average
+from trainopt.optim import average, precision
 from trainopt.optim.gradients import clears, clips
 from trainopt.optim.options import extra
 from trainopt.optim.report import names_of
 from trainopt.optim.state_dtype import dtype_of
 from trainopt.optim.states import States
 from trainopt.optim.wrappers import unwrapped
+
+_STORED = {
+    "master": "with what it lacks of a float32",
+    "master24": "with 8 bits more",
+    "stochastic": "rounded at random",
+}
+_STATES = {torch.uint8: "8 bits"}
 
 
 @dataclass(frozen=True)
@@ -95,10 +102,16 @@ def _notes(optimizer: States) -> Iterator[str]:
         if clears(group):
             notes.append("the step clears its gradient (zero_grad)")
         state = optimizer.state.get(param, {})
+        if (chosen := precision.of(group, param)) != "native":
+            notes.append(f"the parameter is stored {_STORED[chosen]} (precision={chosen!r})")
+        if extra(group, "cautious_weight_decay"):
+            notes.append("weight decay acts only where it agrees with the update (cautious_weight_decay)")
         if extra(group, "state_dtype") is not None:
             dtypes = {name: dtype_of(group, name, param) for name in optimizer._states_needed(group)}
-            said = ", ".join(f"{name} in {_name_of(dtype)}" for name, dtype in dtypes.items())
+            said = ", ".join(f"{name} in {_STATES.get(dtype) or _name_of(dtype)}" for name, dtype in dtypes.items())
             notes.append(f"states are stored with {said} (state_dtype)" if said else "there are no states")
+        if state:
+            notes.append(_bytes_of(state, param))
         squares = [name for name in optimizer._states_needed(group) if name.endswith("_sq")]
         stored = [getattr(state.get(name), "dtype", dtype_of(group, name, param)) for name in squares]
         if torch.float16 in stored:
@@ -110,6 +123,13 @@ def _notes(optimizer: States) -> Iterator[str]:
                     " lr * m / eps (see docs/optimizers.md)"
                 )
         yield "; ".join(notes)
+
+
+def _bytes_of(state: dict[str, Any], param: torch.Tensor) -> str:
+    """How many bytes of state there are for an element, the count of steps apart."""
+    tensors = [value for key, value in state.items() if isinstance(value, torch.Tensor) and key != "step"]
+    held = sum(value.nbytes for value in tensors if value.layout is torch.strided)
+    return f"{held / max(param.numel(), 1):.3g} bytes of state an element"
 
 
 def _reason(said: str, device: torch.device) -> str:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from trainopt.optim import average
+from trainopt.optim import average, code8, precision
 from trainopt.optim.options import STOCK_DEFAULTS, extra, not_default
 from trainopt.optim.report import name_of
-from trainopt.optim.state_dtype import dtype_of
+from trainopt.optim.state_dtype import cast_states, has_codes, keys_of
 from trainopt.optim.states import States, widen_counts
 
 
@@ -17,16 +17,18 @@ from trainopt.optim.states import States, widen_counts
 def adapted(optimizer: States) -> Iterator[None]:
     """While torch loads a state dict in here, its groups are adapted to the optimizer's; its counts are put right."""
     saved: dict[str, Any] = {}
-    own: list[tuple[Any, str, torch.Tensor, torch.dtype]] = []  # states that torch is not to cast
+    own: list[tuple[Any, str, torch.Tensor]] = []  # states that torch is not to cast
 
     def adapt(_: Any, given: dict[str, Any]) -> dict[str, Any]:
         saved_groups, own_groups = given["param_groups"], optimizer.param_groups
         groups = [_adapt_group(optimizer, *both) for both in zip(saved_groups, own_groups, strict=False)]
         saved.update({**given, "param_groups": [*groups, *saved_groups[len(groups) :]]})
         own.extend(_in_own_dtypes(optimizer, saved))
-        for key, name, param, _ in own:
+        for key, name, param in own:
             _check_shape(name, saved["state"][key][name], param, "a parameter")
-        return {**saved, "state": _without(saved["state"], [(key, name) for key, name, _, _ in own])}
+            if name + code8.SUFFIX in saved["state"][key] or saved["state"][key][name].dtype is torch.uint8:
+                code8.scale_of(saved["state"][key], name)
+        return {**saved, "state": _without(saved["state"], [(key, name) for key, name, _ in own])}
 
     # The last of the pre-hooks: whatever form the state dict came in, it has torch's form by then.
     adapting = optimizer.register_load_state_dict_pre_hook(adapt)
@@ -35,8 +37,13 @@ def adapted(optimizer: States) -> Iterator[None]:
     finally:
         adapting.remove()
     _restore_counts(optimizer, saved)
-    for key, name, param, dtype in own:
+    for key, name, param in own:
+        dtype = average.dtype_of(param) if name == average.KEY else None
         optimizer.state[param][name] = saved["state"][key][name].to(param.device, dtype, copy=True)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if extra(group, "state_dtype") is not None or has_codes(optimizer.state.get(param, {}), optimizer._states):
+                cast_states(optimizer, optimizer.state.get(param, {}), group, param)
 
 
 def _adapt_group(optimizer: States, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -63,16 +70,20 @@ def _restore_counts(optimizer: States, saved: dict[str, Any]) -> None:
                 optimizer.state[param]["step"] = count.to(optimizer.state[param]["step"].device, copy=True)
 
 
-def _in_own_dtypes(optimizer: States, saved: dict[str, Any]) -> Iterator[tuple[Any, str, torch.Tensor, torch.dtype]]:
+def _in_own_dtypes(optimizer: States, saved: dict[str, Any]) -> Iterator[tuple[Any, str, torch.Tensor]]:
     """What was saved of states that are not to have their parameter's dtype, to which torch casts all that it loads:
-    (the parameter's key in the file, the state's name, the parameter, the dtype)."""
+    (the parameter's key in the file, the state's key, the parameter)."""
     for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=False):
-        names = (*(optimizer._states if extra(saved_group, "state_dtype") is not None else ()), average.KEY)
         for key, param in zip(saved_group["params"], group["params"], strict=False):
+            state = saved["state"].get(key)
+            if not isinstance(state, dict):
+                continue
+            names = [average.KEY, precision.KEY]
+            if extra(saved_group, "state_dtype") is not None or has_codes(state, optimizer._states):
+                names += keys_of(optimizer._states)
             for name in names:
-                dtype = average.dtype_of(param) if name == average.KEY else dtype_of(saved_group, name, param)
-                if dtype != param.dtype and isinstance(saved["state"].get(key, {}).get(name), torch.Tensor):
-                    yield key, name, param, dtype
+                if isinstance(state.get(name), torch.Tensor):
+                    yield key, name, param
 
 
 def _without(state: dict[Any, Any], left_out: Iterable[tuple[Any, str]]) -> dict[Any, Any]:
@@ -104,16 +115,17 @@ def _check_shapes(optimizer: States, state: dict[str, Any]) -> None:
     for group_index, group in enumerate(state["param_groups"]):
         for i, param in enumerate(group["params"]):
             param_state = state["state"].get(param, {})
-            for name in (*optimizer._states, average.KEY):
+            for name in (*optimizer._states, average.KEY, precision.KEY):
                 _check_shape(name, param_state.get(name), param, name_of(group, group_index, i))
 
 
 def _check_shape(name: str, value: Any, param: torch.Tensor, whose: str) -> None:
-    if isinstance(value, torch.Tensor) and value.shape != param.shape:
-        raise ValueError(
-            f"loaded state dict: {name} of {whose} has shape {tuple(value.shape)}, but the parameter has shape"
-            f" {tuple(param.shape)}"
-        )
+    if not isinstance(value, torch.Tensor) or name.endswith(code8.SUFFIX) or value.shape == param.shape:
+        return
+    raise ValueError(
+        f"loaded state dict: {name} of {whose} has shape {tuple(value.shape)}, but the parameter has shape"
+        f" {tuple(param.shape)}"
+    )
 
 
 def complete(optimizer: States) -> None:

@@ -35,6 +35,8 @@ class Extras(TypedDict, total=False):
     ema_decay: float | None
     ema_warmup: bool
     state_dtype: str | torch.dtype | dict[str, str | torch.dtype] | None
+    precision: str
+    cautious_weight_decay: bool
 
 
 class AdamExtras(Extras, total=False):
@@ -67,7 +69,11 @@ DEFAULTS: dict[str, Any] = {
     "ema_decay": None,
     "ema_warmup": False,
     "state_dtype": None,
+    "precision": "native",
+    "cautious_weight_decay": False,
 }
+#: How 16-bit parameters can be stored: trainopt/optim/precision.py.
+PRECISIONS = ("native", "master", "master24", "stochastic")
 #: Those of the options that every class of torch's has.
 STOCK_DEFAULTS: dict[str, Any] = {
     "maximize": False,
@@ -106,9 +112,11 @@ def check_extras(options: Mapping[str, Any]) -> None:
         raise ValueError("error_if_nonfinite=True is about the norm of the gradients: give max_grad_norm too")
     if options["error_if_nonfinite"] and options["skip_nonfinite"]:
         raise ValueError("error_if_nonfinite=True and skip_nonfinite=True: a step either raises or is left out")
-    acting = {"max_grad_norm": limit, "zero_grad": clearing, "ema_decay": decay, "state_dtype": options["state_dtype"]}
-    for name, value in acting.items():
-        if value is not None and options["differentiable"]:
+    if options["precision"] not in PRECISIONS:
+        raise ValueError(f"Invalid precision value: {options['precision']!r} ({', '.join(map(repr, PRECISIONS))})")
+    acting = ("max_grad_norm", "zero_grad", "ema_decay", "state_dtype", "precision", "cautious_weight_decay")
+    for name in acting if options["differentiable"] else ():
+        if (value := options[name]) != DEFAULTS[name]:
             raise ValueError(f"{name}={value!r} does not go with differentiable=True: it acts without a graph")
 
 

@@ -1,25 +1,46 @@
 """The dtypes of an optimizer's states (``state_dtype``): in which new ones are made, and ways from one to another."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainopt.optim import code8
+from trainopt.optim.distributed import is_dtensor
 from trainopt.optim.options import extra
 
-#: What a state can be stored in, whatever its parameter's dtype; by name, for files and command lines.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: What a state can be stored in, whatever its parameter's dtype; by name, for files and command lines. "8bit" is uint8
+#: codes, with scales beside them.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "8bit": torch.uint8}
 
 
 def dtype_of(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype:
     """The dtype that a group calls for in a state of a parameter's."""
-    chosen = extra(group, "state_dtype")
-    if isinstance(chosen, Mapping):
-        chosen = chosen.get(name)
+    chosen = _chosen(group, name)
     if chosen is None:
         return param.dtype
-    return DTYPES[chosen] if isinstance(chosen, str) else chosen
+    dtype: torch.dtype = DTYPES[chosen] if isinstance(chosen, str) else chosen
+    is_small = dtype is torch.uint8 and param.numel() < code8.LEAST_ELEMENTS
+    return torch.float32 if is_small else dtype
+
+
+def uses_codes(group: Mapping[str, Any]) -> bool:
+    """Whether a group asks for states in 8 bits."""
+    chosen = extra(group, "state_dtype")
+    return any(
+        dtype in ("8bit", torch.uint8) for dtype in (chosen.values() if isinstance(chosen, Mapping) else [chosen])
+    )
+
+
+def has_codes(state: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether one of these states is in 8 bits."""
+    return any(name + code8.SUFFIX in state for name in names)
+
+
+def _chosen(group: Mapping[str, Any], name: str) -> Any:
+    chosen = extra(group, "state_dtype")
+    return chosen.get(name) if isinstance(chosen, Mapping) else chosen
 
 
 def check(chosen: Any, states: Iterable[str]) -> None:
@@ -40,16 +61,53 @@ def check_params(group: Mapping[str, Any]) -> None:
     """ValueError for a group with a choice that makes no sense for its parameters."""
     chosen = extra(group, "state_dtype")
     for param in group["params"] if chosen is not None else ():
-        if param.dtype not in DTYPES.values():
+        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
-                f"state_dtype={chosen!r} is for parameters of {', '.join(DTYPES)}, and one is {param.dtype}: put it in"
-                " a group with state_dtype=None"
+                f"state_dtype={chosen!r} is for parameters of float32, bfloat16, float16, and one is {param.dtype}: put"
+                " it in a group with state_dtype=None"
+            )
+        if uses_codes(group) and is_dtensor(param):
+            raise ValueError(
+                f"state_dtype={chosen!r}: 8-bit states are for whole parameters, and one is a DTensor, whose shards"
+                " need not end where a block of elements does: use 'bfloat16'"
             )
 
 
-def cast_states(state: dict[str, Any], group: Mapping[str, Any], param: Tensor, names: Iterable[str]) -> None:
-    """Brings a parameter's states into the dtypes that its group calls for."""
+def start(state: dict[str, Any], group: Mapping[str, Any], param: Tensor, name: str) -> None:
+    """Makes a state of zeros."""
+    dtype = dtype_of(group, name, param)
+    if dtype is torch.uint8:
+        state[name], state[name + code8.SUFFIX] = code8.zeros_like(param)
+    else:
+        state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def keys_of(names: Iterable[str]) -> Iterator[str]:
+    """The keys that these states can have in a state dict."""
     for name in names:
+        yield name
+        yield name + code8.SUFFIX
+
+
+def cast_states(optimizer: Any, state: dict[str, Any], group: Mapping[str, Any], param: Tensor, step: int = 0) -> None:
+    """Brings a parameter's states into the dtypes that its group calls for, rounded to nearest, or as in a step.
+
+    ValueError for codes without their scales, or with scales for another number of elements.
+    """
+    for name in optimizer._states:
         value = state.get(name)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            state[name] = value.detach().to(dtype_of(group, name, param))
+        if not isinstance(value, Tensor):
+            continue
+        dtype, is_unsigned = dtype_of(group, name, param), name in optimizer._unsigned
+        if value.dtype is dtype is torch.uint8:
+            code8.scale_of(state, name)
+        elif value.dtype is torch.uint8:
+            wide = code8.decode(value.detach(), code8.scale_of(state, name), is_unsigned)
+            state[name] = wide.to(dtype)
+            del state[name + code8.SUFFIX]
+        elif dtype is torch.uint8 and value.is_floating_point():
+            state[name], state[name + code8.SUFFIX] = code8.encode(
+                value.detach().float(), is_unsigned, code8.rounding_at(step)
+            )
+        elif value.is_floating_point():
+            state[name] = value.detach().to(dtype)

@@ -20,7 +20,7 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 from trainopt._extension import _C
-from trainopt.optim import average, state_dtype
+from trainopt.optim import average, precision, state_dtype
 from trainopt.optim.distributed import elements, on_any_rank
 from trainopt.optim.options import extra, snapshot
 from trainopt.optim.report import Record
@@ -34,6 +34,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
 
     _rule: ClassVar[str]  # the engine's rule
     _states: ClassVar[tuple[str, ...]]  # the names of the param-shaped states in the state dict
+    _unsigned: ClassVar[tuple[str, ...]]  # those of them that are never below 0
     _counts_steps: ClassVar[bool]  # whether every parameter has a "step" in it
     _torch_class: ClassVar[type | None] = None  # whose step it makes, if torch has one
     #: Options beyond torch's, with their defaults. They are in param_groups where they are not at these.
@@ -114,6 +115,18 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         """The param-shaped states that a group's options call for."""
         return tuple(_C.states_needed(self._rule, {key: group[key] for key in group if type(key) is str}))
 
+    def _check_decay(self, options: dict[str, Any]) -> None:
+        """ValueError for cautious weight decay where the decay is not decoupled from the gradient."""
+        if options["cautious_weight_decay"] and not self._decays_parameter(options):
+            raise ValueError(
+                f"cautious_weight_decay=True is for weight decay that is decoupled from the gradient, as AdamW's and"
+                f" Lion's, and that of {type(self).__name__} is not"
+            )
+
+    def _decays_parameter(self, group: dict[str, Any]) -> bool:
+        """Whether a group's weight decay is decoupled: on the parameter itself."""
+        return _C.decay_of(self._rule, {key: group[key] for key in group if type(key) is str}) == "parameter"
+
     def _first_step_differs(self, group: dict[str, Any]) -> bool:
         """Whether a first step does something else with states of zeros than a later one, by no count in the state."""
         return False
@@ -131,11 +144,12 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         missing = [name for name in self._states_needed(group) if state.get(name) is None]
         is_first = not state if self._counts_steps else bool(missing)
         with torch.no_grad():
-            if self._counts_steps or extra(group, "noise") != 0 or average.averages(group):
+            if self._counts_steps or precision.is_random(group, param) or average.averages(group):
                 self._start_count(param, group)
             for name in missing:
-                dtype = state_dtype.dtype_of(group, name, param)
-                self.state[param][name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+                state_dtype.start(self.state[param], group, param, name)
+            if precision.lacks_master(group, param, self.state.get(param, {})):
+                self.state[param][precision.KEY] = precision.new_master(group, param)
             if average.averages(group) and self.state[param].get(average.KEY) is None:
                 self.state[param][average.KEY] = average.new_average(param)
         return is_first
@@ -156,7 +170,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         if state.get("step") is None:
             made = any(state.get(name) is not None for name in self._states)
             state["step"] = new_step_count(param, group) + float(made)
-        widen_count(state, group)
+        widen_count(state, group, param)
 
     def _count_unstarted(self) -> None:
         """Tells by a count of 0 which states are those of no step yet, where only the state can tell."""
@@ -260,9 +274,9 @@ def new_step_count(param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
     return torch.zeros((), dtype=dtype, device=param.device if on_device else "cpu")
 
 
-def widen_count(state: dict[str, Any], group: dict[str, Any]) -> None:
-    """Makes the count of steps a float64 where there is noise: a float32 stops at 2**24, and the noise with it."""
-    if extra(group, "noise") and isinstance(state.get("step"), torch.Tensor):
+def widen_count(state: dict[str, Any], group: dict[str, Any], param: torch.Tensor) -> None:
+    """Makes the count of steps a float64 where random numbers depend on it: a float32 stops at 2**24, and they too."""
+    if precision.is_random(group, param) and isinstance(state.get("step"), torch.Tensor):
         state["step"] = state["step"].double()
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from trainopt._extension import _C
-from trainopt.optim import average
+from trainopt.optim import average, precision
 from trainopt.optim.gradients import GradientScaling, clears, clips
 from trainopt.optim.options import extra
-from trainopt.optim.state_dtype import cast_states
+from trainopt.optim.state_dtype import cast_states, has_codes
 from trainopt.optim.states import Numbered, States, widen_count
 from trainopt.originals import step_of
 
@@ -46,17 +46,17 @@ def step(
     sparse = [param for _, _, param in chosen if param.grad is not None and param.grad.layout is not torch.strided]
     if sparse and optimizer._torch_class is None:
         raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
-    in_wide = [each for each in chosen if extra(each[1], "state_dtype") is not None]
-    for each in in_wide:
+    apart = [each for each in chosen if _is_stored_apart(optimizer, *each)]
+    for each in apart:
         _step_in_float32(optimizer, each, scaling, plain)
-    chosen = [each for each in chosen if extra(each[1], "state_dtype") is None]
+    chosen = [each for each in chosen if each not in apart]
     if not chosen:
         return
     for _, group, param in chosen:
         if scaling.is_written_back(group):
             assert param.grad is not None
             param.grad.div_(scaling.scale)
-    view = _view(optimizer, list(_narrowed(chosen, plain)))
+    view = _view(optimizer, list(_narrowed(optimizer, chosen, plain)))
     started: list[tuple[torch.Tensor, torch.Tensor]] = []  # states of torch's come first
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(optimizer.defaults["differentiable"]))
@@ -71,6 +71,8 @@ def step(
                 stack.enter_context(_steps_long_past(optimizer.state[param]))
             if not optimizer._counts_steps:
                 _count_step(optimizer, param, group)
+            if _decays_cautiously(optimizer, group):
+                stack.enter_context(_cautious_decay(param, group))
             if average.averages(group) and average.KEY not in optimizer.state.get(param, {}):
                 started.append((param, average.new_average(param)))
         _make_step(view)
@@ -89,33 +91,48 @@ def step(
                 param.grad.zero_()
 
 
+def _is_stored_apart(optimizer: States, _: int, group: dict[str, Any], param: torch.Tensor) -> bool:
+    """Whether a parameter or its states are stored in another way than torch's code takes."""
+    if extra(group, "state_dtype") is not None or precision.of(group, param) != "native":
+        return True
+    return has_codes(optimizer.state.get(param, {}), optimizer._states)
+
+
 def _step_in_float32(optimizer: States, numbered: Numbered, scaling: GradientScaling, plain: bool) -> None:
-    """Steps a parameter whose states have other dtypes: in a float32 copy, for torch's code takes no mixture."""
+    """Steps a parameter that is stored apart, or whose states are: in a float32 copy of it."""
     index, group, param = numbered
     assert param.grad is not None
-    copy = torch.nn.Parameter(param.detach().float())
+    own: dict[str, Any] = dict(optimizer.state.get(param, {}))
+    copy = torch.nn.Parameter(precision.value_of(param, own if precision.of(group, param) != "native" else {}))
     copy.grad = param.grad.detach().float()
-    wide = {**group, "state_dtype": None, "params": [copy]}
+    wide = {**group, "state_dtype": None, "precision": "native", "params": [copy]}
     view = _view(optimizer, [wide])
     view.state = defaultdict(dict)
     view._unstarted = {copy} if param in optimizer._unstarted else set()
-    if (state := optimizer.state.get(param)) is not None:
-        view.state[copy] = dict(state)
-        cast_states(view.state[copy], wide, copy, optimizer._states)
+    if own or param in optimizer.state:
+        view.state[copy] = {key: value for key, value in own.items() if key != precision.KEY}
+        cast_states(optimizer, view.state[copy], wide, copy)
     begun = view.state[copy].pop(average.KEY, None)
     if begun is None and average.averages(group):
         begun = average.new_average(param)
+    is_random = precision.is_random(group, param)
+    if is_random and not optimizer._counts_steps:
+        view._start_count(copy, wide)
     step(view, [(index, wide, copy)], None, scaling, plain=plain)
-    with torch.no_grad():
-        param.copy_(copy)
-        if scaling.is_written_back(group) or clears(group):
-            param.grad.copy_(copy.grad)
     made = view.state[copy]
-    cast_states(made, group, param, optimizer._states)
+    step_made = int(made["step"]) if "step" in made else 0
+    cast_states(optimizer, made, group, param, step_made)
+    widen_count(made, group, param)
+    precision.store_(param, copy.detach(), group, made, optimizer._first_index + index, step_made)
+    if scaling.is_written_back(group) or clears(group):
+        with torch.no_grad():
+            param.grad.copy_(copy.grad)
     if begun is not None:  # of the parameter as it is stored, not of the copy
-        average.update_(param, group, made | {average.KEY: begun})
+        average.update_(precision.value_of(param, made), group, made | {average.KEY: begun})
         made[average.KEY] = begun
-    if made:
+    if made or own:
+        for key in own.keys() - made.keys():
+            del optimizer.state[param][key]
         optimizer.state[param].update(made)
 
 
@@ -130,9 +147,9 @@ def rehearse(optimizer: States, params: Sequence[Numbered], indices: Sequence[in
         stand_in = torch.zeros(1, dtype=param.dtype, device=param.device, requires_grad=True)
         stand_in.grad = torch.ones_like(stand_in)
         state = dict(optimizer.state.get(param) or {})  # as it is now: another thread may be making it
-        view = _view(optimizer, list(_narrowed([(index, group, stand_in)], True)))
-        if extra(group, "state_dtype") is not None:
-            cast_states(state, {"state_dtype": None}, param, optimizer._states)
+        view = _view(optimizer, list(_narrowed(optimizer, [(index, group, stand_in)], True)))
+        if _is_stored_apart(optimizer, index, group, param):
+            cast_states(optimizer, state, {"state_dtype": None}, param)
         view.state = {stand_in: {key: _first_element(value, param) for key, value in state.items()}}
         with torch.no_grad():
             _make_step(view)
@@ -186,12 +203,14 @@ def _real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _narrowed(chosen: Sequence[Numbered], plain: bool) -> Iterator[dict[str, Any]]:
+def _narrowed(optimizer: States, chosen: Sequence[Numbered], plain: bool) -> Iterator[dict[str, Any]]:
     """The groups with only these parameters. On the CPU torch's plain loop is the truth: its fused step is not."""
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for _, group, param in chosen:
         on_cpu = param.device.type == "cpu"
         flags: dict[str, Any] = {"foreach": False, "fused": False} if plain or on_cpu else {}
+        if _decays_cautiously(optimizer, group):
+            flags["weight_decay"] = 0.0  # it is done round the step
         if on_cpu and "capturable" in group:
             flags["capturable"] = False
         groups.setdefault((id(group), on_cpu), {**group, **flags, "params": []})["params"].append(param)
@@ -222,6 +241,26 @@ def _l1_in_gradient(param: torch.Tensor, group: dict[str, Any]) -> Iterator[None
         param.grad = gradient
 
 
+def _decays_cautiously(optimizer: States, group: dict[str, Any]) -> bool:
+    return bool(extra(group, "cautious_weight_decay")) and optimizer._decays_parameter(group)
+
+
+@contextmanager
+def _cautious_decay(param: torch.Tensor, group: dict[str, Any]) -> Iterator[None]:
+    """The step inside is made from 0, which leaves the update alone; the decay follows where their signs agree."""
+    own = _real(param.detach())
+    before = own.clone()
+    own.zero_()
+    try:
+        yield
+    except BaseException:
+        own.copy_(before)
+        raise
+    share = float(group["lr"]) * float(group["weight_decay"])
+    decay = torch.where(own.sign() * before.sign() <= 0, before * share, 0.0)
+    own.add_(before).sub_(decay)
+
+
 @contextmanager
 def _steps_long_past(state: dict[str, Any]) -> Iterator[None]:
     steps = state["step"]
@@ -240,7 +279,7 @@ def _soft_threshold_(param: torch.Tensor, threshold: float) -> None:
 
 def _count_step(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -> None:
     """For a class that counts no steps: counts where trainopt does."""
-    if extra(group, "noise") or average.averages(group):
+    if precision.is_random(group, param) or average.averages(group):
         optimizer._start_count(param, group)
     state = optimizer.state.get(param, {})
     if param in optimizer._unstarted or state.get("step") == 0:
@@ -251,7 +290,7 @@ def _count_step(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -
 
 
 def _add_noise_(param: torch.Tensor, index: int, group: dict[str, Any], state: dict[str, Any]) -> None:
-    widen_count(state, group)
+    widen_count(state, group, param)
     target = torch.view_as_real(param) if param.is_complex() else param
     noise = torch.empty(target.shape, dtype=torch.float32)
     _C.gaussian_(noise, extra(group, "seed"), int(state["step"]), index)

@@ -14,6 +14,7 @@ from trainopt._extension import _C
 from trainopt.optim.average import averages
 from trainopt.optim.gradients import clears, clips
 from trainopt.optim.options import extra, option_at, places_of
+from trainopt.optim.state_dtype import uses_codes
 from trainopt.optim.states import States
 
 #: The last argument of `_init_group` that asks for `gather`; without it the call is torch's.
@@ -30,8 +31,10 @@ def step(optimizer: Any) -> bool:
     batches = []
     for group in optimizer.param_groups:
         # Noise depends on a parameter's index and step; what depends on all gradients, the host must see to before it
-        # steps; the operator does not write to them.
+        # steps; the operator does not write to them, and knows no tensors of two parts.
         if extra(group, "noise") or extra(group, "skip_nonfinite") or clips(group) or clears(group) or averages(group):
+            return False
+        if uses_codes(group) or extra(group, "precision") != "native" or extra(group, "cautious_weight_decay"):
             return False
         lists: tuple[list[torch.Tensor], ...] = ([], [], [], [])
         params, gradients, states, steps = lists

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/code8.h"
 #include "torch/inspect.h"
 #include "torch/layout.h"
 
@@ -38,6 +39,35 @@ bool is_there(const c10::TensorImpl* tensor) {
 // torch refuses to write to what was made in inference mode outside of that mode.
 bool is_writable(const c10::TensorImpl* tensor) {
   return counter_of(tensor) != nullptr || c10::InferenceMode::is_enabled();
+}
+
+// The numbers of a state in 8 bits, with the scales of its blocks beside it. False for anything else.
+bool read_codes(const c10::TensorImpl* codes, const c10::TensorImpl* scale, bool is_unsigned, TensorView* out) {
+  if (scale == nullptr || codes->dtype() != caffe2::TypeMeta::Make<uint8_t>() ||
+      scale->dtype() != caffe2::TypeMeta::Make<float>() || !scale->is_contiguous() ||
+      scale->numel() != scales_of(codes->numel()))
+    return false;
+  check_memory("a tensor", codes);
+  check_memory("a tensor", scale);
+  const DType dtype = is_unsigned ? DType::kUnsigned8 : DType::kSigned8;
+  *out = {data_of(codes, dtype, true), nullptr, dtype, data_of(scale, DType::kFloat32, true)};
+  return true;
+}
+
+// What a 16-bit parameter lacks of a float32, beside the view of it. False if it is not what the precision calls for.
+bool read_master(const c10::TensorImpl* master, Precision precision, TensorView* param) {
+  const bool is_half = param->dtype == DType::kFloat16;
+  const bool is_exact = precision == Precision::kMaster;
+  const caffe2::TypeMeta dtype = is_half    ? caffe2::TypeMeta::Make<float>()
+                                 : is_exact ? caffe2::TypeMeta::Make<int16_t>()
+                                            : caffe2::TypeMeta::Make<int8_t>();
+  if (master->dtype() != dtype || (is_half && !is_exact)) return false;
+  check_memory("a tensor", master);
+  c10::StorageImpl* storage = storage_of(master);
+  const auto itemsize = static_cast<int64_t>(dtype.itemsize());
+  param->beside = static_cast<char*>(storage->mutable_data()) + master->storage_offset() * itemsize;
+  param->dtype = is_half ? DType::kMasterCopy : is_exact ? DType::kMaster16 : DType::kMaster24;
+  return true;
 }
 
 }  // namespace
@@ -74,8 +104,8 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   const c10::TensorImpl* param = operands.param;
   const c10::TensorImpl* gradient = operands.gradient;
   if (!is_there(param) || !is_there(gradient) || !is_there(operands.steps)) return Path::kNoMemory;
-  for (int s = 0; s < rule_.slots(); ++s)
-    if (!is_there(operands.states[s])) return Path::kNoMemory;
+  for (const c10::TensorImpl* state : operands.states)
+    if (!is_there(state)) return Path::kNoMemory;
   if (group.differentiable != 0) return Path::kDifferentiable;
   if (group.unreadable != 0) return Path::kOptions;
   if (operands.shard != nullptr && operands.shard->is_pending) return Path::kPending;
@@ -117,18 +147,33 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
 
   if (!operands.states_are_known) return Path::kStateValue;
   if (!operands.states_are_tensors) return Path::kStateForm;
-  for (int s = 0; s < rule_.slots(); ++s) {
+  const Slots slots = rule_.slots();
+  bool is_coded = false;
+  for (int s = 0; s <= slots.average(); ++s) {
     TensorView& view = task->state[s];
-    view.data = nullptr;
+    view = {};
     const c10::TensorImpl* state = operands.states[s];
     if (state == nullptr) continue;
-    if (!is_beside(state) || !read_view(state, true, &view) || state->requires_grad() ||
-        !are_equal(state->sizes(), param->sizes()))
+    const c10::TensorImpl* scale = s < slots.states ? operands.states[slots.scale(s)] : nullptr;
+    const bool has_codes = read_codes(state, scale, contains(rule_.unsigned_states, s), &view);
+    if (!is_beside(state) || !(has_codes || read_view(state, true, &view)) || state->requires_grad() ||
+        !are_equal(state->sizes(), param->sizes()) || (has_codes && !is_beside(scale)))
       return Path::kStateForm;
     const bool same_order = same_order_in_memory(param, state);
-    if (!same_order && !state->is_non_overlapping_and_dense()) return Path::kMemory;
+    if (!same_order && (has_codes || !state->is_non_overlapping_and_dense())) return Path::kMemory;
     in_order = in_order && same_order;
+    is_coded = is_coded || has_codes;
     writes(state);
+    if (has_codes) writes(scale);
+  }
+  if (const c10::TensorImpl* master = operands.states[slots.master()];
+      master != nullptr && is_16_bit(task->param.dtype)) {
+    if (!is_beside(master) || !read_master(master, group.precision, &task->param) || master->requires_grad() ||
+        !are_equal(master->sizes(), param->sizes()))
+      return Path::kStateForm;
+    if (!same_order_in_memory(param, master)) return Path::kMemory;
+    is_coded = true;
+    writes(master);
   }
   entry->steps = entry->device_steps = nullptr;
   entry->step = 0;
@@ -150,17 +195,20 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   if (!writable) return Path::kInference;
 
   task->shard = nullptr;
-  if (group.noise != 0 && operands.shard != nullptr) {
+  const bool is_random = group.noise != 0 || (group.round_at_random != 0 && is_16_bit(task->param.dtype));
+  if (on_cuda && (is_coded || (group.round_at_random != 0 && is_16_bit(task->param.dtype)))) return Path::kTwoParts;
+  if (is_random && operands.shard != nullptr) {
     if (!operands.shard->is_block) return Path::kPlacement;
     if (!lay_shard(*operands.shard, param->sizes(), &shard_layouts_, &task->shard)) return Path::kMemory;
   }
 
-  // Noise belongs to the logical element, whatever the memory format.
-  const bool logical_order = group.noise != 0 && !param->is_contiguous();
+  // Random numbers belong to the logical element, whatever the memory format.
+  const bool logical_order = is_random && !param->is_contiguous();
   if (in_order && !logical_order) return Path::kFused;
+  if (is_coded && logical_order) return Path::kMemory;
   std::vector<Arranged> arranged{{param, &task->param}};
   if (gradient != nullptr) arranged.push_back({gradient, &task->gradient});
-  for (int s = 0; s < rule_.slots(); ++s)
+  for (int s = 0; s <= slots.average(); ++s)
     if (operands.states[s] != nullptr) arranged.push_back({operands.states[s], &task->state[s]});
   return arrange(arranged, logical_order, &layouts_) ? Path::kFused : Path::kMemory;
 }
@@ -218,7 +266,7 @@ Path Batch::announce(const Operands& operands, const GroupValues& group, uint32_
 
 void Batch::note_operands(const Operands& operands, uint32_t tensor, bool writes_gradient) {
   memory_.note_written(operands.param, tensor);
-  for (int s = 0; s < rule_.slots(); ++s) memory_.note_written(operands.states[s], tensor);
+  for (int s = 0; s < rule_.slots().count(); ++s) memory_.note_written(operands.states[s], tensor);
   memory_.note_written(operands.steps, tensor);
   writes_gradient ? memory_.note_written(operands.gradient, tensor) : memory_.note_read(operands.gradient, tensor);
 }

@@ -27,7 +27,7 @@ struct Operands {
   const c10::TensorImpl* param = nullptr;
   const c10::TensorImpl* gradient = nullptr;
   const c10::TensorImpl* steps = nullptr;
-  const c10::TensorImpl* states[kMaxSlots] = {};       // in the rule's order, then the moving average
+  const c10::TensorImpl* states[kMaxSlots] = {};       // by slot
   bool states_are_tensors = true;                      // else there is a state that is a subclass of one
   bool states_are_known = true;                        // else there is a state that is something else
   const Shard* shard = nullptr;                        // of a DTensor

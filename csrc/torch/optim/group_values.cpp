@@ -30,6 +30,14 @@ void GroupValues::read_device_numbers(const cpu::Rule& rule) {
   if (!rule.takes(options)) unreadable = 1;
 }
 
+SlotSet GroupValues::slots(const cpu::Rule& rule) const {
+  SlotSet found = static_cast<SlotSet>(states_needed);
+  if (precision == Precision::kMaster || precision == Precision::kMaster24) found |= 1u << rule.slots().master();
+  for (int s = 0; s < rule.state_count; ++s)
+    if (contains(found, s)) found |= 1u << rule.slots().scale(s);
+  return found;
+}
+
 cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first, bool is_float64,
                                   const GradientScaling& scaling) const {
   cpu::Scalars result;

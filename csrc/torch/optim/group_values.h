@@ -22,14 +22,20 @@ struct GradientScaling {
   double norm = 0;   // of the gradients with their scale, for groups that clip
 };
 
+// How a group's 16-bit parameters are stored.
+enum class Precision : int64_t { kNative, kMaster, kMaster24, kStochastic };
+
 // What a group says. All fields are eight bytes is_float64, so that two groups can be compared as they lie in memory.
 struct GroupValues : Settings {
   double options[kMaxOptions] = {};
   double differentiable = 0, skip_nonfinite = 0;  // truth values
   double unreadable = 0;      // likewise: there is an option that only torch can judge, and the rest is not to be used
   int64_t states_needed = 0;  // a SlotSet
+  Precision precision = Precision::kNative;
   DeviceOption on_device[cuda::kMaxDeviceNumbers];  // what the host has not read, the first first
 
+  // The slots that matter: those needed, and what completes them where they are stored in two parts.
+  SlotSet slots(const cpu::Rule& rule) const;
   bool operator==(const GroupValues& other) const { return std::memcmp(this, &other, sizeof other) == 0; }
   cpu::Scalars scalars(const cpu::Rule& rule, double step, bool first, bool is_float64,
                        const GradientScaling& scaling) const;
