@@ -243,6 +243,10 @@ def test_kinds(kind, good, bad):
         (["--threads=0"], ["--threads", "0"]),
         (["--schedule=cosin"], ["--schedule", "'cosin'", "did you mean cosine?"]),
         (["--precision=float8"], ["--precision", "float8"]),
+        (["--state-dtype=float64"], ["--state-dtype", "'float64'", "'bfloat16'"]),
+        (["--step-in-backward", "--clip=2"], ["--step-in-backward", "--clip 2.0", "when backward has ended"]),
+        (["--step-in-backward", "--accumulation=2"], ["--step-in-backward", "--accumulation 2"]),
+        (["--step-in-backward", "--precision=float16"], ["--step-in-backward", "--precision float16", "GradScaler"]),
         (["--name=a/b"], ["--name", "a/b"]),
         (["--data=nowhere"], ["--data", "'nowhere'"]),
         (["--compare"], ["--compare", "python -m benchmarks.twin"]),
@@ -431,6 +435,18 @@ def test_every_optimizer_trains_with_every_option(optimizer, few_digits, capsys)
     momentum = ["--momentum", "0.9"] if optimizer == "sgd" else []
     assert main(["train", "digits", "--optimizer", optimizer, *arguments.split(), *momentum]) == 0
     assert "weight_decay 0.1, l1 0.0001, noise 0.0001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer", options.OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_optimizer_trains_within_backward_and_with_states_of_every_dtype(optimizer, dtype, few_digits):
+    arguments = f"--epochs=1 --batch-size=10 --threads=1 --state-dtype={dtype} --step-in-backward --name=a"
+    assert main(["train", "digits", "--optimizer", optimizer, *arguments.split()]) == 0
+    (path,) = Path("runs/a/checkpoints").iterdir()
+    saved = torch.load(path, weights_only=True)
+    assert saved["counters"]["step"] == 4
+    for entries in saved["optimizer"]["state"].values():
+        assert all(value.dtype == getattr(torch, dtype) for name, value in entries.items() if name != "step")
 
 
 def test_a_learning_rate_is_found(capsys, few_digits):

@@ -50,13 +50,14 @@ class Scaled(nn.Module):
 
 
 #: Runs that the person has given a loss with parameters, or a model in a wrapper.
-OWNED = ("owned loss", "own wrapper", "sharded", "sharded bad batch")
+OWNED = ("owned loss", "own wrapper", "sharded", "sharded bad batch", "sharded bad batch, clipped")
 SEVERAL = {"epochs": 2, "batch_size": 4, "accumulation": 3, "clip": 0.5, "average": 0.9}
 CASES = {
     "owned loss": SEVERAL,
     "own wrapper": SEVERAL,
     "sharded": {**SEVERAL, "early_stopping": 100},
     "sharded bad batch": {"epochs": 1, "batch_size": 4, "shuffle": False},
+    "sharded bad batch, clipped": {"epochs": 1, "batch_size": 4, "shuffle": False, "clip": 0.5, "average": 0.9},
     "tensors": SEVERAL,
     "loader": {"epochs": 2, "accumulation": 2},
     "workers": {"epochs": 1},
@@ -148,7 +149,7 @@ def torchrun(case, folder):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """The folders of all cases, and what went wrong: two processes run them all, for each start takes seconds."""
-    folders = {case: tmp_path_factory.mktemp(case.replace(" ", "-")) for case in CASES}
+    folders = {case: tmp_path_factory.mktemp(case.replace(" ", "-").replace(",", "")) for case in CASES}
     return folders, run_under_torchrun(folders)
 
 

@@ -309,6 +309,10 @@ def test_plain_lines(capsys):
         ({"early_stopping": 2}, "early_stopping is 2, but there is no validation"),
         ({"monitor": "f1"}, "monitor is 'f1'"),
         ({"shuffle": 1}, "shuffle is 1"),
+        ({"state_dtype": "float64"}, "state_dtype is 'float64'; it must be one of 'float32', 'bfloat16', 'float16'"),
+        ({"step_in_backward": True, "clip": 2.0}, "step_in_backward is True, but clip is 2.0: the norm of all"),
+        ({"step_in_backward": True, "accumulation": 2}, "step_in_backward is True, but accumulation is 2: the first"),
+        ({"step_in_backward": True, "precision": "float16"}, "but precision is 'float16': .* GradScaler's scale"),
     ],
 )
 def test_a_bad_option_is_named_and_nothing_is_written(choice, text, tmp_path):

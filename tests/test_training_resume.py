@@ -402,6 +402,8 @@ def cosine(updates):
         ({"accumulation": 2}, {"accumulation": 1}, ["accumulation was 2 and is 1: it holds from the next update on"]),
         ({}, {"average": 0.9}, ["average was None and is 0.9: the average begins"]),
         ({"average": 0.9}, {"average": None}, ["average was 0.9 and is None: the average is dropped"]),
+        ({}, {"state_dtype": "bfloat16"}, ["state_dtype was None and is 'bfloat16': the new one holds"]),
+        ({"state_dtype": "float16"}, {"state_dtype": None}, ["state_dtype was 'float16' and is None: the check"]),
         ({}, {"precision": "bfloat16"}, ["precision was 'float32' and is 'bfloat16': the new one holds"]),
         ({}, {"keep": 7, "log_every": 9}, ["keep was 3 and is 7", "log_every was 50 and is 9"]),
         ({}, {"lr": 0.01}, ["optimizer: lr was 0.1 and is 0.01: the checkpoint's is kept"]),

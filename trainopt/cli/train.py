@@ -23,6 +23,7 @@ from trainopt.training.distributed import Processes
 from trainopt.training.fields import options_of
 from trainopt.training.folder import Folder, plot
 from trainopt.training.loop import STATUS, Result
+from trainopt.training.options import NOT_IN_BACKWARD
 from trainopt.training.report import Several, TensorBoard, console
 
 EXTRAS = {"plot": "matplotlib", "tensorboard": "tensorboard"}  # option: package
@@ -87,6 +88,9 @@ def check(settings: SimpleNamespace, experiment: Experiment, parser: Parser) -> 
     for option, package in EXTRAS.items():
         if getattr(settings, option) and importlib.util.find_spec(package) is None:
             parser.error(f"argument --{option}: {package} is not installed: pip install 'trainopt[{option}]'")
+    for name, goes, why in NOT_IN_BACKWARD if settings.step_in_backward else ():
+        if (value := getattr(settings, name)) not in goes:
+            parser.error(f"argument --step-in-backward: it does not go with --{name} {value}: {why}")
     if settings.epochs and settings.steps:
         parser.error(f"argument --steps: {settings.steps}, and --epochs {settings.epochs}: give one of them")
     if not settings.epochs and not settings.steps:

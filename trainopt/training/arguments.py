@@ -9,6 +9,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainopt.optim.options import extra
+from trainopt.optim.state_dtype import DTYPES, check_params
+from trainopt.optim.states import States
+from trainopt.optim.wrappers import unwrapped
 from trainopt.training.criterion.callables import inside
 from trainopt.training.data import Source, is_tensors
 from trainopt.training.options import Options
@@ -29,6 +33,9 @@ def check_objects(
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("optimizer is LBFGS, whose step needs a closure; fit gives none")
+    check_given_twice(options, optimizer)
+    if options.state_dtype is not None:
+        check_state_dtype(options.state_dtype, optimizer)
     check_wrappers(model, options)
     if options.monitor != "loss" and options.monitor not in metrics:
         raise ValueError(
@@ -64,6 +71,37 @@ def check_wrappers(model: nn.Module, options: Options) -> None:
             "model is sharded by FullyShardedDataParallel, whose parameters fit cannot save; shard it with "
             "torch.distributed.fsdp.fully_shard"
         )
+
+
+def check_given_twice(options: Options, optimizer: Any) -> None:
+    """ValueError where an option of the run is one of the optimizer's too, and they differ."""
+    optimizer = unwrapped(optimizer)
+    for group in optimizer.param_groups if isinstance(optimizer, States) else ():
+        limit, decay, warmup = (extra(group, name) for name in ("max_grad_norm", "ema_decay", "ema_warmup"))
+        if options.clip is not None and limit is not None and limit != options.clip:
+            raise ValueError(f"clip is {options.clip}, but optimizer has max_grad_norm={limit!r}: give one of them")
+        if options.average is None or decay is None:
+            continue
+        if (decay, bool(warmup)) != (options.average, options.average_warmup):
+            raise ValueError(
+                f"average is {options.average} with average_warmup={options.average_warmup}, but optimizer has"
+                f" ema_decay={decay!r} with ema_warmup={warmup!r}: give one of them"
+            )
+
+
+def check_state_dtype(chosen: str, optimizer: Any) -> None:
+    """ValueError where an optimizer's states cannot be stored in this dtype, or it says otherwise itself."""
+    inner = unwrapped(optimizer)
+    if not isinstance(inner, States):
+        raise ValueError(
+            f"state_dtype is {chosen!r}, but optimizer is a {type(inner).__module__}.{type(inner).__qualname__}, which"
+            " is not one of trainopt's; trainopt.fuse makes one of torch's such a one"
+        )
+    for group in inner.param_groups:
+        own = extra(group, "state_dtype")
+        if own is not None and (isinstance(own, Mapping) or DTYPES.get(own, own) != DTYPES[chosen]):
+            raise ValueError(f"state_dtype is {chosen!r}, but optimizer has state_dtype={own!r}: give one of them")
+        check_params({**group, "state_dtype": chosen})
 
 
 def check_validation(source: Source) -> None:
@@ -145,6 +183,8 @@ def effect_of(name: str, before: Any, now: Any) -> str:
         return "the average begins with the next update"
     if name == "average" and now is None:
         return "the average is dropped"
+    if name == "state_dtype" and now is None:
+        return "the checkpoint's is kept, with the states"
     if name == "early_stopping" and before is None:
         return "the best begins anew, for its weights were not kept"
     return EFFECTS.get(name, "the new one holds from here on")

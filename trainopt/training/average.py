@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainopt.optim.average import dtype_of, kept, new_average
+from trainopt.optim.average import KEY, averages, dtype_of, kept, new_average
+from trainopt.optim.states import States
 from trainopt.training.distributed import is_dtensor, like, whole
 from trainopt.training.gradients import parameters
 from trainopt.training.trained import Trained, plain_state
@@ -32,6 +33,9 @@ class WeightAverage:
 
     16-bit parameters have their average in float32, where its small steps are not lost.
 
+    An optimizer of trainopt's can move the averages of what it steps in the same pass (`keep_in`): they are its states
+    then. Its t is each parameter's own count of steps; `trainopt.training.tail` sees to it that this is t here.
+
     Args:
         model: the module: a model, or all that is trained.
         decay: in [0, 1).
@@ -46,6 +50,8 @@ class WeightAverage:
             names = model.names() if isinstance(model, Trained) else [name for name, _ in model.named_parameters()]
             params = zip(names, model.parameters(), strict=True)
             self.weights = {name: new_average(param) for name, param in params}
+        self.keeper: States | None = None  # the optimizer that moves some of them
+        self.in_step: dict[str, Tensor] = {}  # the parameters of these, by name
 
     def decay_at(self, t: int) -> float:
         """d_t."""
@@ -58,16 +64,49 @@ class WeightAverage:
         decay = self.decay_at(self.count)
         self.log_bias += math.log(decay) if decay > 0 else -math.inf
         step = (1 - decay) / -math.expm1(self.log_bias)
-        averages = list(self.weights.values())
-        current = [param.detach().to(dtype_of(param)) for param in self.model.parameters()]
+        if len(self.in_step) == len(self.weights):
+            return
+        named = zip(self.weights.items(), self.model.parameters(), strict=True)
+        rest = [(average, param) for (name, average), param in named if name not in self.in_step]
+        averages = [average for average, _ in rest]
+        current = [param.detach().to(dtype_of(param)) for _, param in rest]
         if not any(map(is_dtensor, averages)):
             torch._foreach_lerp_(averages, current, step)
             return
         for average, value in zip(averages, current, strict=True):  # a list must not hold tensors of both kinds
             average.lerp_(value, step)
 
+    def keep_in(self, optimizer: States, params: Iterable[Tensor]) -> None:
+        """From now on the optimizer's steps move the averages of these parameters, and `update` the others."""
+        chosen = {id(param): param for param in params}
+        own = zip(self.weights, self.model.parameters(), strict=True)
+        self.keeper, self.in_step = optimizer, {name: param for name, param in own if id(param) in chosen}
+        for name, param in self.in_step.items():
+            if self.count:
+                optimizer.state[param][KEY] = self.weights[name]
+            else:  # its first step makes the state; until then the average is the parameter
+                self.weights[name] = param.detach()
+
+    def take_back(self) -> None:
+        """From now on `update` moves all averages; the optimizer has those left that its groups ask for themselves."""
+        self._find()
+        groups = [] if self.keeper is None else self.keeper.param_groups
+        stays = {id(param) for group in groups if averages(group) for param in group["params"]}
+        for name, param in self.in_step.items():
+            assert self.keeper is not None
+            found = None if id(param) in stays else self.keeper.state.get(param, {}).pop(KEY, None)
+            self.weights[name] = new_average(self.weights[name]) if found is None else found
+        self.keeper, self.in_step = None, {}
+
+    def _find(self) -> None:
+        """Looks up the averages that the optimizer keeps: its first step has made them, or a person replaced them."""
+        for name, param in self.in_step.items():
+            assert self.keeper is not None
+            self.weights[name] = self.keeper.state.get(param, {}).get(KEY, self.weights[name])
+
     def state_dict(self) -> dict[str, Any]:
         """The counter, the bias and the averages, by parameter name."""
+        self._find()
         return {"count": self.count, "log_bias": self.log_bias, "weights": dict(self.weights)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -90,6 +129,7 @@ class WeightAverage:
         if not self.count:
             yield
             return
+        self._find()
         params = list(self.model.parameters())
         with kept(params):
             with torch.no_grad():

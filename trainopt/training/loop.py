@@ -25,6 +25,7 @@ from trainopt.training.data import Source, TensorSource, move, source_of
 from trainopt.training.distributed import Processes
 from trainopt.training.evaluation import evaluate
 from trainopt.training.folder import with_folder
+from trainopt.training.in_backward import InBackward
 from trainopt.training.options import Options
 from trainopt.training.pace import Pace
 from trainopt.training.precision import Precision
@@ -33,6 +34,7 @@ from trainopt.training.saving import Saving
 from trainopt.training.signals import StopSignals
 from trainopt.training.skipping import Skipping
 from trainopt.training.state import State
+from trainopt.training.tail import Tail
 from trainopt.training.trained import Trained, planned_by_shape, without_averaging
 from trainopt.training.window import Window
 
@@ -164,6 +166,8 @@ class Loop:
         self.forward: Callable[..., tuple[Tensor, Count | None]] = self.trained.forward
         self.wrappers = self.trained.wrappers()  # that average gradients over the processes
         self.must_check = self.options.nonfinite != "ignore" or self.precision.scaler is not None
+        self.tail = Tail(state, self.must_check)
+        self.in_backward = InBackward(state, self.must_check) if self.options.step_in_backward else None
 
         self.lr: Any = self.optimizer.param_groups[0]["lr"]  # that the last update used
         self.norm: Tensor | None = None  # of the last update's gradient, unscaled, before clipping
@@ -186,6 +190,9 @@ class Loop:
                 reason = type(error).__name__
                 raise
             finally:
+                self.tail.end()
+                if self.in_backward is not None:
+                    self.in_backward.end()
                 at, best, newest = self.counters, self.state.best, self.saving.newest
                 summary = (at.step, at.epoch, reason, at.train_loss, best.value, best.step)
                 self.report.finished(Finished(*summary, perf_counter() - self.begun, at.samples, newest))
@@ -208,6 +215,8 @@ class Loop:
         self.forward = self.trained.parallel(self.processes)
         self.wrappers = self.trained.wrappers(self.forward)
         self.trained.begin()
+        if self.in_backward is not None:
+            self.in_backward.begin()
         self.begun = self.interval_begun = perf_counter()
         self.steps_before = at.step
         self.report.started(
@@ -341,21 +350,27 @@ class Loop:
         gradients.scale(params, correction)
         self.precision.unscale(optimizer)
 
-        # Its norm, whether it is finite, and clipping.
-        limit = self.options.clip
+        # Its norm, whether it is finite, and clipping: in the step, where the optimizer does that.
+        tail, limit = self.tail, self.options.clip
+        tail.prepare(params, self.watch.is_watching)
         is_shown = self.watch.measurement is not None or (at.step + 1) % self.options.log_every == 0
-        norm = self.norm = gradients.global_norm(params) if limit is not None or is_shown else None
-        if self.must_check and not self.are_finite(params, norm):  # the one wait for the device in an update
-            self.reason = self.skipping.skip(window, float(self.lr), self.saving.newest) or self.reason
-            return False
+        is_wanted = (limit is not None or is_shown) and not tail.clips and self.in_backward is None
+        norm = self.norm = gradients.global_norm(params) if is_wanted else None
+        if self.must_check and not tail.skips and not self.are_finite(params, norm):  # waits for the device
+            return self.leave_out(window)
         if limit is not None and norm is not None:
             gradients.clip(params, limit, norm)
 
         # The step, the schedule and the average.
         self.watch.before_step(self.trained.model, params, at.step + 1, window.samples)
         lr = optimizer.param_groups[0]["lr"]
-        self.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule may fill the tensor with its next value
-        optimizer.step()
+        lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule may fill the tensor with its next value
+        is_made = tail.step()
+        if tail.clips:
+            self.norm = optimizer.grad_norm  # type: ignore[attr-defined]
+        if not is_made:
+            return self.leave_out(window)
+        self.lr = lr
         self.precision.adapt()
         self.pace.step("update", None, at.epoch)
         if state.average is not None:
@@ -387,12 +402,22 @@ class Loop:
             window.take(loss, count)
             if self.criterion.assumed is not None and not self.has_said_what_is_counted:
                 self.say_what_is_counted(window)
+            if self.in_backward is not None and not self.in_backward.may_begin(loss, window.counts[index]):
+                return
             weight = window.weight_of(index)
             is_all = not isinstance(weight, Tensor) and weight == 1.0
             self.precision.scaled(loss if is_all else loss * weight).backward()
 
+    def leave_out(self, window: Window) -> bool:
+        """Leaves out an update that is not finite; False, for it is not made."""
+        with nullcontext() if self.in_backward is None else self.in_backward.suspended():
+            self.reason = self.skipping.skip(window, float(self.lr), self.saving.newest) or self.reason
+        return False
+
     def are_finite(self, params: list[Tensor], norm: Tensor | None) -> bool:
-        """Whether every gradient is finite, those of other processes' shards too."""
+        """Whether every gradient is finite, those of other processes' shards too; the loss, where backward steps."""
+        if self.in_backward is not None:
+            return self.in_backward.is_finite
         finite = gradients.are_finite(params, norm)
         return self.processes.min(float(finite)) > 0 if self.state.is_sharded else finite
 

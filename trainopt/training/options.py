@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from trainopt.optim.state_dtype import DTYPES
 from trainopt.training.fields import FLAG, TEXT, check, choice, option, real, whole
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -48,6 +49,12 @@ OTHER_NAMES = {
     **dict.fromkeys(("metric_for_best_model",), "monitor"),
     **dict.fromkeys(("greater_is_better", "mode"), "maximize"),
 }
+#: What does not go with steps within backward: an option, its values that do, and why.
+NOT_IN_BACKWARD = (
+    ("accumulation", (1,), "the first backward pass would step by its own gradient"),
+    ("clip", (None,), "the norm of all gradients is known only when backward has ended"),
+    ("precision", ("float32", "bfloat16"), "gradients have GradScaler's scale until backward has ended"),
+)
 OF_THE_OPTIMIZER = ("lr", "learning_rate", "weight_decay", "wd", "momentum", "betas", "eps")
 
 
@@ -67,6 +74,10 @@ class Options:
         clip: largest global norm of the gradient; a longer one is scaled down to it. None: no clipping.
         average: decay of the moving average of the weights, in [0, 1); evaluation is then on the average. None: none.
         average_warmup: whether the decay starts small (`trainopt.training.average`).
+        state_dtype: what the optimizer's states are stored in, one of trainopt's: "float32", "bfloat16" or "float16".
+            None: as the optimizer has it.
+        step_in_backward: whether each parameter is stepped as soon as backward has its gradient, which is then freed.
+            Not with accumulation, clip, float16 or several processes. The loss is looked at in place of the gradients.
         validate_every: updates between validations. None: after every epoch.
         early_stopping: validations without a new best after which the run stops. None: never.
         monitor: what decides on the best weights: "loss" (of validation) or the name of a metric.
@@ -103,6 +114,8 @@ class Options:
     clip: float | None = option(None, real(0, above=True))
     average: float | None = option(None, real(0, 1.0, below=True))
     average_warmup: bool = option(True, FLAG)
+    state_dtype: str | None = option(None, choice(*DTYPES))
+    step_in_backward: bool = option(False, FLAG)
     validate_every: int | None = option(None, whole(1))
     early_stopping: int | None = option(None, whole(1))
     monitor: str = option("loss", TEXT)
@@ -123,6 +136,9 @@ class Options:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"give epochs or steps, one of them: epochs is {self.epochs}, steps is {self.steps}")
         check(self)
+        for name, goes, why in NOT_IN_BACKWARD if self.step_in_backward else ():
+            if (value := getattr(self, name)) not in goes:
+                raise ValueError(f"step_in_backward is True, but {name} is {value!r}: {why}")
 
     @classmethod
     def of(cls, options: Options | None, choices: Mapping[str, Any]) -> Options:

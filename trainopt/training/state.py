@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainopt.optim.average import KEY, averages
+from trainopt.optim.convert import convert_state
 from trainopt.training import gradients, random_state
-from trainopt.training.arguments import differences, given_to
+from trainopt.training.arguments import check_given_twice, differences, given_to
 from trainopt.training.average import Modes, WeightAverage
 from trainopt.training.checkpoint import plain
 from trainopt.training.data import Source
@@ -74,7 +76,8 @@ class State:
         self.counters = Counters()
         self.interval = Interval()
         stops_early = options.early_stopping is not None
-        self.watch = Watch(options.log_every, stops_early, measures=not self.is_sharded)
+        measures = not self.is_sharded and not options.step_in_backward
+        self.watch = Watch(options.log_every, stops_early, measures)
         self.best = Best(options.is_larger_better, keeps_weights=stops_early)
         self.window: Window | None = None  # the update under way
         self.seed = 0 if options.seed is None else options.seed
@@ -83,6 +86,8 @@ class State:
         """Brings what is trained to its device, and makes what is as large as that."""
         self.trained.place()
         self.buffers = list(self.trained.buffers())
+        if self.options.state_dtype is not None:
+            convert_state(self.optimizer, self.options.state_dtype)
         if self.options.average is not None:
             self.average = WeightAverage(self.trained, self.options.average, self.options.average_warmup)
 
@@ -131,7 +136,7 @@ class State:
         TypeError for what a checkpoint cannot hold.
         """
         params, pending = gradients.parameters(self.optimizer), self.window
-        state = {
+        state: dict[str, Any] = {
             "format": FORMAT,
             **self.trained.state(),
             **{name: None if part is None else part.state_dict() for name, part in self._parts().items()},
@@ -142,6 +147,8 @@ class State:
             "gradients": [param.grad for param in params] if pending is not None and pending.done else None,
             "random": self.processes.gather(random_state.capture(self.processes.device)),
         }
+        if self.average is not None and self.average.in_step:
+            state["optimizer"] = without_averages(state["optimizer"])
         return plain(state)
 
     # Out of one -------------------------------------------------------------------------------------------------------
@@ -203,6 +210,9 @@ class State:
         params = gradients.parameters(self.optimizer)
         self.trained.load({name: saved[name] for name in ("model", *["criterion"] * self._loss_has_state())})
         self.optimizer.load_state_dict(spread(saved["optimizer"], params))
+        check_given_twice(self.options, self.optimizer)  # the groups' options are the checkpoint's now
+        if self.options.state_dtype is not None:
+            convert_state(self.optimizer, self.options.state_dtype)
         for name, part in self._parts().items():
             if name != "optimizer" and part is not None and saved[name] is not None:
                 part.load_state_dict(saved[name])
@@ -219,6 +229,16 @@ class State:
             random_state.restore(states[rank], self.processes.device)
         else:  # there were fewer processes: a stream of its own for each new one
             random_state.reseed(random_state.derived(self.seed, -rank - 1 - self.counters.step))
+
+
+def without_averages(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state without the averages that it keeps for a run, which has a place of its own for them."""
+    lent = {index for group in state["param_groups"] if not averages(group) for index in group["params"]}
+    entries = {
+        index: {name: value for name, value in values.items() if name != KEY} if index in lent else values
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": entries}
 
 
 def spread(state: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:

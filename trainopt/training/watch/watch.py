@@ -72,6 +72,11 @@ class Watch:
         self.is_looking = is_shown and step >= self.next_look
         self._counts_units = is_shown and step >= self.next_units if self._units is None else not self._units.are_enough
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether `before_step` looks at the gradients of this update, or at its weights."""
+        return self._counts_units or self.measurement is not None
+
     def see(self, output: Any, target: Any, loss: Tensor, function: Any) -> None:
         """The first micro-batch of an update that is looked at."""
         self.is_looking = False
