@@ -5,6 +5,7 @@
 
 #include "core/random.h"
 #include "step_judge.h"
+#include "two_part_test.h"
 #include "variants.h"
 
 namespace trainopt {
@@ -319,6 +320,7 @@ int main() {
   test_random();
   test_rules();
   test_sums();
+  test_two_parts();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }

@@ -23,6 +23,7 @@ inline Format format_of(DType dtype) {
     case DType::kFloat64: return {"float64", 52, -1022, 1023};
     case DType::kBFloat16: return {"bfloat16", 7, -126, 127};
     case DType::kFloat16: return {"float16", 10, -14, 15};
+    default: break;
   }
   std::abort();
 }
