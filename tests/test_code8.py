@@ -352,3 +352,62 @@ def test_a_file_with_codes_but_without_their_scales_is_refused_before_anything_c
             optimizer.load_state_dict(saved)
         assert optimizer.param_groups[0]["lr"] != 0.5
         assert optimizer.state[p]["exp_avg"].dtype is torch.uint8
+
+
+BAD_GROUPS = {
+    "complex": (torch.ones(5000, dtype=torch.complex64), {}, "one is torch.complex64"),
+    "float64": (torch.ones(5000, dtype=torch.float64), {}, "one is torch.float64"),
+    "unknown": (torch.ones(5000), {"state_dtype": "4bit"}, "Invalid state_dtype value: '4bit'"),
+    "unknown precision": (torch.ones(5000), {"precision": "double"}, "Invalid precision value: 'double'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GROUPS)
+def test_a_file_whose_options_do_not_fit_is_refused_before_anything_changes(case):
+    value, options, message = BAD_GROUPS[case]
+    p = torch.nn.Parameter(torch.zeros(5000))
+    optimizer = trainopt.AdamW([p], state_dtype="8bit", lr=0.5)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0].update(options)
+    other = trainopt.AdamW([torch.nn.Parameter(value)], lr=0.25)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(saved)
+    assert other.param_groups[0]["lr"] == 0.25 and not other.state
+
+
+def test_a_hook_after_loading_sees_all_states():
+    p = torch.nn.Parameter(torch.zeros(5000))
+    optimizer = trainopt.AdamW([p], state_dtype="8bit", ema_decay=0.5)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    other = trainopt.AdamW([torch.nn.Parameter(p.detach().clone())])
+    seen = []
+    other.register_load_state_dict_post_hook(lambda loaded: seen.extend(next(iter(loaded.state.values()))))
+    other.load_state_dict(optimizer.state_dict())
+    assert {*seen} == {*optimizer.state[p]}
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("reference", [False, True])
+def test_states_stay_as_they_are_stored_whatever_the_group_says_later(reference):
+    p = torch.nn.Parameter(torch.ones(700))
+    optimizer = trainopt.AdamW([p], state_dtype="8bit")
+    with by_torch(reference):
+        for chosen in ("8bit", None, "bfloat16"):
+            optimizer.param_groups[0]["state_dtype"] = chosen
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            assert optimizer.state[p]["exp_avg"].dtype is torch.uint8
+
+
+@pytest.mark.usefixtures("any_size")
+def test_a_sparse_momentum_stays_sparse():
+    p = torch.nn.Parameter(torch.ones(500, 2))
+    optimizer = trainopt.SGD([p], lr=0.1, momentum=0.9, state_dtype="8bit")
+    p.grad = torch.sparse_coo_tensor(torch.tensor([[1, 2]]), torch.ones(2, 2), (500, 2))
+    optimizer.step()
+    trainopt.convert_state(optimizer, "8bit")
+    optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].is_sparse and (p[1] < 1).all() and (p[0] == 1).all()

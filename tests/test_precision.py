@@ -289,6 +289,44 @@ def test_bad_input():
     assert "state_dtype" not in optimizer.param_groups[0]
 
 
+@pytest.mark.parametrize("stored", ["master", "master24"])
+def test_what_is_beside_a_parameter_of_another_dtype_is_not_taken_for_its_own(stored):
+    p = torch.nn.Parameter(torch.ones(40, dtype=torch.bfloat16))
+    optimizer = trainopt.AdamW([p], precision=stored, lr=1e-3)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    half = torch.nn.Parameter(torch.ones(40, dtype=torch.float16))
+    other = trainopt.AdamW([half], lr=1e-3)
+    if stored == "master24":
+        with pytest.raises(ValueError, match="is for bfloat16"):
+            other.load_state_dict(saved)
+        return
+    other.load_state_dict(saved)
+    half.grad = torch.ones_like(half)
+    other.step()
+    assert (half - 1).abs().max() < 3e-3 and other.state[half]["master"].dtype is torch.float32
+
+
+def test_nothing_is_converted_where_that_cannot_be():
+    p, q = (torch.nn.Parameter(torch.ones(5000)) for _ in range(2))
+    optimizer = trainopt.AdamW([p, q], state_dtype="8bit", ema_decay=0.5)
+    for param in (p, q):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    with optimizer.averaged_parameters(), pytest.raises(RuntimeError, match="averaged_parameters"):
+        trainopt.convert_state(optimizer, None)
+    for broken in (torch.zeros(3), optimizer.state[q]["exp_avg_scale"].double()):
+        optimizer.state[q]["exp_avg_scale"] = broken
+        with pytest.raises(ValueError, match="exp_avg_scale"):
+            trainopt.convert_state(optimizer, "bfloat16")
+        assert optimizer.state[p]["exp_avg"].dtype is torch.uint8
+        assert optimizer.param_groups[0]["state_dtype"] == "8bit"
+    differentiable = trainopt.AdamW([p], differentiable=True)
+    with pytest.raises(ValueError, match="differentiable"):
+        trainopt.convert_state(differentiable, "8bit")
+
+
 # Cautious weight decay ------------------------------------------------------------------------------------------------
 
 

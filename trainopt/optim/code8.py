@@ -26,11 +26,12 @@ def blocks_of(numel: int) -> int:
 def scale_of(state: Mapping[str, Any], name: str) -> Tensor:
     """The scales of a state in codes; ValueError if they are not there, or are those of another number of elements."""
     scale, blocks = state.get(name + SUFFIX), blocks_of(state[name].numel())
-    if not isinstance(scale, Tensor) or scale.shape != (blocks,) or state[name].dtype is not torch.uint8:
-        found = f"of shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
+    fits = isinstance(scale, Tensor) and scale.shape == (blocks,) and scale.dtype is torch.float32
+    if not fits or not isinstance(scale, Tensor) or state[name].dtype is not torch.uint8:
+        found = f"{scale.dtype} of shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
         raise ValueError(
-            f"{name} of {state[name].dtype} and {name + SUFFIX} {found}: a state in 8 bits is of torch.uint8, and this"
-            f" one has {blocks} scales"
+            f"{name} is {state[name].dtype} and {name + SUFFIX} {found}: a state in 8 bits is of torch.uint8, and this"
+            f" one has {blocks} scales of torch.float32"
         )
     return scale.detach()
 
@@ -66,6 +67,8 @@ def rounding_at(step: int) -> float:
 
 def encode(values: Tensor, is_unsigned: bool, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
     """The codes and scales that are nearest to float32 numbers, or nearly: see `rounding_at`."""
+    if not values.is_contiguous():  # what is not dense becomes so
+        values = torch.empty_like(values).copy_(values)
     out = torch.empty_like(values, dtype=torch.uint8)
     flat = _in_memory(values)
     magnitude = flat.abs()

@@ -3,7 +3,7 @@
 from typing import Any
 
 from trainopt.optim import precision as precisions
-from trainopt.optim.options import PRECISIONS, extra
+from trainopt.optim.options import extra
 from trainopt.optim.state_dtype import cast_states, check, check_params
 from trainopt.optim.states import States
 from trainopt.optim.wrappers import unwrapped
@@ -25,26 +25,38 @@ def convert_state(optimizer: Any, state_dtype: Any, *, precision: str | None = N
     Raises:
         TypeError: the optimizer is none of trainopt's.
         ValueError: no such dtype, state or precision, or a parameter of float64 or complex numbers, or a DTensor for
-            8 bits; nothing has been changed then.
+            8 bits, or a state in 8 bits that has no scales; nothing has been changed then.
+        RuntimeError: inside `averaged_parameters()`.
     """
     optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, States):
         raise TypeError(f"convert_state: {type(optimizer).__qualname__} is not one of trainopt's optimizers")
     check(state_dtype, optimizer._states)
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"Invalid precision value: {precision!r} ({', '.join(map(repr, PRECISIONS))})")
+    if optimizer._record.holds_averages:
+        raise RuntimeError("convert_state: the parameters are their moving averages, inside averaged_parameters()")
     for group in optimizer.param_groups:
-        check_params({**group, "state_dtype": state_dtype})
-        precisions.check_params({**group, "precision": precision or "native"})
+        wanted = {**group, "state_dtype": state_dtype, "precision": precision or extra(group, "precision")}
+        check_params(wanted)
+        precisions.check_params(wanted)
+        if group.get("differentiable") and (state_dtype is not None or wanted["precision"] != "native"):
+            raise ValueError("convert_state: differentiable=True does not go with states and parameters stored apart")
+    made = []
+    for _, group, param in optimizer._enumerate():
+        state = dict(optimizer.state.get(param, {}))
+        cast_states(optimizer, state, {**group, "state_dtype": state_dtype}, param)
+        made.append((param, state))
+
+    for param, state in made:
+        if state:
+            for key in optimizer.state[param].keys() - state.keys():
+                del optimizer.state[param][key]
+            optimizer.state[param].update(state)
     for group in optimizer.param_groups:
         if state_dtype is None:
             group.pop("state_dtype", None)
         else:
             group["state_dtype"] = state_dtype
-        for param in group["params"]:
-            cast_states(optimizer, optimizer.state.get(param, {}), group, param)
-    if precision is not None:
-        for group in optimizer.param_groups:
+        if precision is not None:
             _convert_params(optimizer, group, precision)
 
 

@@ -23,6 +23,16 @@ def elements(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout is torch.strided else gradient.values()
 
 
+def like(whole: Tensor, param: Tensor) -> Tensor:
+    """What every rank has of the whole, spread as a parameter is that is a DTensor."""
+    placements = getattr(param, "placements", None)
+    if not placements:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, getattr(param, "device_mesh", None), placements, src_data_rank=None)
+
+
 def on_any_rank(flag: bool | Tensor, params: Iterable[Tensor]) -> bool | Tensor:
     """Whether the flag is set on any rank that these parameters, as far as they are DTensors, are sharded over.
 

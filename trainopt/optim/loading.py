@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trainopt.optim import average, code8, precision
+from trainopt.optim import average, code8, precision, state_dtype
 from trainopt.optim.options import STOCK_DEFAULTS, extra, not_default
 from trainopt.optim.report import name_of
 from trainopt.optim.state_dtype import cast_states, has_codes, keys_of
@@ -17,17 +17,19 @@ from trainopt.optim.states import States, widen_counts
 def adapted(optimizer: States) -> Iterator[None]:
     """While torch loads a state dict in here, its groups are adapted to the optimizer's; its counts are put right."""
     saved: dict[str, Any] = {}
-    own: list[tuple[Any, str, torch.Tensor]] = []  # states that torch is not to cast
 
     def adapt(_: Any, given: dict[str, Any]) -> dict[str, Any]:
         saved_groups, own_groups = given["param_groups"], optimizer.param_groups
         groups = [_adapt_group(optimizer, *both) for both in zip(saved_groups, own_groups, strict=False)]
+        for group, own_group in zip(groups, own_groups, strict=False):
+            _check_storage(optimizer, {**group, "params": own_group["params"]})
         saved.update({**given, "param_groups": [*groups, *saved_groups[len(groups) :]]})
-        own.extend(_in_own_dtypes(optimizer, saved))
+        own = list(_in_own_dtypes(optimizer, saved))  # states that torch is not to cast
         for key, name, param in own:
             _check_shape(name, saved["state"][key][name], param, "a parameter")
             if name + code8.SUFFIX in saved["state"][key] or saved["state"][key][name].dtype is torch.uint8:
                 code8.scale_of(saved["state"][key], name)
+        optimizer._uncast = [(param, name, saved["state"][key][name]) for key, name, param in own]
         return {**saved, "state": _without(saved["state"], [(key, name) for key, name, _ in own])}
 
     # The last of the pre-hooks: whatever form the state dict came in, it has torch's form by then.
@@ -36,14 +38,27 @@ def adapted(optimizer: States) -> Iterator[None]:
         yield
     finally:
         adapting.remove()
+        optimizer.__dict__.pop("_uncast", None)
     _restore_counts(optimizer, saved)
-    for key, name, param in own:
+
+
+def _check_storage(optimizer: States, group: dict[str, Any]) -> None:
+    """ValueError for a group that wants its parameters or their states stored as these cannot be."""
+    state_dtype.check(extra(group, "state_dtype"), optimizer._states)
+    state_dtype.check_params(group)
+    precision.check_params(group)
+
+
+def _put_back(optimizer: States, state: dict[str, Any]) -> None:
+    """Puts what torch was not to cast into what it has loaded, in the dtypes that the groups call for."""
+    for param, name, value in optimizer.__dict__.get("_uncast", ()):
         dtype = average.dtype_of(param) if name == average.KEY else None
-        optimizer.state[param][name] = saved["state"][key][name].to(param.device, dtype, copy=True)
-    for group in optimizer.param_groups:
+        state["state"].setdefault(param, {})[name] = value.to(param.device, dtype, copy=True)
+    for group in state["param_groups"]:
         for param in group["params"]:
-            if extra(group, "state_dtype") is not None or has_codes(optimizer.state.get(param, {}), optimizer._states):
-                cast_states(optimizer, optimizer.state.get(param, {}), group, param)
+            own = state["state"].get(param)
+            if own and (extra(group, "state_dtype") is not None or has_codes(own, optimizer._states)):
+                cast_states(optimizer, own, group, param)
 
 
 def _adapt_group(optimizer: States, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -62,9 +77,9 @@ def _adapt_group(optimizer: States, saved: dict[str, Any], own: dict[str, Any]) 
 def _restore_counts(optimizer: States, saved: dict[str, Any]) -> None:
     """Gives counts that noise has made float64 back what torch has rounded to float32 (fused and capturable)."""
     for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        if not extra(group, "noise"):
-            continue
         for key, param in zip(saved_group["params"], group["params"], strict=True):
+            if not precision.is_random(group, param):
+                continue
             count = saved["state"][key].get("step") if key in saved["state"] else None
             if isinstance(count, torch.Tensor) and count.dtype is torch.float64:
                 optimizer.state[param]["step"] = count.to(optimizer.state[param]["step"].device, copy=True)
@@ -101,6 +116,7 @@ def prepare(optimizer: States, state: dict[str, Any]) -> dict[str, Any]:
     for key, param_state in state["state"].items():
         if isinstance(param_state, dict):
             state["state"][key] = {name: copy_of(value) for name, value in param_state.items()}
+    _put_back(optimizer, state)
     own, loaded = optimizer.param_groups, state["param_groups"]
     if not isinstance(own, list) or len(own) != len(loaded):
         return state

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from trainopt._extension import _C
-from trainopt.optim.options import extra
+from trainopt.optim.distributed import like
+from trainopt.optim.options import PRECISIONS, extra
 
 #: Its key in a parameter's state.
 KEY = "master"
 
 _HALVES = (torch.bfloat16, torch.float16)
+#: What can be beside a parameter of each dtype.
+_MASTERS = {torch.bfloat16: (torch.int16, torch.int8), torch.float16: (torch.float32,)}
 
 
 def of(group: Mapping[str, Any], param: Tensor) -> str:
@@ -26,8 +29,10 @@ def of(group: Mapping[str, Any], param: Tensor) -> str:
 
 
 def check_params(group: Mapping[str, Any]) -> None:
-    """ValueError for a group with a choice that makes no sense for its parameters."""
+    """ValueError for a group with a choice that there is none of, or that makes no sense for its parameters."""
     chosen = extra(group, "precision")
+    if chosen not in PRECISIONS:
+        raise ValueError(f"Invalid precision value: {chosen!r} ({', '.join(map(repr, PRECISIONS))})")
     for param in group["params"] if chosen == "master24" else ():
         if param.dtype is torch.float16:
             raise ValueError(
@@ -54,9 +59,10 @@ def new_master(group: Mapping[str, Any], param: Tensor) -> Tensor:
 
 
 def value_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """A 16-bit parameter in float32, with what its state has beside it."""
+    """A 16-bit parameter in float32, with what its state has beside it, if that is of its dtype and shape."""
     own, master = param.detach(), state.get(KEY)
-    if master is None or param.dtype not in _HALVES:
+    fits = isinstance(master, Tensor) and master.shape == own.shape and master.dtype in _MASTERS.get(own.dtype, ())
+    if not fits or not isinstance(master, Tensor):
         return own.to(torch.float32, copy=True, memory_format=torch.preserve_format)
     if master.dtype is torch.float32:
         return torch.where(master.to(own.dtype) == own, master, own.float())
@@ -107,7 +113,7 @@ def _round_at_random(param: Tensor, value: Tensor, seed: int, step: int, index: 
     """Values that the parameter's dtype holds, up in magnitude with the probability of how far they are on the way."""
     random = torch.empty(param.shape, dtype=torch.int16)
     _C.rounding_bits_(random, seed, step, index)
-    random = random.to(param.device).int() & 0xFFFF
+    random = like(random.to(param.device).int() & 0xFFFF, param)
     bits = value.view(torch.int32)
     if param.dtype is torch.bfloat16:
         return torch.where(value.isfinite(), bits + random & -65536, bits).view(torch.float32)

@@ -96,7 +96,7 @@ def cast_states(optimizer: Any, state: dict[str, Any], group: Mapping[str, Any],
     """
     for name in optimizer._states:
         value = state.get(name)
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
             continue
         dtype, is_unsigned = dtype_of(group, name, param), name in optimizer._unsigned
         if value.dtype is dtype is torch.uint8:

@@ -43,6 +43,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     _first_index: ClassVar[int] = 0  # of the parameters, for the noise: other than 0 where there is one of several
     _opt_called: bool  # read by torch's schedulers
     _record: Record
+    _uncast: list[tuple[torch.Tensor, str, torch.Tensor]]  # while a state dict is loaded: see `loading.adapted`
     _unstarted: set[torch.Tensor]  # with states of zeros that only a real step makes a first one
 
     def _start_recording(self) -> None:

@@ -14,9 +14,10 @@ import torch
 
 from trainopt._extension import _C
 from trainopt.optim import average, precision
+from trainopt.optim.distributed import like
 from trainopt.optim.gradients import GradientScaling, clears, clips
 from trainopt.optim.options import extra
-from trainopt.optim.state_dtype import cast_states, has_codes
+from trainopt.optim.state_dtype import cast_states, dtype_of, has_codes
 from trainopt.optim.states import Numbered, States, widen_count
 from trainopt.originals import step_of
 
@@ -121,7 +122,7 @@ def _step_in_float32(optimizer: States, numbered: Numbered, scaling: GradientSca
     step(view, [(index, wide, copy)], None, scaling, plain=plain)
     made = view.state[copy]
     step_made = int(made["step"]) if "step" in made else 0
-    cast_states(optimizer, made, group, param, step_made)
+    cast_states(optimizer, made, _as_stored(optimizer, own, group, param), param, step_made)
     widen_count(made, group, param)
     precision.store_(param, copy.detach(), group, made, optimizer._first_index + index, step_made)
     if scaling.is_written_back(group) or clears(group):
@@ -134,6 +135,15 @@ def _step_in_float32(optimizer: States, numbered: Numbered, scaling: GradientSca
         for key in own.keys() - made.keys():
             del optimizer.state[param][key]
         optimizer.state[param].update(made)
+
+
+def _as_stored(optimizer: States, own: dict[str, Any], group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+    """A group that has states stored as those are that are there, and new ones as the group says."""
+    dtypes = {
+        name: own[name].dtype if isinstance(own.get(name), torch.Tensor) else dtype_of(group, name, param)
+        for name in optimizer._states
+    }
+    return {**group, "state_dtype": dtypes}
 
 
 def rehearse(optimizer: States, params: Sequence[Numbered], indices: Sequence[int]) -> None:
@@ -294,9 +304,5 @@ def _add_noise_(param: torch.Tensor, index: int, group: dict[str, Any], state: d
     target = torch.view_as_real(param) if param.is_complex() else param
     noise = torch.empty(target.shape, dtype=torch.float32)
     _C.gaussian_(noise, extra(group, "seed"), int(state["step"]), index)
-    noise = noise.to(target.device, target.dtype)
-    if placements := getattr(target, "placements", None):  # a DTensor: a rank makes all the noise and keeps its shard
-        from torch.distributed.tensor import distribute_tensor
-
-        noise = distribute_tensor(noise, getattr(target, "device_mesh", None), placements, src_data_rank=None)
+    noise = like(noise.to(target.device, target.dtype), target)  # a rank makes all the noise and keeps its shard
     target.add_(noise, alpha=float(group["noise"]))

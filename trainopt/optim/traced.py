@@ -14,7 +14,7 @@ from trainopt._extension import _C
 from trainopt.optim.average import averages
 from trainopt.optim.gradients import clears, clips
 from trainopt.optim.options import extra, option_at, places_of
-from trainopt.optim.state_dtype import uses_codes
+from trainopt.optim.state_dtype import has_codes, uses_codes
 from trainopt.optim.states import States
 
 #: The last argument of `_init_group` that asks for `gather`; without it the call is torch's.
@@ -77,6 +77,8 @@ def gather(
         return False  # a DTensor is stepped by what is in it, which the operator does not see
     paths = _C.Plan(optimizer._rule).paths([{**group, "params": chosen}], optimizer.state)
     if paths is None or any(paths):
+        return False
+    if any(has_codes(optimizer.state.get(param, {}), optimizer._states) for param in chosen):
         return False
     needed = optimizer._states_needed(group)
     for param in chosen:
