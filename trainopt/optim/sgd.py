@@ -34,8 +34,14 @@ class SGD(Fused, originals.SGD, rule="sgd"):
         ema_decay: the decay, in [0, 1), of a moving average of the parameters, free of bias, in the state "ema"
             (default None: there is none); `averaged_parameters` and `ema_state_dict` are its use.
         ema_warmup: with True (default False), the decay in step t is at most ``t / (9 + t)``.
-        state_dtype: what states are stored in, "float32", "bfloat16" or "float16", or the torch.dtype; or a dict of
-            these by the name of the state (default None: the parameter's dtype). For parameters of these three dtypes.
+        state_dtype: what states are stored in, "float32", "bfloat16", "float16" or "8bit", or the torch.dtype; or a
+            dict of these by the name of the state (default None: the parameter's dtype). For parameters of the first
+            three; 8 bits, with a scale for each 256 elements, from 4,096 elements on.
+        precision: how 16-bit parameters are stored (default ``"native"``, as they are): ``"master"``, with what they
+            lack of a float32 in the state "master"; ``"master24"``, with 8 bits more (bfloat16 only); or
+            ``"stochastic"``, rounded at random, keyed by `seed`.
+        cautious_weight_decay: with True (default False), weight decay acts only where its sign is that of the update.
+            For decay that is decoupled from the gradient (AdamW, Lion).
 
     The momentum buffer has the parameter's dtype; arithmetic is float32, or float64 for float64 parameters.
     """
