@@ -41,6 +41,8 @@ def test_the_signature_is_torchs_and_more(name):
             "ema_decay": None,
             "ema_warmup": False,
             "state_dtype": None,
+            "precision": "native",
+            "cautious_weight_decay": False,
         },
     }
     assert all(kind is inspect.Parameter.KEYWORD_ONLY for _, kind in extras.values())

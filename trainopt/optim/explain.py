@@ -110,7 +110,7 @@ def _notes(optimizer: States) -> Iterator[str]:
             dtypes = {name: dtype_of(group, name, param) for name in optimizer._states_needed(group)}
             said = ", ".join(f"{name} in {_STATES.get(dtype) or _name_of(dtype)}" for name, dtype in dtypes.items())
             notes.append(f"states are stored with {said} (state_dtype)" if said else "there are no states")
-        if state:
+        if state and (extra(group, "state_dtype") is not None or chosen != "native"):
             notes.append(_bytes_of(state, param))
         squares = [name for name in optimizer._states_needed(group) if name.endswith("_sq")]
         stored = [getattr(state.get(name), "dtype", dtype_of(group, name, param)) for name in squares]
