@@ -9,7 +9,6 @@ bytes are those of the optimizer's own tensors, without the counts of steps.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -20,7 +19,7 @@ from torch.nn import Parameter
 
 import trainopt
 from benchmarks.bandwidth import ReadModifyWrite
-from benchmarks.optimizers import positive
+from benchmarks.optimizers import parsed, parser_of
 from benchmarks.tables import duration, percent, spread, text_table
 from benchmarks.timing import interleave, machine, paired_ratio
 from benchmarks.workloads import WORKLOADS, Workload
@@ -119,20 +118,12 @@ def table(workload: Workload, seconds: dict[str, list[float]], states: dict[str,
         f"times as fast as {FORMATS[0].name}",
         "of memory speed",
     ]
-    title = f"{workload.title}: {len(workload.shapes):,} tensor(s), {workload.elements:,} elements"
-    return f"{title}\n{text_table(head, rows)}\n"
+    return f"{workload.outline}\n{text_table(head, rows)}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the options choose and print it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.formats", description=(__doc__ or "").split("\n")[0])
-    add = parser.add_argument
-    add("--workload", nargs="+", choices=WORKLOADS, default=["gpt2", "resnet50"], help="workloads")
-    add("--rounds", type=positive, default=9, help="rounds; each times every format (default: %(default)s)")
-    add("--threads", type=positive, help="threads torch may use (default: torch's own choice)")
-    options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = parsed(parser_of("benchmarks.formats", __doc__, ["gpt2", "resnet50"], rounds=9), arguments)
     print(f"{machine()}, trainopt {trainopt.__version__} ({_C.cpu_variant()})\n", flush=True)
     for name in options.workload:
         workload = WORKLOADS[name]

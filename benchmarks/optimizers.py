@@ -167,8 +167,7 @@ def details(result: Result) -> str:
     rows.append([ReadModifyWrite.label, duration(memory), "", f"{result.traffic / memory / 1e9:.1f}", "100 %", ""])
     dtype = str(workload.dtype).removeprefix("torch.")
     lines = [
-        f"{result.rule.title}, {workload.title}: {len(workload.shapes):,} tensor(s), {workload.elements:,} elements in "
-        f"{dtype}, {result.traffic / 1e6:,.1f} MB a step",
+        f"{result.rule.title}, {workload.outline} in {dtype}, {result.traffic / 1e6:,.1f} MB a step",
         text_table(head, rows),
         *(f"{name} is left out: {reason}" for name, reason in result.left_out.items()),
     ]
@@ -232,6 +231,24 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def parser_of(module: str, doc: str | None, workloads: Sequence[str], rounds: int) -> argparse.ArgumentParser:
+    """The options of a benchmark over workloads, of these defaults."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(doc or "").split("\n")[0])
+    add, shown = parser.add_argument, "all" if len(workloads) == len(WORKLOADS) else " ".join(workloads)
+    add("--workload", nargs="+", choices=WORKLOADS, default=list(workloads), help=f"workloads (default: {shown})")
+    add("--rounds", type=positive, default=rounds, help="rounds; each times every contender (default: %(default)s)")
+    add("--threads", type=positive, help="threads torch may use (default: torch's own choice)")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options that are given; torch has as many threads as they say from now on."""
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return options
+
+
 def new_file(text: str) -> Path:
     """A path whose folder exists, for argparse."""
     if not Path(text).parent.is_dir():
@@ -241,21 +258,16 @@ def new_file(text: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the options choose and print it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizers", description=(__doc__ or "").split("\n")[0])
+    parser = parser_of("benchmarks.optimizers", __doc__, list(WORKLOADS), rounds=15)
     add = parser.add_argument
-    add("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="workloads (default: all)")
     add("--optimizer", nargs="+", choices=RULES, default=list(RULES), help="optimizers (default: all)")
-    add("--rounds", type=positive, default=15, help="rounds; each times every contender once (default: %(default)s)")
-    add("--threads", type=positive, help="threads torch may use (default: torch's own choice)")
     add("--json", type=new_file, metavar="FILE", help="write every measurement to this file, in seconds")
     add(
         "--markdown",
         action="store_true",
         help="print Markdown tables with a row a workload (default: a row a contender)",
     )
-    options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = parsed(parser, arguments)
 
     heading = f"{machine()}, trainopt {trainopt.__version__} ({_C.cpu_variant()})"
     print(f"{heading}\nMedians of {options.rounds} interleaved rounds; in brackets the quartiles\n", flush=True)

@@ -10,7 +10,6 @@ are what a backward pass would have left there, with a norm above the limit.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -22,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import trainopt
 from benchmarks.bandwidth import ReadModifyWrite
-from benchmarks.optimizers import positive
+from benchmarks.optimizers import parsed, parser_of
 from benchmarks.tables import duration, percent, spread, text_table
 from benchmarks.timing import BLOCK_SECONDS, machine, paired_ratio
 from benchmarks.workloads import WORKLOADS, Workload
@@ -121,20 +120,12 @@ def table(workload: Workload, seconds: dict[str, list[float]]) -> str:
         ratios = [spread(paired_ratio(seconds[reference], times)) for reference in torchs]
         rows.append([name, duration(median(times)), *ratios, percent(paired_ratio(memory, times).median)])
     head = ["contender", "a tail", *(f"times as fast as {name}" for name in torchs), "of memory speed"]
-    title = f"{workload.title}: {len(workload.shapes):,} tensor(s), {workload.elements:,} elements"
-    return f"{title}, {4 * MOVED} bytes an element\n{text_table(head, rows)}\n"
+    return f"{workload.outline}, {4 * MOVED} bytes an element\n{text_table(head, rows)}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the options choose and print it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tail", description=(__doc__ or "").split("\n")[0])
-    add = parser.add_argument
-    add("--workload", nargs="+", choices=WORKLOADS, default=["gpt2", "resnet50", "1000x64"], help="workloads")
-    add("--rounds", type=positive, default=15, help="rounds; each times every contender (default: %(default)s)")
-    add("--threads", type=positive, help="threads torch may use (default: torch's own choice)")
-    options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options = parsed(parser_of("benchmarks.tail", __doc__, ["gpt2", "resnet50", "1000x64"], rounds=15), arguments)
     print(f"{machine()}, trainopt {trainopt.__version__} ({_C.cpu_variant()})\n", flush=True)
     for name in options.workload:
         workload = WORKLOADS[name]

@@ -25,6 +25,11 @@ class Workload:
         """Parameters in all tensors together."""
         return sum(math.prod(shape) for shape in self.shapes)
 
+    @property
+    def outline(self) -> str:
+        """What it is, with its numbers of tensors and elements, for the title of a table."""
+        return f"{self.title}: {len(self.shapes):,} tensor(s), {self.elements:,} elements"
+
 
 def mlp(*widths: int) -> tuple[Shape, ...]:
     """Weight and bias of each linear layer between the widths given."""

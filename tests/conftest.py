@@ -4,15 +4,13 @@ them. And what they do without: a file that imports an optional package which is
 
 import pytest
 import torch
-from devices import DEVICES, HAS_GPU, IS_EMULATED
+from devices import DEVICES, HAS_GPU, IS_EMULATED, VARIANTS
 
 from trainopt._extension import _C
 
 #: Packages of the extras in pyproject.toml. Any other module that is missing is an error.
 OPTIONAL = {"expecttest", "hypothesis", "matplotlib", "mlxtend", "numpy", "rich", "tensorboard"}
 OPTIONAL |= {"accelerate", "ignite", "lightning", "peft", "timm", "transformers", "trl"}
-
-VARIANTS = [name for name, usable in _C.cpu_variants().items() if usable]
 
 
 def pytest_addoption(parser):

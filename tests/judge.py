@@ -8,13 +8,16 @@ truth is no larger than that of the same plain computation in the same dtype: to
 A new optimizer is a row of `TABLE`; every test that goes over the table then has it.
 """
 
+import copy
 import functools
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
+from devices import VARIANTS
 from formulas import FormulaOptimizer, adam, formula_step, lamb, lars, lion, sgd, take_undecided
 
 import trainopt
@@ -330,6 +333,43 @@ def assert_same_bits(one: dict[str, Tensors], other: dict[str, Tensors], any_nan
                 bad &= ~(a.isnan() & b.isnan())
             bad = bad.nonzero()
             assert len(bad) == 0, f"{name}[{i}] of {a.numel()}: {len(bad)} elements differ, first at {bad[0].tolist()}"
+
+
+def assert_same_bits_everywhere(row: Row, start: Tensors, gradients: Sequence[Tensors], **options) -> None:
+    """The outcome has the same bits for any number of threads and every SIMD variant. Gradients stay as they are."""
+    results = []
+    for variant in VARIANTS:
+        for threads in (1, 2, 3):
+            _C.set_cpu_variant(variant)
+            torch.set_num_threads(threads)
+            own = [[g.clone() for g in now] for now in gradients]
+            results.append(outcome(*run(row.make, start, own, **options)))
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+def assert_resumes(row: Row, start: Tensors, gradients: Sequence[Tensors], options: dict[str, Any]) -> Any:
+    """A run that is saved after two steps, loaded as weights alone and resumed has the bits of one that went on.
+
+    So has one resumed by an optimizer without the options: the file's own count, as any group's do. Returns the file's
+    contents.
+    """
+    straight = outcome(*run(row.make, start, gradients, **options))
+    optimizer, params = run(row.make, start, gradients[:2], **options)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    for given in (options, row.usual):
+        again = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        resumed = row.make(again, **given)
+        resumed.load_state_dict(copy.deepcopy(saved))
+        for now in gradients[2:]:
+            for p, g in zip(again, now, strict=True):
+                p.grad = g.clone()
+            resumed.step()
+        assert_same_bits(straight, outcome(resumed, again))
+    return saved
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,15 @@
 """States in 8 bits (``state_dtype="8bit"``): the codes, and steps that keep them."""
 
 import copy
-import io
 import math
 from unittest import mock
 
 import pytest
 import torch
-from judge import TABLE, assert_same_bits, outcome, random_problem, run
+from judge import TABLE, assert_resumes, assert_same_bits_everywhere, outcome, random_problem, run
 
 import trainopt
 from trainopt import switches
-from trainopt._extension import _C
 from trainopt.optim import code8
 
 NAMES = [name for name, row in TABLE.items() if row.states]
@@ -159,15 +157,7 @@ def test_the_same_bits_for_any_number_of_threads_and_every_variant(name, dtype, 
     start, gradients = random_problem((*SHAPES, (100_001,)), dtype, 2)
     tail = {"max_grad_norm": 3.0, "zero_grad": "in_step", "ema_decay": 0.9, "precision": precision}
     for given in ({}, tail):
-        results = []
-        for variant in [name for name, usable in _C.cpu_variants().items() if usable]:
-            for threads in (1, 3):
-                _C.set_cpu_variant(variant)
-                torch.set_num_threads(threads)
-                own = [[g.clone() for g in now] for now in gradients]
-                results.append(outcome(*run(row.make, start, own, **row.usual, state_dtype="8bit", **given)))
-        for other in results[1:]:
-            assert_same_bits(results[0], other)
+        assert_same_bits_everywhere(row, start, gradients, **row.usual, state_dtype="8bit", **given)
 
 
 @pytest.mark.usefixtures("any_size")
@@ -176,21 +166,7 @@ def test_saved_loaded_copied_and_resumed_bit_for_bit(name):
     row = TABLE[name]
     start, gradients = random_problem(SHAPES, torch.float32, 4)
     options = {**row.usual, "state_dtype": "8bit"}
-    straight = outcome(*run(row.make, start, gradients, **options))
-    optimizer, params = run(row.make, start, gradients[:2], **options)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    for given in (options, row.usual):
-        again = [torch.nn.Parameter(p.detach().clone()) for p in params]
-        resumed = row.make(again, **given)
-        resumed.load_state_dict(copy.deepcopy(saved))
-        for now in gradients[2:]:
-            for p, g in zip(again, now, strict=True):
-                p.grad = g.clone()
-            resumed.step()
-        assert_same_bits(straight, outcome(resumed, again))
+    assert_resumes(row, start, gradients, options)
 
 
 @pytest.mark.usefixtures("any_size")

@@ -1,13 +1,22 @@
 """16-bit parameters of more than 16 bits (``precision``): their worth, how they are saved, and what others write."""
 
 import copy
-import io
 import math
 from unittest import mock
 
 import pytest
 import torch
-from judge import TABLE, assert_same_bits, bits, outcome, random_problem, run
+from devices import VARIANTS
+from judge import (
+    TABLE,
+    assert_resumes,
+    assert_same_bits,
+    assert_same_bits_everywhere,
+    bits,
+    outcome,
+    random_problem,
+    run,
+)
 
 import trainopt
 from trainopt import switches
@@ -107,14 +116,7 @@ def test_the_same_bits_for_any_number_of_threads_and_every_variant(name, way):
     dtype, stored = way
     row = TABLE[name]
     start, gradients = random_problem((*SHAPES, (100_001,)), dtype, 2)
-    results = []
-    for variant in [name for name, usable in _C.cpu_variants().items() if usable]:
-        for threads in (1, 3):
-            _C.set_cpu_variant(variant)
-            torch.set_num_threads(threads)
-            results.append(outcome(*run(row.make, start, gradients, **row.usual, precision=stored, seed=5)))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    assert_same_bits_everywhere(row, start, gradients, **row.usual, precision=stored, seed=5)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -124,21 +126,7 @@ def test_saved_loaded_and_resumed_bit_for_bit(name, way):
     row = TABLE[name]
     start, gradients = random_problem(SHAPES, dtype, 4)
     options = {**row.usual, "precision": stored, "seed": 3}
-    straight = outcome(*run(row.make, start, gradients, **options))
-    optimizer, params = run(row.make, start, gradients[:2], **options)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    for given in (options, row.usual):
-        again = [torch.nn.Parameter(p.detach().clone()) for p in params]
-        resumed = row.make(again, **given)
-        resumed.load_state_dict(copy.deepcopy(saved))
-        for now in gradients[2:]:
-            for p, g in zip(again, now, strict=True):
-                p.grad = g.clone()
-            resumed.step()
-        assert_same_bits(straight, outcome(resumed, again))
+    assert_resumes(row, start, gradients, options)
 
 
 # What it is for -------------------------------------------------------------------------------------------------------
@@ -372,7 +360,7 @@ def test_every_variant_rounds_at_random_as_it_is_said():
     """The 16 bits of an element are those of its place, in any range."""
     whole = torch.empty(3000, dtype=torch.int16)
     _C.rounding_bits_(whole, 7, 3, 1)
-    for variant in [name for name, usable in _C.cpu_variants().items() if usable]:
+    for variant in VARIANTS:
         _C.set_cpu_variant(variant)
         part = torch.empty(1001, dtype=torch.int16)
         _C.rounding_bits_(part, 7, 3, 1)

@@ -1,17 +1,23 @@
 """States in dtypes of their own (``state_dtype``), made, stepped, saved, loaded and converted."""
 
 import copy
-import io
 from unittest import mock
 
 import pytest
 import torch
 from formulas import FormulaOptimizer
-from judge import TABLE, assert_same_bits, bits, outcome, random_problem, run
+from judge import (
+    TABLE,
+    assert_resumes,
+    assert_same_bits_everywhere,
+    bits,
+    outcome,
+    random_problem,
+    run,
+)
 
 import trainopt
 from trainopt import switches
-from trainopt._extension import _C
 
 NAMES = [name for name, row in TABLE.items() if row.states]
 PARAMS = [torch.float32, torch.bfloat16, torch.float16]
@@ -83,14 +89,7 @@ def test_the_engine_and_torchs_path_are_at_one(name, dtype, stored):
 def test_the_same_bits_for_any_number_of_threads_and_every_variant(name, dtype, stored):
     row = TABLE[name]
     start, gradients = random_problem((*SHAPES, (100_001,)), dtype, 2)
-    results = []
-    for variant in [name for name, usable in _C.cpu_variants().items() if usable]:
-        for threads in (1, 3):
-            _C.set_cpu_variant(variant)
-            torch.set_num_threads(threads)
-            results.append(outcome(*run(row.make, start, gradients, **row.usual, state_dtype=stored)))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    assert_same_bits_everywhere(row, start, gradients, **row.usual, state_dtype=stored)
 
 
 def test_by_the_name_of_the_state_by_dtype_and_by_group():
@@ -118,23 +117,9 @@ def test_saved_loaded_and_resumed_bit_for_bit(name, dtype, stored):
     row = TABLE[name]
     start, gradients = random_problem(SHAPES, dtype, 4)
     options = {**row.usual, "state_dtype": stored}
-    straight = outcome(*run(row.make, start, gradients, **options))
-    optimizer, params = run(row.make, start, gradients[:2], **options)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    for given in (options, row.usual):  # the file's own option counts, as any group's does
-        again = [torch.nn.Parameter(p.detach().clone()) for p in params]
-        resumed = row.make(again, **given)
-        resumed.load_state_dict(copy.deepcopy(saved))
-        for now in gradients[2:]:
-            for p, g in zip(again, now, strict=True):
-                p.grad = g.clone()
-            resumed.step()
-        assert_same_bits(straight, outcome(resumed, again))
+    saved = assert_resumes(row, start, gradients, options)
     if row.ours._torch_class is not None:  # and the way back
-        stock = row.ours._torch_class([torch.nn.Parameter(p.detach().clone()) for p in params])
+        stock = row.ours._torch_class([torch.nn.Parameter(p.clone()) for p in start])
         stock.load_state_dict(saved)
         for p in stock.param_groups[0]["params"]:
             assert {v.dtype for key, v in stock.state[p].items() if key != "step"} == {dtype}

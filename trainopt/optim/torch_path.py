@@ -47,10 +47,12 @@ def step(
     sparse = [param for _, _, param in chosen if param.grad is not None and param.grad.layout is not torch.strided]
     if sparse and optimizer._torch_class is None:
         raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
-    apart = [each for each in chosen if _is_stored_apart(optimizer, *each)]
-    for each in apart:
+    ways: dict[bool, list[Numbered]] = {True: [], False: []}
+    for each in chosen:
+        ways[_is_stored_apart(optimizer, *each)].append(each)
+    for each in ways[True]:
         _step_in_float32(optimizer, each, scaling, plain)
-    chosen = [each for each in chosen if each not in apart]
+    chosen = ways[False]
     if not chosen:
         return
     for _, group, param in chosen:
