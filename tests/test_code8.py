@@ -387,3 +387,19 @@ def test_a_sparse_momentum_stays_sparse():
     trainopt.convert_state(optimizer, "8bit")
     optimizer.step()
     assert optimizer.state[p]["momentum_buffer"].is_sparse and (p[1] < 1).all() and (p[0] == 1).all()
+
+
+def test_codes_beside_a_float64_parameter_are_decoded():
+    """Nobody makes such, but somebody may put them there: float64 arithmetic in the engine has no codes."""
+    p, q = (torch.nn.Parameter(torch.ones(5000, dtype=torch.float64)) for _ in range(2))
+    coded, plain = trainopt.AdamW([p], lr=0.1), trainopt.AdamW([q], lr=0.1)
+    for step in range(2):
+        for param in (p, q):
+            param.grad = torch.linspace(-1, 1, 5000).double()
+        if step == 1:
+            state, other = coded.state[p], plain.state[q]
+            state["exp_avg"], state["exp_avg_scale"] = code8.encode(state["exp_avg"].float(), False)
+            other["exp_avg"] = code8.decode(state["exp_avg"], state["exp_avg_scale"], False).double()
+        coded.step()
+        plain.step()
+    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

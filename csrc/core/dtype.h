@@ -20,7 +20,6 @@ enum class DType : uint8_t {
   kSigned8,
   kUnsigned8,
 };
-TRAINOPT_FUNCTION constexpr bool is_coded(DType dtype) { return dtype >= DType::kMaster16; }
 TRAINOPT_FUNCTION constexpr bool is_16_bit(DType dtype) {
   return dtype == DType::kBFloat16 || dtype == DType::kFloat16;
 }

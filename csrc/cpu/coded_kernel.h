@@ -102,55 +102,41 @@ struct TwoParts {
   WordLanes upper, rest;
 };
 
-struct WithRest16 {
+// `Rest` is how that is stored: int16_t, or int8_t for the upper 8 bits of it.
+template <class Rest>
+struct WithRest {
   using Element = BFloat16;
   using Row = TwoParts;
+  static constexpr bool kIsExact = sizeof(Rest) == sizeof(int16_t);
 
-  TRAINOPT_INLINE static bool is(const TensorView& view) { return view.dtype == DType::kMaster16; }
+  TRAINOPT_INLINE static bool is(const TensorView& view) {
+    return view.dtype == (kIsExact ? DType::kMaster16 : DType::kMaster24);
+  }
   TRAINOPT_INLINE static Row load(const TensorView& view, int64_t at) {
-    return {load_lanes<WordLanes>(static_cast<const BFloat16*>(view.data) + at),
-            load_lanes<WordLanes>(static_cast<const int16_t*>(view.beside) + at)};
+    const Rest* rest = static_cast<const Rest*>(view.beside) + at;
+    const auto upper = load_lanes<WordLanes>(static_cast<const BFloat16*>(view.data) + at);
+    if constexpr (kIsExact) return {upper, load_lanes<WordLanes>(rest)};
+    return {upper, (WordLanes)load_byte_halves(rest)};
   }
   template <int kPart>
   TRAINOPT_INLINE static Vec<float> get(const Row& row) {
-    const auto rest = (WordLanes)((IntLanes)upper_bits<kPart>(row.rest) >> 16);
-    return float_of(join<Words>(upper_bits<kPart>(row.upper), rest));
-  }
-  template <int kPart>
-  TRAINOPT_INLINE static void put(Row& row, Vec<float> x) {
-    put_upper<kPart>(row.upper, nearest_upper(bits_of(x)));
-    put_lower<kPart>(row.rest, bits_of(x));
-  }
-  TRAINOPT_INLINE static void store(const TensorView& view, int64_t at, const Row& row) {
-    store_lanes(static_cast<BFloat16*>(view.data) + at, row.upper);
-    store_lanes(static_cast<int16_t*>(view.beside) + at, row.rest);
-  }
-};
-
-struct WithRest8 {
-  using Element = BFloat16;
-  using Row = TwoParts;
-
-  TRAINOPT_INLINE static bool is(const TensorView& view) { return view.dtype == DType::kMaster24; }
-  TRAINOPT_INLINE static Row load(const TensorView& view, int64_t at) {
-    return {load_lanes<WordLanes>(static_cast<const BFloat16*>(view.data) + at),
-            (WordLanes)load_byte_halves(static_cast<const int8_t*>(view.beside) + at)};
-  }
-  template <int kPart>
-  TRAINOPT_INLINE static Vec<float> get(const Row& row) {
-    // The byte is brought to the top of its word, and back down with its sign.
-    const WordLanes top = kPart == 0 ? row.rest << 24 : row.rest << 8 & 0xff000000u;
+    // The rest is brought to the top of its word, and back down with its sign.
+    const WordLanes top = kIsExact     ? upper_bits<kPart>(row.rest)
+                          : kPart == 0 ? row.rest << 24
+                                       : row.rest << 8 & 0xff000000u;
     return float_of(join<Words>(upper_bits<kPart>(row.upper), (WordLanes)((IntLanes)top >> 16)));
   }
   template <int kPart>
   TRAINOPT_INLINE static void put(Row& row, Vec<float> x) {
-    const Words bits = rounded_to_24(bits_of(x));
+    const Words bits = kIsExact ? bits_of(x) : rounded_to_24(bits_of(x));
     put_upper<kPart>(row.upper, nearest_upper(bits));
-    put_lower<kPart>(row.rest, bits >> 8);
+    put_lower<kPart>(row.rest, kIsExact ? bits : bits >> 8);
   }
   TRAINOPT_INLINE static void store(const TensorView& view, int64_t at, const Row& row) {
+    Rest* const rest = static_cast<Rest*>(view.beside) + at;
     store_lanes(static_cast<BFloat16*>(view.data) + at, row.upper);
-    store_byte_halves(static_cast<int8_t*>(view.beside) + at, (HalfLanes)row.rest);
+    if constexpr (kIsExact) return store_lanes(rest, row.rest);
+    store_byte_halves(rest, (HalfLanes)row.rest);
   }
 };
 

@@ -202,9 +202,9 @@ TRAINOPT_FUNCTION int64_t run_if_coded(const TensorTask& task, const Stages<floa
     if (stages.needs_random(is_16_bit(task.param.dtype))) return begin;
     run(Whole<float>(), InCodes());
     run(Whole<BFloat16>(), InCodes());
-    run(WithRest16(), InCodes());
-    run(WithRest8(), InCodes());
-    run(WithRest16(), Whole<BFloat16>());
+    run(WithRest<int16_t>(), InCodes());
+    run(WithRest<int8_t>(), InCodes());
+    run(WithRest<int16_t>(), Whole<BFloat16>());
   }
   return begin;
 }

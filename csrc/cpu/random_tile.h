@@ -9,52 +9,45 @@
 namespace trainopt::cpu {
 namespace {
 
-// Standard normal values of one quad after the other, first all words, then all values: two loops that become vector
-// code. `begin` is a multiple of 4.
-constexpr int kQuads = kBlock / 4;
-TRAINOPT_FUNCTION void gaussian_quads(float* out, int64_t begin, int quads, const TensorKey& key) {
-  uint32_t words[4][kQuads];
-  for (int q = 0; q < quads; ++q) {
-    const RandomWords r =
-        random_words(key.seed, key.step, key.tensor, RandomStream::kNoise, static_cast<uint64_t>(begin / 4 + q));
+// The words of one call of the generator after the other, and then what is made of all of them: two loops that become
+// vector code.
+template <int kMost>
+using WordsOfCalls = uint32_t[4][kMost];
+template <int kMost>
+TRAINOPT_FUNCTION void random_calls(WordsOfCalls<kMost>& words, int64_t first, int calls, RandomStream stream,
+                                    const TensorKey& key) {
+  for (int q = 0; q < calls; ++q) {
+    const RandomWords r = random_words(key.seed, key.step, key.tensor, stream, static_cast<uint64_t>(first + q));
     for (int w = 0; w < 4; ++w) words[w][q] = r.word[w];
-  }
-  for (int q = 0; q < quads; ++q) {
-    const GaussianPair one = gaussian_pair(words[0][q], words[1][q]);
-    const GaussianPair two = gaussian_pair(words[2][q], words[3][q]);
-    out[4 * q] = one.first;
-    out[4 * q + 1] = one.second;
-    out[4 * q + 2] = two.first;
-    out[4 * q + 3] = two.second;
   }
 }
 
-// What a number is rounded by at random: 16 bits for each element, two from each word. `begin` is a multiple of 8.
-constexpr int kOctets = kBlock / 8;
-TRAINOPT_FUNCTION void rounding_octets(uint16_t* out, int64_t begin, int octets, const TensorKey& key) {
-  uint32_t words[4][kOctets];
-  for (int q = 0; q < octets; ++q) {
-    const RandomWords r =
-        random_words(key.seed, key.step, key.tensor, RandomStream::kRounding, static_cast<uint64_t>(begin / 8 + q));
-    for (int w = 0; w < 4; ++w) words[w][q] = r.word[w];
-  }
-  for (int q = 0; q < octets; ++q)
-    for (int i = 0; i < 8; ++i) out[8 * q + i] = static_cast<uint16_t>(words[i / 2][q] >> (16 * (i % 2)));
-}
-
-// Numbers of each kind: kEach of them come of one call of the generator, and `fill` makes them of so many calls.
+// Numbers of each kind: kEach of them come of one call of the generator, and `fill` makes them of so many calls;
+// `begin` is a multiple of kEach.
 struct Gaussians {
-  using Value = float;
+  using Value = float;  // standard normal
   static constexpr int kEach = 4;
   TRAINOPT_INLINE static void fill(Value* out, int64_t begin, int calls, const TensorKey& key) {
-    gaussian_quads(out, begin, calls, key);
+    WordsOfCalls<kBlock / kEach> words;
+    random_calls(words, begin / kEach, calls, RandomStream::kNoise, key);
+    for (int q = 0; q < calls; ++q) {
+      const GaussianPair one = gaussian_pair(words[0][q], words[1][q]);
+      const GaussianPair two = gaussian_pair(words[2][q], words[3][q]);
+      out[4 * q] = one.first;
+      out[4 * q + 1] = one.second;
+      out[4 * q + 2] = two.first;
+      out[4 * q + 3] = two.second;
+    }
   }
 };
 struct RoundingBits {
-  using Value = uint16_t;
+  using Value = uint16_t;  // what a number is rounded by at random, two from each word
   static constexpr int kEach = 8;
   TRAINOPT_INLINE static void fill(Value* out, int64_t begin, int calls, const TensorKey& key) {
-    rounding_octets(out, begin, calls, key);
+    WordsOfCalls<kBlock / kEach> words;
+    random_calls(words, begin / kEach, calls, RandomStream::kRounding, key);
+    for (int q = 0; q < calls; ++q)
+      for (int i = 0; i < 8; ++i) out[8 * q + i] = static_cast<uint16_t>(words[i / 2][q] >> (16 * (i % 2)));
   }
 };
 

@@ -185,7 +185,6 @@ TRAINOPT_FUNCTION Pair soft_threshold(Pair x, Pair threshold) {
 }
 
 typedef uint32_t WordLanes __attribute__((vector_size(TRAINOPT_VECTOR_BYTES)));
-
 typedef int32_t IntLanes __attribute__((vector_size(TRAINOPT_VECTOR_BYTES)));
 
 // The bits of a vector of floats: for what is written once for numbers and for vectors of them (core/lanes.h).
@@ -196,7 +195,6 @@ struct Words {
   TRAINOPT_INLINE Words(WordLanes l) : lanes(l) {}
   TRAINOPT_INLINE explicit Words(uint32_t word) : lanes(word + WordLanes{}) {}
   TRAINOPT_INLINE Words operator~() const { return ~lanes; }
-  // By a vector of the same count, which costs less where it is not a constant than a shift by one number.
   TRAINOPT_INLINE Words operator<<(int count) const { return lanes << count; }
   TRAINOPT_INLINE Words operator>>(int count) const { return lanes >> count; }
 };
@@ -207,7 +205,6 @@ TRAINOPT_OPERATOR(+)
 TRAINOPT_OPERATOR(-)
 TRAINOPT_OPERATOR(&)
 TRAINOPT_OPERATOR(|)
-TRAINOPT_OPERATOR(^)
 #undef TRAINOPT_OPERATOR
 
 // Overloads of the functions for numbers, which stay visible here.

@@ -91,24 +91,27 @@ pybind11::dict rules() {
 
 bool is_observed() { return at::hasCallbacks(); }
 
+// A contiguous tensor of this type on the CPU.
+const at::Tensor& tensor_to_fill(const std::string& caller, const pybind11::handle& object, at::ScalarType dtype,
+                                 const char* dtype_name) {
+  if (!THPVariable_Check(object.ptr())) throw pybind11::type_error(caller + ": not a tensor");
+  const at::Tensor& out = THPVariable_Unpack(object.ptr());
+  if (!is_plain_cpu(out.unsafeGetTensorImpl()) || out.scalar_type() != dtype || !out.is_contiguous())
+    throw pybind11::value_error(caller + ": the tensor must be a contiguous " + dtype_name + " one on the CPU");
+  check_memory("out", out.unsafeGetTensorImpl());
+  return out;
+}
+
 // Fills a contiguous float32 CPU tensor with the noise of one parameter at one step, in the logical order of elements.
 void gaussian_(const pybind11::handle& object, uint64_t seed, uint64_t step, uint32_t tensor) {
-  if (!THPVariable_Check(object.ptr())) throw pybind11::type_error("gaussian_: not a tensor");
-  const at::Tensor& out = THPVariable_Unpack(object.ptr());
-  if (!is_plain_cpu(out.unsafeGetTensorImpl()) || out.scalar_type() != at::kFloat || !out.is_contiguous())
-    throw pybind11::value_error("gaussian_: the tensor must be a contiguous float32 one on the CPU");
-  check_memory("out", out.unsafeGetTensorImpl());
+  const at::Tensor& out = tensor_to_fill("gaussian_", object, at::kFloat, "float32");
   const RandomKey key = random_key(seed, static_cast<double>(step));
   cpu::gaussian(static_cast<float*>(out.mutable_data_ptr()), 0, out.numel(), {key.seed, key.step, tensor});
 }
 
 // Likewise an int16 tensor with the bits by which the parameter's elements are rounded at random.
 void rounding_bits_(const pybind11::handle& object, uint64_t seed, uint64_t step, uint32_t tensor) {
-  if (!THPVariable_Check(object.ptr())) throw pybind11::type_error("rounding_bits_: not a tensor");
-  const at::Tensor& out = THPVariable_Unpack(object.ptr());
-  if (!is_plain_cpu(out.unsafeGetTensorImpl()) || out.scalar_type() != at::kShort || !out.is_contiguous())
-    throw pybind11::value_error("rounding_bits_: the tensor must be a contiguous int16 one on the CPU");
-  check_memory("out", out.unsafeGetTensorImpl());
+  const at::Tensor& out = tensor_to_fill("rounding_bits_", object, at::kShort, "int16");
   const RandomKey key = random_key(seed, static_cast<double>(step));
   cpu::rounding_bits(static_cast<uint16_t*>(out.mutable_data_ptr()), 0, out.numel(), {key.seed, key.step, tensor});
 }

@@ -165,9 +165,8 @@ bool Plan::lacks_states(const Operands& operands, const Group& group) const {
   for (int s = 0; s <= rule_.slots().average(); ++s)
     if (trainopt::contains(group.states_needed, s) && operands.states[s] == nullptr) return true;
   const bool is_16_bit = operands.param->dtype().itemsize() == 2;
-  const bool has_master = group.precision == Precision::kMaster || group.precision == Precision::kMaster24;
-  if (has_master && is_16_bit && operands.states[rule_.slots().master()] == nullptr) return true;
-  const bool is_random = group.noise != 0 || (group.round_at_random != 0 && is_16_bit);
+  if (group.has_master() && is_16_bit && operands.states[rule_.slots().master()] == nullptr) return true;
+  const bool is_random = group.is_random(is_16_bit);
   if ((rule_.counts_steps || is_random || group.averages != 0) && operands.steps == nullptr) return true;
   // A float32 count stops at 2^24, and random numbers that are keyed by it would be the same from then on.
   return is_random && operands.steps->dtype() == caffe2::TypeMeta::Make<float>();

@@ -148,7 +148,8 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   if (!operands.states_are_known) return Path::kStateValue;
   if (!operands.states_are_tensors) return Path::kStateForm;
   const Slots slots = rule_.slots();
-  bool is_coded = false;
+  const bool param_is_16_bit = is_16_bit(task->param.dtype);
+  bool in_two_parts = false;
   for (int s = 0; s <= slots.average(); ++s) {
     TensorView& view = task->state[s];
     view = {};
@@ -156,23 +157,23 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
     if (state == nullptr) continue;
     const c10::TensorImpl* scale = s < slots.states ? operands.states[slots.scale(s)] : nullptr;
     const bool has_codes = read_codes(state, scale, contains(rule_.unsigned_states, s), &view);
+    if (has_codes && task->param.dtype == DType::kFloat64) return Path::kStateForm;  // float64 arithmetic has no codes
     if (!is_beside(state) || !(has_codes || read_view(state, true, &view)) || state->requires_grad() ||
         !are_equal(state->sizes(), param->sizes()) || (has_codes && !is_beside(scale)))
       return Path::kStateForm;
     const bool same_order = same_order_in_memory(param, state);
     if (!same_order && (has_codes || !state->is_non_overlapping_and_dense())) return Path::kMemory;
     in_order = in_order && same_order;
-    is_coded = is_coded || has_codes;
+    in_two_parts = in_two_parts || has_codes;
     writes(state);
     if (has_codes) writes(scale);
   }
-  if (const c10::TensorImpl* master = operands.states[slots.master()];
-      master != nullptr && is_16_bit(task->param.dtype)) {
+  if (const c10::TensorImpl* master = operands.states[slots.master()]; master != nullptr && param_is_16_bit) {
     if (!is_beside(master) || !read_master(master, group.precision, &task->param) || master->requires_grad() ||
         !are_equal(master->sizes(), param->sizes()))
       return Path::kStateForm;
     if (!same_order_in_memory(param, master)) return Path::kMemory;
-    is_coded = true;
+    in_two_parts = true;
     writes(master);
   }
   entry->steps = entry->device_steps = nullptr;
@@ -195,8 +196,8 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   if (!writable) return Path::kInference;
 
   task->shard = nullptr;
-  const bool is_random = group.noise != 0 || (group.round_at_random != 0 && is_16_bit(task->param.dtype));
-  if (on_cuda && (is_coded || (group.round_at_random != 0 && is_16_bit(task->param.dtype)))) return Path::kTwoParts;
+  const bool is_random = group.is_random(param_is_16_bit);
+  if (on_cuda && (in_two_parts || (group.round_at_random != 0 && param_is_16_bit))) return Path::kTwoParts;
   if (is_random && operands.shard != nullptr) {
     if (!operands.shard->is_block) return Path::kPlacement;
     if (!lay_shard(*operands.shard, param->sizes(), &shard_layouts_, &task->shard)) return Path::kMemory;
@@ -205,7 +206,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   // Random numbers belong to the logical element, whatever the memory format.
   const bool logical_order = is_random && !param->is_contiguous();
   if (in_order && !logical_order) return Path::kFused;
-  if (is_coded && logical_order) return Path::kMemory;
+  if (in_two_parts && logical_order) return Path::kMemory;
   std::vector<Arranged> arranged{{param, &task->param}};
   if (gradient != nullptr) arranged.push_back({gradient, &task->gradient});
   for (int s = 0; s <= slots.average(); ++s)

@@ -32,7 +32,7 @@ void GroupValues::read_device_numbers(const cpu::Rule& rule) {
 
 SlotSet GroupValues::slots(const cpu::Rule& rule) const {
   SlotSet found = static_cast<SlotSet>(states_needed);
-  if (precision == Precision::kMaster || precision == Precision::kMaster24) found |= 1u << rule.slots().master();
+  if (has_master()) found |= 1u << rule.slots().master();
   for (int s = 0; s < rule.state_count; ++s)
     if (contains(found, s)) found |= 1u << rule.slots().scale(s);
   return found;

@@ -34,6 +34,10 @@ struct GroupValues : Settings {
   Precision precision = Precision::kNative;
   DeviceOption on_device[cuda::kMaxDeviceNumbers];  // what the host has not read, the first first
 
+  // Whether a 16-bit parameter has beside it what it lacks of a float32.
+  bool has_master() const { return precision == Precision::kMaster || precision == Precision::kMaster24; }
+  // Whether the step of a parameter of 16 bits, or of more, takes random numbers.
+  bool is_random(bool is_16_bit) const { return noise != 0 || (round_at_random != 0 && is_16_bit); }
   // The slots that matter: those needed, and what completes them where they are stored in two parts.
   SlotSet slots(const cpu::Rule& rule) const;
   bool operator==(const GroupValues& other) const { return std::memcmp(this, &other, sizeof other) == 0; }
