@@ -42,7 +42,9 @@ def test_the_signature_is_torchs_and_more(name):
             "ema_warmup": False,
             "state_dtype": None,
             "precision": "native",
+            "cautious": False,
             "cautious_weight_decay": False,
+            "stats": False,
         },
     }
     assert all(kind is inspect.Parameter.KEYWORD_ONLY for _, kind in extras.values())

@@ -29,6 +29,14 @@ TRAINOPT_FUNCTION double where_signs_agree(double a, double b, double value) {
   return (a > 0 && b < 0) || (a < 0 && b > 0) ? 0.0 : value;
 }
 
+// `value` where a * b > 0, as it is in exact arithmetic; else 0.
+TRAINOPT_FUNCTION float where_same_sign(float a, float b, float value) {
+  return (a > 0 && b > 0) || (a < 0 && b < 0) ? value : 0.0f;
+}
+TRAINOPT_FUNCTION double where_same_sign(double a, double b, double value) {
+  return (a > 0 && b > 0) || (a < 0 && b < 0) ? value : 0.0;
+}
+
 // x moved towards 0 by `threshold`, and to exactly 0 if it is nearer than that; NaN stays NaN.
 TRAINOPT_FUNCTION float soft_threshold(float x, float threshold) {
   return x - (x > threshold ? threshold : x < -threshold ? -threshold : x);

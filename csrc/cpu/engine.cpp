@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <initializer_list>
 
 #include "cpu/kernel_table.h"
 #include "cpu/norm.h"
@@ -26,14 +27,19 @@ void prepare_as(const double* options, const StepInfo& info, unsigned char* byte
   std::memcpy(bytes, &scalars, sizeof scalars);
 }
 
-template <class S, class R>
-void finish_as(const Sum* sums, unsigned char* bytes) {
+template <class S, class Pass>
+void finish_as(const Sum* sums, Scalars* out) {
   double values[kMaxSums];
-  for (int s = 0; s < kSumCount<R>; ++s) values[s] = value_of(sums[s]);
-  typename R::template Scalars<S> scalars;
-  std::memcpy(&scalars, bytes, sizeof scalars);
-  R::finish(scalars, values);
-  std::memcpy(bytes, &scalars, sizeof scalars);
+  for (int s = 0; s < Pass::kCount; ++s) values[s] = value_of(sums[s]);
+  typename Pass::Rule::template Scalars<S> scalars;
+  std::memcpy(&scalars, out->rule, sizeof scalars);
+  Pass::finish(stages_of(*out, S()), scalars, values);
+  std::memcpy(out->rule, &scalars, sizeof scalars);
+}
+
+template <class Pass>
+void finish(const Sum* sums, bool is_float64, Scalars* out) {
+  is_float64 ? finish_as<double, Pass>(sums, out) : finish_as<float, Pass>(sums, out);
 }
 
 // Options that call for states for which there is no kernel are not taken.
@@ -64,13 +70,11 @@ constexpr Rule describe(int index) {
               is_float64 ? prepare_as<double, R>(options, info, out->rule)
                          : prepare_as<float, R>(options, info, out->rule);
             },
-            nullptr,
+            {nullptr, finish<Agreement<R>>},
             index};
   if constexpr (kSumCount<R> > 0) {
     rule.sums = R::kSums;
-    rule.finish = [](const Sum* sums, bool is_float64, Scalars* out) {
-      is_float64 ? finish_as<double, R>(sums, out->rule) : finish_as<float, R>(sums, out->rule);
-    };
+    rule.finish[kOwnSums] = finish<OwnSums<R>>;
   }
   return rule;
 }
@@ -154,44 +158,95 @@ int64_t first_place(const Update& update, size_t task) {
   return update.starts[task] / kChunkBlocks + static_cast<int64_t>(task);
 }
 
+// Calls use(begin, end, place) for the chunks that begin in blocks [from, to) of a task, with their elements.
+template <class Use>
+void for_each_chunk(const Update& update, size_t t, int64_t from, int64_t to, Use use) {
+  const int64_t numel = update.tasks[t].numel, chunks = sum_chunks(numel);
+  int64_t chunk = (from + kChunkBlocks - 1) / kChunkBlocks;
+  for (; chunk < chunks && chunk * kChunkBlocks < to; ++chunk) {
+    const int64_t begin = chunk * kSumChunk, end = begin + kSumChunk;
+    use(begin, end < numel ? end : numel, first_place(update, t) + chunk);
+  }
+}
+
+// A task with scalars that have in them what the passes so far have found.
+struct Finished {
+  TensorTask task;
+  Scalars scalars;
+
+  Finished(const Update& update, size_t t) : task(update.tasks[t]), scalars(*task.scalars) {
+    for (const Pass pass : {kOwnSums, kAgreement})
+      if (const Sum* sums = update.sums[pass])
+        update.rule->finish[pass](sums + t * static_cast<size_t>(update.rule->sums_in(pass)), update.is_float64,
+                                  &scalars);
+    task.scalars = &scalars;
+  }
+  Finished(const Finished&) = delete;
+};
+
+bool is_cautious(const Scalars& scalars, bool is_float64) {
+  return is_float64 ? scalars.stages64.cautious : scalars.stages32.cautious;
+}
+
+double sum_of(const double (&lanes)[kSumLanes]) {
+  double sum = 0;
+  for (const double lane : lanes) sum += lane;
+  return sum;
+}
+
+StepStats total(const ChunkStats& chunk) {
+  return {sum_of(chunk.gradient), sum_of(chunk.param), sum_of(chunk.update), chunk.largest, chunk.nonfinite};
+}
+
 }  // namespace
 
-void run_blocks(const Update& update, int64_t first, int64_t last) {
+void run_blocks(const Update& update, int64_t first, int64_t last, StepStats* stats) {
   const Kernel kernel = table_in_use().rule[update.rule->index][update.is_float64];
+  const auto run = [&](const TensorTask& task, size_t t, int64_t from, int64_t to) {
+    if (stats == nullptr || !task.is_measured)
+      return kernel(task, from * kBlock, to * kBlock < task.numel ? to * kBlock : task.numel);
+    for_each_chunk(update, t, from, to, [&](int64_t begin, int64_t end, int64_t place) {
+      ChunkStats chunk;
+      TensorTask measured = task;
+      measured.stats = &chunk;
+      kernel(measured, begin, end);
+      stats[place] = total(chunk);
+    });
+  };
+  const bool is_reduced = update.sums[kOwnSums] != nullptr || update.sums[kAgreement] != nullptr;
   for_each_task(update, first, last, [&](size_t t, int64_t from, int64_t to) {
-    const TensorTask& task = update.tasks[t];
     if (t + 1 < update.count) prefetch_start(update.tasks[t + 1], update.rule->state_count + 1);
-    const int64_t begin = from * kBlock, end = to * kBlock < task.numel ? to * kBlock : task.numel;
-    if (update.sums == nullptr) return kernel(task, begin, end);
-    Scalars scalars = *task.scalars;
-    update.rule->finish(update.sums + t * static_cast<size_t>(update.rule->sum_count), update.is_float64, &scalars);
-    TensorTask finished = task;
-    finished.scalars = &scalars;
-    kernel(finished, begin, end);
+    if (!is_reduced) return run(update.tasks[t], t, from, to);
+    run(Finished(update, t).task, t, from, to);
   });
 }
 
-void gather_blocks(const Update& update, int64_t first, int64_t last, Sum* partials) {
-  const GatherKernel kernel = table_in_use().gather[update.rule->index][update.is_float64];
+StepStats stats_of(const Update& update, size_t task, const StepStats* stats) {
+  StepStats all{};
+  for_each_chunk(update, task, 0, blocks_of(update.tasks[task].numel),
+                 [&](int64_t, int64_t, int64_t place) { add(all, stats[place]); });
+  return all;
+}
+
+void gather_blocks(const Update& update, Pass pass, int64_t first, int64_t last, Sum* partials) {
+  const GatherKernel kernel = table_in_use().gather[update.rule->index][pass][update.is_float64];
+  const int count = update.rule->sums_in(pass);
   for_each_task(update, first, last, [&](size_t t, int64_t from, int64_t to) {
-    const TensorTask& task = update.tasks[t];
-    const int64_t chunks = sum_chunks(task.numel);
-    int64_t chunk = (from + kChunkBlocks - 1) / kChunkBlocks;
-    for (; chunk < chunks && chunk * kChunkBlocks < to; ++chunk) {
-      const int64_t begin = chunk * kSumChunk, end = begin + kSumChunk;
-      kernel(task, begin, end < task.numel ? end : task.numel,
-             partials + (first_place(update, t) + chunk) * update.rule->sum_count);
-    }
+    const Finished finished(update, t);
+    const bool is_wanted = pass == kOwnSums || is_cautious(finished.scalars, update.is_float64);
+    for_each_chunk(update, t, from, to, [&](int64_t begin, int64_t end, int64_t place) {
+      Sum* sums = partials + place * count;
+      if (is_wanted) return kernel(finished.task, begin, end, sums);
+      for (int s = 0; s < count; ++s) sums[s] = {0, 0};
+    });
   });
 }
 
-size_t partial_sums(const Update& update) {
-  return static_cast<size_t>(first_place(update, update.count) * update.rule->sum_count);
-}
+size_t places_of(const Update& update) { return static_cast<size_t>(first_place(update, update.count)); }
 
-void sums_of(const Update& update, size_t task, const Sum* partials, Sum* sums) {
+void sums_of(const Update& update, Pass pass, size_t task, const Sum* partials, Sum* sums) {
   const int64_t chunks = sum_chunks(update.tasks[task].numel);
-  const int count = update.rule->sum_count;
+  const int count = update.rule->sums_in(pass);
   const Sum* own = partials + first_place(update, task) * count;
   for (int s = 0; s < count; ++s) {
     Sum lanes[kSumLanes] = {};

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "core/random.h"
+#include "core/step_stats.h"
 #include "core/sum.h"
 #include "core/tensor_view.h"
 #include "rules/rule.h"
@@ -20,14 +21,24 @@ constexpr int64_t kBlock = 256;
 
 using trainopt::Scalars;
 
+// The sums of a chunk while a step works on it, lane by lane, and the parameters of a block as they were before.
+struct ChunkStats {
+  double param[kSumLanes] = {}, gradient[kSumLanes] = {}, update[kSumLanes] = {};
+  double largest = 0;
+  int64_t nonfinite = 0;
+  alignas(64) unsigned char before[kBlock * sizeof(double)];
+};
+
 struct TensorTask : trainopt::TensorTask {
   const Scalars* scalars;
+  bool is_measured = false;     // the step finds out what StepStats has
+  ChunkStats* stats = nullptr;  // where a kernel leaves it, of a task that is measured
 };
 
 // Runs a rule over elements [begin, end) of a task; begin is a multiple of kBlock.
 using Kernel = void (*)(const TensorTask&, int64_t begin, int64_t end);
 
-// What elements [begin, end) of a task, one chunk, add to each of a rule's sums.
+// What elements [begin, end) of a task, one chunk, add to each sum of a pass.
 using GatherKernel = void (*)(const TensorTask&, int64_t begin, int64_t end, Sum* sums);
 
 // A rule as the layers above see it.
@@ -40,14 +51,16 @@ struct Rule {
   StateSet unsigned_states;
   Slots slots() const { return {state_count}; }
   const char* const* sums;
-  int sum_count;  // 0 without a reduce phase
+  int sum_count;  // 0 without sums of its own
+  int sums_in(Pass pass) const { return pass == kOwnSums ? sum_count : 2; }
   bool counts_steps;
   StateSet (*states_needed)(const double* options);
   bool (*takes)(const double* options);
   Decay (*decay)(const double* options);
   void (*prepare)(const double* options, const StepInfo&, bool is_float64, Scalars*);
-  void (*finish)(const Sum* sums, bool is_float64, Scalars*);  // null without a reduce phase
-  int index;                                                   // in the kernel tables
+  // Puts what follows from a pass's sums into the scalars; null for sums that the rule has not.
+  void (*finish[kPasses])(const Sum* sums, bool is_float64, Scalars*);
+  int index;  // in the kernel tables
 };
 
 const Rule* find_rule(const char* name);  // null if there is none
@@ -61,15 +74,20 @@ struct Update {
   size_t count;
   const Rule* rule;
   bool is_float64;
-  const Sum* sums = nullptr;  // of a rule with a reduce phase: those of each task, one after the other
+  const Sum* sums[kPasses] = {};  // of the passes that have been made: those of each task, one after the other
 };
-void run_blocks(const Update& update, int64_t first, int64_t last);
 
-// The reduce phase: what the chunks that begin in blocks [first, last) add to the sums. Every chunk has a place of its
-// own among the partial sums, of which there are partial_sums(update); then the sums of a whole task.
-void gather_blocks(const Update& update, int64_t first, int64_t last, Sum* partials);
-size_t partial_sums(const Update& update);
-void sums_of(const Update& update, size_t task, const Sum* partials, Sum* sums);
+// `stats`, if it is not null, has a place for every chunk (see places_of). Tasks that are measured are then cut at
+// their chunks, of which those that begin in these blocks are this call's.
+void run_blocks(const Update& update, int64_t first, int64_t last, StepStats* stats = nullptr);
+StepStats stats_of(const Update& update, size_t task, const StepStats* stats);
+
+// A pass of the reduce phase: what the chunks that begin in blocks [first, last) add to its sums. Every chunk has a
+// place of its own among the partial sums, which is as many numbers as the pass has sums; then the sums of a whole
+// task.
+void gather_blocks(const Update& update, Pass pass, int64_t first, int64_t last, Sum* partials);
+void sums_of(const Update& update, Pass pass, size_t task, const Sum* partials, Sum* sums);
+size_t places_of(const Update& update);
 
 inline int64_t blocks_of(int64_t numel) { return (numel + kBlock - 1) / kBlock; }
 

@@ -1,5 +1,6 @@
-// The reduce phase's inner loop: load, the stages before the rule, what the rule adds to its sums. Every tensor is seen
-// as tiles of the arithmetic's type, so that element i of a chunk meets lane i % kSumLanes in every SIMD variant.
+// The reduce phase's inner loop: load, the stages before the rule, what an element adds to a pass's sums. Every tensor
+// is seen as tiles of the arithmetic's type, so that element i of a chunk meets lane i % kSumLanes in every SIMD
+// variant.
 #pragma once
 
 #include "core/sum.h"
@@ -52,25 +53,27 @@ struct LaneSums {
 };
 
 // Terms of kSumLanes elements. parts: those of the parameter, the gradient and the states.
-template <class Rule, StateSet kSet, class S>
-TRAINOPT_FUNCTION void terms_of(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars,
-                                const S* const* parts, LaneTerms<S, kSumCount<Rule>>* terms) {
+template <class Pass, StateSet kSet, class S>
+TRAINOPT_FUNCTION void terms_of(const Stages<S>& stages, const typename Pass::Rule::template Scalars<S>& scalars,
+                                const S* const* parts, LaneTerms<S, Pass::kCount>* terms) {
+  using Rule = typename Pass::Rule;
   using T = Vec<S>;
   for (int i = 0; i < kSumLanes; i += T::kSize) {
     T state[kStateCount<Rule>];
     for (int s = 0; s < kStateCount<Rule>; ++s) state[s] = contains(kSet, s) ? load(parts[2 + s] + i) : T(S(0));
-    Term<T> of[kSumCount<Rule>];
-    gather_elements<Rule>(stages, scalars, load(parts[0] + i), load(parts[1] + i), state, of);
-    for (int s = 0; s < kSumCount<Rule>; ++s) {
+    Term<T> of[Pass::kCount];
+    Pass::gather(stages, scalars, load(parts[0] + i), load(parts[1] + i), state, of);
+    for (int s = 0; s < Pass::kCount; ++s) {
       store(terms->a[s] + i, of[s].a);
       store(terms->b[s] + i, of[s].b);
     }
   }
 }
 
-template <class Rule, StateSet kSet, class S>
+template <class Pass, StateSet kSet, class S>
 void gather_set(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
-  constexpr int kParts = 2 + kStateCount<Rule>, kCount = kSumCount<Rule>;
+  using Rule = typename Pass::Rule;
+  constexpr int kParts = 2 + kStateCount<Rule>, kCount = Pass::kCount;
   const Stages<S> stages = stages_of(*task.scalars, S());
   typename Rule::template Scalars<S> scalars;
   __builtin_memcpy(&scalars, task.scalars->rule, sizeof scalars);
@@ -89,7 +92,7 @@ void gather_set(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
         if (contains(kSet, s)) parts[2 + s] = load_tile(task.state[s], at, count, buffer[2 + s]);
       int i = 0;
       for (; i + kSumLanes <= count; i += kSumLanes) {
-        terms_of<Rule, kSet>(stages, scalars, parts, &terms);
+        terms_of<Pass, kSet>(stages, scalars, parts, &terms);
         lanes.add_terms(terms);
         for (const S*& part : parts)
           if (part != nullptr) part += kSumLanes;
@@ -104,7 +107,7 @@ void gather_set(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
         __builtin_memcpy(padded[r], parts[r], static_cast<size_t>(rest) * sizeof(S));
         parts[r] = padded[r];
       }
-      terms_of<Rule, kSet>(stages, scalars, parts, &terms);
+      terms_of<Pass, kSet>(stages, scalars, parts, &terms);
       for (int s = 0; s < kCount; ++s)
         for (int k = rest; k < kSumLanes; ++k) terms.a[s][k] = terms.b[s][k] = 0;
       lanes.add_terms(terms);
@@ -113,19 +116,20 @@ void gather_set(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
   }
 }
 
-template <class Rule, class S>
+template <class Pass, class S>
 void gather(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
+  using Rule = typename Pass::Rule;
   const StateSet states = states_of<Rule>(task);
   for_each_set<Rule>([&](auto set) {
     constexpr StateSet kSet = decltype(set)::kSet;
-    if (states == kSet) gather_set<Rule, kSet, S>(task, begin, end, sums);
+    if (states == kSet) gather_set<Pass, kSet, S>(task, begin, end, sums);
   });
 }
 
-// Null for a rule without a reduce phase.
-template <class Rule, class S>
+// Null for the sums of a rule that has none.
+template <class Pass, class S>
 constexpr GatherKernel gather_kernel() {
-  if constexpr (kSumCount<Rule> > 0) return gather<Rule, S>;
+  if constexpr (Pass::kCount > 0) return gather<Pass, S>;
   return nullptr;
 }
 

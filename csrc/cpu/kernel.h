@@ -8,6 +8,7 @@
 #include "cpu/kernel_table.h"
 #include "cpu/norm_kernel.h"
 #include "cpu/random_tile.h"
+#include "cpu/stats_tile.h"
 #include "cpu/tile.h"
 #include "cpu/vec.h"
 #include "rules/stages.h"
@@ -109,14 +110,16 @@ TRAINOPT_FUNCTION void run_direct(const TensorTask& task, const Stages<S>& stage
         static_cast<Stored*>(task.param.data) + at, static_cast<Stored*>(task.gradient.data) + at, {}, nullptr};
     for (int s = 0; s < kStateCount<Rule>; ++s)
       if (contains(kSet, s)) tile.state[s] = static_cast<Stored*>(task.state[s].data) + at;
-    if (kAsksAhead && end - at >= kAheadElements) {
+    if (kAsksAhead && task.numel - at >= kAheadElements) {
       prefetch_ahead(tile.p);
       if (!kPlain && stages.write_gradient) prefetch_ahead(tile.g);
       for (int s = 0; s < kStateCount<Rule>; ++s)
         if (contains(kSet, s)) prefetch_ahead(tile.state[s]);
       if (average.data != nullptr && is_run_of<S>(average)) prefetch_ahead(static_cast<const S*>(average.data) + at);
     }
+    if (task.stats != nullptr) note_before<S>(task, at, count);
     run_tile<Rule, kPlain, kSet>(stages, scalars, tile, count);
+    if (task.stats != nullptr) note_after<S>(task, at, count);
     if (average.data != nullptr) average_tile(task.param, average, stages.average_weight, at, count);
   }
 }
@@ -133,6 +136,7 @@ TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& sta
   const TensorView& average = task.state[kAverage<Rule>];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
+    if (task.stats != nullptr) note_before<S>(task, at, count);
     Tile<S, S, kStateCount<Rule>> tile{
         load_tile(task.param, at, count, buffer[0]), load_tile(task.gradient, at, count, buffer[1]), {}, nullptr};
     for (int s = 0; s < kStateCount<Rule>; ++s)
@@ -153,6 +157,7 @@ TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& sta
     for (int s = 0; s < kStateCount<Rule>; ++s)
       if (contains(kSet, s)) store_tile(task.state[s], at, count, tile.state[s], stages.code_rounding);
     if (stages.write_gradient) store_tile(task.gradient, at, count, tile.g);
+    if (task.stats != nullptr) note_after<S>(task, at, count);
     if (average.data != nullptr) average_tile(task.param, average, stages.average_weight, at, count);
   }
 }
@@ -170,7 +175,9 @@ template <class Rule, bool kPlain, StateSet kSet, class Param, class State>
   const TensorView& average = task.state[kAverage<Rule>];
   int64_t at = begin;
   for (; at + kBlock <= end; at += kBlock) {
+    if (task.stats != nullptr) note_before<float>(task, at, kBlock);
     run_coded_block<Rule, kPlain, kSet, Param, State>(task, stages, scalars, at);
+    if (task.stats != nullptr) note_after<float>(task, at, kBlock);
     if (average.data != nullptr) average_tile(task.param, average, stages.average_weight, at, kBlock);
   }
   return at;
@@ -255,7 +262,9 @@ void run(const TensorTask& task, int64_t begin, int64_t end) {
 }  // namespace
 
 #define TRAINOPT_KERNELS(rule) {run<rule, float>, run<rule, double>},
-#define TRAINOPT_GATHERS(rule) {gather_kernel<rule, float>(), gather_kernel<rule, double>()},
+#define TRAINOPT_GATHERS(rule)                                                      \
+  {{gather_kernel<OwnSums<rule>, float>(), gather_kernel<OwnSums<rule>, double>()}, \
+   {gather_kernel<Agreement<rule>, float>(), gather_kernel<Agreement<rule>, double>()}},
 const KernelTable TRAINOPT_KERNEL_TABLE = {{TRAINOPT_FOR_EACH_RULE(TRAINOPT_KERNELS)},
                                            {TRAINOPT_FOR_EACH_RULE(TRAINOPT_GATHERS)},
                                            random_range<Gaussians>,

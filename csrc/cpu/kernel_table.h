@@ -15,8 +15,8 @@ constexpr int kRules = TRAINOPT_FOR_EACH_RULE(TRAINOPT_COUNT);
 extern const bool kAsksAhead;
 
 struct KernelTable {
-  Kernel rule[kRules][2];          // [..][0] float arithmetic, [..][1] double
-  GatherKernel gather[kRules][2];  // null for rules without a reduce phase
+  Kernel rule[kRules][2];                   // [..][0] float arithmetic, [..][1] double
+  GatherKernel gather[kRules][kPasses][2];  // null for the sums of a rule that has none
   void (*gaussian)(float* out, int64_t begin, int64_t count, const TensorKey&);
   void (*rounding_bits)(uint16_t* out, int64_t begin, int64_t count, const TensorKey&);
   double (*norm_of_chunk)(Norm, const TensorView&, int64_t begin, int64_t end);

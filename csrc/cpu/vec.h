@@ -130,6 +130,15 @@ TRAINOPT_FUNCTION Vec<S> where_signs_agree(Vec<S> a, Vec<S> b, Vec<S> value) {
   return differ ? zero.lanes : value.lanes;
 }
 
+// `value` where a * b > 0, as it is in exact arithmetic; else 0.
+template <class S>
+TRAINOPT_FUNCTION Vec<S> where_same_sign(Vec<S> a, Vec<S> b, Vec<S> value) {
+  const Vec<S> zero(S(0));
+  const auto same =
+      ((a.lanes > zero.lanes) & (b.lanes > zero.lanes)) | ((a.lanes < zero.lanes) & (b.lanes < zero.lanes));
+  return same ? value.lanes : zero.lanes;
+}
+
 // x moved towards 0 by `threshold`, and to exactly 0 if it is nearer than that; NaN stays NaN.
 template <class S>
 TRAINOPT_FUNCTION Vec<S> soft_threshold(Vec<S> x, Vec<S> threshold) {
@@ -179,6 +188,9 @@ TRAINOPT_FUNCTION Pair sign_of(Pair x) { return {sign_of(x.even), sign_of(x.odd)
 TRAINOPT_FUNCTION Pair sign_or_nan(Pair x) { return {sign_or_nan(x.even), sign_or_nan(x.odd)}; }
 TRAINOPT_FUNCTION Pair where_signs_agree(Pair a, Pair b, Pair value) {
   return {where_signs_agree(a.even, b.even, value.even), where_signs_agree(a.odd, b.odd, value.odd)};
+}
+TRAINOPT_FUNCTION Pair where_same_sign(Pair a, Pair b, Pair value) {
+  return {where_same_sign(a.even, b.even, value.even), where_same_sign(a.odd, b.odd, value.odd)};
 }
 TRAINOPT_FUNCTION Pair soft_threshold(Pair x, Pair threshold) {
   return {soft_threshold(x.even, threshold.even), soft_threshold(x.odd, threshold.odd)};

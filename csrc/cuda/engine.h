@@ -58,13 +58,13 @@ class StepTables {
 };
 std::unique_ptr<StepTables> tables_of(const Update&);
 
-// The reduce phase of a rule that has one: the sums of each task, one after the other, in `sums`. `partials` is memory
-// for partial_sums(work, ...) of them. Tasks without elements have sums of 0.
-void gather(const Update&, Sum* partials, Sum* sums, Stream);
+// A pass of the reduce phase: the sums of each task, one after the other, in `sums`. `partials` is memory for
+// partial_sums(work, ...) of them. Tasks without elements have sums of 0.
+void gather(const Update&, Pass, Sum* partials, Sum* sums, Stream);
 size_t partial_sums(const Update&, int sum_count);
 
 // Writes each task's scalars, with what follows from its sums, to out[its index]. All memory is the device's.
-void finish(const Update&, const Sum* sums, Prepared* out, Stream);
+void finish(const Update&, Pass, const Sum* sums, Prepared* out, Stream);
 
 // Numbers of a parameter group that lie on the device, as tensors of one element.
 struct DeviceNumber {

@@ -1,4 +1,4 @@
-// The reduce phase of rules that have one: what the elements of each tensor add to its sums, in the order of
+// The passes of the reduce phase: what the elements of each tensor add to its sums, in the order of
 // core/sum.h, which is the CPU engine's too, and the scalars that follow from them. Nothing waits for the device.
 #include <type_traits>
 #include <vector>
@@ -36,10 +36,11 @@ template <class Storage>
 constexpr int kElements = std::is_same_v<Storage, Strided> ? 1 : 8;
 
 // One block, one chunk; a warp, a segment of it.
-template <class Rule, class S, StateSet kSet, class Storage>
+template <class Pass, class S, StateSet kSet, class Storage>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
     gather_kernel(const GatherTable<2 + count_of(kSet), std::is_same_v<Storage, Strided>> __grid_constant__ table) {
-  constexpr int kRoles = 2 + count_of(kSet), kCount = kSumCount<Rule>, kUnderWay = kElements<Storage>;
+  using Rule = typename Pass::Rule;
+  constexpr int kRoles = 2 + count_of(kSet), kCount = Pass::kCount, kUnderWay = kElements<Storage>;
   if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const auto& row = table.rows[index];
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
       for (int s = 0; s < kStateCount<Rule>; ++s)
         if (contains(kSet, s)) state[s] = value[role++][i];
       Term<S> terms[kCount];
-      gather_elements<Rule>(stages, scalars, value[0][i], value[1][i], state, terms);
+      Pass::gather(stages, scalars, value[0][i], value[1][i], state, terms);
 #pragma unroll
       for (int s = 0; s < kCount; ++s)
         add_term(sums[s], static_cast<double>(terms[s].a) * static_cast<double>(terms[s].b));
@@ -133,21 +134,22 @@ using FinishTable = Table<WithSums<Header<kPreparedSets>>, FinishRow, kParameter
 constexpr int kFinishThreads = 64;
 
 // One thread, one tensor.
-template <class Rule, class S>
+template <class Pass, class S>
 __global__ void __launch_bounds__(kFinishThreads) apply_sums_kernel(const FinishTable __grid_constant__ table) {
   const int i = static_cast<int>(blockIdx.x) * kFinishThreads + static_cast<int>(threadIdx.x);
   if (i >= table.count || (table.header.found_inf != nullptr && *table.header.found_inf != 0)) return;
   const Prepared* on_device = table.header.on_device;
   const uint32_t set = table.rows[i].prepared;
   const Prepared& prepared = on_device != nullptr ? on_device[set] : table.header.prepared[set];
-  typename Rule::template Scalars<S> scalars;
+  Stages<S> stages = stages_of(prepared.scalars, S());
+  typename Pass::Rule::template Scalars<S> scalars;
   __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
-  double values[kSumCount<Rule>];
+  double values[Pass::kCount];
 #pragma unroll
-  for (int s = 0; s < kSumCount<Rule>; ++s) values[s] = value_of(table.header.sums[i * kSumCount<Rule> + s]);
-  Rule::finish(scalars, values);  // tests break this: sums that nothing follows from
+  for (int s = 0; s < Pass::kCount; ++s) values[s] = value_of(table.header.sums[i * Pass::kCount + s]);
+  Pass::finish(stages, scalars, values);  // tests break this: sums that nothing follows from
   Prepared& out = table.header.out[i];
-  stages_of(out.scalars, S()) = stages_of(prepared.scalars, S());
+  stages_of(out.scalars, S()) = stages;
   __builtin_memcpy(out.scalars.rule, &scalars, sizeof scalars);
   out.step = prepared.step;
 }
@@ -172,13 +174,25 @@ void combine_sums(const Update& work, const Sum* partials, Sum* sums, int sum_co
   filler.flush();
 }
 
-template <class Rule, class S>
+// Which kernel gathers from tensors that are stored so. Few steps ask which updates agree: that is compiled once for
+// all types.
+template <class Pass, class Storage>
+struct KernelOf {
+  using type = Storage;
+};
+template <class Rule, class Storage>
+struct KernelOf<Agreement<Rule>, Storage> {
+  using type = std::conditional_t<kIsOneType<Storage>, Mixed, Storage>;
+};
+
+template <class Pass, class S>
 void gather_all(const Update& work, Sum* partials, Sum* sums, Stream stream) {
+  using Rule = typename Pass::Rule;
   std::vector<int64_t> places{0};
   for (size_t t = 0; t < work.count; ++t) places.push_back(places.back() + chunks_of(work.tasks[t].numel));
   for_each_kind<Rule, S>(work, [&](auto set, auto storage, const std::vector<Kind>& kinds, Kind mine) {
     constexpr StateSet kSet = decltype(set)::kSet;
-    using Storage = decltype(storage);
+    using Storage = typename KernelOf<Pass, decltype(storage)>::type;
     using Table = GatherTable<2 + count_of(kSet), std::is_same_v<Storage, Strided>>;
     static_assert(sizeof(Table) <= kParameterBytes);
     Table table;
@@ -190,13 +204,13 @@ void gather_all(const Update& work, Sum* partials, Sum* sums, Stream stream) {
           row.place = places[t];  // tests break this: sums of another tensor
         },
         [&](const Table& full, int64_t chunks, const std::vector<uint32_t>&) {
-          launch("gather", gather_kernel<Rule, S, kSet, Storage>, {chunks, kThreads}, stream, full);
+          launch("gather", gather_kernel<Pass, S, kSet, Storage>, {chunks, kThreads}, stream, full);
         });
   });
-  combine_sums(work, partials, sums, kSumCount<Rule>, stream);
+  combine_sums(work, partials, sums, Pass::kCount, stream);
 }
 
-template <class Rule, class S>
+template <class Pass, class S>
 void finish_all(const Update& work, const Sum* sums, Prepared* out, Stream stream) {
   static_assert(sizeof(FinishTable) <= kParameterBytes);
   FinishTable table;
@@ -206,8 +220,8 @@ void finish_all(const Update& work, const Sum* sums, Prepared* out, Stream strea
       work, table, [](size_t) { return int64_t{1}; }, [](FinishRow&, size_t) {},
       [&](const FinishTable& full, int64_t tensors, const std::vector<uint32_t>&) {
         const int64_t blocks = (tensors + kFinishThreads - 1) / kFinishThreads;
-        launch("apply_sums", apply_sums_kernel<Rule, S>, {blocks, kFinishThreads}, stream, full);
-        table.header.sums += tensors * kSumCount<Rule>;
+        launch("apply_sums", apply_sums_kernel<Pass, S>, {blocks, kFinishThreads}, stream, full);
+        table.header.sums += tensors * Pass::kCount;
         table.header.out += tensors;
       });
 }
@@ -217,17 +231,19 @@ struct Reduction {
   void (*finish)(const Update&, const Sum*, Prepared*, Stream);
 };
 
-template <class Rule, class S>
+template <class Pass, class S>
 constexpr Reduction reduction() {
-  if constexpr (kSumCount<Rule> > 0) return {gather_all<Rule, S>, finish_all<Rule, S>};
+  if constexpr (Pass::kCount > 0) return {gather_all<Pass, S>, finish_all<Pass, S>};
   return {nullptr, nullptr};
 }
 
-const Reduction& reduction_of(const Update& work) {
-#define TRAINOPT_REDUCTIONS(rule) {reduction<rule, float>(), reduction<rule, double>()},
-  static constexpr Reduction kReductions[][2] = {TRAINOPT_FOR_EACH_RULE(TRAINOPT_REDUCTIONS)};
+const Reduction& reduction_of(const Update& work, Pass pass) {
+#define TRAINOPT_REDUCTIONS(rule)                                           \
+  {{reduction<OwnSums<rule>, float>(), reduction<OwnSums<rule>, double>()}, \
+   {reduction<Agreement<rule>, float>(), reduction<Agreement<rule>, double>()}},
+  static constexpr Reduction kReductions[][kPasses][2] = {TRAINOPT_FOR_EACH_RULE(TRAINOPT_REDUCTIONS)};
 #undef TRAINOPT_REDUCTIONS
-  return kReductions[work.rule][work.is_float64];
+  return kReductions[work.rule][pass][work.is_float64];
 }
 
 }  // namespace
@@ -238,12 +254,12 @@ size_t partial_sums(const Update& work, int sum_count) {
   return static_cast<size_t>(chunks) * static_cast<size_t>(sum_count);
 }
 
-void gather(const Update& work, Sum* partials, Sum* sums, Stream stream) {
-  reduction_of(work).gather(work, partials, sums, stream);
+void gather(const Update& work, Pass pass, Sum* partials, Sum* sums, Stream stream) {
+  reduction_of(work, pass).gather(work, partials, sums, stream);
 }
 
-void finish(const Update& work, const Sum* sums, Prepared* out, Stream stream) {
-  reduction_of(work).finish(work, sums, out, stream);
+void finish(const Update& work, Pass pass, const Sum* sums, Prepared* out, Stream stream) {
+  reduction_of(work, pass).finish(work, sums, out, stream);
 }
 
 }  // namespace trainopt::cuda

@@ -253,8 +253,10 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
     PyObject* zero_grad = key("zero_grad");
     PyObject* ema_decay = key("ema_decay");
     PyObject* ema_warmup = key("ema_warmup");
+    PyObject* cautious = key("cautious");
     PyObject* cautious_weight_decay = key("cautious_weight_decay");
     PyObject* precision = key("precision");
+    PyObject* stats = key("stats");
     PyObject* params = key("params");
   } keys;
   Reader reader(dict, this);
@@ -281,9 +283,11 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   skip_nonfinite = reader.own(keys.skip_nonfinite, 0) != 0;
   max_grad_norm = reader.is_given(keys.max_grad_norm) ? reader.own(keys.max_grad_norm, 0) : 0;
   clear_gradient = reader.clears_gradient(keys.zero_grad);
+  cautious = reader.own(keys.cautious, 0) != 0;
   cautious_weight_decay = reader.own(keys.cautious_weight_decay, 0) != 0;
   precision = reader.precision(keys.precision);
   round_at_random = precision == Precision::kStochastic;
+  stats = reader.own(keys.stats, 0) != 0;
   seed = reader.seed(keys.seed);
 
   items_.clear();

@@ -206,6 +206,7 @@ PYBIND11_MODULE(_C, m) {
           pybind11::arg("new_states") = Indices(), pybind11::arg("stepped") = Indices(),
           pybind11::arg("device_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
           pybind11::arg("gradient_norm") = pybind11::none(), pybind11::arg("gradients_seen") = false)
+      .def("stats", [](const pybind11::object& plan) { return plan_in(plan).stats(); })
       .def(
           "paths",
           [](const pybind11::object& plan, const pybind11::object& groups, const pybind11::object& state) {

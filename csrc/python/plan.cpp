@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <unordered_map>
 #include <utility>
@@ -126,6 +127,8 @@ Plan::GroupForm::GroupForm(const Group& group)
     : count(PySequence_Fast_GET_SIZE(group.params)),
       states_needed(group.states_needed),
       noisy(group.noise != 0),
+      cautious(group.cautious != 0),
+      stats(group.stats != 0),
       precision(group.precision),
       differentiable(group.differentiable != 0),
       unreadable(group.unreadable != 0),
@@ -348,6 +351,7 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
       number_or_none("found_inf", found_inf)};
   const bool is_scaled = gradient_scale != 1 || on_device.gradient_scale.defined();
   bool all_next = false;
+  batch_.forget_stats();
   sort(&new_states);
   sort(&stepped);
   if (!refresh(groups.ptr(), state.ptr())) return answer_of("foreign containers");
@@ -404,6 +408,14 @@ void Plan::run_unlocked() {
   const pybind11::gil_scoped_release release;
   batch_.update(
       [this](const at::Tensor& sums, const std::vector<const Shard*>& shards) { specs_.add_shards(sums, shards); });
+}
+
+pybind11::list Plan::stats() const {
+  pybind11::list found;
+  for (const auto& [tensor, stats, scale] : batch_.stats())
+    found.append(pybind11::make_tuple(tensor, std::sqrt(stats.gradient) / scale, std::sqrt(stats.param),
+                                      std::sqrt(stats.update), stats.largest / scale, stats.nonfinite));
+  return found;
 }
 
 std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& groups, const pybind11::object& state) {

@@ -78,6 +78,11 @@ class Plan {
                         Indices new_states, Indices stepped, const pybind11::object& device_scale,
                         const pybind11::object& found_inf, const pybind11::object& gradient_norm, bool gradients_seen);
 
+  // What the last step has found out, a tuple for each parameter that the engine has stepped in a group with stats: its
+  // index in the optimizer, the norms of gradient, parameter and update, the largest absolute element of the gradient
+  // that is not NaN, and how many of its elements are not finite.
+  pybind11::list stats() const;
+
   // The path of every parameter, were it to have an ordinary gradient now. Nothing for containers as above.
   std::optional<std::vector<std::string>> paths(const pybind11::object& groups, const pybind11::object& state);
 
@@ -86,7 +91,7 @@ class Plan {
   struct GroupForm {
     Py_ssize_t count = 0;
     int64_t states_needed = 0;
-    bool noisy = false;
+    bool noisy = false, cautious = false, stats = false;
     Precision precision = Precision::kNative;
     bool differentiable = false, unreadable = false;
     bool clips = false, clears_gradient = false;
@@ -96,8 +101,9 @@ class Plan {
     explicit GroupForm(const Group& group);
     bool operator==(const GroupForm& other) const {
       return count == other.count && states_needed == other.states_needed && noisy == other.noisy &&
-             precision == other.precision && differentiable == other.differentiable && unreadable == other.unreadable &&
-             clips == other.clips && clears_gradient == other.clears_gradient && options == other.options;
+             cautious == other.cautious && stats == other.stats && precision == other.precision &&
+             differentiable == other.differentiable && unreadable == other.unreadable && clips == other.clips &&
+             clears_gradient == other.clears_gradient && options == other.options;
     }
   };
 

@@ -54,7 +54,7 @@ struct Adam {
   }
 
   template <class T, class S>
-  TRAINOPT_INLINE static void update(const Scalars<S>& k, T& p, T g, T* state) {
+  TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T* state) {
     T& m = state[0];
     T& v = state[1];
     // Interpolate from the nearer end: with beta1 = 0 the average is the gradient exactly.
@@ -63,7 +63,7 @@ struct Adam {
     v = v * T(k.beta2) + g * T(k.one_minus_beta2) * g;
     T v_max = v;
     if (k.amsgrad) v_max = state[2] = maximum(state[2], v);
-    p = p - m * T(k.step_size) / (square_root(v_max) * T(k.inverse_sqrt_correction2) + T(k.eps));
+    return m * T(k.step_size) / (square_root(v_max) * T(k.inverse_sqrt_correction2) + T(k.eps));
   }
 };
 

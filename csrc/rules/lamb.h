@@ -86,8 +86,8 @@ struct Lamb {
   }
 
   template <class T, class S>
-  TRAINOPT_INLINE static void update(const Scalars<S>& k, T& p, T g, T* state) {
-    p = p - direction(k, p, g, state) * T(k.step_size);
+  TRAINOPT_INLINE static T update(const Scalars<S>& k, T p, T g, T* state) {
+    return direction(k, p, g, state) * T(k.step_size);
   }
 };
 

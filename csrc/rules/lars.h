@@ -66,7 +66,7 @@ struct Lars {
   }
 
   template <class T, class S>
-  TRAINOPT_INLINE static void update(const Scalars<S>& k, T& p, T g, T* state) {
+  TRAINOPT_INLINE static T update(const Scalars<S>& k, T p, T g, T* state) {
     if (k.decays) g = g + p * T(k.weight_decay);  // 0 times an infinite p would be NaN
     g = g * T(k.ratio);
     if (k.has_momentum) {
@@ -75,7 +75,7 @@ struct Lars {
       buffer = k.first ? g : buffer * T(k.momentum) + g * T(k.one_minus_dampening);
       g = k.nesterov ? g + buffer * T(k.momentum) : buffer;
     }
-    p = p - g * T(k.lr);
+    return g * T(k.lr);
   }
 };
 

@@ -31,10 +31,11 @@ struct Lion {
   }
 
   template <class T, class S>
-  TRAINOPT_INLINE static void update(const Scalars<S>& k, T& p, T g, T* state) {
+  TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T* state) {
     T& m = state[0];
-    p = p - sign_or_nan(m * T(k.beta1) + g * T(k.one_minus_beta1)) * T(k.lr);
+    const T change = sign_or_nan(m * T(k.beta1) + g * T(k.one_minus_beta1)) * T(k.lr);
     m = m * T(k.beta2) + g * T(k.one_minus_beta2);
+    return change;
   }
 };
 

@@ -15,9 +15,10 @@
 //                            to find the result, or the error
 //   decay(options)           where weight decay belongs
 //   Scalars<S>, prepare<S>   what it needs once for each parameter and step, computed in double
-//   update(scalars, p, g, s) one element: changes parameter p and states s by gradient g. s[i] is the state kStates[i];
-//                            one that is not in the set is 0, and what is written to it is dropped. T is float or
-//                            double, or a vector of these whose lanes are elements.
+//   update(scalars, p, g, s) one element: moves the states s on by gradient g, and returns what is to be taken from the
+//                            parameter p. s[i] is the state kStates[i]; one that is not in the set is 0, and what is
+//                            written to it is dropped. T is float or double, or a vector of these whose lanes are
+//                            elements.
 // and, where an element's step depends on the whole tensor (the norms of LAMB and LARS), a reduce phase:
 //   kSums                    the names of the tensor's sums, kMaxSums at most
 //   gather(scalars, p, g, s, terms)

@@ -36,14 +36,14 @@ struct Sgd {
   }
 
   template <class T, class S>
-  TRAINOPT_INLINE static void update(const Scalars<S>& k, T& p, T g, T* state) {
+  TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T* state) {
     if (k.has_momentum) {
       T& buffer = state[0];
       // torch's first momentum step takes the gradient whole, dampening or not.
       buffer = k.first ? g : buffer * T(k.momentum) + g * T(k.one_minus_dampening);
       g = k.nesterov ? g + buffer * T(k.momentum) : buffer;
     }
-    p = p - g * T(k.lr);
+    return g * T(k.lr);
   }
 };
 

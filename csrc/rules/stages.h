@@ -22,7 +22,7 @@ struct Settings {
   double ema_decay = 0;
   double maximize = 0, l1_proximal = 0, clear_gradient = 0;  // truth values
   double averages = 0, ema_warmup = 0;                       // likewise: whether a parameter has a moving average
-  double cautious_weight_decay = 0, round_at_random = 0;     // likewise
+  double cautious = 0, cautious_weight_decay = 0, round_at_random = 0;  // likewise
   uint64_t seed = 0;
 
   // Whether the step writes to gradients: to clear them, or to leave them without the scale that they came with, as
@@ -43,11 +43,13 @@ struct Settings {
 // The same for all parameters of a group at one step. S is the arithmetic's type.
 template <class S>
 struct Stages {
-  bool scaled, negate, decay_gradient, l1_gradient, l1_proximal, noisy, write_gradient, clear_gradient, cautious_decay;
+  bool scaled, negate, decay_gradient, l1_gradient, l1_proximal, noisy, write_gradient, clear_gradient;
+  bool cautious, cautious_decay;
   bool round_at_random;  // a 16-bit parameter
   S divisor;             // of the gradient, if it is scaled
   S weight_decay;        // L2: added to the gradient, times the parameter
   S decay_factor;        // decoupled decay: the parameter is multiplied by it; else 1
+  S cautious_scale;      // of an update that agrees with the gradient, once the reduce phase has found it
   S cautious_share;      // of the parameter that cautious decay takes away, where it decays
   S l1;                  // added to the gradient, times the parameter's sign
   S threshold;           // the proximal form: the parameter is moved to 0 by this
@@ -59,7 +61,7 @@ struct Stages {
 
   // Whether there is nothing but weight decay.
   TRAINOPT_INLINE bool is_plain() const {
-    return !(scaled || negate || l1_gradient || l1_proximal || noisy || write_gradient || cautious_decay);
+    return !(scaled || negate || l1_gradient || l1_proximal || noisy || write_gradient || cautious || cautious_decay);
   }
   // Whether random numbers are wanted for a parameter of a 16-bit type, or of another.
   TRAINOPT_INLINE bool needs_random(bool is_16_bit) const { return noisy || (round_at_random && is_16_bit); }
@@ -98,6 +100,8 @@ TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const StepInfo
   stages.divisor = static_cast<S>(divisor);
   stages.weight_decay = static_cast<S>(group.weight_decay);
   stages.round_at_random = group.round_at_random != 0;
+  stages.cautious = group.cautious != 0;
+  stages.cautious_scale = S(1);
   const double share = decay == Decay::kParameter ? info.rounded(info.lr * info.rounded(group.weight_decay)) : 0;
   stages.cautious_decay = group.cautious_weight_decay != 0 && share != 0;
   stages.cautious_share = static_cast<S>(share);
@@ -135,26 +139,64 @@ template <class Rule, bool kPlain, class T, class S>
 TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T& p,
                                      T& g, T* state, T noise) {
   const T direction = before_rule<kPlain>(stages, p, g);
+  T change = Rule::update(scalars, p, direction, state);
   if constexpr (kPlain) {
-    Rule::update(scalars, p, direction, state);
+    p = p - change;
   } else {
-    // A rule whose decay is decoupled takes its update from the parameter, whatever that is: from 0, to see its sign.
-    T updated = p;
-    if (stages.cautious_decay) updated = T(S(0));
-    Rule::update(scalars, updated, direction, state);
-    if (stages.cautious_decay) updated = p + updated - where_signs_agree(-updated, p, p * T(stages.cautious_share));
-    p = updated;
+    // As a factor: a NaN in the gradient stays one.
+    if (stages.cautious) change = change * where_same_sign(change, direction, T(stages.cautious_scale));
+    T decay(S(0));
+    if (stages.cautious_decay) decay = where_signs_agree(change, p, p * T(stages.cautious_share));
+    p = p - change;
+    if (stages.cautious_decay) p = p - decay;
     if (stages.l1_proximal) p = soft_threshold(p, T(stages.threshold));
     if (stages.noisy) p = p + noise * T(stages.noise);
   }
 }
 
-// What a register of elements adds to the rule's sums; writes nothing.
-template <class Rule, class T, class S>
-TRAINOPT_FUNCTION void gather_elements(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T p,
-                                       T g, T* state, Term<T>* terms) {
-  const T direction = before_rule<false>(stages, p, g);
-  Rule::gather(scalars, p, direction, state, terms);
-}
+// The passes of a reduce phase, in their order: what each sums up over a tensor, of which nothing is written, and what
+// follows from it. First a rule's own sums, if it has any.
+template <class R>
+struct OwnSums {
+  using Rule = R;
+  static constexpr int kCount = kSumCount<Rule>;
+
+  template <class T, class S>
+  TRAINOPT_INLINE static void gather(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T p,
+                                     T g, T* state, Term<T>* terms) {
+    const T direction = before_rule<false>(stages, p, g);
+    Rule::gather(scalars, p, direction, state, terms);
+  }
+
+  template <class S>
+  TRAINOPT_INLINE static void finish(Stages<S>&, typename Rule::template Scalars<S>& scalars, const double* sums) {
+    Rule::finish(scalars, sums);
+  }
+};
+
+// Then, in cautious groups, the elements whose update agrees with their gradient, and all. The updates of those are
+// divided by their share, which counts as a thousandth if it is less: Liang et al. 2024, arXiv:2411.16085.
+template <class R>
+struct Agreement {
+  using Rule = R;
+  static constexpr int kCount = 2;
+
+  template <class T, class S>
+  TRAINOPT_INLINE static void gather(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T p,
+                                     T g, T* state, Term<T>* terms) {
+    const T direction = before_rule<false>(stages, p, g), one(S(1));
+    terms[0] = {where_same_sign(Rule::update(scalars, p, direction, state), direction, one), one};
+    terms[1] = {one, one};
+  }
+
+  template <class S>
+  TRAINOPT_INLINE static void finish(Stages<S>& stages, typename Rule::template Scalars<S>&, const double* sums) {
+    if (stages.cautious)
+      stages.cautious_scale = static_cast<S>(sums[1] / (sums[0] > 1e-3 * sums[1] ? sums[0] : 1e-3 * sums[1]));
+  }
+};
+
+enum Pass { kOwnSums, kAgreement };
+constexpr int kPasses = 2;
 
 }  // namespace trainopt

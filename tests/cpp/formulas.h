@@ -16,6 +16,7 @@ namespace trainopt {
 // gradient; for the rule of the tests what that says.
 struct Sums {
   double of[kMaxSums] = {};
+  double agreeing = 0, all = 0;  // elements; the former where the update has the gradient's sign
 
   double root(int i) const { return std::sqrt(of[i]); }
   double ratio_to(double by) const { return of[0] != 0 && of[1] != 0 ? root(0) / by : 1; }
@@ -140,9 +141,18 @@ inline void gather_element(const Setting& s, double p, double g, double* state, 
   for (int i = 0; i < kMaxSums; ++i) sums->of[i] += terms.of[i];
 }
 
+// Once the others are known.
+inline void ask_element(const Setting& s, double p, double g, double* state, Sums* sums) {
+  const double direction = direction_of(s, p, g);
+  sums->agreeing += formulas_of(s).change(s, p, direction, state, *sums) * direction > 0;
+  ++sums->all;
+}
+
 inline void step_element(const Setting& s, double& p, double& g, double* state, double noise, const Sums& sums) {
   const double direction = direction_of(s, p, g);
-  p -= formulas_of(s).change(s, p, direction, state, sums);
+  double change = formulas_of(s).change(s, p, direction, state, sums);
+  if (s.tail.cautious) change = change * direction > 0 ? change / std::max(sums.agreeing / sums.all, 1e-3) : 0;
+  p -= change;
   if (s.l1_proximal) p = sign(p) * std::max(std::fabs(p) - s.lr * s.l1, 0.0);
   p += s.noise * noise;
   if (s.writes_gradient()) g = s.tail.clears ? 0 : g / s.gradient_scale;

@@ -11,12 +11,12 @@
 namespace trainopt {
 
 // What the step does besides: clips gradients of this norm, which has their scale in it; clears them; moves an average
-// of the parameter.
+// of the parameter; leaves out what disagrees with the gradient.
 struct Tail {
   double max_norm = 0, norm = 0;  // max_norm 0: no clipping
   bool clears = false;
   double ema_decay = 0;  // 0: no average
-  bool ema_warmup = false;
+  bool ema_warmup = false, cautious = false;
 };
 
 struct Setting {
@@ -40,6 +40,7 @@ struct Setting {
 // always_adapt;
 // eight and four, the rules in contract/rules/rules.h, set and decay, or decay.
 constexpr Decay kCoupled = Decay::kGradient, kDecoupled = Decay::kParameter, kInUpdate = Decay::kUpdate;
+constexpr Tail kCautious = {0, 0, false, 0, false, true};
 inline const std::vector<Setting> kSettings = {
     {"plain", "sgd", {0, 0, 0}, kCoupled, 0.1, 0, false, 0, false, 0, 1, 0},
     {"decay", "sgd", {0, 0, 0}, kCoupled, 0.1, 0.3, true, 0, false, 0, 1, 0},
@@ -86,6 +87,11 @@ inline const std::vector<Setting> kSettings = {
      {2, 9, true, 0.9, true}},
     {"averaged", "eight", {3, 2}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 20, {0, 0, false, 0.6, true}},
     {"tail", "lamb", {0.9, 0.99, 0.05, 0, 0, 1}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 1, {1, 2, true, 0.9}},
+    {"cautious", "sgd", {0.9, 0.2, 0}, kCoupled, 0.1, 0.3, true, 0.5, false, 0, 3, 2, kCautious},
+    {"cautious", "adam", {0.9, 0.99, 0.05, 0, 1, 1}, kDecoupled, 0.05, 0.3, false, 0, false, 0, 1, 7, kCautious},
+    {"cautious", "lamb", {0.9, 0.99, 0.05, 0, 0, 1}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 3, kCautious},
+    {"cautious", "lars", {0.9, 0.2, 0, 0.1, 0.01, 1, 0}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 2, kCautious},
+    {"cautious", "eight", {3, 2}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 4, kCautious},
 };
 
 inline const Setting& setting(const char* rule, const char* name) {
@@ -109,6 +115,7 @@ inline Settings settings_of(const Setting& s) {
   settings.averages = s.tail.ema_decay != 0;
   settings.ema_decay = s.tail.ema_decay;
   settings.ema_warmup = s.tail.ema_warmup;
+  settings.cautious = s.tail.cautious;
   settings.seed = kSeed;
   return settings;
 }
@@ -126,6 +133,14 @@ inline Scalars scalars_of(const Setting& s, bool is_float64) {
   }
   rule->prepare(s.options.data(), info, is_float64, &result);
   return result;
+}
+
+// The passes of the reduce phase that a step needs.
+inline std::vector<Pass> passes_of(const Setting& s) {
+  std::vector<Pass> passes;
+  if (cpu::find_rule(s.rule)->sum_count > 0) passes.push_back(kOwnSums);
+  if (s.tail.cautious) passes.push_back(kAgreement);
+  return passes;
 }
 
 // The place of the moving average among a parameter's states.

@@ -26,14 +26,15 @@ inline void run_cpu(const Setting& s, const Parameters& parameters, bool is_floa
   }
   cpu::Update run{tasks.data(), starts.data(), tasks.size(), rule, is_float64};
   const int64_t all = starts.back();
-  std::vector<Sum> sums(tasks.size() * static_cast<size_t>(rule->sum_count));
-  if (rule->sum_count > 0) {
-    std::vector<Sum> partials(cpu::partial_sums(run), Sum{std::nan(""), 0});
+  std::vector<Sum> sums[kPasses];
+  for (const Pass pass : passes_of(s)) {
+    const auto count = static_cast<size_t>(rule->sums_in(pass));
+    std::vector<Sum> partials(cpu::places_of(run) * count, Sum{std::nan(""), 0});
+    sums[pass].resize(tasks.size() * count);
     for (int64_t at = 0; at < all; at += piece == 0 ? all : piece)
-      cpu::gather_blocks(run, at, piece == 0 ? all : std::min(at + piece, all), partials.data());
-    for (size_t t = 0; t < tasks.size(); ++t)
-      cpu::sums_of(run, t, partials.data(), &sums[t * static_cast<size_t>(rule->sum_count)]);
-    run.sums = sums.data();
+      cpu::gather_blocks(run, pass, at, piece == 0 ? all : std::min(at + piece, all), partials.data());
+    for (size_t t = 0; t < tasks.size(); ++t) cpu::sums_of(run, pass, t, partials.data(), &sums[pass][t * count]);
+    run.sums[pass] = sums[pass].data();
   }
   if (piece == 0) return cpu::run_blocks(run, 0, all);
   for (int64_t at = (all - 1) / piece * piece; at >= 0; at -= piece)
@@ -55,6 +56,11 @@ inline bool is_right(const Setting& s, const Parameters& before, const Parameter
       read(i);
       if (!is_float64) g = static_cast<double>(static_cast<float>(g));
       gather_element(s, p, g, state, &sums);
+    }
+    for (int64_t i = 0; i < after[t]->numel; ++i) {
+      read(i);
+      if (!is_float64) g = static_cast<double>(static_cast<float>(g));
+      ask_element(s, p, g, state, &sums);
     }
     for (int64_t i = 0; i < after[t]->numel; ++i) {
       read(i);

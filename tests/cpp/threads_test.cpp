@@ -56,14 +56,18 @@ struct Optimizer {
       part_of(0);
       for (std::thread& other : others) other.join();
     };
-    const auto count = static_cast<size_t>(run.rule->sum_count);
-    std::vector<Sum> partials(cpu::partial_sums(run)), sums(tasks.size() * count);
-    if (count > 0) {
-      share([&](int64_t first, int64_t last) { cpu::gather_blocks(run, first, last, partials.data()); });
-      for (size_t t = 0; t < tasks.size(); ++t) cpu::sums_of(run, t, partials.data(), &sums[t * count]);
-      run.sums = sums.data();
+    std::vector<Sum> sums[kPasses];
+    for (const Pass pass : passes_of(s)) {
+      const auto count = static_cast<size_t>(run.rule->sums_in(pass));
+      std::vector<Sum> partials(cpu::places_of(run) * count);
+      sums[pass].resize(tasks.size() * count);
+      share([&](int64_t first, int64_t last) { cpu::gather_blocks(run, pass, first, last, partials.data()); });
+      for (size_t t = 0; t < tasks.size(); ++t) cpu::sums_of(run, pass, t, partials.data(), &sums[pass][t * count]);
+      run.sums[pass] = sums[pass].data();
     }
-    share([&](int64_t first, int64_t last) { cpu::run_blocks(run, first, last); });
+    for (cpu::TensorTask& task : tasks) task.is_measured = which % 2 == 1;
+    std::vector<StepStats> stats(cpu::places_of(run));
+    share([&](int64_t first, int64_t last) { cpu::run_blocks(run, first, last, stats.data()); });
   }
 };
 

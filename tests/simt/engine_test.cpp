@@ -25,20 +25,22 @@ cuda::Prepared prepared_of(const Setting& s, bool is_float64) {
   return {scalars_of(s, is_float64), static_cast<uint32_t>(s.step)};
 }
 
-// The step of all tasks, in one pass or two.
-void step(cuda::Update work, std::vector<cuda::TensorTask>& tasks) {
-  const int count = cpu::rule_at(work.rule)->sum_count;
-  if (count == 0) return cuda::update(work, nullptr);
+// The step of all tasks, in one pass, two or three.
+void step(const Setting& s, cuda::Update work, std::vector<cuda::TensorTask>& tasks) {
   const Sum unset{std::nan(""), std::nan("")};
-  std::vector<Sum> partials(cuda::partial_sums(work, count), unset);
-  std::vector<Sum> sums(tasks.size() * static_cast<size_t>(count), unset);
-  std::vector<cuda::Prepared> finished(tasks.size());
-  std::memset(static_cast<void*>(finished.data()), 0xff, finished.size() * sizeof(cuda::Prepared));
-  cuda::gather(work, partials.data(), sums.data(), nullptr);
-  cuda::finish(work, sums.data(), finished.data(), nullptr);
-  for (size_t t = 0; t < tasks.size(); ++t) tasks[t].prepared = static_cast<uint32_t>(t);
-  work.prepared = finished.data();
-  work.prepared_on_device = true;
+  std::vector<cuda::Prepared> finished[kPasses];
+  for (const Pass pass : passes_of(s)) {
+    const int count = cpu::rule_at(work.rule)->sums_in(pass);
+    std::vector<Sum> partials(cuda::partial_sums(work, count), unset);
+    std::vector<Sum> sums(tasks.size() * static_cast<size_t>(count), unset);
+    finished[pass].resize(tasks.size());
+    std::memset(static_cast<void*>(finished[pass].data()), 0xff, tasks.size() * sizeof(cuda::Prepared));
+    cuda::gather(work, pass, partials.data(), sums.data(), nullptr);
+    cuda::finish(work, pass, sums.data(), finished[pass].data(), nullptr);
+    for (size_t t = 0; t < tasks.size(); ++t) tasks[t].prepared = static_cast<uint32_t>(t);
+    work.prepared = finished[pass].data();
+    work.prepared_on_device = true;
+  }
   cuda::update(work, nullptr);
 }
 
@@ -47,7 +49,7 @@ void run_cuda(const Setting& s, const Parameters& parameters, bool is_float64, c
   const cuda::Prepared prepared = prepared_of(s, is_float64);
   std::vector<cuda::TensorTask> tasks = tasks_of(parameters);
   const int rule = cpu::find_rule(s.rule)->index;
-  step({rule, is_float64, tasks.data(), tasks.size(), &prepared, false, found_inf}, tasks);
+  step(s, {rule, is_float64, tasks.data(), tasks.size(), &prepared, false, found_inf}, tasks);
 }
 
 // With scalars prepared on the device, from step counts there, GradScaler's scale and, if `tensors`, a learning rate
@@ -80,7 +82,7 @@ void run_prepared(const Setting& s, const Parameters& parameters, bool is_float6
       {rule, is_float64, &source, 1, counts.data(), counts.size(), 1, s.tail.norm,
        s.gradient_scale == 1 ? nullptr : &scale, tensors ? &s.tail.norm : nullptr, &found_inf, prepared.data()},
       nullptr);
-  step({rule, is_float64, tasks.data(), tasks.size(), prepared.data(), true, &found_inf}, tasks);
+  step(s, {rule, is_float64, tasks.data(), tasks.size(), prepared.data(), true, &found_inf}, tasks);
   for (size_t i = 0; i < tasks.size(); ++i)
     steps_after->push_back(double_steps ? double_steps_of[i] : static_cast<double>(float_steps[i]));
 }
@@ -268,7 +270,7 @@ void test_many_sums() {
     tasks[i].prepared = i * 5 % kSets;
     if (expected[i]->numel > 0) run_cpu(settings[tasks[i].prepared], {expected[i]}, false, 0);
   }
-  step({rule->index, false, tasks.data(), tasks.size(), prepared.data(), false, nullptr}, tasks);
+  step(s, {rule->index, false, tasks.data(), tasks.size(), prepared.data(), false, nullptr}, tasks);
   check(same_bits(expected, found, true), "sums of many tensors: not the CPU's bits");
   check(is_intact(found), "sums of many tensors: written where nothing is to be written");
   check_no_faults("sums of many tensors");

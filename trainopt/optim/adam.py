@@ -18,7 +18,7 @@ class Adam(Fused, originals.Adam, rule="adam"):
     Args:
         bias_correction: with False the moments are taken as they are, ``p -= lr * m / (sqrt(v) + eps)`` (default True).
         l1, l1_proximal, noise, seed, skip_nonfinite, max_grad_norm, error_if_nonfinite, zero_grad, ema_decay,
-            ema_warmup, state_dtype, precision, cautious_weight_decay: as in `trainopt.SGD`.
+            ema_warmup, state_dtype, precision, cautious, cautious_weight_decay, stats: as in `trainopt.SGD`.
 
     Moments have the parameter's dtype, and in float16 the second one underflows (docs/optimizers.md); arithmetic is
     float32, or float64 for float64 parameters. Source of the formula:

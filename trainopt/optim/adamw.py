@@ -14,9 +14,9 @@ class AdamW(Fused, originals.AdamW, rule="adam"):
 
     Every argument, default, error and state key is that of `torch.optim.AdamW`. Keyword-only beyond torch:
     `bias_correction`, as in `trainopt.Adam`, and `l1`, `l1_proximal`, `noise`, `seed`, `skip_nonfinite`,
-    `max_grad_norm`, `error_if_nonfinite`, `zero_grad`, `ema_decay`, `ema_warmup`, `state_dtype`, `precision` and
-    `cautious_weight_decay`, as in `trainopt.SGD`. Source of the formula: Loshchilov & Hutter, Decoupled weight decay
-    regularization, 2019, with torch's conventions.
+    `max_grad_norm`, `error_if_nonfinite`, `zero_grad`, `ema_decay`, `ema_warmup`, `state_dtype`, `precision`,
+    `cautious`, `cautious_weight_decay` and `stats`, as in `trainopt.SGD`. Source of the formula: Loshchilov & Hutter,
+    Decoupled weight decay regularization, 2019, with torch's conventions.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from trainopt import switches
 from trainopt._extension import _C
-from trainopt.optim import loading, precision, registry, state_dtype, torch_path, traced
+from trainopt.optim import loading, precision, registry, state_dtype, stats, torch_path, traced
 from trainopt.optim.depth import apply_depth
 from trainopt.optim.gradients import GradientScaling, clear_gradients, clears, clips, find_norm
 from trainopt.optim.options import check_extras, defaults_of, not_default
@@ -120,6 +120,8 @@ class Fused(States):
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss, record, plan = None, self._record, self._plan
         record.check_parameters()
+        if record.stats:
+            record.stats = {}
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -133,6 +135,7 @@ class Fused(States):
                 return loss
             record.skipped = found_inf is not None and bool(found_inf)
             if record.skipped:
+                stats.note_left_out(self, self._enumerate(), 1.0 if grad_scale is None else float(grad_scale))
                 clear_gradients(self)
                 return loss
             scale = 1.0 if grad_scale is None else float(grad_scale)
@@ -169,6 +172,7 @@ class Fused(States):
                     return False
                 self._record.skipped = bool(found_inf)
                 if self._record.skipped:
+                    stats.note_left_out(self, self._enumerate(), scaling.scale)
                     clear_gradients(self)
                     return False
             if plan is None:

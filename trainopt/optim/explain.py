@@ -9,7 +9,7 @@ import torch
 
 from trainopt import switches
 from trainopt._extension import _C, why_no_cuda
-from trainopt.optim import average, precision
+from trainopt.optim import average, precision, stats
 from trainopt.optim.gradients import clears, clips
 from trainopt.optim.options import extra
 from trainopt.optim.report import names_of
@@ -101,9 +101,13 @@ def _notes(optimizer: States) -> Iterator[str]:
             notes.append(f"a moving average is kept, in {_name_of(average.dtype_of(param))} (ema_decay)")
         if clears(group):
             notes.append("the step clears its gradient (zero_grad)")
+        if stats.wanted(group):
+            notes.append("norms of gradient, parameter and update are taken (stats)")
         state = optimizer.state.get(param, {})
         if (chosen := precision.of(group, param)) != "native":
             notes.append(f"the parameter is stored {_STORED[chosen]} (precision={chosen!r})")
+        if extra(group, "cautious"):
+            notes.append("what disagrees with the gradient in sign is left out of the update (cautious)")
         if extra(group, "cautious_weight_decay"):
             notes.append("weight decay acts only where it agrees with the update (cautious_weight_decay)")
         if extra(group, "state_dtype") is not None:

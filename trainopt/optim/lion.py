@@ -27,7 +27,7 @@ class Lion(Fused, rule="lion"):
         weight_decay: decoupled from the gradient, as AdamW's (default 0), at least 0.
         maximize, foreach, capturable, differentiable, fused: as `torch.optim.AdamW` has them.
         l1, l1_proximal, noise, seed, skip_nonfinite, max_grad_norm, error_if_nonfinite, zero_grad, ema_decay,
-            ema_warmup, state_dtype, precision, cautious_weight_decay: as in `trainopt.SGD`.
+            ema_warmup, state_dtype, precision, cautious, cautious_weight_decay, stats: as in `trainopt.SGD`.
 
     Raises:
         ValueError: an option is out of its range.

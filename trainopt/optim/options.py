@@ -36,7 +36,9 @@ class Extras(TypedDict, total=False):
     ema_warmup: bool
     state_dtype: str | torch.dtype | dict[str, str | torch.dtype] | None
     precision: str
+    cautious: bool
     cautious_weight_decay: bool
+    stats: bool
 
 
 class AdamExtras(Extras, total=False):
@@ -70,7 +72,9 @@ DEFAULTS: dict[str, Any] = {
     "ema_warmup": False,
     "state_dtype": None,
     "precision": "native",
+    "cautious": False,
     "cautious_weight_decay": False,
+    "stats": False,
 }
 #: How 16-bit parameters can be stored: trainopt/optim/precision.py.
 PRECISIONS = ("native", "master", "master24", "stochastic")
@@ -114,8 +118,8 @@ def check_extras(options: Mapping[str, Any]) -> None:
         raise ValueError("error_if_nonfinite=True and skip_nonfinite=True: a step either raises or is left out")
     if options["precision"] not in PRECISIONS:
         raise ValueError(f"Invalid precision value: {options['precision']!r} ({', '.join(map(repr, PRECISIONS))})")
-    acting = ("max_grad_norm", "zero_grad", "ema_decay", "state_dtype", "precision", "cautious_weight_decay")
-    for name in acting if options["differentiable"] else ():
+    acting = ("max_grad_norm", "zero_grad", "ema_decay", "state_dtype", "precision", "cautious")
+    for name in (*acting, "cautious_weight_decay", "stats") if options["differentiable"] else ():
         if (value := options[name]) != DEFAULTS[name]:
             raise ValueError(f"{name}={value!r} does not go with differentiable=True: it acts without a graph")
 

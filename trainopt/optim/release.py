@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainopt import switches
 from trainopt._extension import _C
-from trainopt.optim import torch_path
+from trainopt.optim import stats, torch_path
 from trainopt.optim.distributed import is_dtensor
 from trainopt.optim.gradients import GradientScaling, norm_of
 from trainopt.optim.options import extra
@@ -105,11 +105,21 @@ class _Step:
         if states is not None:
             view.state[param] = states
         self._make(GradientScaling(1.0, norm))
+        if stats.wanted(group):
+            self._note_stats(optimizer._record)
         if states is None and view.state.get(param):
             optimizer.state[param] = view.state[param]
         optimizer._unstarted.discard(param)
         param.grad = None
         self.last_pass = optimizer._record.steps
+
+    def _note_stats(self, record: Record) -> None:
+        if record.pass_stats_of != record.steps:
+            record.pass_stats, record.pass_stats_of = {}, record.steps
+        own = self.view._record
+        for _, found in (*stats.of_plan(self.view._plan), *stats.of_record(own)):
+            record.pass_stats[self.view._first_index] = found
+        own.stats.clear()
 
     def _group(self, param: Tensor) -> dict[str, Any]:
         """The group that has the parameter: the one that had it, unless groups have been changed."""

@@ -1,11 +1,16 @@
 """What an optimizer tells of itself: what its last step did, how its parameters are called, what is not finite."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainopt.optim.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from trainopt.optim.stats import ParameterStats
 
 
 class Record:
@@ -20,6 +25,10 @@ class Record:
         self.skipped_steps: torch.Tensor | None = None  # of these, on the device
         self.compiled_steps: torch.Tensor | None = None  # of a compiled program, into which a number would be compiled
         self.grad_norm: torch.Tensor | None = None  # before clipping, in the last step that had a limit
+        #: What has been measured in the last step beside the plan, by the parameter's index: `trainopt.optim.stats`.
+        self.stats: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.pass_stats: dict[int, ParameterStats] = {}  # within the backward pass before it
+        self.pass_stats_of = -1  # `steps` then
         self.holds_averages = False  # whether the parameters are their moving averages now
         self.asked_at: int | None = None  # `steps` when a step last asked for states to be made
 
@@ -88,7 +97,7 @@ class NonfiniteReport(tuple[Nonfinite, ...]):
     __slots__ = ()
 
     @classmethod
-    def of(cls, optimizer: Any) -> "NonfiniteReport":
+    def of(cls, optimizer: Any) -> NonfiniteReport:
         """Reads every gradient, state and value of an optimizer once."""
         found = []
         names = iter(names_of(optimizer))

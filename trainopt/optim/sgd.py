@@ -40,8 +40,14 @@ class SGD(Fused, originals.SGD, rule="sgd"):
         precision: how 16-bit parameters are stored (default ``"native"``, as they are): ``"master"``, with what they
             lack of a float32 in the state "master"; ``"master24"``, with 8 bits more (bfloat16 only); or
             ``"stochastic"``, rounded at random, keyed by `seed`.
+        cautious: with True (default False), elements of the update whose sign is not that of the gradient are left out,
+            and the others are divided by the share of the parameter's elements that they are, or by 0.001 if that is
+            more (Liang et al. 2024, arXiv:2411.16085). The gradient is what the formula sees: with decay that is
+            coupled, L1 and the sign of `maximize`. Decoupled decay and noise are not touched.
         cautious_weight_decay: with True (default False), weight decay acts only where its sign is that of the update.
             For decay that is decoupled from the gradient (AdamW, Lion).
+        stats: with True (default False), the step takes the norms of each gradient, parameter and update, for
+            `optimizer.stats()`.
 
     The momentum buffer has the parameter's dtype; arithmetic is float32, or float64 for float64 parameters.
     """

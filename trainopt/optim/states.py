@@ -24,6 +24,7 @@ from trainopt.optim import average, precision, state_dtype
 from trainopt.optim.distributed import elements, on_any_rank
 from trainopt.optim.options import extra, snapshot
 from trainopt.optim.report import Record
+from trainopt.optim.stats import ParameterStats, by_name
 from trainopt.stand_in import StandIn
 
 Numbered = tuple[int, dict[str, Any], torch.Tensor]  # index over all groups, group, parameter
@@ -77,6 +78,15 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         """
         return self._record.grad_norm
 
+    def stats(self) -> dict[str | int, ParameterStats]:
+        """What the last step has found out about the parameters of groups with ``stats=True``.
+
+        By name, or by number where parameters have none; those that had no gradient are not there. A step that was left
+        out has its gradients, and updates of 0. For a DTensor the numbers are of the whole, and are taken in the step;
+        on a CUDA device nothing waits for them before this call. RuntimeError where no group has ``stats=True``.
+        """
+        return by_name(self)
+
     def averaged_parameters(self) -> AbstractContextManager[None]:
         """A context in which the parameters are their moving averages (``ema_decay``), as for an evaluation.
 
@@ -118,15 +128,15 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
 
     def _check_decay(self, options: dict[str, Any]) -> None:
         """ValueError for cautious weight decay where the decay is not decoupled from the gradient."""
-        if options["cautious_weight_decay"] and not self._decays_parameter(options):
+        if options["cautious_weight_decay"] and self._decay_of(options) != "parameter":
             raise ValueError(
                 f"cautious_weight_decay=True is for weight decay that is decoupled from the gradient, as AdamW's and"
                 f" Lion's, and that of {type(self).__name__} is not"
             )
 
-    def _decays_parameter(self, group: dict[str, Any]) -> bool:
-        """Whether a group's weight decay is decoupled: on the parameter itself."""
-        return _C.decay_of(self._rule, {key: group[key] for key in group if type(key) is str}) == "parameter"
+    def _decay_of(self, group: dict[str, Any]) -> str:
+        """Where a group's weight decay goes: into the "gradient", the "update", or onto the "parameter" itself."""
+        return _C.decay_of(self._rule, {key: group[key] for key in group if type(key) is str})
 
     def _first_step_differs(self, group: dict[str, Any]) -> bool:
         """Whether a first step does something else with states of zeros than a later one, by no count in the state."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trainopt._extension import _C
-from trainopt.optim import average, precision
+from trainopt.optim import average, precision, stats
 from trainopt.optim.distributed import like
 from trainopt.optim.gradients import GradientScaling, clears, clips
 from trainopt.optim.options import extra
@@ -47,20 +47,23 @@ def step(
     sparse = [param for _, _, param in chosen if param.grad is not None and param.grad.layout is not torch.strided]
     if sparse and optimizer._torch_class is None:
         raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
-    ways: dict[bool, list[Numbered]] = {True: [], False: []}
-    for each in chosen:
-        ways[_is_stored_apart(optimizer, *each)].append(each)
-    for each in ways[True]:
-        _step_in_float32(optimizer, each, scaling, plain)
-    chosen = ways[False]
-    if not chosen:
-        return
+    with stats.measured(optimizer, chosen, scaling.scale):
+        ways: dict[bool, list[Numbered]] = {True: [], False: []}
+        for each in chosen:
+            ways[_is_stored_apart(optimizer, *each)].append(each)
+        for each in ways[True]:
+            _step_in_float32(optimizer, each, scaling, plain)
+        if ways[False]:
+            _step_in_place(optimizer, ways[False], scaling, plain)
+
+
+def _step_in_place(optimizer: States, chosen: Sequence[Numbered], scaling: GradientScaling, plain: bool) -> None:
+    started: list[tuple[torch.Tensor, torch.Tensor]] = []  # states of torch's come first
     for _, group, param in chosen:
         if scaling.is_written_back(group):
             assert param.grad is not None
             param.grad.div_(scaling.scale)
     view = _view(optimizer, list(_narrowed(optimizer, chosen, plain)))
-    started: list[tuple[torch.Tensor, torch.Tensor]] = []  # states of torch's come first
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(optimizer.defaults["differentiable"]))
         for _, group, param in chosen:
@@ -74,8 +77,8 @@ def step(
                 stack.enter_context(_steps_long_past(optimizer.state[param]))
             if not optimizer._counts_steps:
                 _count_step(optimizer, param, group)
-            if _decays_cautiously(optimizer, group):
-                stack.enter_context(_cautious_decay(param, group))
+            if chooses(group):
+                stack.enter_context(_chosen_update(optimizer, param, group))
             if average.averages(group) and average.KEY not in optimizer.state.get(param, {}):
                 started.append((param, average.new_average(param)))
         _make_step(view)
@@ -98,6 +101,8 @@ def _is_stored_apart(optimizer: States, _: int, group: dict[str, Any], param: to
     """Whether a parameter or its states are stored in another way than torch's code takes."""
     if extra(group, "state_dtype") is not None or precision.of(group, param) != "native":
         return True
+    if chooses(group) and param.dtype in (torch.float16, torch.bfloat16):
+        return True  # in which small updates leave a parameter as it is, and have no sign
     return has_codes(optimizer.state.get(param, {}), optimizer._states)
 
 
@@ -108,7 +113,7 @@ def _step_in_float32(optimizer: States, numbered: Numbered, scaling: GradientSca
     own: dict[str, Any] = dict(optimizer.state.get(param, {}))
     copy = torch.nn.Parameter(precision.value_of(param, own if precision.of(group, param) != "native" else {}))
     copy.grad = param.grad.detach().float()
-    wide = {**group, "state_dtype": None, "precision": "native", "params": [copy]}
+    wide = {**group, "state_dtype": None, "precision": "native", "stats": False, "params": [copy]}
     view = _view(optimizer, [wide])
     view.state = defaultdict(dict)
     view._unstarted = {copy} if param in optimizer._unstarted else set()
@@ -221,7 +226,7 @@ def _narrowed(optimizer: States, chosen: Sequence[Numbered], plain: bool) -> Ite
     for _, group, param in chosen:
         on_cpu = param.device.type == "cpu"
         flags: dict[str, Any] = {"foreach": False, "fused": False} if plain or on_cpu else {}
-        if _decays_cautiously(optimizer, group):
+        if chooses(group) and optimizer._decay_of(group) != "update":
             flags["weight_decay"] = 0.0  # it is done round the step
         if on_cpu and "capturable" in group:
             flags["capturable"] = False
@@ -253,24 +258,48 @@ def _l1_in_gradient(param: torch.Tensor, group: dict[str, Any]) -> Iterator[None
         param.grad = gradient
 
 
-def _decays_cautiously(optimizer: States, group: dict[str, Any]) -> bool:
-    return bool(extra(group, "cautious_weight_decay")) and optimizer._decays_parameter(group)
+def chooses(group: dict[str, Any]) -> bool:
+    """Whether the signs of gradient, update and parameter say what is done."""
+    return bool(extra(group, "cautious") or extra(group, "cautious_weight_decay"))
 
 
 @contextmanager
-def _cautious_decay(param: torch.Tensor, group: dict[str, Any]) -> Iterator[None]:
-    """The step inside is made from 0, which leaves the update alone; the decay follows where their signs agree."""
+def _chosen_update(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -> Iterator[None]:
+    """What the step inside makes of a parameter is done as far as the group's cautious options let it.
+
+    The step is made from 0, which leaves the update alone, and without weight decay, which goes into the gradient or
+    follows here; but from the parameter where the update has the decay in it.
+    """
+    kind, weight_decay = optimizer._decay_of(group), group["weight_decay"]
+    gradient = param.grad
+    assert gradient is not None
+    direction = gradient.to_dense() if gradient.is_sparse else gradient
+    if kind == "gradient" and weight_decay:
+        direction = direction.add(param.detach(), alpha=-weight_decay if group["maximize"] else weight_decay)
+        param.grad = direction
+    direction = _real(-direction if group["maximize"] else direction)
     own = _real(param.detach())
     before = own.clone()
-    own.zero_()
+    if kind != "update":
+        own.zero_()
     try:
         yield
     except BaseException:
         own.copy_(before)
         raise
-    share = float(group["lr"]) * float(group["weight_decay"])
-    decay = torch.where(own.sign() * before.sign() <= 0, before * share, 0.0)
-    own.add_(before).sub_(decay)
+    finally:
+        param.grad = gradient
+    change = before - own if kind == "update" else -own
+    if extra(group, "cautious"):
+        agrees = (change.sign() * direction.sign() > 0).to(change.dtype)
+        share = stats.whole(agrees.mean(dtype=torch.float64)) if agrees.numel() else 1.0
+        change = change * (agrees / max(float(share), 1e-3))
+    decay = torch.zeros_like(change)
+    if kind == "parameter":
+        decay = before * (float(group["lr"]) * float(weight_decay))
+        if extra(group, "cautious_weight_decay"):
+            decay = torch.where(change.sign() * before.sign() >= 0, decay, 0.0)
+    own.copy_(before).sub_(decay).sub_(change)
 
 
 @contextmanager

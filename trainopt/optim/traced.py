@@ -11,6 +11,7 @@ import torch
 
 from trainopt import switches
 from trainopt._extension import _C
+from trainopt.optim import stats
 from trainopt.optim.average import averages
 from trainopt.optim.gradients import clears, clips
 from trainopt.optim.options import extra, option_at, places_of
@@ -34,7 +35,9 @@ def step(optimizer: Any) -> bool:
         # steps; the operator does not write to them, and knows no tensors of two parts.
         if extra(group, "noise") or extra(group, "skip_nonfinite") or clips(group) or clears(group) or averages(group):
             return False
-        if uses_codes(group) or extra(group, "precision") != "native" or extra(group, "cautious_weight_decay"):
+        if uses_codes(group) or extra(group, "precision") != "native" or stats.wanted(group):
+            return False
+        if extra(group, "cautious") or extra(group, "cautious_weight_decay"):
             return False
         lists: tuple[list[torch.Tensor], ...] = ([], [], [], [])
         params, gradients, states, steps = lists

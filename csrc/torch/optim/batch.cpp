@@ -91,6 +91,7 @@ void Batch::clear() {
   shard_layouts_.clear();
   outer_written_.clear();
   shards_.clear();
+  is_cautious_ = is_measured_ = false;
   elements = 0;
   memory_.clear();
   for (int is_float64 = 0; is_float64 < 2; ++is_float64) {
@@ -197,6 +198,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
 
   task->shard = nullptr;
   const bool is_random = group.is_random(param_is_16_bit);
+  if (group.stats != 0 && (on_cuda || operands.shard != nullptr)) return Path::kStats;
   if (on_cuda && (in_two_parts || (group.round_at_random != 0 && param_is_16_bit))) return Path::kTwoParts;
   if (is_random && operands.shard != nullptr) {
     if (!operands.shard->is_block) return Path::kPlacement;
@@ -233,8 +235,11 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
   entry.task = -1;
   entry.on_cuda = {};
   entry.first = first;
+  entry.tensor = tensor;
   entry.is_float64 = is_float64;
   task.tensor = first_tensor_ + tensor;
+  task.is_measured = group->stats != 0;
+  is_measured_ = is_measured_ || task.is_measured;
   if (is_plain_cuda(operands.param)) {
     const c10::Device device = operands.param->device();
     cuda.visit(device);
@@ -252,7 +257,8 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
     elements += task.numel;
     starts_[is_float64].push_back(starts_[is_float64].back() + cpu::blocks_of(task.numel));
   }
-  if (rule_.sum_count > 0 && operands.shard != nullptr) shards_.push_back({operands.shard, entry.task, is_float64});
+  is_cautious_ = is_cautious_ || group->cautious != 0;
+  if (operands.shard != nullptr) shards_.push_back({operands.shard, entry.task, is_float64});
   return path;
 }
 
@@ -337,12 +343,7 @@ int64_t Batch::parts() const {
 }
 
 cpu::Update Batch::update_of(bool is_float64) const {
-  return {tasks[is_float64].data(),
-          starts_[is_float64].data(),
-          tasks[is_float64].size(),
-          &rule_,
-          is_float64,
-          rule_.sum_count > 0 ? sums_[is_float64].data() : nullptr};
+  return {tasks[is_float64].data(), starts_[is_float64].data(), tasks[is_float64].size(), &rule_, is_float64};
 }
 
 namespace {
@@ -360,36 +361,39 @@ int64_t cut(int64_t count, int64_t part, int64_t parts) { return count * part / 
 
 }  // namespace
 
-// The reduce phase: the sums of every tensor on the CPU.
-void Batch::gather(const AddShards& add_shards) {
-  const size_t count = static_cast<size_t>(rule_.sum_count);
+// The sums of every tensor on the CPU in one pass of the reduce phase, for the passes after it and the update.
+void Batch::gather(Pass pass, cpu::Update (&updates)[2], const AddShards& add_shards) {
+  const size_t count = static_cast<size_t>(rule_.sums_in(pass));
   for (const bool is_float64 : {false, true}) {
-    sums_[is_float64].resize(count * tasks[is_float64].size());
-    partials_[is_float64].resize(cpu::partial_sums(update_of(is_float64)));
+    sums_[pass][is_float64].resize(count * tasks[is_float64].size());
+    partials_[is_float64].resize(count * cpu::places_of(updates[is_float64]));
   }
   const int64_t parts = this->parts();
   in_parts(parts, [&](int64_t part) {
-    for (const bool is_float64 : {false, true}) {
-      if (tasks[is_float64].empty()) continue;
-      const int64_t blocks = starts_[is_float64].back();
-      cpu::gather_blocks(update_of(is_float64), cut(blocks, part, parts), cut(blocks, part + 1, parts),
-                         partials_[is_float64].data());
+    for (const cpu::Update& update : updates) {
+      if (update.count == 0) continue;
+      const int64_t blocks = update.starts[update.count];
+      cpu::gather_blocks(update, pass, cut(blocks, part, parts), cut(blocks, part + 1, parts),
+                         partials_[update.is_float64].data());
     }
   });
-  for (const bool is_float64 : {false, true})
+  for (const bool is_float64 : {false, true}) {
+    Sum* const sums = sums_[pass][is_float64].data();
     for (size_t t = 0; t < tasks[is_float64].size(); ++t)
-      cpu::sums_of(update_of(is_float64), t, partials_[is_float64].data(), &sums_[is_float64][t * count]);
+      cpu::sums_of(updates[is_float64], pass, t, partials_[is_float64].data(), sums + t * count);
+    updates[is_float64].sums[pass] = sums;
+  }
   if (shards_.empty()) return;
 
   static_assert(sizeof(Sum) == 2 * sizeof(double));
   const auto rows = static_cast<int64_t>(shards_.size());
-  const at::Tensor shared = at::zeros({rows, rule_.sum_count, 2}, at::kDouble);
+  const at::Tensor shared = at::zeros({rows, static_cast<int64_t>(count), 2}, at::kDouble);
   Sum* const values = static_cast<Sum*>(shared.mutable_data_ptr());
   std::vector<const Shard*> shards;
   const auto for_each_row = [&](auto use) {
     for (size_t i = 0; i < shards_.size(); ++i) {
       const auto& [shard, task, is_float64] = shards_[i];
-      if (task >= 0) use(&values[i * count], &sums_[is_float64][static_cast<size_t>(task) * count]);
+      if (task >= 0) use(&values[i * count], &sums_[pass][is_float64][static_cast<size_t>(task) * count]);
     }
   };
   for (const ShardedTask& item : shards_) shards.push_back(item.shard);
@@ -399,8 +403,12 @@ void Batch::gather(const AddShards& add_shards) {
 }
 
 void Batch::work(bool counts, bool updates, const AddShards& add_shards) {
-  if (updates && rule_.sum_count > 0) gather(add_shards);
+  cpu::Update each[2] = {update_of(false), update_of(true)};
+  if (updates && rule_.sum_count > 0) gather(kOwnSums, each, add_shards);
+  if (updates && is_cautious_) gather(kAgreement, each, add_shards);
   if (updates && cuda_entries_ != 0) cuda.run(scaling_, std::exchange(on_device_, {}), add_shards);
+  if (updates && is_measured_)
+    for (const bool is_float64 : {false, true}) chunk_stats_[is_float64].resize(cpu::places_of(each[is_float64]));
   const int64_t tensors = static_cast<int64_t>(entries.size());
   // Equal shares: a thread has the same tensors in every step, and so does its cache.
   const int64_t parts = this->parts();
@@ -409,12 +417,22 @@ void Batch::work(bool counts, bool updates, const AddShards& add_shards) {
       for (int64_t i = cut(tensors, part, parts); i < cut(tensors, part + 1, parts); ++i) count_and_tell(entries[i]);
     if (counts && part == 0)
       for (VersionCounter* counter : outer_written_) move_on(counter);
-    for (int is_float64 = 0; is_float64 < 2 && updates; ++is_float64) {
-      if (tasks[is_float64].empty()) continue;
-      const int64_t blocks = starts_[is_float64].back();
-      cpu::run_blocks(update_of(is_float64), cut(blocks, part, parts), cut(blocks, part + 1, parts));
+    for (const cpu::Update& update : each) {
+      if (!updates || update.count == 0) continue;
+      const int64_t blocks = update.starts[update.count];
+      cpu::run_blocks(update, cut(blocks, part, parts), cut(blocks, part + 1, parts),
+                      is_measured_ ? chunk_stats_[update.is_float64].data() : nullptr);
     }
   });
+  if (!updates || !is_measured_) return;
+  for (const Entry& entry : entries) {
+    if (entry.group->stats == 0) continue;
+    StepStats found{};
+    if (entry.task >= 0)
+      found =
+          cpu::stats_of(each[entry.is_float64], static_cast<size_t>(entry.task), chunk_stats_[entry.is_float64].data());
+    stats_.push_back({entry.tensor, found, scaling_.scale});
+  }
 }
 
 }  // namespace trainopt::aten

@@ -39,6 +39,7 @@ struct Operands {
 // One parameter in a step.
 struct Entry {
   const GroupValues* group;
+  uint32_t tensor;     // the parameter's index in the optimizer
   int64_t task;        // its index; -1 for a parameter without elements or on a CUDA device
   CudaPlace on_cuda;   // there
   void* steps;         // the count of its steps where the host keeps it, else null
@@ -87,8 +88,19 @@ class Batch {
   void count() { work(true, false, {}); }
   void update(const AddShards& add_shards = {}) { work(false, true, add_shards); }
 
-  // Whether the rule's sums are over tensors of which other processes hold parts.
-  bool sums_over_shards() const { return !shards_.empty() || cuda.sums_over_shards(); }
+  // Whether the step has sums over tensors of which other processes hold parts.
+  bool sums_over_shards() const {
+    return (!shards_.empty() && (rule_.sum_count > 0 || is_cautious_)) || cuda.sums_over_shards();
+  }
+
+  // What the step has found out about the parameters on the CPU whose groups ask for it, until it is forgotten.
+  struct Found {
+    uint32_t tensor;
+    StepStats stats;
+    double gradient_scale;  // with which the gradient came
+  };
+  const std::vector<Found>& stats() const { return stats_; }
+  void forget_stats() { stats_.clear(); }
 
   // Whether every parameter lies on a CUDA device.
   bool lies_on_devices() const { return cuda_entries_ == entries.size(); }
@@ -128,7 +140,7 @@ class Batch {
     bool counts, first, is_float64;
   };
 
-  // A DTensor on the CPU, in a rule with a reduce phase; task is -1 where this process holds no elements of it.
+  // A DTensor on the CPU; task is -1 where this process holds no elements of it.
   struct ShardedTask {
     const Shard* shard;
     int64_t task;
@@ -139,7 +151,10 @@ class Batch {
   const uint32_t first_tensor_;
   std::vector<int64_t> starts_[2];
   std::vector<ShardedTask> shards_;
-  std::vector<Sum> partials_[2], sums_[2];  // of the reduce phase
+  std::vector<Sum> partials_[2], sums_[kPasses][2];  // of the reduce phase
+  std::vector<StepStats> chunk_stats_[2];
+  std::vector<Found> stats_;
+  bool is_cautious_ = false, is_measured_ = false;  // a group with tensors on the CPU
   std::vector<ScalarsKey> scalars_keys_;
   std::vector<cpu::Scalars> scalars_;                                            // of each key
   std::vector<std::pair<const GroupValues*, const GroupValues*>> equal_groups_;  // different groups that share scalars
@@ -154,7 +169,7 @@ class Batch {
 
   int64_t parts() const;
   cpu::Update update_of(bool is_float64) const;
-  void gather(const AddShards& add_shards);
+  void gather(Pass pass, cpu::Update (&updates)[2], const AddShards& add_shards);
   void work(bool counts, bool updates, const AddShards& add_shards);
   void check_counts() const;
   cpu::Scalars scalars_of(const ScalarsKey& key) const;

@@ -57,7 +57,7 @@ void CudaBatch::visit(c10::Device device) {
 
 CudaPlace CudaBatch::add(const TensorTask& task, const GroupValues* group, c10::Device device, bool is_float64,
                          bool first, const StepCount& count, const Shard* shard) {
-  const bool is_summed_by_all = rule_.sum_count > 0 && shard != nullptr;
+  const bool is_summed_by_all = (rule_.sum_count > 0 || group->cautious != 0) && shard != nullptr;
   counts_on_host_ = counts_on_host_ || count.on_host;
   sums_over_shards_ = sums_over_shards_ || is_summed_by_all;
   // Without elements, its steps may still be counted there, or other processes ask for its sums.
@@ -222,7 +222,9 @@ void CudaBatch::update(Part& part, const cuda::Prepared* prepared, bool on_devic
                        const Step& step, cuda::Stream stream) const {
   const size_t count = part.tasks.size();
   cuda::Update work{rule_.index, part.is_float64, part.tasks.data(), count, prepared, on_device, found_inf};
-  if (rule_.sum_count == 0) {
+  const bool is_cautious = std::any_of(part.sources.begin(), part.sources.end(),
+                                       [](const Source& source) { return source.group->cautious != 0; });
+  if (rule_.sum_count == 0 && !is_cautious) {
     if (part.tables == nullptr) part.tables = cuda::tables_of(work);
     return part.tables->launch(prepared, found_inf, stream);
   }
@@ -230,22 +232,25 @@ void CudaBatch::update(Part& part, const cuda::Prepared* prepared, bool on_devic
   // The reduce phase: each task has scalars of its own from then on, on the device.
   part.forget();
   std::vector<at::Tensor> kept;
-  const at::Tensor sums =
-      at::empty({static_cast<int64_t>(count), rule_.sum_count, 2}, at::TensorOptions(part.device).dtype(at::kDouble));
-  auto* const own = static_cast<Sum*>(sums.mutable_data_ptr());
-  const size_t partial_bytes = cuda::partial_sums(work, rule_.sum_count) * sizeof(Sum);
-  cuda::gather(work, static_cast<Sum*>(memory_on(part.device, partial_bytes, &kept)), own, stream);
-  const auto is_shard = [](const Source& source) { return source.shard != nullptr; };
-  if (std::any_of(part.sources.begin(), part.sources.end(), is_shard)) {
-    std::vector<const Shard*> shards;
-    for (const Source& source : part.sources) shards.push_back(source.shard);
-    step.add_shards(sums, shards);
+  std::vector<const Shard*> shards;
+  for (const Source& source : part.sources) shards.push_back(source.shard);
+  const bool has_shards =
+      std::any_of(shards.begin(), shards.end(), [](const Shard* shard) { return shard != nullptr; });
+  for (const Pass pass : {kOwnSums, kAgreement}) {
+    if (pass == kOwnSums ? rule_.sum_count == 0 : !is_cautious) continue;
+    const int sum_count = rule_.sums_in(pass);
+    const at::Tensor sums =
+        at::empty({static_cast<int64_t>(count), sum_count, 2}, at::TensorOptions(part.device).dtype(at::kDouble));
+    auto* const own = static_cast<Sum*>(kept.emplace_back(sums).mutable_data_ptr());
+    const size_t partial_bytes = cuda::partial_sums(work, sum_count) * sizeof(Sum);
+    cuda::gather(work, pass, static_cast<Sum*>(memory_on(part.device, partial_bytes, &kept)), own, stream);
+    if (has_shards) step.add_shards(sums, shards);
+    auto* const finished = static_cast<cuda::Prepared*>(memory_on(part.device, count * sizeof(cuda::Prepared), &kept));
+    cuda::finish(work, pass, own, finished, stream);
+    for (size_t t = 0; t < count; ++t) part.tasks[t].prepared = static_cast<uint32_t>(t);
+    work.prepared = finished;
+    work.prepared_on_device = true;
   }
-  auto* const finished = static_cast<cuda::Prepared*>(memory_on(part.device, count * sizeof(cuda::Prepared), &kept));
-  cuda::finish(work, own, finished, stream);
-  for (size_t t = 0; t < count; ++t) part.tasks[t].prepared = static_cast<uint32_t>(t);
-  work.prepared = finished;
-  work.prepared_on_device = true;
   cuda::update(work, stream);
 }
 

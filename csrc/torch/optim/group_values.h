@@ -28,7 +28,7 @@ enum class Precision : int64_t { kNative, kMaster, kMaster24, kStochastic };
 // What a group says. All fields are eight bytes is_float64, so that two groups can be compared as they lie in memory.
 struct GroupValues : Settings {
   double options[kMaxOptions] = {};
-  double differentiable = 0, skip_nonfinite = 0;  // truth values
+  double differentiable = 0, skip_nonfinite = 0, stats = 0;  // truth values
   double unreadable = 0;      // likewise: there is an option that only torch can judge, and the rest is not to be used
   int64_t states_needed = 0;  // a SlotSet
   Precision precision = Precision::kNative;

@@ -12,6 +12,7 @@ const char* describe(Path path) {
     case Path::kDtype: return "not float32, float64, bfloat16 or float16";
     case Path::kTwoParts:
       return "on CUDA there are no kernels for 8-bit states yet, nor for another precision than 'native'";
+    case Path::kStats: return "stats=True on CUDA, or of a DTensor: they are gathered round torch's step";
     case Path::kGradient: return "a gradient that is sparse, lazily computed, or of another device, dtype or shape";
     case Path::kStateForm: return "a state of another device, layout or shape than the parameter";
     case Path::kStateValue: return "a state that is no tensor, or a count of steps below 0";

@@ -11,6 +11,7 @@ enum class Path {
   kDevice,
   kDtype,
   kTwoParts,  // on a device that has no kernels for them
+  kStats,     // likewise, or of a tensor that other processes hold parts of
   kGradient,
   kStateForm,
   kStateValue,

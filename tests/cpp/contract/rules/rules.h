@@ -41,13 +41,13 @@ struct Eight {
   }
 
   template <class T, class S>
-  TRAINOPT_INLINE static void update(const Scalars<S>& k, T& p, T g, T* state) {
+  TRAINOPT_INLINE static T update(const Scalars<S>& k, T p, T g, T* state) {
     T sum = p * T(k.decay);
     for (int i = 0; i < 8; ++i) {
       state[i] = state[i] * T(S(0.5)) + g * T(S(1) / static_cast<S>(1 << i));
       sum = sum + state[i];
     }
-    p = p - sum * T(k.lr);
+    return sum * T(k.lr);
   }
 };
 
@@ -93,9 +93,9 @@ struct Four {
   }
 
   template <class T, class S>
-  TRAINOPT_INLINE static void update(const Scalars<S>& k, T& p, T g, T* state) {
+  TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T* state) {
     state[0] = state[0] * T(S(0.5)) + g;
-    p = p - (state[0] + T(k.shift)) * T(k.lr);
+    return (state[0] + T(k.shift)) * T(k.lr);
   }
 };
 

@@ -1,0 +1,128 @@
+"""What a step tells of each parameter (``stats=True``): norms of gradient, parameter and update, and what is not finite.
+
+The engine gathers them from memory that the step has in the nearest cache (csrc/cpu/stats_tile.h). For what torch's code
+steps, and for steps that are left out, passes of their own do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainopt.optim import precision
+from trainopt.optim.options import extra
+
+Numbered = tuple[int, dict[str, Any], Tensor]  # index over all groups, group, parameter
+
+
+class ParameterStats(NamedTuple):
+    """Of one parameter in one step."""
+
+    gradient_norm: float  # 2-norm, without GradScaler's scale, before clipping
+    parameter_norm: float  # 2-norm before the step
+    update_norm: float  # 2-norm of what the step has changed the parameter by, decay and noise included; 0 if left out
+    largest_gradient: float  # absolute value, without the scale; NaN where an element is NaN
+    nonfinite: int  # elements of the gradient that are NaN or infinite
+
+    @property
+    def update_ratio(self) -> float:
+        """`update_norm` by `parameter_norm`; NaN for a parameter of zeros."""
+        return self.update_norm / self.parameter_norm if self.parameter_norm else math.nan
+
+
+def wanted(group: dict[str, Any]) -> bool:
+    """Whether a group's parameters are measured."""
+    return bool(extra(group, "stats"))
+
+
+def by_name(optimizer: Any) -> dict[str | int, ParameterStats]:
+    """Those of the last step, by parameter. Waits for a device where they lie on it."""
+    if not any(map(wanted, optimizer.param_groups)):
+        raise RuntimeError("stats: no parameter group has stats=True")
+    record, plan = optimizer._record, optimizer._plan
+    found: dict[int, ParameterStats] = {}
+    if record.pass_stats_of == record.steps - 1:
+        found.update(record.pass_stats)
+    if not record.was_skipped():
+        found.update(of_plan(plan))
+    found.update(of_record(record))
+    named: dict[str | int, ParameterStats] = {}
+    index = 0
+    for group in optimizer.param_groups:
+        names = group.get("param_names") or range(index, index + len(group["params"]))
+        for name in names:
+            if index in found:
+                named[name] = found[index]
+            index += 1
+    return named
+
+
+def of_plan(plan: Any) -> Iterator[tuple[int, ParameterStats]]:
+    """What the engine has gathered in its last step, by the parameter's index in the optimizer."""
+    for index, gradient, parameter, update, largest, nonfinite in () if plan is None else plan.stats():
+        yield index, ParameterStats(gradient, parameter, update, _or_nan(largest, gradient), nonfinite)
+
+
+def of_record(record: Any) -> Iterator[tuple[int, ParameterStats]]:
+    """What has been measured beside the plan."""
+    for index, numbers in record.stats.items():
+        gradient, parameter, update, largest = map(float, numbers[:4])
+        yield index, ParameterStats(gradient, parameter, update, _or_nan(largest, gradient), int(numbers[4]))
+
+
+def note_left_out(optimizer: Any, params: Iterable[Numbered], scale: float = 1.0) -> None:
+    """Measures the parameters of a step that is left out: the update is 0."""
+    with measured(optimizer, params, scale):
+        pass
+
+
+@contextmanager
+def measured(optimizer: Any, params: Iterable[Numbered], scale: float = 1.0) -> Iterator[None]:
+    """Measures what is done inside to those of these parameters whose groups ask for it and that have a gradient."""
+    chosen = [(index, group, param) for index, group, param in params if wanted(group) and param.grad is not None]
+    before = [(_value(optimizer, group, param), _of_gradient(param, scale)) for _, group, param in chosen]
+    yield
+    for (index, group, param), (value, of_gradient) in zip(chosen, before, strict=True):
+        norm, largest, nonfinite = of_gradient
+        moved = _value(optimizer, group, param).sub_(value)
+        optimizer._record.stats[index] = (norm, _norm(value), _norm(moved), largest, nonfinite)
+
+
+def _or_nan(largest: float, norm: float) -> float:
+    return math.nan if math.isnan(norm) else largest
+
+
+@torch.no_grad()
+def _value(optimizer: Any, group: dict[str, Any], param: Tensor) -> Tensor:
+    """A copy of a parameter, with what it lacks of a float32 if that is stored beside it."""
+    if precision.of(group, param) != "native":
+        return precision.value_of(param, optimizer.state.get(param, {})).detach().clone()
+    return param.detach().clone()
+
+
+@torch.no_grad()
+def _of_gradient(param: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    gradient = param.grad
+    assert gradient is not None
+    values = gradient.detach()
+    if values.is_sparse:
+        values = values.coalesce().values()
+    size = values.abs()  # of a complex number: its
+    size = size if size.dtype is torch.float64 else size.float()
+    largest = size.nan_to_num(0.0, math.inf).amax() if size.numel() else size.sum()
+    return whole(_norm(values)) / scale, whole(largest) / scale, whole((~size.isfinite()).sum())
+
+
+def _norm(values: Tensor) -> Tensor:
+    values = torch.view_as_real(values) if values.is_complex() else values
+    return whole(torch.linalg.vector_norm(values, dtype=torch.float64))
+
+
+def whole(value: Tensor) -> Tensor:
+    """A DTensor's whole tensor; anything else as it is. Collective."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
