@@ -97,13 +97,24 @@ def formula_step(row, p, g, state, options, step):
     decoupled = o.get("decoupled_weight_decay", row.decoupled)
     if o["maximize"]:
         g = -g
+    given = g
     if not decoupled and not row.decays_itself:
         g = g + o["weight_decay"] * p
     if not o["l1_proximal"]:
         g = g + o["l1"] * p.sign()
-    if decoupled:
-        p = p * (1 - o["lr"] * o["weight_decay"])
-    p = row.formula(p, g, state, o, step)
+    kept = p * (1 - o["lr"] * o["weight_decay"]) if decoupled else p
+    if o["cautious"] or o["cautious_weight_decay"]:
+        # From 0, of which nothing is lost to rounding, where the update does not depend on the parameter.
+        change = p - row.formula(p, g, state, o, step) if row.decays_itself else -row.formula(0 * p, g, state, o, step)
+        signed.extend((change, torch.where(g == given, g, g.where(g != 0, 1e-300))))  # a 0 may be one by rounding
+        if o["cautious"] and p.numel():
+            agrees = (change * g > 0).double()
+            change = change * agrees / max(agrees.mean().item(), 1e-3)
+        if o["cautious_weight_decay"]:
+            kept = torch.where(change * p >= 0, kept, p)
+        p = kept - change
+    else:
+        p = row.formula(kept, g, state, o, step)
     if o["l1_proximal"]:
         p = p.sign() * (p.abs() - o["lr"] * o["l1"]).clamp(min=0)
     return p

@@ -70,11 +70,10 @@ class Row:
         """Whether an element's step depends on the whole tensor."""
         return bool(_C.rules()[self.ours._rule].sums)
 
-    @functools.cached_property
-    def takes_signs(self) -> bool:
-        """Whether the formula calls `sign`."""
+    def takes_signs(self, options: dict[str, Any]) -> bool:
+        """Whether the formula calls `sign` with these options."""
         one = torch.ones(1, dtype=torch.float64)
-        formula_step(self, one, one, {}, self.usual, 1)
+        formula_step(self, one, one, {}, options, 1)
         return take_undecided(0.0) is not None
 
     @functools.cached_property
@@ -136,6 +135,15 @@ L1 = {
     "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True},
 }
 
+CAUTIOUS = {
+    "cautious": {"lr": 0.02, "cautious": True},
+    "cautious, weight_decay, l1": {"lr": 0.02, "cautious": True, "weight_decay": 0.4, "l1": 0.2, "maximize": True},
+}
+CAUTIOUS_DECAY = {
+    "cautious_weight_decay": {"lr": 0.02, "cautious_weight_decay": True, "weight_decay": 0.4},
+    "both cautious": {"lr": 0.02, "cautious_weight_decay": True, "cautious": True, "weight_decay": 0.4},
+}
+
 BETAS_AND_DECAY = {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.3}
 DECAY_AND_L1 = {"lr": 0.02, "weight_decay": 0.3, "l1": 0.5, "l1_proximal": True}
 NESTEROV_AND_L1 = {**DECAY_AND_L1, "momentum": 0.9, "nesterov": True, "maximize": True}
@@ -159,6 +167,7 @@ ADAM_EXTRAS = {
     "bias_correction, beta1 0": {"lr": 0.02, "betas": (0.0, 0.9), "bias_correction": False},
     "bias_correction, amsgrad": {"lr": 0.02, "betas": (0.7, 0.5), "bias_correction": False, "amsgrad": True},
     **L1,
+    **CAUTIOUS,
     "l1, weight_decay": {"lr": 0.02, "l1": 0.7, "weight_decay": 0.5},
     "l1_proximal, maximize": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "maximize": True},
     "all": {**ADAM_SETTINGS["all"], "bias_correction": False, "l1": 1.5, "l1_proximal": True},
@@ -183,6 +192,7 @@ TABLE = {
         },
         extras={
             **L1,
+            **{key: {**options, "momentum": 0.9} for key, options in CAUTIOUS.items()},
             "l1, momentum, weight_decay": {"lr": 0.02, "l1": 0.7, "momentum": 0.9, "weight_decay": 0.5},
             "l1_proximal, nesterov": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "momentum": 0.9, "nesterov": True},
             "l1_proximal, maximize": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "maximize": True},
@@ -205,7 +215,7 @@ TABLE = {
         ours=trainopt.AdamW,
         formula=adam,
         settings={**ADAM_SETTINGS, "no weight_decay": {"weight_decay": 0.0}},
-        extras=ADAM_EXTRAS,
+        extras={**ADAM_EXTRAS, **CAUTIOUS_DECAY},
         usual=BETAS_AND_DECAY,
         everything=ADAM_EVERYTHING,
     ),
@@ -224,6 +234,8 @@ TABLE = {
         },
         extras={
             **L1,
+            **CAUTIOUS,
+            **CAUTIOUS_DECAY,
             "l1_proximal": {"lr": 0.02, "l1": 0.5, "l1_proximal": True},
             "all": {"lr": 0.02, "betas": (0.6, 0.7), "weight_decay": 0.3, "maximize": True, "l1": 0.4},
         },
@@ -247,6 +259,7 @@ TABLE = {
             **FLOAT32_BETAS,
             "bias_correction": {"lr": 0.02, "betas": (0.9, 0.99), "bias_correction": False},
             **L1,
+            **CAUTIOUS,
             "all": {"lr": 0.02, "betas": (0.6, 0.7), "weight_decay": 0.3, "l1": 0.4, "bias_correction": False},
         },
         usual=BETAS_AND_DECAY,
@@ -273,6 +286,7 @@ TABLE = {
         },
         extras={
             **L1,
+            "cautious": dict(lr=0.5, momentum=0.9, weight_decay=0.5, trust_coeff=0.1, cautious=True),
             "l1, momentum, weight_decay": dict(lr=0.5, l1=0.7, momentum=0.9, weight_decay=0.5, trust_coeff=0.1),
             "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "weight_decay": 0.1},
         },

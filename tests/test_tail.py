@@ -105,7 +105,7 @@ def test_as_separate_passes(name, dtype, warmup, device):
     peer = outcome(*run(separate(row.make_plain_loop), start, gradients))
     optimizer, params = run(lambda params: row.make(params, **row.usual, **tail), start, gradients, device=device)
     found = on_cpu(outcome(optimizer, params))
-    undecided = undecided_elements(row, start, gradients, dtype, row.usual) if row.takes_signs else None
+    undecided = undecided_elements(row, start, gradients, dtype, row.usual) if row.takes_signs(row.usual) else None
     if dtype == torch.float64:
         assert found.keys() == truth.keys()
         torch.testing.assert_close(found, {key: truth[key] for key in found}, rtol=1e-11, atol=1e-13)

@@ -1,7 +1,7 @@
-"""What a step tells of each parameter (``stats=True``): norms of gradient, parameter and update, and what is not finite.
+"""What a step tells of each parameter (``stats=True``): norms of gradient, parameter and update, what is not finite.
 
-The engine gathers them from memory that the step has in the nearest cache (csrc/cpu/stats_tile.h). For what torch's code
-steps, and for steps that are left out, passes of their own do.
+The engine gathers them from memory that the step has in the nearest cache (csrc/cpu/stats_tile.h). For what torch's
+code steps, and for steps that are left out, passes of their own do.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def measured(optimizer: Any, params: Iterable[Numbered], scale: float = 1.0) -> 
     yield
     for (index, group, param), (value, of_gradient) in zip(chosen, before, strict=True):
         norm, largest, nonfinite = of_gradient
-        moved = _value(optimizer, group, param).sub_(value)
+        moved = _value(optimizer, group, param).double().sub_(value)
         optimizer._record.stats[index] = (norm, _norm(value), _norm(moved), largest, nonfinite)
 
 
@@ -99,10 +99,10 @@ def _or_nan(largest: float, norm: float) -> float:
 
 @torch.no_grad()
 def _value(optimizer: Any, group: dict[str, Any], param: Tensor) -> Tensor:
-    """A copy of a parameter, with what it lacks of a float32 if that is stored beside it."""
+    """A copy of a parameter, as reals, with what it lacks of a float32 if that is stored beside it."""
     if precision.of(group, param) != "native":
         return precision.value_of(param, optimizer.state.get(param, {})).detach().clone()
-    return param.detach().clone()
+    return _real(param.detach()).clone()
 
 
 @torch.no_grad()
@@ -119,8 +119,11 @@ def _of_gradient(param: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _norm(values: Tensor) -> Tensor:
-    values = torch.view_as_real(values) if values.is_complex() else values
-    return whole(torch.linalg.vector_norm(values, dtype=torch.float64))
+    return whole(torch.linalg.vector_norm(_real(values), dtype=torch.float64))
+
+
+def _real(values: Tensor) -> Tensor:
+    return torch.view_as_real(values) if values.is_complex() else values
 
 
 def whole(value: Tensor) -> Tensor:

@@ -1,0 +1,187 @@
+"""What a step tells of its parameters, against the same taken before and after it in float64."""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from devices import VARIANTS
+from judge import DTYPES, TABLE, assert_same_bits, random_problem
+
+import trainopt
+from trainopt import switches
+from trainopt._extension import _C
+from trainopt.optim import precision
+
+SHAPES = ((), (7,), (0, 3), (33, 20), (257,), (40_000,))
+#: Ways of stepping and storing, with the dtypes that they are for.
+WAYS = {
+    "plain": ({}, DTYPES),
+    "every stage": ({"l1": 0.1, "noise": 0.01, "max_grad_norm": 1.0, "ema_decay": 0.9}, DTYPES),
+    "cleared": ({"zero_grad": "in_step"}, DTYPES),
+    "cautious": ({"cautious": True}, DTYPES),
+    "8bit": ({"state_dtype": "8bit"}, (torch.float32, torch.bfloat16)),
+    "master": ({"precision": "master"}, (torch.bfloat16, torch.float16)),
+    "master24, 8bit": ({"precision": "master24", "state_dtype": "8bit"}, (torch.bfloat16,)),
+    "stochastic": ({"precision": "stochastic"}, (torch.bfloat16, torch.float16)),
+}
+CASES = [pytest.param(o, dtype, id=f"{way}-{dtype}") for way, (o, dtypes) in WAYS.items() for dtype in dtypes]
+
+
+def value(optimizer, param):
+    """A parameter with what is stored beside it, in float64."""
+    if "master" in (state := optimizer.state.get(param, {})):
+        return precision.value_of(param, state).detach().double()
+    return (torch.view_as_real(param) if param.is_complex() else param).detach().double().clone()
+
+
+def steps_with_truth(optimizer, params, gradients):
+    """Makes the steps; yields what each has told, and what is true."""
+    for now in gradients:
+        before = [value(optimizer, p) for p in params]
+        for p, g in zip(params, now, strict=True):
+            p.grad = g.to(p.device, p.dtype, copy=True)
+        optimizer.step()
+        truth = {}
+        for i, (p, old, g) in enumerate(zip(params, before, now, strict=True)):
+            g = (torch.view_as_real(g) if g.is_complex() else g.to(p.dtype)).double()
+            moved = value(optimizer, p) - old
+            largest = g.abs().max().item() if g.numel() else 0.0
+            truth[i] = (g.norm().item(), old.norm().item(), moved.norm().item(), largest, 0)
+        yield optimizer.stats(), truth
+
+
+def assert_true(found, truth):
+    assert list(found) == list(truth)
+    for name, numbers in truth.items():
+        assert found[name] == pytest.approx(numbers, rel=1e-6, abs=1e-30), name
+
+
+@pytest.mark.parametrize("options, dtype", CASES)
+@pytest.mark.parametrize("name", TABLE)
+def test_what_a_step_tells_is_true(name, options, dtype, device):
+    row = TABLE[name]
+    start, gradients = random_problem(SHAPES, dtype, 3)
+    params = [torch.nn.Parameter(p.to(device, copy=True)) for p in start]
+    optimizer = row.make(params, **row.usual, **options, stats=True)
+    for found, truth in steps_with_truth(optimizer, params, gradients):
+        assert_true(found, truth)
+    silent = [torch.nn.Parameter(p.to(device, copy=True)) for p in start]
+    plain = row.make(silent, **row.usual, **options)
+    for now in gradients:
+        for p, g in zip(silent, now, strict=True):
+            p.grad = g.to(device, copy=True)
+        plain.step()
+    if device == "cpu":  # elsewhere torch makes the steps that tell
+        assert_same_bits({"param": params}, {"param": silent})
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)
+def test_torchs_path_tells_the_same(dtype, reference):
+    if dtype.is_complex:
+        start, gradients = random_problem(SHAPES, torch.float32, 2)
+        start = [torch.complex(p, p.flip(0) if p.ndim else p) for p in start]
+        gradients = [[torch.complex(g, -2 * g) for g in now] for now in gradients]
+    else:
+        start, gradients = random_problem(SHAPES, dtype, 2)
+    params = [torch.nn.Parameter(p.clone()) for p in start]
+    optimizer = trainopt.AdamW(params, stats=True)
+    with mock.patch.object(switches, "REFERENCE_FORCED", reference):
+        for found, truth in steps_with_truth(optimizer, params, gradients):
+            if dtype.is_complex:  # the largest is that of the complex numbers
+                truth = {i: (*numbers[:3], found[i].largest_gradient, 0) for i, numbers in truth.items()}
+                largest = [g.abs().max().item() if g.numel() else 0.0 for g in (p.grad for p in params)]
+                assert [each.largest_gradient for each in found.values()] == pytest.approx(largest)
+            assert_true(found, truth)
+
+
+def test_every_variant_and_number_of_threads_tells_the_same_bits():
+    start, gradients = random_problem((*SHAPES, (300_001,)), torch.float32, 2)
+    told, threads, variant = [], torch.get_num_threads(), _C.cpu_variant()
+    try:
+        for one in VARIANTS:
+            _C.set_cpu_variant(one)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                params = [torch.nn.Parameter(p.clone()) for p in start]
+                optimizer = trainopt.AdamW(params, stats=True)
+                told.append([found for found, _ in steps_with_truth(optimizer, params, gradients)])
+    finally:
+        _C.set_cpu_variant(variant)
+        torch.set_num_threads(threads)
+    assert all(each == told[0] for each in told)
+
+
+def test_what_is_not_finite_is_counted():
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (3, 1000)]
+    optimizer = trainopt.SGD([("a", params[0]), ("b", params[1])], lr=0.1, stats=True)
+    params[0].grad = torch.tensor([1.0, -5.0, math.inf])
+    params[1].grad = torch.ones(1000)
+    params[1].grad[[3, 700, 999]] = torch.tensor([math.nan, -math.inf, math.nan])
+    optimizer.step()
+    a, b = optimizer.stats().values()
+    assert (a.nonfinite, b.nonfinite) == (1, 3)
+    assert a.gradient_norm == a.largest_gradient == math.inf and math.isnan(b.gradient_norm)
+    assert math.isnan(b.largest_gradient) and math.isnan(b.update_norm)
+
+
+@pytest.mark.parametrize("kept", ["skip_nonfinite", "scaler"])
+def test_a_step_that_is_left_out_tells_its_gradients(kept):
+    p = torch.nn.Parameter(torch.full((5,), 2.0))
+    optimizer = trainopt.AdamW([p], stats=True, skip_nonfinite=kept == "skip_nonfinite", zero_grad="in_step")
+    if kept == "scaler":
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+    p.grad = torch.tensor([1.0, math.nan, 8.0, math.inf, 0.0])
+    optimizer.step()
+    assert optimizer.last_step_skipped and not p.grad.any()
+    (told,) = optimizer.stats().values()
+    assert (told.update_norm, told.nonfinite) == (0.0, 2)
+    assert told.parameter_norm == pytest.approx(math.sqrt(20)) and math.isnan(told.gradient_norm)
+    optimizer.found_inf = torch.tensor(0.0) if kept == "scaler" else None
+    p.grad = torch.full((5,), 4.0)
+    optimizer.step()
+    (told,) = optimizer.stats().values()
+    scale = 4.0 if kept == "scaler" else 1.0
+    assert told.gradient_norm == pytest.approx(math.sqrt(80) / scale) and told.update_norm > 0
+    assert told.largest_gradient == 4.0 / scale and told.nonfinite == 0
+    assert told.update_ratio == told.update_norm / told.parameter_norm
+
+
+def test_who_is_told_of():
+    p, q, r = (torch.nn.Parameter(torch.ones(4)) for _ in range(3))
+    optimizer = trainopt.AdamW([{"params": [p], "stats": True}, {"params": [q, r]}])
+    assert optimizer.stats() == {}
+    for param in (p, q):
+        param.grad = torch.ones(4)
+    optimizer.step()
+    assert list(optimizer.stats()) == [0]
+    optimizer.param_groups[1]["stats"] = True  # from the next step on
+    p.grad = None
+    optimizer.step()
+    assert list(optimizer.stats()) == [1]
+    assert "stats" in trainopt.explain(optimizer)[1].note
+    for group in optimizer.param_groups:
+        group["stats"] = False
+    with pytest.raises(RuntimeError, match="no parameter group has stats=True"):
+        optimizer.stats()
+    with pytest.raises(ValueError, match="stats=True does not go with differentiable=True"):
+        trainopt.AdamW([p], stats=True, differentiable=True)
+
+
+def test_steps_in_backward_tell_too():
+    told = []
+    for in_backward in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(300, 40), torch.nn.ReLU(), torch.nn.Linear(40, 1))
+        optimizer = trainopt.AdamW(model.named_parameters(), stats=True)
+        handle = trainopt.step_in_backward(model, optimizer) if in_backward else None
+        for _ in range(2):
+            model(torch.ones(8, 300)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            told.append((in_backward, optimizer.stats()))
+        if handle is not None:
+            handle.remove()
+    assert [t for b, t in told if b] == [t for b, t in told if not b]
+    assert list(told[0][1]) == ["0.weight", "0.bias", "2.weight", "2.bias"]
