@@ -335,7 +335,7 @@ def test_what_tensorboard_is_given(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     report = TensorBoard(tmp_path)
     report.started(started(step=4))
-    report.progress(progress(6, grad_norm=None))
+    report.progress(progress(6, grad_norm=None, update_ratio=2e-3))
     report.validated(validated(6))
     report.message(message(6))
     report.finished(finished(6))
@@ -343,6 +343,7 @@ def test_what_tensorboard_is_given(tmp_path, monkeypatch):
         ("open", str(tmp_path), 5),
         ("loss/training", 1.0, 6),
         ("learning rate", 0.1, 6),
+        ("update to weights", 2e-3, 6),
         ("samples per second", 1e4, 6),
         ("loss/validation", 1.5, 6),
         ("accuracy", 0.75, 6),

@@ -4,6 +4,7 @@ A subclass with a `step` of its own is left with the loop's passes, and so is th
 """
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -374,3 +375,31 @@ def test_a_group_that_is_added_is_clipped_and_averaged_with_the_others():
         sides.append((result.average, dict(model.state_dict())))
     for found, expected in zip(*sides, strict=True):
         assert_all_close(found, expected)
+
+
+@pytest.mark.parametrize("choices", [{"nonfinite": "ignore"}, {}, {"clip": 0.1}, {"average": 0.9}], ids=str)
+def test_the_step_tells_how_far_it_goes(choices, passes):
+    """With plain SGD, the learning rate times the gradient's norm."""
+    torch.manual_seed(0)
+    net, told = Net(), []
+
+    class Watching(Silent):
+        def progress(self, event):
+            told.append((event, math.hypot(*(float(p.detach().norm()) for p in trained))))
+
+    trained = [*net.first.parameters(), *net.last.parameters()]  # the others have no gradient
+    told.append((None, math.hypot(*(float(p.detach().norm()) for p in trained))))
+    optimizer = trainopt.SGD(trained, lr=0.05)
+    data = torch.randn(40, 6), torch.arange(40) % 3
+    fit(net, data, nn.CrossEntropyLoss(), optimizer, epochs=1, batch_size=5, log_every=1, report=Watching(), **choices)
+    assert len(told) == 9 and all("stats" not in group for group in optimizer.param_groups)
+    for (_, before), (event, _) in itertools.pairwise(told):
+        length = min(event.grad_norm, choices.get("clip", math.inf))
+        assert event.update_ratio == pytest.approx(0.05 * length / before, rel=1e-4)
+    assert ("global_norm" in passes) == (choices != {"nonfinite": "ignore"} and "clip" not in choices)
+
+
+def test_a_foreign_step_tells_nothing_of_it():
+    record = Recorder()
+    train(with_own_step(trainopt.SGD), {"lr": 0.05}, {}, report=record, log_every=4)
+    assert {event.update_ratio for event in record.named("Progress")} == {None}

@@ -1,8 +1,10 @@
 #include "cpu/engine.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <initializer_list>
+#include <iterator>
 
 #include "cpu/kernel_table.h"
 #include "cpu/norm.h"
@@ -194,8 +196,16 @@ double sum_of(const double (&lanes)[kSumLanes]) {
   return sum;
 }
 
-StepStats total(const ChunkStats& chunk) {
-  return {sum_of(chunk.gradient), sum_of(chunk.param), sum_of(chunk.update), chunk.largest, chunk.nonfinite};
+template <class S>
+double largest_of(const ChunkStats& chunk) {
+  S lanes[sizeof chunk.largest / sizeof(S)];
+  std::memcpy(lanes, chunk.largest, sizeof lanes);
+  return static_cast<double>(*std::max_element(std::begin(lanes), std::end(lanes)));
+}
+
+StepStats total(const ChunkStats& chunk, bool is_float64) {
+  const double largest = is_float64 ? largest_of<double>(chunk) : largest_of<float>(chunk);
+  return {sum_of(chunk.gradient), sum_of(chunk.param), sum_of(chunk.update), largest, chunk.nonfinite};
 }
 
 }  // namespace
@@ -210,7 +220,7 @@ void run_blocks(const Update& update, int64_t first, int64_t last, StepStats* st
       TensorTask measured = task;
       measured.stats = &chunk;
       kernel(measured, begin, end);
-      stats[place] = total(chunk);
+      stats[place] = total(chunk, update.is_float64);
     });
   };
   const bool is_reduced = update.sums[kOwnSums] != nullptr || update.sums[kAgreement] != nullptr;

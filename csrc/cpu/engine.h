@@ -21,12 +21,13 @@ constexpr int64_t kBlock = 256;
 
 using trainopt::Scalars;
 
-// The sums of a chunk while a step works on it, lane by lane, and the parameters of a block as they were before.
+// What a chunk has shown while a step works on it: sums of squares, lane by lane, and what is left of a block.
 struct ChunkStats {
   double param[kSumLanes] = {}, gradient[kSumLanes] = {}, update[kSumLanes] = {};
-  double largest = 0;
   int64_t nonfinite = 0;
-  alignas(64) unsigned char before[kBlock * sizeof(double)];
+  // Of the arithmetic's type: the largest absolute elements of the gradient, in as many lanes as a vector has, and the
+  // parameters of a block as they were before.
+  alignas(64) unsigned char largest[64] = {}, before[kBlock * sizeof(double)];
 };
 
 struct TensorTask : trainopt::TensorTask {

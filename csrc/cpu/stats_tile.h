@@ -13,33 +13,55 @@
 namespace trainopt::cpu {
 namespace {
 
-// Sums of squares, element i in lane i % kSumLanes, so that every SIMD variant gives the same bits. A chunk adds 512
-// terms to a lane, for which a double has the precision.
-class LaneSquares {
- public:
-  explicit LaneSquares(double (&lanes)[kSumLanes]) : lanes_(lanes) {
-    for (int v = 0; v < kVectors; ++v) sum_[v] = load(lanes + v * kSize);
+// Adds the squares of a block's elements, or of their differences from y, to sums of which element i has lane
+// i % kSumLanes, so that every SIMD variant gives the same bits. A chunk adds 512 terms to a lane, for which a double
+// has the precision.
+template <class S>
+[[gnu::noinline]] void add_squares_in_double(const S* x, const S* y, int count, double (&lanes)[kSumLanes]) {
+  using T = Vec<double>;
+  for (int v = 0; v < kSumLanes; v += T::kSize) {
+    T sum = load(lanes + v);
+    for (int i = v; i < count; i += kSumLanes) {
+      const T term = y == nullptr ? load_wide(x + i) : load_wide(x + i) - load_wide(y + i);
+      sum = sum + term * term;
+    }
+    store(lanes + v, sum);
   }
-  ~LaneSquares() {
-    for (int v = 0; v < kVectors; ++v) store(lanes_ + v * kSize, sum_[v]);
-  }
-  // Of kSumLanes elements beside each other; of their differences.
-  template <class S>
-  TRAINOPT_INLINE void add(const S* x) {
-    for (int v = 0; v < kVectors; ++v) add_square(v, load_wide(x + v * kSize));
-  }
-  template <class S>
-  TRAINOPT_INLINE void add(const S* x, const S* y) {
-    for (int v = 0; v < kVectors; ++v) add_square(v, load_wide(x + v * kSize) - load_wide(y + v * kSize));
-  }
+}
 
- private:
-  static constexpr int kSize = Vec<double>::kSize, kVectors = kSumLanes / kSize;
-  double (&lanes_)[kSumLanes];
-  Vec<double> sum_[kVectors];
+TRAINOPT_FUNCTION bool add_squares(const double* x, const double* y, int count, double (&lanes)[kSumLanes]) {
+  add_squares_in_double(x, y, count, lanes);
+  return true;
+}
 
-  TRAINOPT_INLINE void add_square(int v, Vec<double> x) { sum_[v] = sum_[v] + x * x; }
-};
+// Eight squares at most are added in float first, a third of the work, which keeps seven digits of the norm. Where the
+// sums would leave float's range, or what is lost below it could matter, all is done in double. Whether the block is
+// known to be finite.
+TRAINOPT_FUNCTION bool add_squares(const float* x, const float* y, int count, double (&lanes)[kSumLanes]) {
+  using T = Vec<float>;
+  constexpr int kVectors = kSumLanes / T::kSize;
+  T sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum[v] = T(0.0f);
+  for (int i = 0; i < count; i += kSumLanes)
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = i + v * T::kSize;
+      const T term = y == nullptr ? load(x + at) : load(x + at) - load(y + at);
+      sum[v] = sum[v] + term * term;
+    }
+  T largest = sum[0], any = sum[0];  // the latter is NaN where one is
+  for (int v = 1; v < kVectors; ++v) {
+    largest = sum[v].lanes > largest.lanes ? sum[v].lanes : largest.lanes;
+    any = any + sum[v];
+  }
+  if (!all_in(largest, 0.0f, 1e36f) || all_in(largest, 0.0f, 1e-25f) || !all_in(any, 0.0f, 1e38f)) {
+    add_squares_in_double(x, y, count, lanes);
+    return false;
+  }
+  float of[kSumLanes];
+  for (int v = 0; v < kVectors; ++v) store(of + v * T::kSize, sum[v]);
+  for (int i = 0; i < kSumLanes; i += Vec<double>::kSize) store(lanes + i, load(lanes + i) + load_wide(of + i));
+  return true;
+}
 
 // A tile with zeros after its end, up to whole lanes: they add nothing.
 template <class S>
@@ -49,10 +71,9 @@ TRAINOPT_FUNCTION const S* whole_lanes(const S* tile, int count, S (&padded)[kBl
   return padded;
 }
 
-template <class S>
-TRAINOPT_FUNCTION S* before_of(ChunkStats& stats) {
-  static_assert(sizeof stats.before == kBlock * sizeof(double));
-  return reinterpret_cast<S*>(stats.before);
+template <class S, size_t kBytes>
+TRAINOPT_FUNCTION S* lanes_of(unsigned char (&bytes)[kBytes]) {
+  return reinterpret_cast<S*>(bytes);
 }
 
 template <class S>
@@ -62,32 +83,26 @@ template <class S>
   ChunkStats& stats = *task.stats;
   const S* p = whole_lanes(load_tile(task.param, at, count, buffer[0]), count, padded[0]);
   const S* g = whole_lanes(load_tile(task.gradient, at, count, buffer[1]), count, padded[1]);
-  LaneSquares params(stats.param), gradients(stats.gradient);
-  T largest(S(0));
-  auto nonfinite = largest.lanes != largest.lanes;  // none
-  for (int i = 0; i < count; i += kSumLanes) {
-    params.add(p + i);
-    gradients.add(g + i);
+  const S* none = nullptr;
+  add_squares(p, none, count, stats.param);
+  const bool is_finite = add_squares(g, none, count, stats.gradient) && sizeof(S) == sizeof(float);
+  T largest = load(lanes_of<S>(stats.largest));
+  for (int i = 0; i < count; i += kSumLanes)
     for (int v = i; v < i + kSumLanes; v += T::kSize) {
-      const T x = load(g + v), negated = -x, zero = x - x;
-      largest.lanes = x.lanes > largest.lanes ? x.lanes : largest.lanes;
-      largest.lanes = negated.lanes > largest.lanes ? negated.lanes : largest.lanes;
-      nonfinite -= zero.lanes != zero.lanes;
-      store(before_of<S>(stats) + v, load(p + v));
+      const T x = load(g + v), negated = -x, size = x.lanes > negated.lanes ? x.lanes : negated.lanes;
+      largest = size.lanes > largest.lanes ? size.lanes : largest.lanes;
+      store(lanes_of<S>(stats.before) + v, load(p + v));
     }
-  }
-  for (int i = 0; i < T::kSize; ++i) {
-    if (largest.lanes[i] > stats.largest) stats.largest = largest.lanes[i];
-    stats.nonfinite += nonfinite[i];
-  }
+  store(lanes_of<S>(stats.largest), largest);
+  if (!is_finite)
+    for (int i = 0; i < count; ++i) stats.nonfinite += !(g[i] - g[i] == 0);
 }
 
 template <class S>
 [[gnu::noinline]] void note_after(const TensorTask& task, int64_t at, int count) {
   S buffer[kBlock], padded[kBlock];
   const S* p = whole_lanes(load_tile(task.param, at, count, buffer), count, padded);
-  LaneSquares updates(task.stats->update);
-  for (int i = 0; i < count; i += kSumLanes) updates.add(p + i, before_of<S>(*task.stats) + i);
+  add_squares(p, lanes_of<S>(task.stats->before), count, task.stats->update);
 }
 
 }  // namespace

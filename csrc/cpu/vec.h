@@ -121,6 +121,22 @@ TRAINOPT_FUNCTION Vec<S> sign_or_nan(Vec<S> x) {
   return x.lanes != x.lanes ? x.lanes : sign_of(x).lanes;
 }
 
+// Whether every lane is from low to high; not if one is NaN.
+TRAINOPT_FUNCTION bool all_in(Vec<float> x, float low, float high) {
+  const auto inside = (x.lanes >= Vec<float>(low).lanes) & (x.lanes <= Vec<float>(high).lanes);
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)inside) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)inside) == 0xff;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)inside) == 0xf;
+#else
+  bool all = true;
+  for (int i = 0; i < Vec<float>::kSize; ++i) all = all && inside[i] != 0;
+  return all;
+#endif
+}
+
 // `value` where a * b >= 0, as it is in exact arithmetic; else 0.
 template <class S>
 TRAINOPT_FUNCTION Vec<S> where_signs_agree(Vec<S> a, Vec<S> b, Vec<S> value) {

@@ -352,9 +352,10 @@ class Loop:
 
         # Its norm, whether it is finite, and clipping: in the step, where the optimizer does that.
         tail, limit = self.tail, self.options.clip
-        tail.prepare(params, self.watch.is_watching)
         is_shown = self.watch.measurement is not None or (at.step + 1) % self.options.log_every == 0
-        is_wanted = (limit is not None or is_shown) and not tail.clips and self.in_backward is None
+        tail.prepare(params, self.watch.is_watching, is_shown)
+        is_told = tail.measures and not self.must_check  # by the step itself, which may come before a look
+        is_wanted = (limit is not None or (is_shown and not is_told)) and not tail.clips and self.in_backward is None
         norm = self.norm = gradients.global_norm(params) if is_wanted else None
         if self.must_check and not tail.skips and not self.are_finite(params, norm):  # waits for the device
             return self.leave_out(window)
@@ -368,6 +369,8 @@ class Loop:
         is_made = tail.step()
         if tail.clips:
             self.norm = optimizer.grad_norm  # type: ignore[attr-defined]
+        elif is_told and norm is None:
+            self.norm = torch.tensor(tail.gradient_norm, dtype=torch.float64)
         if not is_made:
             return self.leave_out(window)
         self.lr = lr
@@ -486,6 +489,7 @@ class Loop:
                 seconds=now - self.begun,
                 seconds_left=left,
                 skipped=at.skipped,
+                update_ratio=self.tail.update_ratio if self.tail.measures else None,
             )
         )
         is_alone = self.processes.world == 1

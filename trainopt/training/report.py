@@ -46,6 +46,9 @@ class Progress:
     seconds: float  # since the run began
     seconds_left: float | None  # None where the number of steps is not known
     skipped: int  # updates skipped so far because something was not finite
+    #: Norm of the last update against the weights' before it; None where the step did not tell: with an optimizer other
+    #: than trainopt's, or not on the CPU. A thousandth is usual.
+    update_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,7 @@ class TensorBoard:
             "loss/training": event.loss,
             "learning rate": event.lr,
             "gradient norm": event.grad_norm,
+            "update to weights": event.update_ratio,
             "samples per second": event.samples_per_second,
         }
         for name, number in numbers.items():

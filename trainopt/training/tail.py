@@ -7,15 +7,18 @@ finds them as the person made them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from trainopt.optim.base import Fused
+from trainopt.optim.distributed import is_dtensor
 from trainopt.optim.gradients import clears, clips
 from trainopt.optim.options import extra
+from trainopt.optim.stats import ParameterStats
 from trainopt.training.average import WeightAverage
 from trainopt.training.state import State
 
@@ -34,18 +37,23 @@ class Tail:
         self.clips = False  # whether the step at hand finds the norm of all gradients, and clips by it
         self.skips = False  # whether it is left out if that norm is not finite
         self.averages = False  # whether it moves the average, from the first one of this process until `end`
+        self.measures = False  # whether the step at hand tells the norms of gradient, weights and update
+        self.gradient_norm = self.update_ratio = math.nan  # what it has told
         self._stepped: list[int] | None = None  # what had a gradient in the first one
 
-    def prepare(self, params: list[Tensor], is_watched: bool) -> None:
+    def prepare(self, params: list[Tensor], is_watched: bool, is_shown: bool) -> None:
         """Looks at a step that is about to be made.
 
         Args:
             params: the optimizer's, with their gradients.
             is_watched: whether the gradients are looked at before it, and must be known to be finite.
+            is_shown: whether its numbers are reported.
         """
         groups = self.optimizer.param_groups
         is_able = steps_alone(self.optimizer) and not self.options.step_in_backward
         self.clips = is_able and (self.options.clip is not None or all(map(clips, groups)))
+        # Elsewhere stats are taken round a step of torch's, which differs from the engine's in its last bits.
+        self.measures = is_shown and is_able and all(param.is_cpu and not is_dtensor(param) for param in params)
         # All processes that share weights must look in the same way; and the watch sees none of their gradients.
         is_watched = is_watched and not self.state.is_sharded
         # A step that is left out clears what it would have cleared: nobody could say any more what was not finite.
@@ -63,9 +71,13 @@ class Tail:
             lent["skip_nonfinite"] = True
         if self.averages:
             lent |= {"ema_decay": self.options.average, "ema_warmup": self.options.average_warmup}
+        if self.measures:
+            lent["stats"] = True
         before = self.optimizer._record.steps if self.averages else 0
         with self._lent(lent) if lent else nullcontext():
             self.optimizer.step()
+            if self.measures:
+                self._take_in(self.optimizer.stats().values())
         if self.skips and self.optimizer.last_step_skipped:  # waits for the device
             return False
         if self.averages and self.optimizer._record.steps == before:  # a step that only makes states counts nothing
@@ -77,6 +89,12 @@ class Tail:
         if self.averages and self.state.average is not None:
             self.state.average.take_back()
         self.averages = False
+
+    def _take_in(self, stats: Collection[ParameterStats]) -> None:
+        self.gradient_norm = math.hypot(*(each.gradient_norm for each in stats))
+        weights = math.hypot(*(each.parameter_norm for each in stats))
+        update = math.hypot(*(each.update_norm for each in stats))
+        self.update_ratio = update / weights if weights else math.nan
 
     def _prepare_average(self, average: WeightAverage, params: list[Tensor], is_able: bool) -> None:
         """The optimizer averages as long as all its counts of steps are the average's, which a parameter that misses an
