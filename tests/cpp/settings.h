@@ -11,12 +11,13 @@
 namespace trainopt {
 
 // What the step does besides: clips gradients of this norm, which has their scale in it; clears them; moves an average
-// of the parameter.
+// of the parameter; rounds 16-bit parameters at random.
 struct Tail {
   double max_norm = 0, norm = 0;  // max_norm 0: no clipping
   bool clears = false;
   double ema_decay = 0;  // 0: no average
   bool ema_warmup = false;
+  bool rounds_at_random = false;
 };
 
 struct Setting {
@@ -109,6 +110,7 @@ inline Settings settings_of(const Setting& s) {
   settings.averages = s.tail.ema_decay != 0;
   settings.ema_decay = s.tail.ema_decay;
   settings.ema_warmup = s.tail.ema_warmup;
+  settings.round_at_random = s.tail.rounds_at_random;
   settings.seed = kSeed;
   return settings;
 }

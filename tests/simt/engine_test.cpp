@@ -6,49 +6,10 @@
 #include "cuda/launch.h"
 #include "kernel_tests.h"
 #include "rules/rules.h"
+#include "step_run.h"
 
 namespace trainopt {
 namespace {
-
-std::vector<cuda::TensorTask> tasks_of(const Parameters& parameters) {
-  std::vector<cuda::TensorTask> tasks;
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    cuda::TensorTask task{};
-    parameters[i]->describe(&task);
-    task.tensor = static_cast<uint32_t>(i);
-    tasks.push_back(task);
-  }
-  return tasks;
-}
-
-cuda::Prepared prepared_of(const Setting& s, bool is_float64) {
-  return {scalars_of(s, is_float64), static_cast<uint32_t>(s.step)};
-}
-
-// The step of all tasks, in one pass or two.
-void step(cuda::Update work, std::vector<cuda::TensorTask>& tasks) {
-  const int count = cpu::rule_at(work.rule)->sum_count;
-  if (count == 0) return cuda::update(work, nullptr);
-  const Sum unset{std::nan(""), std::nan("")};
-  std::vector<Sum> partials(cuda::partial_sums(work, count), unset);
-  std::vector<Sum> sums(tasks.size() * static_cast<size_t>(count), unset);
-  std::vector<cuda::Prepared> finished(tasks.size());
-  std::memset(static_cast<void*>(finished.data()), 0xff, finished.size() * sizeof(cuda::Prepared));
-  cuda::gather(work, partials.data(), sums.data(), nullptr);
-  cuda::finish(work, sums.data(), finished.data(), nullptr);
-  for (size_t t = 0; t < tasks.size(); ++t) tasks[t].prepared = static_cast<uint32_t>(t);
-  work.prepared = finished.data();
-  work.prepared_on_device = true;
-  cuda::update(work, nullptr);
-}
-
-// With scalars that the host prepared.
-void run_cuda(const Setting& s, const Parameters& parameters, bool is_float64, const float* found_inf = nullptr) {
-  const cuda::Prepared prepared = prepared_of(s, is_float64);
-  std::vector<cuda::TensorTask> tasks = tasks_of(parameters);
-  const int rule = cpu::find_rule(s.rule)->index;
-  step({rule, is_float64, tasks.data(), tasks.size(), &prepared, false, found_inf}, tasks);
-}
 
 // With scalars prepared on the device, from step counts there, GradScaler's scale and, if `tensors`, a learning rate
 // and a first option (a beta, a momentum) that are tensors.
@@ -391,6 +352,7 @@ int main(int count, char** arguments) {
     test_first();
     test_groups();
     test_huge();
+    test_steps_in_two_parts();
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
