@@ -60,7 +60,7 @@ struct Blocks {
     float scale[kRoles];
 #pragma unroll
     for (int r = 1; r < kRoles; ++r) {
-      words[r] = fetch_bytes(row.data[r], size_of(row.dtype[r]), at);
+      words[r] = fetch_or_codes<S>(row.data[r], row.dtype[r], at);
       if (in_codes(r)) scale[r] = static_cast<const float*>(row.beside[r])[block / kCodeBlock];
     }
     S value[kRoles][kItem];
@@ -68,7 +68,7 @@ struct Blocks {
 #pragma unroll
     for (int r = 1; r < kRoles; ++r) {
       if (in_codes(r)) {
-        with_code(r, [&](auto code) { unpack_codes(words[r], code, scale[r], value[r]); });
+        with_code(r, [&](auto code) { unpack_codes(words[r].word[0], code, scale[r], value[r]); });
       } else {
         unpack_words(words[r], row.dtype[r], value[r]);
       }

@@ -29,57 +29,69 @@ __device__ __forceinline__ Split split(float x, DType dtype) {
 
 // Eight elements ----------------------------------------------------------------------------------------------------
 
-// Of so many bytes each: 1, 2 or 4.
-__device__ __forceinline__ Words<float> fetch_bytes(const void* data, int64_t size, int64_t at) {
-  const char* from = static_cast<const char*>(data) + at * size;
-  Words<float> words;
-  if (size == 1) {
-    uint64_t half;
-    __builtin_memcpy(&half, __builtin_assume_aligned(from, sizeof half), sizeof half);
-    words.word[0][0] = static_cast<uint32_t>(half);
-    words.word[0][1] = static_cast<uint32_t>(half >> 32);
-    return words;
-  }
-  load_word<char>(from, 0, words.word[0]);
-  if (size == 4) load_word<char>(from, 16, words.word[1]);
+// Eight of one byte.
+__device__ __forceinline__ void load_half_word(const void* data, int64_t at, uint32_t (&part)[4]) {
+  uint64_t half;
+  __builtin_memcpy(&half, __builtin_assume_aligned(static_cast<const char*>(data) + at, sizeof half), sizeof half);
+  part[0] = static_cast<uint32_t>(half), part[1] = static_cast<uint32_t>(half >> 32);
+}
+
+// As `fetch`, of a gradient or a state: or codes.
+template <class S>
+__device__ __forceinline__ Words<S> fetch_or_codes(const void* data, DType dtype, int64_t at) {
+  if (sizeof(S) == sizeof(double) || !has_codes(dtype)) return fetch(data, dtype, at, S());
+  Words<S> words;
+  load_half_word(data, at, words.word[0]);
   return words;
 }
 
-// What was loaded of a parameter, before anything waits for it.
+// What was loaded of a parameter, before anything waits for it. A float16's copy is in `beside` and in the word of
+// `own` that is free.
 template <class S>
 struct ParamWords {
   Words<S> own;
-  Words<float> beside;
+  uint32_t beside[4];
 };
 
 template <class S>
 __device__ __forceinline__ ParamWords<S> fetch_param(const void* data, const void* beside, DType dtype, int64_t at) {
   ParamWords<S> words;
   words.own = fetch(data, dtype, at, S());
-  if (sizeof(S) == sizeof(float) && has_master(dtype))
-    words.beside = fetch_bytes(beside, dtype == DType::kMasterCopy ? 4 : dtype == DType::kMaster16 ? 2 : 1, at);
+  if (sizeof(S) == sizeof(double) || !has_master(dtype)) return words;
+  if (dtype == DType::kMaster24) {
+    load_half_word(beside, at, words.beside);
+  } else if (dtype == DType::kMaster16) {
+    load_word<int16_t>(beside, at, words.beside);
+  } else {
+    load_word<float>(beside, at, words.beside);
+    load_word<float>(beside, at + 4, words.own.word[1]);
+  }
   return words;
+}
+
+__device__ __forceinline__ void unpack_master(const ParamWords<float>& words, DType dtype, float (&value)[kItem]) {
+#pragma unroll
+  for (int i = 0; i < kItem; ++i) {
+    const uint32_t own = words.own.word[0][i / 2], upper = i % 2 == 0 ? own << 16 : own & 0xffff0000u;
+    // The rest is brought to the top of its word, and back down with its sign.
+    if (dtype == DType::kMaster16) {
+      const uint32_t top = words.beside[i / 2] << (i % 2 == 0 ? 16 : 0);
+      value[i] = joined(upper, static_cast<int32_t>(top) >> 16);
+    } else if (dtype == DType::kMaster24) {
+      const uint32_t top = words.beside[i / 4] << (24 - 8 * (i % 4)) & 0xff000000u;
+      value[i] = joined(upper, static_cast<int32_t>(top) >> 16);
+    } else {
+      const uint32_t copy = i < 4 ? words.beside[i] : words.own.word[1][i % 4];
+      value[i] = join_copy(Float16{static_cast<uint16_t>(upper >> 16)}, float_of(copy));
+    }
+  }
 }
 
 template <class S>
 __device__ __forceinline__ void unpack_param(const ParamWords<S>& words, DType dtype, S (&value)[kItem]) {
-  if (sizeof(S) == sizeof(double) || !has_master(dtype)) return unpack_words(words.own, dtype, value);
-  const auto& own = words.own.word[0];
-  const auto& beside = words.beside.word;
-#pragma unroll
-  for (int i = 0; i < kItem; ++i) {
-    // Each half of a word and each quarter is brought to its top, and down with its sign.
-    const uint32_t upper = i % 2 == 0 ? own[i / 2] << 16 : own[i / 2] & 0xffff0000u;
-    if (dtype == DType::kMaster16) {
-      const uint32_t top = i % 2 == 0 ? beside[0][i / 2] << 16 : beside[0][i / 2];
-      value[i] = joined(upper, static_cast<int32_t>(top) >> 16);
-    } else if (dtype == DType::kMaster24) {
-      const uint32_t top = beside[0][i / 4] << (24 - 8 * (i % 4)) & 0xff000000u;
-      value[i] = joined(upper, static_cast<int32_t>(top) >> 16);
-    } else {
-      value[i] = join_copy(Float16{static_cast<uint16_t>(upper >> 16)}, float_of(beside[i / 4][i % 4]));
-    }
-  }
+  if constexpr (sizeof(S) == sizeof(float))
+    if (has_master(dtype)) return unpack_master(words, dtype, value);
+  unpack_words(words.own, dtype, value);
 }
 
 template <class S>
@@ -104,10 +116,11 @@ __device__ __forceinline__ void store_param(void* data, void* beside, DType dtyp
 }
 
 template <class Code>
-__device__ __forceinline__ void unpack_codes(const Words<float>& words, Code code, float scale, float (&value)[kItem]) {
+__device__ __forceinline__ void unpack_codes(const uint32_t (&codes)[4], Code code, float scale,
+                                             float (&value)[kItem]) {
   const Decoding decoding = decoding_of(code, scale);
 #pragma unroll
-  for (int i = 0; i < kItem; ++i) value[i] = decode(code, decoding, words.word[0][i / 4] >> (8 * (i % 4)) & 0xffu);
+  for (int i = 0; i < kItem; ++i) value[i] = decode(code, decoding, codes[i / 4] >> (8 * (i % 4)) & 0xffu);
 }
 
 // What a block of `count` numbers is encoded with, of which each lane has seen its own.

@@ -10,7 +10,6 @@ enum class Path {
   kOptions,
   kDevice,
   kDtype,
-  kTwoParts,  // on a device that has no kernels for them
   kGradient,
   kStateForm,
   kStateValue,
