@@ -129,6 +129,7 @@ struct Blocks {
     }
 #pragma unroll 1
     for (;; is_last = true) {
+      // tests break this: a block's tail, one element too long
       for (int i = lane; i < count; i += 32) {
         const int64_t at = block + i;
         S value[kRoles][1], noise = 0;
@@ -158,7 +159,8 @@ struct Blocks {
           with_code(
               r, [&](auto code) { encoding[r] = encoding_of_warp(code, statistics[r], count, stages.code_rounding); });
     }
-    __syncwarp();  // until all have read the scales
+    // tests break this: a scale that is written before all have read it
+    __syncwarp();
 #pragma unroll
     for (int r = 2; r < kRoles; ++r)
       if (in_codes(r) && lane == 0) static_cast<float*>(row.beside[r])[block / kCodeBlock] = encoding[r].stored;

@@ -126,6 +126,7 @@ __device__ __forceinline__ void unpack_codes(const uint32_t (&codes)[4], Code co
 // What a block of `count` numbers is encoded with, of which each lane has seen its own.
 template <class Code>
 __device__ __forceinline__ Encoding encoding_of_warp(Code code, Statistics<uint32_t> of, int count, float rounding) {
+  // tests break this: a scale that is a lane's own
   of.largest = combine_warp(of.largest, [](uint32_t a, uint32_t b) { return larger(a, b); });
   of.other = combine_warp(of.other, [](uint32_t a, uint32_t b) { return combined_others(Code(), a, b); });
   return encoding_of(code, of, count, rounding);
