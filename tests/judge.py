@@ -306,11 +306,12 @@ def random_values(shape, dtype, generator):
     return (size * sign).to(dtype)
 
 
-def random_problem(shapes, dtype, steps, seed=0):
+def random_problem(shapes, dtype, steps, seed=0, device="cpu"):
     """Starting values, and gradients for each step."""
     generator = torch.Generator().manual_seed(seed)
-    start = [random_values(shape, dtype, generator) for shape in shapes]
-    gradients = [[random_values(shape, dtype, generator) for shape in shapes] for _ in range(steps)]
+    start, *gradients = (
+        [random_values(shape, dtype, generator).to(device) for shape in shapes] for _ in range(1 + steps)
+    )
     return start, gradients
 
 

@@ -124,12 +124,12 @@ def by_torch(reference):
 @pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_decodes_computes_in_float32_and_encodes(name, dtype):
+def test_a_step_decodes_computes_in_float32_and_encodes(name, dtype, device):
     """Against the plain path, which decodes and encodes in torch: a code is another only where a last bit decides."""
     row = TABLE[name]
-    start, gradients = random_problem(SHAPES, dtype, 4)
     results = []
     for reference in (False, True):
+        start, gradients = random_problem(SHAPES, dtype, 4, device="cpu" if reference else device)
         with by_torch(reference):
             optimizer, params = run(row.make, start, gradients, **row.usual, state_dtype="8bit")
             results.append((optimizer, params))
@@ -137,14 +137,14 @@ def test_a_step_decodes_computes_in_float32_and_encodes(name, dtype):
     assert {row_.path.split(" ")[0] for row_ in trainopt.explain(ours)} == {"fused"}
     for p, q in zip(params, others, strict=True):
         assert ours.state[p].keys() == plain.state[q].keys()
-        torch.testing.assert_close(p, q, rtol=3 * torch.finfo(dtype).eps, atol=1e-5)
+        torch.testing.assert_close(p.cpu(), q, rtol=3 * torch.finfo(dtype).eps, atol=1e-5)
         for key in row.states:
             if ours.state[p].get(key) is None:
                 continue
             assert ours.state[p][key].dtype is torch.uint8
-            scales = [s[key + "_scale"] for s in (ours.state[p], plain.state[q])]
+            scales = [s[key + "_scale"].cpu() for s in (ours.state[p], plain.state[q])]
             torch.testing.assert_close(*scales, rtol=2e-6, atol=0)
-            codes = [s[key].int() for s in (ours.state[p], plain.state[q])]
+            codes = [s[key].cpu().int() for s in (ours.state[p], plain.state[q])]
             assert (codes[0] != codes[1]).float().mean() < 0.01 if codes[0].numel() else True
 
 
@@ -210,7 +210,7 @@ def test_small_tensors_are_stored_in_float32_and_the_rest_in_two_bytes():
 
 @pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("layout", ["channels last", "transposed", "a gradient of another order", "noise"])
-def test_blocks_follow_the_memory(layout):
+def test_blocks_follow_the_memory(layout, device):
     start = torch.randn(8, 6, 5, 7)
     if layout == "channels last":
         start = start.contiguous(memory_format=torch.channels_last)
@@ -219,12 +219,12 @@ def test_blocks_follow_the_memory(layout):
     results = []
     for reference in (False, True):
         with by_torch(reference):
-            p = torch.nn.Parameter(start.clone())
+            p = torch.nn.Parameter(start.clone().to("cpu" if reference else device))
             assert p.stride() == start.stride()
             noise = 0.1 if layout == "noise" else 0.0
             optimizer = trainopt.AdamW([p], state_dtype="8bit", noise=noise)
             for seed in range(3):
-                gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+                gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.device)
                 p.grad = gradient if layout == "a gradient of another order" else torch.empty_like(p).copy_(gradient)
                 if layout == "a gradient of another order":
                     p.grad = gradient.contiguous(memory_format=torch.channels_last)
@@ -233,7 +233,7 @@ def test_blocks_follow_the_memory(layout):
             results.append(outcome(optimizer, [p]))
     for key, tensors in results[0].items():
         for ours, plain in zip(tensors, results[1][key], strict=True):
-            close = torch.isclose(ours.double(), plain.double(), rtol=1e-5, atol=1e-6)
+            close = torch.isclose(ours.cpu().double(), plain.double(), rtol=1e-5, atol=1e-6)
             assert close.float().mean() > 0.99, key
 
 

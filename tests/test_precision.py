@@ -35,49 +35,55 @@ WAYS = [
 
 
 def values_of(optimizer, params):
-    return [precision.value_of(p, optimizer.state.get(p, {})) for p in params]
+    masters = [optimizer.state.get(p, {}).get("master") for p in params]
+    return [
+        precision.value_of(p.detach().cpu(), {} if master is None else {"master": master.cpu()})
+        for p, master in zip(params, masters, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_with_a_master_training_is_float32s_bit_for_bit(name, dtype):
+def test_with_a_master_training_is_float32s_bit_for_bit(name, dtype, device):
     """With float32 states, and the gradients that the 16-bit parameters would have had."""
     row = TABLE[name]
     start, gradients = random_problem(SHAPES, dtype, 5)
-    ours, params = run(row.make, start, gradients, **row.usual, precision="master", state_dtype="float32")
+    there = random_problem(SHAPES, dtype, 5, device=device)
+    ours, params = run(row.make, *there, **row.usual, precision="master", state_dtype="float32")
     wide = [[g.float() for g in now] for now in gradients]
     truth, others = run(row.make, [p.float() for p in start], wide, **row.usual)
     for p, q, value in zip(params, others, values_of(ours, params), strict=True):
         assert torch.equal(bits(value), bits(q))
-        assert p.dtype is dtype and ((value - p.float()).abs() <= 0.5001 * spacing(p)).all()
+        assert p.dtype is dtype and ((value - p.detach().cpu().float()).abs() <= 0.5001 * spacing(p)).all()
         for key in row.states:
             if ours.state[p].get(key) is not None:
-                assert torch.equal(bits(ours.state[p][key]), bits(truth.state[q][key]))
+                assert torch.equal(bits(ours.state[p][key].cpu()), bits(truth.state[q][key]))
     assert {row_.path.split(" ")[0] for row_ in trainopt.explain(ours)} == {"fused"}
 
 
 def spacing(p):
     info = torch.finfo(p.dtype)
-    return info.eps * 2.0 ** p.float().abs().clamp(min=info.smallest_normal).log2().floor()
+    return info.eps * 2.0 ** p.detach().cpu().float().abs().clamp(min=info.smallest_normal).log2().floor()
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way[1] != "master"], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_from_what_is_stored_is_rounded_once(name, way):
+def test_a_step_from_what_is_stored_is_rounded_once(name, way, device):
     """Each step, against the float32 step from the same numbers: half a unit of 24 bits, or less than one of 16."""
     dtype, stored = way
     row = TABLE[name]
     start, gradients = random_problem(SHAPES, dtype, 4)
     options = {**row.usual, "precision": stored, "state_dtype": "float32"}
-    params = [torch.nn.Parameter(p.clone()) for p in start]
+    params = [torch.nn.Parameter(p.to(device, copy=True)) for p in start]
     optimizer = row.make(params, **options)
     for now in gradients:
         before = values_of(optimizer, params)
         plain = [torch.nn.Parameter(value.clone()) for value in before]
         judge = row.make(plain, **row.usual)
         for p, q, g in zip(params, plain, now, strict=True):
-            p.grad, q.grad = g.clone(), g.float()
-            held = {k: v.clone() for k, v in optimizer.state.get(p, {}).items() if k in (*row.states, "step")}
+            p.grad, q.grad = g.to(device), g.float()
+            state = optimizer.state.get(p, {})
+            held = {k: state[k].to("cpu", copy=True) for k in (*row.states, "step") if state.get(k) is not None}
             if held:
                 judge.state[q].update(held if row.ours._counts_steps else {k: held[k] for k in held if k != "step"})
         optimizer.step()

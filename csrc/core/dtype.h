@@ -23,6 +23,8 @@ enum class DType : uint8_t {
 TRAINOPT_FUNCTION constexpr bool is_16_bit(DType dtype) {
   return dtype == DType::kBFloat16 || dtype == DType::kFloat16;
 }
+TRAINOPT_FUNCTION constexpr bool has_codes(DType dtype) { return dtype >= DType::kSigned8; }
+TRAINOPT_FUNCTION constexpr bool has_master(DType dtype) { return dtype >= DType::kMaster16 && !has_codes(dtype); }
 
 // Stored as bits; arithmetic happens in float.
 struct BFloat16 {

@@ -78,10 +78,15 @@ __device__ __forceinline__ void store_word(void* data, int64_t at, const uint32_
 }
 
 // Half a word, in the same way.
-__device__ __forceinline__ void store_half_word_once(void* to, uint32_t low, uint32_t high) {
+template <bool kOnce = false>
+__device__ __forceinline__ void store_half_word(void* to, uint32_t low, uint32_t high) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(low), "r"(high)
-               : "memory");
+  if constexpr (kOnce)
+    asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(low), "r"(high)
+                 : "memory");
+  else
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(low), "r"(high)
+                 : "memory");
 #else
   const uint32_t parts[2] = {low, high};
   __builtin_memcpy(to, parts, sizeof parts);
@@ -229,7 +234,7 @@ __device__ __forceinline__ void unpack_words(const Words<S>& words, DType dtype,
     case DType::kFloat64:
       if constexpr (sizeof(S) == sizeof(double)) return unpack_words_of<double>(words, value);
       break;
-    case DType::kFloat32: break;
+    default: break;
   }
   unpack_words_of<float>(words, value);
 }
@@ -252,7 +257,7 @@ __device__ __forceinline__ void store_item(void* data, DType dtype, int64_t at, 
     case DType::kFloat64:
       if constexpr (sizeof(S) == sizeof(double)) return store_item_as<double>(data, at, value);
       break;
-    case DType::kFloat32: break;
+    default: break;
   }
   store_item_as<float>(data, at, value);
 }
@@ -266,6 +271,7 @@ __device__ __forceinline__ S load_one(const void* data, DType dtype, int64_t at)
     case DType::kFloat64: return static_cast<S>(static_cast<const double*>(data)[at]);
     case DType::kBFloat16: return static_cast<S>(from_stored(static_cast<const BFloat16*>(data)[at]));
     case DType::kFloat16: return static_cast<S>(from_stored(static_cast<const Float16*>(data)[at]));
+    default: break;  // two_parts.h has those
   }
   return S(0);
 }
@@ -294,6 +300,7 @@ __device__ __forceinline__ void store_one(void* data, DType dtype, int64_t at, S
     case DType::kFloat64: return store_one(static_cast<double*>(data) + at, value);
     case DType::kBFloat16: return store_one(static_cast<BFloat16*>(data) + at, value);
     case DType::kFloat16: return store_one(static_cast<Float16*>(data) + at, value);
+    default: break;
   }
 }
 
@@ -316,7 +323,7 @@ __device__ __forceinline__ void load_apart(const void* data, DType dtype, int64_
     case DType::kFloat32: return load_apart_of<float>(data, at, step, count, otherwise, value);
     case DType::kFloat64: return load_apart_of<double>(data, at, step, count, otherwise, value);
     case DType::kBFloat16: return load_apart_of<BFloat16>(data, at, step, count, otherwise, value);
-    case DType::kFloat16: break;
+    default: break;
   }
   load_apart_of<Float16>(data, at, step, count, otherwise, value);
 }
@@ -343,7 +350,8 @@ __device__ __forceinline__ int64_t offset_of(const Layout& layout, int64_t i) {
 // is computed in float32, so no kernel has code to do that fast.
 template <class S>
 bool is_vectorisable(const TensorView& view) {
-  return view.layout == nullptr && reinterpret_cast<uintptr_t>(view.data) % sizeof(uint4) == 0 &&
+  const auto is_aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % sizeof(uint4) == 0; };
+  return view.layout == nullptr && is_aligned(view.data) && is_aligned(view.beside) &&
          (sizeof(S) == sizeof(double) || view.dtype != DType::kFloat64);
 }
 

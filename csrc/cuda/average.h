@@ -5,18 +5,19 @@
 #include "cuda/access.h"
 #include "cuda/step_table.h"
 #include "cuda/table.h"
+#include "cuda/two_parts.h"
 #include "rules/average.h"
 
 namespace trainopt::cuda {
 namespace {
 
-// A parameter, and its average.
-template <bool kStrided>
-using AverageTable = typename TableOf<2, kStrided>::type;
+// A parameter, and its average; Coded or Strided.
+template <class Storage>
+using AverageTable = TableOf<Storage, 2>;
 
 // One block, one chunk.
-template <class S, bool kStrided>
-__global__ void __launch_bounds__(kThreads) average_kernel(const AverageTable<kStrided> __grid_constant__ table) {
+template <class S, class Storage>
+__global__ void __launch_bounds__(kThreads) average_kernel(const AverageTable<Storage> __grid_constant__ table) {
   if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const auto& row = table.rows[index];
@@ -27,13 +28,15 @@ __global__ void __launch_bounds__(kThreads) average_kernel(const AverageTable<kS
   void* const average = row.data[1];
   int64_t at = static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kChunk;
   const int64_t end = at + kChunk < row.numel ? at + kChunk : row.numel;
-  if constexpr (kStrided) {
+  // tests break this: an average of half a parameter
+  const auto param = [&](int64_t i) { return load_one<S>(row.data[0], row.beside[0], row.dtype[0], i); };
+  if constexpr (kIsStrided<Storage>) {
     const auto place = [&](int role, int64_t i) {
       return row.layout[role].ndim == 0 ? i : offset_of(row.layout[role], i);
     };
     for (at += threadIdx.x; at < end; at += kThreads) {
       S moved = load_one<S>(average, row.dtype[1], place(1, at));
-      move_average(weight, load_one<S>(row.data[0], row.dtype[0], place(0, at)), moved);
+      move_average(weight, param(place(0, at)), moved);
       store_one(average, row.dtype[1], place(1, at), moved);
     }
   } else {
@@ -41,10 +44,10 @@ __global__ void __launch_bounds__(kThreads) average_kernel(const AverageTable<kS
     if (row.vectorisable) {
       whole += (end - at) / kItem * kItem;
       for_each_batch<1, kItem, kThreads>(at, whole, [&](const Batch<1, kItem>& batch) {
-        const Words<S> of_param = fetch(row.data[0], row.dtype[0], batch.first, S());
+        const auto of_param = fetch_param<S>(row.data[0], row.beside[0], row.dtype[0], batch.first);
         const Words<S> of_average = fetch(average, row.dtype[1], batch.first, S());
         S p[kItem], moved[kItem];
-        unpack_words(of_param, row.dtype[0], p);
+        unpack_param(of_param, row.dtype[0], p);
         unpack_words(of_average, row.dtype[1], moved);
 #pragma unroll
         for (int i = 0; i < kItem; ++i) move_average(weight, p[i], moved[i]);
@@ -54,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) average_kernel(const AverageTable<kS
     // tests break this: an average's tail, one element too long
     for (at = whole + threadIdx.x; at < end; at += kThreads) {
       S moved = load_one<S>(average, row.dtype[1], at);
-      move_average(weight, load_one<S>(row.data[0], row.dtype[0], at), moved);
+      move_average(weight, param(at), moved);
       store_one(average, row.dtype[1], at, moved);
     }
   }

@@ -114,7 +114,7 @@ struct Plain {
     } else {
       static_assert(kEach == 4 && sizeof(G) == 2);
       const float low[2] = {value[0], value[1]}, high[2] = {value[2], value[3]};
-      store_half_word_once(gradient + at, pack_part(low, G()), pack_part(high, G()));
+      store_half_word<true>(gradient + at, pack_part(low, G()), pack_part(high, G()));
     }
   }
 

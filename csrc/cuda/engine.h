@@ -30,7 +30,8 @@ struct Prepared {
 
 // Data lie on the device, layouts on the host.
 struct TensorTask : trainopt::TensorTask {
-  uint32_t prepared;  // which of the update's is its
+  uint32_t prepared;              // which of the update's is its
+  bool rounds_at_random = false;  // its parameter, if that is of 16 bits; as its scalars say
 };
 
 struct Update {

@@ -10,6 +10,7 @@
 #include "cuda/reduce.h"
 #include "cuda/step_table.h"
 #include "cuda/table.h"
+#include "cuda/two_parts.h"
 #include "rules/rules.h"
 
 namespace trainopt::cuda {
@@ -26,19 +27,18 @@ template <class Base>
 struct WithPartials : Base {
   Sum* partials;
 };
-template <int kRoles, bool kStrided>
-using GatherTable = Table<WithPartials<Header<kStrided ? 1 : kPreparedSets>>,
-                          WithPlace<std::conditional_t<kStrided, StridedRow<kRoles>, Row<kRoles>>>, kParameterBytes>;
+template <class Storage, int kRoles>
+using GatherTable = Table<WithPartials<Header<kSetsOf<Storage>>>, WithPlace<RowOf<Storage, kRoles>>, kParameterBytes>;
 
 // Elements of each tensor that a thread has under way, a warp's lanes apart. Single ones, whatever their type: they
 // need not be aligned, and a lane of a warp is a lane of the sum.
 template <class Storage>
-constexpr int kElements = std::is_same_v<Storage, Strided> ? 1 : 8;
+constexpr int kElements = kIsStrided<Storage> ? 1 : 8;
 
 // One block, one chunk; a warp, a segment of it.
 template <class Pass, class S, StateSet kSet, class Storage>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
-    gather_kernel(const GatherTable<2 + count_of(kSet), std::is_same_v<Storage, Strided>> __grid_constant__ table) {
+    gather_kernel(const GatherTable<Storage, 2 + count_of(kSet)> __grid_constant__ table) {
   using Rule = typename Pass::Rule;
   constexpr int kRoles = 2 + count_of(kSet), kCount = Pass::kCount, kUnderWay = kElements<Storage>;
   if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
@@ -61,9 +61,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
     S value[kRoles][kUnderWay];
 #pragma unroll
     for (int r = 0; r < kRoles; ++r) {
-      if constexpr (std::is_same_v<Storage, Strided>) {
+      if constexpr (kIsStrided<Storage>) {
         const Layout& layout = row.layout[r];
-        value[r][0] = load_one<S>(row.data[r], row.dtype[r], layout.ndim == 0 ? at : offset_of(layout, at));
+        const int64_t offset = layout.ndim == 0 ? at : offset_of(layout, at);
+        value[r][0] = load_one<S>(row.data[r], row.beside[r], row.dtype[r], offset);
+      } else if constexpr (kIsByBlocks<Storage>) {
+        with_load<S>(row.data[r], row.beside[r], row.dtype[r], [&](auto load) {
+#pragma unroll
+          for (int k = 0; k < kUnderWay; ++k) value[r][k] = k < count ? load(at + k * kSumLanes) : S(0);
+        });
       } else if constexpr (kIsOneType<Storage>) {
         load_apart_of<Storage>(row.data[r], at, kSumLanes, count, S(0), value[r]);
       } else {
@@ -175,14 +181,15 @@ void combine_sums(const Update& work, const Sum* partials, Sum* sums, int sum_co
 }
 
 // Which kernel gathers from tensors that are stored so. Few steps ask which updates agree: that is compiled once for
-// all types.
-template <class Pass, class Storage>
+// all that have no layout.
+template <class Pass, class S, class Storage>
 struct KernelOf {
   using type = Storage;
 };
-template <class Rule, class Storage>
-struct KernelOf<Agreement<Rule>, Storage> {
-  using type = std::conditional_t<kIsOneType<Storage>, Mixed, Storage>;
+template <class Rule, class S, class Storage>
+struct KernelOf<Agreement<Rule>, S, Storage> {
+  using Any = std::conditional_t<sizeof(S) == sizeof(float), Coded, Mixed>;  // only float has codes
+  using type = std::conditional_t<kIsStrided<Storage>, Strided, Any>;
 };
 
 template <class Pass, class S>
@@ -192,8 +199,8 @@ void gather_all(const Update& work, Sum* partials, Sum* sums, Stream stream) {
   for (size_t t = 0; t < work.count; ++t) places.push_back(places.back() + chunks_of(work.tasks[t].numel));
   for_each_kind<Rule, S>(work, [&](auto set, auto storage, const std::vector<Kind>& kinds, Kind mine) {
     constexpr StateSet kSet = decltype(set)::kSet;
-    using Storage = typename KernelOf<Pass, decltype(storage)>::type;
-    using Table = GatherTable<2 + count_of(kSet), std::is_same_v<Storage, Strided>>;
+    using Storage = typename KernelOf<Pass, S, decltype(storage)>::type;
+    using Table = GatherTable<Storage, 2 + count_of(kSet)>;
     static_assert(sizeof(Table) <= kParameterBytes);
     Table table;
     table.header.partials = partials;

@@ -25,9 +25,15 @@ struct Row {
   bool vectorisable;  // all of them
 };
 
+// Of tensors in two parts.
+template <int kRoles>
+struct CodedRow : Row<kRoles> {
+  void* beside[kRoles];  // null: that one is whole
+};
+
 // Of tensors that are not one run in memory: with where their elements lie.
 template <int kRoles>
-struct StridedRow : Row<kRoles> {
+struct StridedRow : CodedRow<kRoles> {
   Layout layout[kRoles];  // of no dimensions: one run
   ShardLayout shard;      // where the elements lie in the whole; of no dimensions: that they are
 };
@@ -42,20 +48,26 @@ struct Header {
 
 constexpr int kPreparedSets = kParameterBytes > 4096 ? 16 : 4;
 
-template <int kRoles, bool kStrided>
-struct TableOf {
-  using type = Table<Header<kPreparedSets>, Row<kRoles>, kParameterBytes>;
-};
-template <int kRoles>
-struct TableOf<kRoles, true> {
-  using type = Table<Header<1>, StridedRow<kRoles>, kParameterBytes>;
-};
-
-// How all tensors of a parameter are stored: as one type; as each tensor's dtype says; the same, with layouts.
+// How all tensors of a parameter are stored: as one type; as each tensor's dtype says; the same, some of them in two
+// parts, or to be rounded at random; the same as that, with layouts.
 struct Mixed {};
+struct Coded {};
 struct Strided {};
 template <class Storage>
-constexpr bool kIsOneType = !std::is_same_v<Storage, Mixed> && !std::is_same_v<Storage, Strided>;
+constexpr bool kIsStrided = std::is_same_v<Storage, Strided>;
+// Whether a warp takes whole blocks of 256 elements, as codes have to be.
+template <class Storage>
+constexpr bool kIsByBlocks = std::is_same_v<Storage, Coded> || kIsStrided<Storage>;
+template <class Storage>
+constexpr bool kIsOneType = !std::is_same_v<Storage, Mixed> && !kIsByBlocks<Storage>;
+
+template <class Storage, int kRoles>
+using RowOf = std::conditional_t<kIsStrided<Storage>, StridedRow<kRoles>,
+                                 std::conditional_t<kIsByBlocks<Storage>, CodedRow<kRoles>, Row<kRoles>>>;
+template <class Storage>
+constexpr int kSetsOf = kIsStrided<Storage> ? 1 : kPreparedSets;
+template <class Storage, int kRoles>
+using TableOf = Table<Header<kSetsOf<Storage>>, RowOf<Storage, kRoles>, kParameterBytes>;
 
 // On the host -------------------------------------------------------------------------------------------------------
 
@@ -71,19 +83,22 @@ struct Roles {
 };
 
 // How a task's tensors are stored.
-enum class StoredAs : uint8_t { kFloat32, kBFloat16, kFloat16, kMixed, kStrided };
+enum class StoredAs : uint8_t { kFloat32, kBFloat16, kFloat16, kMixed, kCoded, kStrided };
 
 template <class S>
 StoredAs stored_as(const TensorTask& task, const Roles& roles) {
   if (task.shard != nullptr) return StoredAs::kStrided;
   bool same = sizeof(S) == sizeof(float), vectorisable = true;
   const DType dtype = task.param.dtype;
+  bool coded = task.rounds_at_random && is_16_bit(dtype);
   for (int r = 0; r < roles.count; ++r) {
     const TensorView& view = *roles.view[r];
     if (view.layout != nullptr) return StoredAs::kStrided;
     same = same && view.dtype == dtype;
+    coded = coded || has_master(view.dtype) || has_codes(view.dtype);
     vectorisable = vectorisable && is_vectorisable<S>(view);
   }
+  if (coded) return StoredAs::kCoded;
   if (!same || !vectorisable) return StoredAs::kMixed;
   return dtype == DType::kFloat32    ? StoredAs::kFloat32
          : dtype == DType::kBFloat16 ? StoredAs::kBFloat16
@@ -111,6 +126,7 @@ void describe(const TensorTask& task, const TensorView* const* views, RowType* r
     row->data[r] = view.data;
     row->dtype[r] = view.dtype;
     row->vectorisable = row->vectorisable && is_vectorisable<S>(view);
+    if constexpr (std::is_base_of_v<CodedRow<kRoles>, RowType>) row->beside[r] = view.beside;
     if constexpr (std::is_base_of_v<StridedRow<kRoles>, RowType>)
       row->layout[r] = view.layout != nullptr ? *view.layout : Layout{};
   }
@@ -172,6 +188,7 @@ void for_each_kind(const Update& work, Use use) {
       run(float(), StoredAs::kFloat32);
       run(BFloat16(), StoredAs::kBFloat16);
       run(Float16(), StoredAs::kFloat16);
+      run(Coded(), StoredAs::kCoded);
     }
     run(Mixed(), StoredAs::kMixed);
     run(Strided(), StoredAs::kStrided);

@@ -5,36 +5,18 @@
 #include <utility>
 #include <vector>
 
-#include "core/random.h"
 #include "cuda/access.h"
 #include "cuda/average.h"
+#include "cuda/blocks.h"
 #include "cuda/engine.h"
 #include "cuda/launch.h"
+#include "cuda/random.h"
 #include "cuda/step_table.h"
 #include "cuda/table.h"
 #include "rules/rules.h"
 
 namespace trainopt::cuda {
 namespace {
-
-// Standard normal values of elements [at, at + 4), `at` a multiple of 4: the CPU engine's own bits.
-template <class S>
-__device__ __forceinline__ void gaussian_quad(S (&out)[4], const Stages<S>& stages, uint32_t step, uint32_t tensor,
-                                              int64_t at) {
-  const RandomWords r = random_words(stages.seed, step, tensor, RandomStream::kNoise, static_cast<uint64_t>(at / 4));
-  const GaussianPair one = gaussian_pair(r.word[0], r.word[1]), two = gaussian_pair(r.word[2], r.word[3]);
-  out[0] = static_cast<S>(one.first);
-  out[1] = static_cast<S>(one.second);
-  out[2] = static_cast<S>(two.first);
-  out[3] = static_cast<S>(two.second);
-}
-
-__device__ __forceinline__ float gaussian_one(uint64_t seed, uint32_t step, uint32_t tensor, int64_t at) {
-  const RandomWords r = random_words(seed, step, tensor, RandomStream::kNoise, static_cast<uint64_t>(at / 4));
-  const bool late = (at & 2) != 0;
-  const GaussianPair pair = gaussian_pair(late ? r.word[2] : r.word[0], late ? r.word[3] : r.word[1]);
-  return (at & 1) != 0 ? pair.second : pair.first;
-}
 
 // All that is the same for the elements of a chunk.
 template <class Rule, class S, class Storage, StateSet kSet>
@@ -144,18 +126,17 @@ struct Chunk {
     }
   }
 
-  // Element `at`, which is number `in_whole` of the tensor for its noise.
-  template <bool kPlain, class Place>
-  __device__ __forceinline__ void step_one(int64_t at, int64_t in_whole, Place place) const {
+  template <bool kPlain>
+  __device__ __forceinline__ void step_one(int64_t at) const {
     S value[kRoles][1], noise = 0;
 #pragma unroll
-    for (int r = 0; r < kRoles; ++r) value[r][0] = load_one<S>(data[r], dtype(r), place(r, at));
+    for (int r = 0; r < kRoles; ++r) value[r][0] = load_one<S>(data[r], dtype(r), at);
     if constexpr (!kPlain)
-      if (stages.noisy) noise = static_cast<S>(gaussian_one(stages.seed, step, tensor, in_whole));
+      if (stages.noisy) noise = static_cast<S>(gaussian_one(stages.seed, step, tensor, at));
     step_value<kPlain>(value, 0, noise);
 #pragma unroll
     for (int r = 0; r < kRoles; ++r)
-      if (r != 1 || (!kPlain && writes(r))) store_one(data[r], dtype(r), place(r, at), clears(r) ? S(0) : value[r][0]);
+      if (r != 1 || (!kPlain && writes(r))) store_one(data[r], dtype(r), at, clears(r) ? S(0) : value[r][0]);
   }
 
   // Elements [at, end) of a run: by words as far as they go, then one by one.
@@ -174,7 +155,7 @@ struct Chunk {
       for_each_batch<1, kItem, kThreads>(at, whole, [&](const Batch<1, kItem>& batch) { step_item(batch.first); });
     }
     // tests break this: a step's tail, one element too long
-    for (at = whole + threadIdx.x; at < end; at += kThreads) step_one<kPlain>(at, at, [](int, int64_t i) { return i; });
+    for (at = whole + threadIdx.x; at < end; at += kThreads) step_one<kPlain>(at);
   }
 };
 
@@ -201,8 +182,8 @@ constexpr int kMinBlocks = sizeof(S) == sizeof(double)         ? 1
 
 // One block, one chunk.
 template <class Rule, class S, StateSet kSet, class Storage>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + count_of(kSet)>) update_kernel(
-    const typename TableOf<2 + count_of(kSet), std::is_same_v<Storage, Strided>>::type __grid_constant__ table) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + count_of(kSet)>)
+    update_kernel(const TableOf<Storage, 2 + count_of(kSet)> __grid_constant__ table) {
   // tests break this: a step after an overflow
   if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
@@ -211,17 +192,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + cou
   const Chunk<Rule, S, Storage, kSet> chunk(
       row, on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared]);
 
-  int64_t at = static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kChunk;
+  const int64_t at = static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kChunk;
   const int64_t end = at + kChunk < row.numel ? at + kChunk : row.numel;
-  if constexpr (std::is_same_v<Storage, Strided>) {
-    const auto place = [&](int role, int64_t i) {
-      return row.layout[role].ndim == 0 ? i : offset_of(row.layout[role], i);
-    };
-    // Noise is that of an element's place in the whole that a shard is a part of.
-    const ShardLayout& shard = row.shard;
-    for (at += threadIdx.x; at < end; at += kThreads)
-      chunk.template step_one<false>(at, shard.layout.ndim == 0 ? at : shard.offset + offset_of(shard.layout, at),
-                                     place);
+  if constexpr (kIsByBlocks<Storage>) {
+    Blocks<Rule, S, Storage, kSet, decltype(chunk)>{chunk, row}.step(at, end);
   } else if (kIsOneType<Storage> && chunk.stages.is_plain()) {
     chunk.template step_run<true>(at, end, true);
   } else {
@@ -250,15 +224,15 @@ const Table& table_of(const Launch& filled, const Prepared* prepared, const floa
 
 template <class Rule, class S, StateSet kSet, class Storage>
 void start_update(const Launch& filled, const Prepared* prepared, const float* found_inf, Stream stream) {
-  using Table = typename TableOf<2 + count_of(kSet), std::is_same_v<Storage, Strided>>::type;
+  using Table = TableOf<Storage, 2 + count_of(kSet)>;
   launch("update", update_kernel<Rule, S, kSet, Storage>, {filled.chunks, kThreads}, stream,
          table_of<Table>(filled, prepared, found_inf));
 }
 
-template <class S, bool kStrided>
+template <class S, class Storage>
 void start_average(const Launch& filled, const Prepared* prepared, const float* found_inf, Stream stream) {
-  launch("average", average_kernel<S, kStrided>, {filled.chunks, kThreads}, stream,
-         table_of<AverageTable<kStrided>>(filled, prepared, found_inf));
+  launch("average", average_kernel<S, Storage>, {filled.chunks, kThreads}, stream,
+         table_of<AverageTable<Storage>>(filled, prepared, found_inf));
 }
 
 class Launches final : public StepTables {
@@ -277,7 +251,7 @@ class Launches final : public StepTables {
   // Fills tables with the tasks of one kind.
   template <class Rule, class S, StateSet kSet, class Storage>
   void add(const Update& work, const std::vector<Kind>& kinds, Kind mine) {
-    using Table = typename TableOf<2 + count_of(kSet), std::is_same_v<Storage, Strided>>::type;
+    using Table = TableOf<Storage, 2 + count_of(kSet)>;
     static_assert(sizeof(Table) <= kParameterBytes && std::is_trivially_copyable_v<Table>);
     Table table;
     fill_tables(
@@ -294,9 +268,9 @@ class Launches final : public StepTables {
   }
 
   // Fills tables with the moving averages, which have this place among a task's states. After the updates.
-  template <class S, bool kStrided>
+  template <class S, class Storage>
   void add_averages(const Update& work, int place) {
-    using Table = AverageTable<kStrided>;
+    using Table = AverageTable<Storage>;
     static_assert(sizeof(Table) <= kParameterBytes && std::is_trivially_copyable_v<Table>);
     Table table;
     fill_tables(
@@ -305,14 +279,14 @@ class Launches final : public StepTables {
           const TensorTask& task = work.tasks[t];
           const TensorView& average = task.state[place];
           const bool is_strided = task.param.layout != nullptr || average.layout != nullptr;
-          return average.data != nullptr && is_strided == kStrided ? chunks_of(task.numel) : 0;
+          return average.data != nullptr && is_strided == kIsStrided<Storage> ? chunks_of(task.numel) : 0;
         },
         [&](auto& row, size_t t) {
           const TensorView* const views[] = {&work.tasks[t].param, &work.tasks[t].state[place]};
           describe<S>(work.tasks[t], views, &row);
         },
         [&](const Table& full, int64_t chunks, std::vector<uint32_t> sets) {
-          keep(full, chunks, std::move(sets), start_average<S, kStrided>);
+          keep(full, chunks, std::move(sets), start_average<S, Storage>);
         });
   }
 
@@ -343,8 +317,8 @@ std::unique_ptr<StepTables> fill_all(const Update& work) {
   for_each_kind<Rule, S>(work, [&](auto set, auto storage, const std::vector<Kind>& kinds, Kind mine) {
     launches->template add<Rule, S, decltype(set)::kSet, decltype(storage)>(work, kinds, mine);
   });
-  launches->template add_averages<S, false>(work, kAverage<Rule>);
-  launches->template add_averages<S, true>(work, kAverage<Rule>);
+  launches->template add_averages<S, Coded>(work, kAverage<Rule>);
+  launches->template add_averages<S, Strided>(work, kAverage<Rule>);
   return launches;
 }
 

@@ -11,12 +11,12 @@
 namespace trainopt {
 
 // What the step does besides: clips gradients of this norm, which has their scale in it; clears them; moves an average
-// of the parameter; leaves out what disagrees with the gradient.
+// of the parameter; leaves out what disagrees with the gradient; rounds 16-bit parameters at random.
 struct Tail {
   double max_norm = 0, norm = 0;  // max_norm 0: no clipping
   bool clears = false;
   double ema_decay = 0;  // 0: no average
-  bool ema_warmup = false, cautious = false;
+  bool ema_warmup = false, cautious = false, rounds_at_random = false;
 };
 
 struct Setting {
@@ -116,6 +116,7 @@ inline Settings settings_of(const Setting& s) {
   settings.ema_decay = s.tail.ema_decay;
   settings.ema_warmup = s.tail.ema_warmup;
   settings.cautious = s.tail.cautious;
+  settings.round_at_random = s.tail.rounds_at_random;
   settings.seed = kSeed;
   return settings;
 }

@@ -11,7 +11,8 @@
 namespace trainopt {
 
 // Runs the engine over these parameters; their blocks in pieces of `piece` (all at once if 0), the last first.
-inline void run_cpu(const Setting& s, const Parameters& parameters, bool is_float64, int64_t piece) {
+template <class List = Parameters>
+void run_cpu(const Setting& s, const List& parameters, bool is_float64, int64_t piece) {
   const cpu::Rule* rule = cpu::find_rule(s.rule);
   const Scalars scalars = scalars_of(s, is_float64);
   std::vector<cpu::TensorTask> tasks;

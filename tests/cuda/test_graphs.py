@@ -7,15 +7,26 @@ from devices import IS_EMULATED
 from judge import TABLE
 from steps import assert_same_bits, counts_on_device, here
 
+from trainopt.optim import code8
+
 each_row = pytest.mark.parametrize("name", TABLE)
 SHAPES = ((5,), (0, 3), (300,), (33, 20)) + ((40,),) * 600
 RATES = [0.05 / (step + 1) for step in range(4 if IS_EMULATED else 10)]
 
 
-def prepared(name, device, **options):
+#: How tensors are stored.
+WAYS = {
+    "float32": (torch.float32, {}),
+    "float32, 8 bits": (torch.float32, {"state_dtype": "8bit"}),
+    "master24, 8 bits": (torch.bfloat16, {"precision": "master24", "state_dtype": "8bit"}),
+    "stochastic": (torch.bfloat16, {"precision": "stochastic"}),
+}
+
+
+def prepared(name, device, dtype=torch.float32, **options):
     """An optimizer whose states are made, gradients that stay where they are, and the values that they will take."""
     row = TABLE[name]
-    start, gradients = judge.random_problem(SHAPES, torch.float32, 1 + len(RATES))
+    start, gradients = judge.random_problem(SHAPES, dtype, 1 + len(RATES))
     params = [torch.nn.Parameter(t.to(device)) for t in start]
     lr = torch.tensor(0.1, device=device)
     optimizer = row.make(params, **{**row.everything, "lr": lr, **counts_on_device(name), **options})
@@ -41,11 +52,14 @@ def captured(step, device):
     return graph
 
 
+@pytest.mark.parametrize("way", WAYS)
 @each_row
-def test_replays_with_a_changing_learning_rate(device, name):
+def test_replays_with_a_changing_learning_rate(device, name, way, monkeypatch):
+    monkeypatch.setattr(code8, "LEAST_ELEMENTS", 0)
     outcomes = []
+    dtype, options = WAYS[way]
     for replays in (False, True):
-        optimizer, params, lr, gradients = prepared(name, device)
+        optimizer, params, lr, gradients = prepared(name, device, dtype, **options)
         step = captured(optimizer.step, device).replay if replays else optimizer.step
         for rate, now in zip(RATES, gradients, strict=True):
             lr.fill_(rate)

@@ -6,51 +6,10 @@
 #include "cuda/launch.h"
 #include "kernel_tests.h"
 #include "rules/rules.h"
+#include "step_run.h"
 
 namespace trainopt {
 namespace {
-
-std::vector<cuda::TensorTask> tasks_of(const Parameters& parameters) {
-  std::vector<cuda::TensorTask> tasks;
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    cuda::TensorTask task{};
-    parameters[i]->describe(&task);
-    task.tensor = static_cast<uint32_t>(i);
-    tasks.push_back(task);
-  }
-  return tasks;
-}
-
-cuda::Prepared prepared_of(const Setting& s, bool is_float64) {
-  return {scalars_of(s, is_float64), static_cast<uint32_t>(s.step)};
-}
-
-// The step of all tasks, in one pass, two or three.
-void step(const Setting& s, cuda::Update work, std::vector<cuda::TensorTask>& tasks) {
-  const Sum unset{std::nan(""), std::nan("")};
-  std::vector<cuda::Prepared> finished[kPasses];
-  for (const Pass pass : passes_of(s)) {
-    const int count = cpu::rule_at(work.rule)->sums_in(pass);
-    std::vector<Sum> partials(cuda::partial_sums(work, count), unset);
-    std::vector<Sum> sums(tasks.size() * static_cast<size_t>(count), unset);
-    finished[pass].resize(tasks.size());
-    std::memset(static_cast<void*>(finished[pass].data()), 0xff, tasks.size() * sizeof(cuda::Prepared));
-    cuda::gather(work, pass, partials.data(), sums.data(), nullptr);
-    cuda::finish(work, pass, sums.data(), finished[pass].data(), nullptr);
-    for (size_t t = 0; t < tasks.size(); ++t) tasks[t].prepared = static_cast<uint32_t>(t);
-    work.prepared = finished[pass].data();
-    work.prepared_on_device = true;
-  }
-  cuda::update(work, nullptr);
-}
-
-// With scalars that the host prepared.
-void run_cuda(const Setting& s, const Parameters& parameters, bool is_float64, const float* found_inf = nullptr) {
-  const cuda::Prepared prepared = prepared_of(s, is_float64);
-  std::vector<cuda::TensorTask> tasks = tasks_of(parameters);
-  const int rule = cpu::find_rule(s.rule)->index;
-  step(s, {rule, is_float64, tasks.data(), tasks.size(), &prepared, false, found_inf}, tasks);
-}
 
 // With scalars prepared on the device, from step counts there, GradScaler's scale and, if `tensors`, a learning rate
 // and a first option (a beta, a momentum) that are tensors.
@@ -393,6 +352,7 @@ int main(int count, char** arguments) {
     test_first();
     test_groups();
     test_huge();
+    test_steps_in_two_parts();
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

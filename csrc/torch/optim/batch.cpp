@@ -199,7 +199,6 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   task->shard = nullptr;
   const bool is_random = group.is_random(param_is_16_bit);
   if (group.stats != 0 && (on_cuda || operands.shard != nullptr)) return Path::kStats;
-  if (on_cuda && (in_two_parts || (group.round_at_random != 0 && param_is_16_bit))) return Path::kTwoParts;
   if (is_random && operands.shard != nullptr) {
     if (!operands.shard->is_block) return Path::kPlacement;
     if (!lay_shard(*operands.shard, param->sizes(), &shard_layouts_, &task->shard)) return Path::kMemory;

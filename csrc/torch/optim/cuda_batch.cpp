@@ -65,7 +65,9 @@ CudaPlace CudaBatch::add(const TensorTask& task, const GroupValues* group, c10::
   const auto is_its = [&](const Part& part) { return part.device == device && part.is_float64 == is_float64; };
   auto part = std::find_if(parts_.begin(), parts_.end(), is_its);
   if (part == parts_.end()) part = parts_.insert(part, Part(device, is_float64));
-  static_cast<TensorTask&>(part->tasks.emplace_back()) = task;
+  cuda::TensorTask& added = part->tasks.emplace_back();
+  static_cast<TensorTask&>(added) = task;
+  added.rounds_at_random = group->round_at_random != 0;
   part->sources.push_back({group, first, count, shard});
   return {static_cast<int>(part - parts_.begin()), static_cast<int64_t>(part->tasks.size()) - 1};
 }

@@ -10,8 +10,7 @@ enum class Path {
   kOptions,
   kDevice,
   kDtype,
-  kTwoParts,  // on a device that has no kernels for them
-  kStats,     // likewise, or of a tensor that other processes hold parts of
+  kStats,  // of a tensor on a CUDA device, or that other processes hold parts of
   kGradient,
   kStateForm,
   kStateValue,
