@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# : As the CPU engine's: no contraction to FMA, so that both give the same bits.
+#: As the CPU engine's: no contraction to FMA, so that both give the same bits.
 FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 
-# : For the host's half of a file, and for what is put into the library.
+#: For the host's half of a file, and for what is put into the library.
 LIBRARY_FLAGS = ("-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-ffp-contract=off,-Wall")
 
 DEFAULT_ARCHITECTURES = "7.5 8.0 8.6 9.0 10.0 12.0+PTX"
 
-# : What torch's own builds understand in TORCH_CUDA_ARCH_LIST beside numbers.
+#: What torch's own builds understand in TORCH_CUDA_ARCH_LIST beside numbers.
 NAMED_ARCHITECTURES = {
     "Maxwell": "5.0 5.2+PTX",
     "Maxwell+Tegra": "5.3",
@@ -40,7 +40,7 @@ NAMED_ARCHITECTURES = {
     "Rubin": "10.7+PTX",
 }
 
-# : The usual place of a toolkit, and where a distribution's own package puts its headers.
+#: The usual place of a toolkit, and where a distribution's own package puts its headers.
 USUAL_TOOLKIT = Path("/usr/local/cuda")
 USUAL_HEADERS = Path("/usr/include")
 NEEDED_HEADERS = ("cuda_runtime.h", "crt/host_defines.h")
@@ -78,10 +78,10 @@ class Toolkit:
         flags = [*FLAGS, *LIBRARY_FLAGS, *architecture_flags(self.architectures)]
         for include in self.includes:
             flags += ["-isystem", str(include)]
-#zstd : every driver for CUDA 13 reads it.
+        # zstd: every driver for CUDA 13 reads it.
         flags.append("--compress-mode=size" if self.release >= (13, 0) else "-Xfatbin=-compress-all")
         if host_compiler:
-#A launcher such as ccache may stand before the compiler, and flags behind it.
+            # A launcher such as ccache may stand before the compiler, and flags behind it.
             flags += ["-ccbin", [word for word in host_compiler if not word.startswith("-")][-1]]
         return flags
 
@@ -97,14 +97,12 @@ def choose(
 
     Args:
         torch: the installed torch's version.
-        cuda: the CUDA that it was built with, as torch.version.cuda has it;
-None : without.packages : the site - packages that torch lies in.seen_by_torch
-    : the compute capabilities of the GPUs that torch finds,
-    asked where nvidia - smi does not tell.
+        cuda: the CUDA that it was built with, as torch.version.cuda has it; None: without.
+        packages: the site-packages that torch lies in.
+        seen_by_torch: the compute capabilities of the GPUs that torch finds, asked where nvidia-smi does not tell.
 
-                         Raises : Refused : TRAINOPT_CUDA is neither 0 nor 1,
-    or is 1 and something is missing;
-nvcc's major version is not that
+    Raises:
+        Refused: TRAINOPT_CUDA is neither 0 nor 1, or is 1 and something is missing; nvcc's major version is not that
             of torch's CUDA; TORCH_CUDA_ARCH_LIST names what is no architecture, or none that this nvcc knows.
     """
     asked = environment.get("TRAINOPT_CUDA", "")
@@ -113,7 +111,7 @@ nvcc's major version is not that
     if asked == "0":
         return "TRAINOPT_CUDA=0"
     try:
-  if cuda is None:
+        if cuda is None:
             raise Missing(f"torch {torch} has no CUDA")
         return _toolkit(cuda, packages, environment, seen_by_torch)
     except Missing as missing:
@@ -141,7 +139,8 @@ def _toolkit(
     architectures = parse_architectures(wanted_architectures, known, said)
     return Toolkit(nvcc, release, build, find_headers(nvcc, packages, release[0]), architectures, warning)
 
-#nvcc-- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -
+
+# nvcc -----------------------------------------------------------------------------------------------------------------
 
 
 def find_nvcc(cuda: str, packages: Path, environment: Mapping[str, str]) -> tuple[Path, tuple[int, int], str]:
@@ -198,7 +197,8 @@ def release_of(version: str) -> tuple[int, int]:
 def dotted(release: tuple[int, int]) -> str:
     return "{}.{}".format(*release)
 
-#Headers-- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- --
+
+# Headers --------------------------------------------------------------------------------------------------------------
 
 
 def find_headers(nvcc: Path, packages: Path, major: int) -> tuple[Path, ...]:
@@ -225,7 +225,8 @@ def own_headers(nvcc: Path) -> Iterator[Path]:
         for word in shlex.split(line):
             yield Path(word.removeprefix("-I")).resolve()
 
-#Architectures-- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- -- --
+
+# Architectures --------------------------------------------------------------------------------------------------------
 
 
 def gpus_at_hand(environment: Mapping[str, str]) -> list[str]:
@@ -234,8 +235,7 @@ def gpus_at_hand(environment: Mapping[str, str]) -> list[str]:
     if path is None:
         return []
     try:
-        command
-            = [path, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        command = [path, "--query-gpu=compute_cap", "--format=csv,noheader"]
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return []
@@ -272,7 +272,7 @@ def parse_architectures(text: str, known: Iterable[str], nvcc: str) -> tuple[str
             chosen += found
     if not chosen:
         raise Refused(f"{nvcc} can compile for none of {text}: name architectures in TORCH_CUDA_ARCH_LIST")
-#One with PTX stands for the same without.
+    # One with PTX stands for the same without.
     chosen = [entry for entry in dict.fromkeys(chosen) if f"{entry}+PTX" not in chosen]
     return tuple(sorted(chosen, key=_number_of))
 
