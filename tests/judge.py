@@ -75,7 +75,7 @@ class Row:
         """Whether the formula calls `sign`."""
         one = torch.ones(1, dtype=torch.float64)
         formula_step(self, one, one, {}, self.usual, 1)
-        return take_undecided(0.0) is not None
+        return take_undecided(0.0, one) is not None
 
     @functools.cached_property
     def peer(self) -> Any:
