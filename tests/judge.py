@@ -311,6 +311,13 @@ def run(make: Callable[..., Any], start: Tensors, gradients: Sequence[Tensors], 
     return optimizer, params
 
 
+def on_both_paths(row: Row, start: Tensors, gradients: Sequence[Tensors], **options):
+    """The optimizer and the parameters of `run` by the engine, and by torch's path. Gradients stay as they are."""
+    for reference in (False, True):
+        with mock.patch.object(switches, "REFERENCE_FORCED", reference):
+            yield run(row.make, start, [[g.clone() for g in now] for now in gradients], **options)
+
+
 def outcome(optimizer, params) -> dict[str, Tensors]:
     """The parameters and each of their states but the step count, by name."""
     names = dict.fromkeys(name for p in params for name in optimizer.state.get(p, {}) if name != "step")
