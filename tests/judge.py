@@ -313,9 +313,11 @@ def run(make: Callable[..., Any], start: Tensors, gradients: Sequence[Tensors], 
 
 def on_both_paths(row: Row, start: Tensors, gradients: Sequence[Tensors], **options):
     """The optimizer and the parameters of `run` by the engine, and by torch's path. Gradients stay as they are."""
+    results = []
     for reference in (False, True):
         with mock.patch.object(switches, "REFERENCE_FORCED", reference):
-            yield run(row.make, start, [[g.clone() for g in now] for now in gradients], **options)
+            results.append(run(row.make, start, [[g.clone() for g in now] for now in gradients], **options))
+    return results
 
 
 def outcome(optimizer, params) -> dict[str, Tensors]:
