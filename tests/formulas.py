@@ -79,12 +79,13 @@ def sign(x):
     return torch.where(x.isnan(), x, x.sign())
 
 
-def take_undecided(eps: float) -> torch.Tensor | None:
+def take_undecided(eps: float, gradient: torch.Tensor) -> torch.Tensor | None:
     """Where the last formula's signs are a matter of how arithmetic with this unit of rounding is ordered, if any are.
 
-    An x of exactly 0 comes of gradients that are 0, and is none of these.
+    An x of exactly 0 where the gradient is 0 is none of these: nothing has been rounded.
     """
-    near = [(x != 0) & (x.abs() <= 8 * eps * x.square().mean().sqrt()) for x in signed]
+    moved = gradient != 0
+    near = [((x != 0) | moved) & (x.abs() <= 8 * eps * x.square().mean().sqrt()) for x in signed]
     signed.clear()
     return functools.reduce(torch.logical_or, near) if near else None
 
@@ -97,7 +98,6 @@ def formula_step(row, p, g, state, options, step):
     decoupled = o.get("decoupled_weight_decay", row.decoupled)
     if o["maximize"]:
         g = -g
-    given = g
     if not decoupled and not row.decays_itself:
         g = g + o["weight_decay"] * p
     if not o["l1_proximal"]:
@@ -106,7 +106,7 @@ def formula_step(row, p, g, state, options, step):
     if o["cautious"] or o["cautious_weight_decay"]:
         # From 0, of which nothing is lost to rounding, where the update does not depend on the parameter.
         change = p - row.formula(p, g, state, o, step) if row.decays_itself else -row.formula(0 * p, g, state, o, step)
-        signed.extend((change, torch.where(g == given, g, g.where(g != 0, 1e-300))))  # a 0 may be one by rounding
+        signed.extend((change, g))
         if o["cautious"] and p.numel():
             agrees = (change * g > 0).double()
             change = change * agrees / max(agrees.mean().item(), 1e-3)
@@ -136,5 +136,51 @@ class FormulaOptimizer:
         self.steps += 1
         for p in self.params:
             p.copy_(formula_step(self.row, p.clone(), p.grad, self.state[p], self.options, self.steps))
-            if (undecided := take_undecided(self.eps)) is not None:
+            if (undecided := take_undecided(self.eps, p.grad)) is not None:
                 self.undecided[p] |= undecided
+
+
+class SeparatePasses:
+    """A plain optimizer, with a pass before it that clips and two after it."""
+
+    def __init__(self, plain, params, max_grad_norm=None, ema_decay=None, ema_warmup=False, zero_grad=None):
+        self.plain, self.params = plain, list(params)
+        self.limit, self.decay, self.warmup, self.clears = max_grad_norm, ema_decay, ema_warmup, zero_grad is not None
+        self.steps, self.product, self.norm = 0, 1.0, None
+        wide = [torch.float64 if p.dtype == torch.float64 else torch.float32 for p in params]
+        self.averages = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(self.params, wide, strict=True)]
+
+    def noise(self, step):
+        """What is added to each parameter in a step."""
+        return [torch.zeros_like(p) for p in self.params]
+
+    def store(self):
+        """Where parameters are rounded, before their average takes them in."""
+
+    @property
+    def state(self):
+        held = {p: dict(self.plain.state[p]) for p in self.params}
+        if self.decay is not None:
+            for p, average in zip(self.params, self.averages, strict=True):
+                held[p]["ema"] = average
+        return held
+
+    @torch.no_grad()
+    def step(self):
+        if self.limit is not None:
+            self.norm = torch.stack([p.grad.double().square().sum() for p in self.params]).sum().sqrt()
+            for p in self.params:
+                p.grad.mul_((self.limit / (self.norm + 1e-6)).clamp(max=1))
+        self.plain.step()
+        self.steps += 1
+        for p, noise in zip(self.params, self.noise(self.steps), strict=True):
+            p.add_(noise)
+        self.store()
+        if self.decay is not None:
+            decay = min(self.decay, self.steps / (9 + self.steps)) if self.warmup else self.decay
+            self.product *= decay
+            for p, average in zip(self.params, self.averages, strict=True):
+                average.add_((p.to(average.dtype) - average) * ((1 - decay) / (1 - self.product)))
+        if self.clears:
+            for p in self.params:
+                p.grad.zero_()

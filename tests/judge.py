@@ -74,7 +74,7 @@ class Row:
         """Whether the formula calls `sign` with these options."""
         one = torch.ones(1, dtype=torch.float64)
         formula_step(self, one, one, {}, options, 1)
-        return take_undecided(0.0) is not None
+        return take_undecided(0.0, one) is not None
 
     @functools.cached_property
     def peer(self) -> Any:
@@ -324,6 +324,19 @@ def run(make: Callable[..., Any], start: Tensors, gradients: Sequence[Tensors], 
             p.grad = g.to(p.dtype)
         optimizer.step()
     return optimizer, params
+
+
+def on_both_paths(row: Row, start: Tensors, gradients: Sequence[Tensors], device: str = "cpu", **options):
+    """The optimizer and the parameters of `run` by the engine on a device, and by torch's path on the CPU.
+
+    Gradients stay as they are.
+    """
+    results = []
+    for reference, place in ((False, device), (True, "cpu")):
+        with mock.patch.object(switches, "REFERENCE_FORCED", reference):
+            now = [[g.to(place, copy=True) for g in of_step] for of_step in gradients]
+            results.append(run(row.make, [p.to(place) for p in start], now, **options))
+    return results
 
 
 def outcome(optimizer, params) -> dict[str, Tensors]:

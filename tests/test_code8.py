@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from judge import TABLE, assert_resumes, assert_same_bits_everywhere, outcome, random_problem, run
+from judge import TABLE, on_both_paths, outcome, random_problem, run
 
 import trainopt
 from trainopt import switches
@@ -127,13 +127,8 @@ def by_torch(reference):
 def test_a_step_decodes_computes_in_float32_and_encodes(name, dtype, device):
     """Against the plain path, which decodes and encodes in torch: a code is another only where a last bit decides."""
     row = TABLE[name]
-    results = []
-    for reference in (False, True):
-        start, gradients = random_problem(SHAPES, dtype, 4, device="cpu" if reference else device)
-        with by_torch(reference):
-            optimizer, params = run(row.make, start, gradients, **row.usual, state_dtype="8bit")
-            results.append((optimizer, params))
-    (ours, params), (plain, others) = results
+    work = random_problem(SHAPES, dtype, 4)
+    (ours, params), (plain, others) = on_both_paths(row, *work, device, **row.usual, state_dtype="8bit")
     assert {row_.path.split(" ")[0] for row_ in trainopt.explain(ours)} == {"fused"}
     for p, q in zip(params, others, strict=True):
         assert ours.state[p].keys() == plain.state[q].keys()
@@ -146,27 +141,6 @@ def test_a_step_decodes_computes_in_float32_and_encodes(name, dtype, device):
             torch.testing.assert_close(*scales, rtol=2e-6, atol=0)
             codes = [s[key].cpu().int() for s in (ours.state[p], plain.state[q])]
             assert (codes[0] != codes[1]).float().mean() < 0.01 if codes[0].numel() else True
-
-
-@pytest.mark.usefixtures("any_size")
-@pytest.mark.parametrize("precision", ["native", "master", "master24", "stochastic"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_bits_for_any_number_of_threads_and_every_variant(name, dtype, precision):
-    row = TABLE[name]
-    start, gradients = random_problem((*SHAPES, (100_001,)), dtype, 2)
-    tail = {"max_grad_norm": 3.0, "zero_grad": "in_step", "ema_decay": 0.9, "precision": precision}
-    for given in ({}, tail):
-        assert_same_bits_everywhere(row, start, gradients, **row.usual, state_dtype="8bit", **given)
-
-
-@pytest.mark.usefixtures("any_size")
-@pytest.mark.parametrize("name", NAMES)
-def test_saved_loaded_copied_and_resumed_bit_for_bit(name):
-    row = TABLE[name]
-    start, gradients = random_problem(SHAPES, torch.float32, 4)
-    options = {**row.usual, "state_dtype": "8bit"}
-    assert_resumes(row, start, gradients, options)
 
 
 @pytest.mark.usefixtures("any_size")

@@ -420,7 +420,7 @@ def test_gradient_of_another_dtype(row, param_dtype, grad_dtype, layout):
             found = p.detach() if name == "param" else optimizer.state[p][name]
             assert found.dtype == param_dtype
             scale = torch.finfo(wide).eps * 16 * (1 + exact.abs() + old.abs() + g.double().abs().square())
-            if name == "param" and (undecided := take_undecided(torch.finfo(wide).eps)) is not None:
+            if name == "param" and (undecided := take_undecided(torch.finfo(wide).eps, g)) is not None:
                 scale[undecided] = float("inf")
             allowed = spacing(exact, param_dtype) / 2 + scale
             assert ((found.double() - exact).abs() <= allowed).all(), (name, step)

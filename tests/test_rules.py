@@ -123,7 +123,7 @@ def test_sixteen_bits_are_rounded_once(row, options, dtype):
             new = formula_step(row, old, g.double(), state, options, step)
             # float32 arithmetic comes close to, not upon, the middle between two 16-bit numbers.
             slack = 4e-6 * (old.abs() + new.abs() + 0.1)
-            if (undecided := take_undecided(torch.finfo(torch.float32).eps)) is not None:
+            if (undecided := take_undecided(torch.finfo(torch.float32).eps, g)) is not None:
                 slack[undecided] = float("inf")
                 if options.get("cautious"):  # one more or less counts in what all are divided by
                     slack += 4 * (new - old).abs() * undecided.double().mean()

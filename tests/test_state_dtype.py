@@ -1,23 +1,18 @@
 """States in dtypes of their own (``state_dtype``), made, stepped, saved, loaded and converted."""
 
 import copy
-from unittest import mock
 
 import pytest
 import torch
 from formulas import FormulaOptimizer
 from judge import (
     TABLE,
-    assert_resumes,
-    assert_same_bits_everywhere,
     bits,
-    outcome,
     random_problem,
     run,
 )
 
 import trainopt
-from trainopt import switches
 
 NAMES = [name for name, row in TABLE.items() if row.states]
 PARAMS = [torch.float32, torch.bfloat16, torch.float16]
@@ -62,36 +57,6 @@ def test_a_step_is_float32_arithmetic_between_a_load_and_one_rounding(name, dtyp
     assert {row_.path.split(" ")[0] for row_ in trainopt.explain(optimizer)} == {"fused"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("dtype", "stored"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")], ids=str)
-def test_the_engine_and_torchs_path_are_at_one(name, dtype, stored):
-    row = TABLE[name]
-    start, gradients = random_problem(SHAPES, dtype, 3)
-    tail = {"max_grad_norm": 3.0, "zero_grad": "in_step", "ema_decay": 0.9}
-    results = []
-    for reference in (False, True):
-        with mock.patch.object(switches, "REFERENCE_FORCED", reference):
-            own = [[g.clone() for g in now] for now in gradients]  # they are cleared
-            optimizer, params = run(row.make, start, own, **row.usual, state_dtype=stored, **tail)
-            results.append(outcome(optimizer, params))
-            assert all(not p.grad.any() for p in params)
-    assert results[0].keys() == results[1].keys()
-    for key, tensors in results[0].items():
-        for ours, plain in zip(tensors, results[1][key], strict=True):
-            assert ours.dtype == plain.dtype
-            off = (ours.double() - plain.double()).abs() > 3 * torch.finfo(ours.dtype).eps * plain.double().abs() + 1e-6
-            assert off.double().mean() < 0.02 if off.numel() else True, key  # a rounding may fall either way
-
-
-@pytest.mark.parametrize("stored", STATES)
-@pytest.mark.parametrize("dtype", PARAMS, ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_bits_for_any_number_of_threads_and_every_variant(name, dtype, stored):
-    row = TABLE[name]
-    start, gradients = random_problem((*SHAPES, (100_001,)), dtype, 2)
-    assert_same_bits_everywhere(row, start, gradients, **row.usual, state_dtype=stored)
-
-
 def test_by_the_name_of_the_state_by_dtype_and_by_group():
     params = [torch.nn.Parameter(torch.ones(4)) for _ in range(3)]
     groups = [
@@ -109,20 +74,6 @@ def test_by_the_name_of_the_state_by_dtype_and_by_group():
     assert found == [[torch.bfloat16, torch.float32], [torch.float16] * 2, [torch.float32] * 2]
     notes = [row.note for row in trainopt.explain(optimizer)]
     assert "exp_avg in bfloat16, exp_avg_sq in float32" in notes[0] and "state_dtype" not in notes[2]
-
-
-@pytest.mark.parametrize(("dtype", "stored"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_saved_loaded_and_resumed_bit_for_bit(name, dtype, stored):
-    row = TABLE[name]
-    start, gradients = random_problem(SHAPES, dtype, 4)
-    options = {**row.usual, "state_dtype": stored}
-    saved = assert_resumes(row, start, gradients, options)
-    if row.ours._torch_class is not None:  # and the way back
-        stock = row.ours._torch_class([torch.nn.Parameter(p.clone()) for p in start])
-        stock.load_state_dict(saved)
-        for p in stock.param_groups[0]["params"]:
-            assert {v.dtype for key, v in stock.state[p].items() if key != "step"} == {dtype}
 
 
 @pytest.mark.parametrize("name", NAMES)

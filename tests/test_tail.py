@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from devices import VARIANTS
+from formulas import SeparatePasses
 from helpers import assert_same_bits as assert_same_optimizer
 from helpers import snapshot
 from judge import DTYPES, TABLE, assert_no_worse, assert_same_bits, outcome, random_problem, undecided_elements
@@ -24,48 +25,6 @@ SHAPES = ((), (7,), (0, 3), (33, 20), (257,), (40_000,))
 LIMIT, DECAY = 20.0, 0.9
 TAIL = {"max_grad_norm": LIMIT, "zero_grad": "in_step", "ema_decay": DECAY}
 STEPS = 4
-
-
-class SeparatePasses:
-    """A plain optimizer, with a pass before it that clips and two after it."""
-
-    def __init__(self, plain, params, max_grad_norm=None, ema_decay=None, ema_warmup=False, zero_grad=None):
-        self.plain, self.params = plain, list(params)
-        self.limit, self.decay, self.warmup, self.clears = max_grad_norm, ema_decay, ema_warmup, zero_grad is not None
-        self.steps, self.product, self.norm = 0, 1.0, None
-        wide = [torch.float64 if p.dtype == torch.float64 else torch.float32 for p in params]
-        self.averages = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(self.params, wide, strict=True)]
-
-    def noise(self, step):
-        """What is added to each parameter in a step."""
-        return [torch.zeros_like(p) for p in self.params]
-
-    @property
-    def state(self):
-        held = {p: dict(self.plain.state[p]) for p in self.params}
-        if self.decay is not None:
-            for p, average in zip(self.params, self.averages, strict=True):
-                held[p]["ema"] = average
-        return held
-
-    @torch.no_grad()
-    def step(self):
-        if self.limit is not None:
-            self.norm = torch.stack([p.grad.double().square().sum() for p in self.params]).sum().sqrt()
-            for p in self.params:
-                p.grad.mul_((self.limit / (self.norm + 1e-6)).clamp(max=1))
-        self.plain.step()
-        self.steps += 1
-        for p, noise in zip(self.params, self.noise(self.steps), strict=True):
-            p.add_(noise)
-        if self.decay is not None:
-            decay = min(self.decay, self.steps / (9 + self.steps)) if self.warmup else self.decay
-            self.product *= decay
-            for p, average in zip(self.params, self.averages, strict=True):
-                average.add_((p.to(average.dtype) - average) * ((1 - decay) / (1 - self.product)))
-        if self.clears:
-            for p in self.params:
-                p.grad.zero_()
 
 
 def run(make, start, gradients, dtype=None, device="cpu"):
