@@ -163,8 +163,12 @@ struct Chunk {
 // as it can do without spilling any.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kFewRolesBlocks = 2;  // with three, nvcc 13.0 spills 12 bytes of a bfloat16 gradient descent
+template <class Storage, int kRoles>
+constexpr bool kSpillsWithTwo = kIsStrided<Storage> && kRoles == 5;  // 4 bytes of an Adam, likewise
 #else
 constexpr int kFewRolesBlocks = 3;
+template <class Storage, int kRoles>
+constexpr bool kSpillsWithTwo = false;
 #endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
 template <class Rule, class Storage>
@@ -174,11 +178,11 @@ template <class Rule, class Storage>
 constexpr bool kSpillsWithThree = false;
 #endif
 template <class Rule, class S, class Storage, int kRoles>
-constexpr int kMinBlocks = sizeof(S) == sizeof(double)         ? 1
-                           : kSpillsWithThree<Rule, Storage>   ? 2
-                           : kIsOneType<Storage> && kRoles < 5 ? kFewRolesBlocks
-                           : kRoles < 7                        ? 2
-                                                               : 1;
+constexpr int kMinBlocks = sizeof(S) == sizeof(double)                      ? 1
+                           : kSpillsWithThree<Rule, Storage>                ? 2
+                           : kIsOneType<Storage> && kRoles < 5              ? kFewRolesBlocks
+                           : kRoles < 7 && !kSpillsWithTwo<Storage, kRoles> ? 2
+                                                                            : 1;
 
 // One block, one chunk.
 template <class Rule, class S, StateSet kSet, class Storage>
