@@ -35,10 +35,14 @@ GPUS = {"H100 SXM": 3.35e12, "RTX 4090": 1.008e12}
 
 #: Bytes that an element costs, read and written, and the workload's elements: as many as GPT-2 small has parameters.
 ELEMENTS = 124_439_808
+SCALES = 2 * 2 * 4 / 256  # of two moments, read and written
 TRAFFIC = {
     "AdamW, float32": 28,
     "AdamW with amsgrad, float32": 36,
     "AdamW, bfloat16": 14,
+    "AdamW, float32 with 8-bit states": 16 + SCALES,
+    'AdamW, bfloat16 `"master"`': 18,
+    'AdamW, bfloat16 `"master24"` with 8-bit states': 12 + SCALES,
     "AdamW, float32 with bfloat16 gradients": 26,
     "LAMB, float32": 44,
     "SGD, float32": 12,
@@ -78,6 +82,9 @@ class Usage:
 #: How a type's name is mangled.
 TYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
 
+#: How tensors are stored that a kernel is not compiled for one type of.
+STORAGES = {"Mixed": "any types", "Coded": "any types, in two parts", "Strided": "any types, strided"}
+
 
 def states_of(mask: int) -> str:
     """A set of a rule's states in words: how many, or which if it is not the first of them."""
@@ -95,6 +102,8 @@ def describe(mangled: str) -> str:
     if found is None:
         raise ValueError(f"{mangled} is no kernel that this knows")
     name, arguments = found[1].replace("_", " "), found[2].partition("EEv")[0] + "E"
+    if reduced := re.search(r"^INS_\d+(OwnSums|Agreement)INS_(\w+?)EEE(.*)", arguments):
+        name, arguments = name + " agreement" * (reduced[1] == "Agreement"), f"INS_{reduced[2]}E{reduced[3]}"
     parts = [name]
     if way := re.search(r"^INS\w*?_\d(Plain|General)I(.*)", arguments):
         # Repeated types are abbreviated: the second of two 16-bit ones is the first.
@@ -104,17 +113,17 @@ def describe(mangled: str) -> str:
         return f"{name}, {TYPES[types[0]]}" + (f" to {TYPES[types[1]]}" if types[1:] and types[1] != types[0] else "")
     if rule := re.search(r"^INS_\d+([A-Z][A-Za-z]+)E([fd])(?:Lh(\d+)E(.*))?", arguments):
         parts.append(rule[1] + (f" with {states_of(int(rule[3]))}" if rule[3] else ""))
-        storage = re.search(r"Mixed|Strided|BFloat16|Float16|f", rule[4] or "")
+        storage = re.search(r"Mixed|Coded|Strided|BFloat16|Float16|f", rule[4] or "")
         if storage and storage[0] in TYPES:
             return ", ".join([*parts, TYPES[storage[0]]])
         arithmetic = rule[2]
         if storage:
-            parts.append({"Mixed": "any types", "Strided": "any types, strided"}[storage[0]])
+            parts.append(STORAGES[storage[0]])
     else:
         arithmetic = arguments[1:2] if arguments.startswith("I") else ""
     if arithmetic:
         parts.append(TYPES[arithmetic])
-    if "Lb1E" in arguments:
+    if "Lb1E" in arguments or (name == "average" and "Strided" in arguments):
         parts.append("strided")
     return ", ".join(parts)
 
@@ -403,7 +412,7 @@ def roofline_table() -> str:
     rows = []
     for what, width in TRAFFIC.items():
         times = [f"{significant(width * ELEMENTS / bandwidth * 1e3)} ms" for bandwidth in GPUS.values()]
-        rows.append([what, str(width), *times])
+        rows.append([what, f"{width:.3g}", *times])
     return markdown_table(["kernel", "bytes an element", *(f"{name} (model)" for name in GPUS)], rows)
 
 
