@@ -45,6 +45,8 @@ FORMATS = (
     Format("torch fused, float32", torch.float32, 28, {"fused": True}, torch.optim.AdamW),
     Format("torch fused, bfloat16", torch.bfloat16, 14, {"fused": True}, torch.optim.AdamW),
     Format("float32", torch.float32, 28, {}),
+    Format("float32, stats", torch.float32, 28, {"stats": True}),
+    Format("float32, cautious", torch.float32, 28 + 16, {"cautious": True}),
     Format("float32, 8-bit states", torch.float32, 16 + SCALES, {"state_dtype": "8bit"}),
     Format("bfloat16", torch.bfloat16, 14, {}),
     Format("bfloat16, master", torch.bfloat16, 18, {"precision": "master"}),

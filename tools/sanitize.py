@@ -20,6 +20,7 @@ from csrc.module import BINDINGS, binding_flags, build_folder, import_torch, ker
 from tools.emulate import SIMT_FLAGS, make_package, module_name
 
 FOLDER = Path("build", "sanitize")
+SIMT, CUDA = Path("tests", "simt"), Path("csrc", "cuda")
 #: Addresses are checked by calls: in line, the checks alone made the CPU's kernels take three times as long to compile.
 CHECKED_BY_CALLS = "--param asan-instrumentation-with-call-threshold=0"
 MEMORY = shlex.split(
@@ -41,16 +42,33 @@ WITH_TABLES = ("gather", "norm", "prepare", "update")
 
 def main() -> None:
     cpu = sources("csrc/core", "csrc/cpu")
-    engine = compile_into("cpu", cpu, sanitizer=MEMORY_OF_KERNELS)
+    engine_jobs = jobs_into("cpu", cpu, sanitizer=MEMORY_OF_KERNELS)
+    # What takes minutes, all at once: else a core waits for each program's last file.
+    tables = [job for size in PARAMETER_BYTES for job in jobs_of_tables(size)]
+    compile_all([*engine_jobs, *tables, *jobs_of_threads(cpu)])
+    engine = compile_all(engine_jobs)
     run_all([*programs_of_threads(cpu), *programs_of_cpu(engine), *programs_of_cuda(engine)])
     fuzz(engine)
 
 
-def compile_into(
-    name: str, files: list[Path], flags: Sequence[str] = (), sanitizer: Sequence[str] = MEMORY
-) -> list[Path]:
+Job = tuple[Compiler, Path, list[str]]
+
+
+def jobs_into(name: str, files: list[Path], flags: Sequence[str] = (), sanitizer: Sequence[str] = MEMORY) -> list[Job]:
     rules = ["-Itests/cpp/contract"]  # has a rule of the tests beside those of csrc/rules
-    return Compiler(FOLDER / name).compile({file: [*rules, *kernel_flags(file), *sanitizer, *flags] for file in files})
+    compiler = Compiler(FOLDER / name)
+    return [(compiler, file, [*rules, *kernel_flags(file), *sanitizer, *flags]) for file in files]
+
+
+def jobs_of_threads(cpu: list[Path]) -> list[Job]:
+    steps = [source for source in cpu if "loss" not in source.stem]
+    return jobs_into("threads", [*steps, Path("tests/cpp/threads_test.cpp")], sanitizer=THREADS)
+
+
+def jobs_of_tables(size: int) -> list[Job]:
+    """What depends on the bytes of a kernel's parameters."""
+    tables = [*(CUDA / f"{name}.cu" for name in WITH_TABLES), SIMT / "engine_test.cpp"]
+    return jobs_into(f"cuda-{size}", tables, [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"])
 
 
 def link(name: str, objects: list[Path], sanitizer: Sequence[str] = MEMORY) -> Path:
@@ -58,28 +76,23 @@ def link(name: str, objects: list[Path], sanitizer: Sequence[str] = MEMORY) -> P
 
 
 def programs_of_threads(cpu: list[Path]) -> list[list[Path | str]]:
-    steps = [source for source in cpu if "loss" not in source.stem]
-    objects = compile_into("threads", [*steps, Path("tests/cpp/threads_test.cpp")], sanitizer=THREADS)
-    return [[link("threads", objects, THREADS)]]
+    return [[link("threads", compile_all(jobs_of_threads(cpu)), THREADS)]]
 
 
 def programs_of_cpu(engine: list[Path]) -> list[list[Path | str]]:
     tests = sorted(Path("tests", "cpp").glob("*_test.cpp"))
-    return [[link(test.stem, engine + compile_into(test.stem, [test]))] for test in tests]
+    return [[link(test.stem, engine + compile_all(jobs_into(test.stem, [test])))] for test in tests]
 
 
 def programs_of_cuda(engine: list[Path]) -> list[list[Path | str]]:
-    simt, cuda = Path("tests", "simt"), Path("csrc", "cuda")
-    machine = [simt / "simt.cpp", simt / "queue.cpp"]
-    faults = compile_into("simt", [simt / "faults_test.cpp", *machine], SIMT_FLAGS)
+    machine = [SIMT / "simt.cpp", SIMT / "queue.cpp"]
+    faults = compile_all(jobs_into("simt", [SIMT / "faults_test.cpp", *machine], SIMT_FLAGS))
     runs: list[list[Path | str]] = [[link("simt", faults)]]
-    tables = [*(cuda / f"{name}.cu" for name in WITH_TABLES), simt / "engine_test.cpp"]
-    kernels_and_tests = {*cuda.glob("*.cu"), *simt.glob("*_test.cpp")} - {simt / "faults_test.cpp", *tables}
-    others = [*sorted(kernels_and_tests), *machine]
-    common = engine + compile_into("cuda", others, SIMT_FLAGS)
+    apart = {SIMT / "faults_test.cpp", SIMT / "engine_test.cpp", *(CUDA / f"{name}.cu" for name in WITH_TABLES)}
+    others = [*sorted({*CUDA.glob("*.cu"), *SIMT.glob("*_test.cpp")} - apart), *machine]
+    common = engine + compile_all(jobs_into("cuda", others, SIMT_FLAGS))
     for size, parts in PARAMETER_BYTES.items():
-        own = compile_into(f"cuda-{size}", tables, [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"])
-        program = link(f"cuda-{size}", common + own)
+        program = link(f"cuda-{size}", common + compile_all(jobs_of_tables(size)))
         runs += [[program, part] for part in parts]
     return runs
 
