@@ -367,7 +367,7 @@ def assert_same_bits_everywhere(row: Row, start: Tensors, gradients: Sequence[Te
     """The outcome has the same bits for any number of threads and every SIMD variant. Gradients stay as they are."""
     results = []
     for variant in VARIANTS:
-        for threads in (1, 2, 3):
+        for threads in (1, 3):  # three cut every tensor where two and one do not
             _C.set_cpu_variant(variant)
             torch.set_num_threads(threads)
             own = [[g.clone() for g in now] for now in gradients]
