@@ -185,3 +185,37 @@ def test_steps_in_backward_tell_too():
             handle.remove()
     assert [t for b, t in told if b] == [t for b, t in told if not b]
     assert list(told[0][1]) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_conjugated_gradients_and_complex_numbers_at_the_end_of_their_range():
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.complex64))
+    optimizer = trainopt.SGD([p], lr=0.1, stats=True, cautious=True)
+    (p.conj() * torch.tensor(1 + 2j)).real.sum().backward()
+    assert p.grad.is_conj()
+    optimizer.step()
+    assert optimizer.stats()[0].gradient_norm == pytest.approx(math.sqrt(20))
+    p.grad = torch.full((4,), 3e38 + 3e38j, dtype=torch.complex64)
+    optimizer.step()
+    assert optimizer.stats()[0].nonfinite == 0 and math.isfinite(optimizer.stats()[0].largest_gradient)
+
+
+def test_loaded_states_have_told_nothing():
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = trainopt.AdamW([p], stats=True, skip_nonfinite=True)
+    p.grad = torch.full((4,), math.nan)
+    optimizer.step()
+    assert optimizer.stats()[0].nonfinite == 4
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.stats() == {}
+
+
+def test_cautious_steps_of_shared_memory_are_made_one_after_the_other():
+    p = torch.nn.Parameter(torch.arange(1.0, 5.0))
+    p.grad = p.detach()
+    trainopt.SGD([p], lr=0.1, cautious=True).step()
+    torch.testing.assert_close(p.detach(), torch.arange(1.0, 5.0) * 0.9)
+    memory = torch.arange(1.0, 9.0)
+    p, q = torch.nn.Parameter(memory[:6]), torch.nn.Parameter(memory[2:])
+    p.grad = q.grad = torch.ones(6)
+    trainopt.AdamW([p, q], lr=0.1, weight_decay=0.5, cautious=True).step()
+    assert memory[2].item() == pytest.approx(2.5125)

@@ -412,6 +412,7 @@ void Plan::run_unlocked() {
 
 pybind11::list Plan::stats() const {
   pybind11::list found;
+  if (is_running_) return found;  // another thread's step is writing them
   for (const auto& [tensor, stats, scale] : batch_.stats())
     found.append(pybind11::make_tuple(tensor, std::sqrt(stats.gradient) / scale, std::sqrt(stats.param),
                                       std::sqrt(stats.update), stats.largest / scale, stats.nonfinite));

@@ -239,6 +239,7 @@ class Fused(States):
         self._plan = None
         if "_record" in self.__dict__:
             self._unstarted.clear()
+            self._record.forget_stats()
         else:
             self._start_recording()
 

@@ -32,6 +32,10 @@ class Record:
         self.holds_averages = False  # whether the parameters are their moving averages now
         self.asked_at: int | None = None  # `steps` when a step last asked for states to be made
 
+    def forget_stats(self) -> None:
+        """What the steps before have told is not that of the states that have been loaded."""
+        self.stats, self.pass_stats, self.pass_stats_of = {}, {}, -1
+
     def check_parameters(self) -> None:
         """RuntimeError for a step of what is put back afterwards."""
         if self.holds_averages:

@@ -112,8 +112,8 @@ def _of_gradient(param: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     values = gradient.detach()
     if values.is_sparse:
         values = values.coalesce().values()
-    size = values.abs()  # of a complex number: its
-    size = size if size.dtype is torch.float64 else size.float()
+    wide = torch.complex128 if values.is_complex() else torch.float64  # in which no absolute value overflows
+    size = values.to(wide).abs()
     largest = size.nan_to_num(0.0, math.inf).amax() if size.numel() else size.sum()
     return whole(_norm(values)) / scale, whole(largest) / scale, whole((~size.isfinite()).sum())
 
@@ -123,7 +123,7 @@ def _norm(values: Tensor) -> Tensor:
 
 
 def _real(values: Tensor) -> Tensor:
-    return torch.view_as_real(values) if values.is_complex() else values
+    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
 
 
 def whole(value: Tensor) -> Tensor:

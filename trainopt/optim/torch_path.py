@@ -53,8 +53,12 @@ def step(
             ways[_is_stored_apart(optimizer, *each)].append(each)
         for each in ways[True]:
             _step_in_float32(optimizer, each, scaling, plain)
-        if ways[False]:
-            _step_in_place(optimizer, ways[False], scaling, plain)
+        # Choosing steps a parameter from 0, which nobody may see who shares its memory: each is stepped alone.
+        together = [each for each in ways[False] if not chooses(each[1])]
+        for part in ([each] for each in ways[False] if chooses(each[1])):
+            _step_in_place(optimizer, part, scaling, plain)
+        if together:
+            _step_in_place(optimizer, together, scaling, plain)
 
 
 def _step_in_place(optimizer: States, chosen: Sequence[Numbered], scaling: GradientScaling, plain: bool) -> None:
@@ -217,7 +221,7 @@ def _make_plain_step(optimizer: Any) -> None:
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _narrowed(optimizer: States, chosen: Sequence[Numbered], plain: bool) -> Iterator[dict[str, Any]]:
@@ -273,7 +277,9 @@ def _chosen_update(optimizer: States, param: torch.Tensor, group: dict[str, Any]
     kind, weight_decay = optimizer._decay_of(group), group["weight_decay"]
     gradient = param.grad
     assert gradient is not None
-    direction = gradient.to_dense() if gradient.is_sparse else gradient
+    direction = gradient.to_dense() if gradient.is_sparse else gradient.clone()  # it may be the parameter's memory
+    if not gradient.is_sparse:
+        param.grad = direction
     if kind == "gradient" and weight_decay:
         direction = direction.add(param.detach(), alpha=-weight_decay if group["maximize"] else weight_decay)
         param.grad = direction

@@ -49,6 +49,7 @@ class Tail:
             is_watched: whether the gradients are looked at before it, and must be known to be finite.
             is_shown: whether its numbers are reported.
         """
+        self.gradient_norm = self.update_ratio = math.nan
         groups = self.optimizer.param_groups
         is_able = steps_alone(self.optimizer) and not self.options.step_in_backward
         self.clips = is_able and (self.options.clip is not None or all(map(clips, groups)))
