@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.cuda_compiled import FILES, ROOT, compile_all, compiled, forget_old, nvcc, nvdisasm, version
+from benchmarks.formats import SCALES
 from benchmarks.machine_code import Code, Moved
 from benchmarks.tables import markdown_table, significant
 
@@ -35,7 +36,6 @@ GPUS = {"H100 SXM": 3.35e12, "RTX 4090": 1.008e12}
 
 #: Bytes that an element costs, read and written, and the workload's elements: as many as GPT-2 small has parameters.
 ELEMENTS = 124_439_808
-SCALES = 2 * 2 * 4 / 256  # of two moments, read and written
 TRAFFIC = {
     "AdamW, float32": 28,
     "AdamW with amsgrad, float32": 36,
