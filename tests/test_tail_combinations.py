@@ -163,7 +163,7 @@ class Judge(SeparatePasses):
         self.optimizer, self.judged = optimizer, list(params)
         of_all = {**row.defaults, **options}
         is_decoupled = of_all.get("decoupled_weight_decay", row.decoupled)
-        self.lr = of_all["lr"]
+        self.lr, self.is_cautious = of_all["lr"], of_all["cautious"]
         # What of a parameter goes into the gradient.
         self.pull = (0 if of_all["l1_proximal"] else of_all["l1"]) + (0 if is_decoupled else of_all["weight_decay"])
         eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
@@ -209,6 +209,8 @@ class Judge(SeparatePasses):
             assert undecided.double().mean() < 0.1 or p.numel() < 100
             change = (q - before["param"]).abs().amax()
             slack = self.unit * (before["param"].abs() + q.abs() + change)
+            if self.is_cautious:  # one more or less counts in what all updates are divided by
+                slack += (q - before["param"]).abs() * undecided.sum() * max(4 / p.numel(), p.numel() < 100)
             if "exp_avg_sq" in state:  # which the update is divided by the root of
                 slack += self.lr * torch.where(off > 0, off / self.plain.state[q]["exp_avg_sq"].sqrt(), 0.0)
             assert_rounded(torch.where(undecided, rounded(q), found), q, slack, rounded, "param")
