@@ -23,6 +23,7 @@ from csrc.compiler import Compiler, CudaCompiler, compile_all, fail, replace_if_
 from csrc.cuda import toolkit
 from csrc.module import (
     BINDINGS,
+    KERNEL_SOURCES,
     KERNELS,
     binding_flags,
     build_folder,
@@ -31,6 +32,7 @@ from csrc.module import (
     module_flags,
     sources,
     torch_requirement,
+    units,
 )
 
 
@@ -56,7 +58,7 @@ def cuda_binding_flags(cuda, source: Path) -> list[str]:
     flags = ["-DTRAINOPT_WITH_CUDA"]
     for include in cuda.includes:
         flags += ["-isystem", str(include)]
-    if source.stem == "cuda_architectures":  # alone: for another list the others need not be compiled again
+    if source.stem.endswith("cuda_architectures"):
         flags.append(f'-DTRAINOPT_CUDA_ARCHITECTURES="{" ".join(cuda.architectures)}"')
     return flags
 
@@ -104,12 +106,10 @@ class BuildExtension(build_ext):
             jobs += [(nvcc, file, flags) for file in files]
             # CUDA's own runtime is not linked: it is the one that torch has loaded, and libc10_cuda brings it.
             link_flags.append("-lc10_cuda")
-        for source in map(Path, extension.sources):
-            if source.parts[1] in ("torch", "python"):
-                flags = binding_flags(self.torch, self.threaded)
-                jobs.append((compiler, source, flags + (cuda_binding_flags(self.cuda, source) if self.cuda else [])))
-            else:
-                jobs.append((self.kernels, source, kernel_flags(source)))
+        flags = binding_flags(self.torch, self.threaded)
+        for unit in units(*BINDINGS):
+            jobs.append((compiler, unit, flags + (cuda_binding_flags(self.cuda, unit) if self.cuda else [])))
+        jobs += [(self.kernels, source, kernel_flags(source)) for source in sources(*KERNEL_SOURCES)]
         target = Path(self.get_ext_fullpath(extension.name))
         made = compiler.link(compile_all(jobs), compiler.folder / target.name, link_flags)
         print(f"{made.name}: {time.monotonic() - start:.0f} s, {made.stat().st_size / 1e6:.1f} MB", flush=True)
@@ -125,6 +125,6 @@ class BuildExtension(build_ext):
 setup(
     license="BSD-3-Clause",
     install_requires=[torch_requirement()],
-    ext_modules=[Extension("trainopt._C", [str(path) for path in sources("csrc/core", "csrc/cpu", *BINDINGS)])],
+    ext_modules=[Extension("trainopt._C", [str(path) for path in sources(*KERNEL_SOURCES, *BINDINGS)])],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -4,6 +4,7 @@ Nothing here imports torch before `import_torch`, so that metadata can be made w
 """
 
 import importlib.metadata
+import os
 import platform
 import re
 import shlex
@@ -33,7 +34,10 @@ SIMD_FLAGS = {
 }
 
 KERNELS = Path("build", "kernels")  # which know no torch: one set of objects for all torches that a tree is built for
+KERNEL_SOURCES = ("csrc/core", "csrc/cpu")
 BINDINGS = ("csrc/torch", "csrc/python")  # what sees torch
+UNITS = Path("build", "units")
+ALONE = ("cuda_architectures",)  # has a flag of its own, for which the others need not be compiled again
 
 
 # Sources --------------------------------------------------------------------------------------------------------------
@@ -43,6 +47,25 @@ def sources(*folders: str) -> list[Path]:
     """The C++ files of these folders that this architecture can compile."""
     found = [source for folder in folders for source in sorted(Path(folder).rglob("*.cpp"))]
     return [source for source in found if X86 or variant_of(source) not in SIMD_FLAGS]
+
+
+def units(*folders: str) -> list[Path]:
+    """What is compiled of sources that see torch: a file for each folder, which includes all the files in it.
+
+    torch's headers take a compiler ten seconds and more, and what a file of ours has beside them takes one.
+    """
+    included: dict[Path, list[Path]] = {}
+    for source in sources(*folders):
+        included.setdefault(source if source.stem in ALONE else source.parent, []).append(source)
+    made = []
+    for place, files in included.items():
+        unit = UNITS / f"{'-'.join(place.with_suffix('').parts)}.cpp"
+        text = "".join(f'#include "{os.path.relpath(file, UNITS)}"\n' for file in files)
+        if not unit.exists() or unit.read_text() != text:
+            unit.parent.mkdir(parents=True, exist_ok=True)
+            unit.write_text(text)
+        made.append(unit)
+    return made
 
 
 def variant_of(source: Path) -> str:

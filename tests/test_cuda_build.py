@@ -14,8 +14,8 @@ from trainopt._extension import _C
 toolkit = pytest.importorskip("csrc.cuda.toolkit", reason="these tests are not in a source tree")
 
 DEFAULT = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
-# The folders that see torch.
-BINDINGS = ("csrc/torch/", "csrc/python/")
+#: The files of csrc/torch and csrc/python are compiled together, a folder's in one.
+UNITS = "build/units/"
 NVCC_13_0 = [f"compute_{number}" for number in (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)]
 
 needs_cuda_build = pytest.mark.skipif(not _build.CUDA, reason=f"not built with CUDA: {_build.CUDA_REASON}")
@@ -350,7 +350,17 @@ def builder(tmp_path):
 
 
 def compiled(made):
-    return {word for call in made for word in call.split() if word.startswith("csrc/")}
+    """The files that the compilers were called with."""
+    words = {word for call in made for word in call.split()}
+    return {word for word in words if word.startswith(("csrc/", UNITS)) and word.endswith((".cpp", ".cu"))}
+
+
+def included(files):
+    """The same with what the units among them include."""
+    units = {file for file in files if file.startswith(UNITS)}
+    lines = [line for unit in units for line in Path(unit).read_text().splitlines()]
+    assert len(lines) == len(set(lines))
+    return (files - units) | {line.removeprefix('#include "../../').rstrip('"') for line in lines}
 
 
 def all_sources(*suffixes):
@@ -363,17 +373,17 @@ def test_cuda_is_built_without_being_told(builder, monkeypatch):
     said, made = builder.build()
     assert builder.result.returncode == 0, said
     assert f"CUDA kernels: for {' '.join(DEFAULT)}, with nvcc 13.0 ({builder.nvcc})" in said and "warning" not in said
-    assert compiled(made) == all_sources(".cpp", ".cu")
+    assert included(compiled(made)) == all_sources(".cpp", ".cu")
     for call in made:
         name, words = call.split()[0], call.split()
         assert (name == "nvcc") == any(word.endswith(".cu") for word in words)
         if name == "nvcc":
             assert words.count("-gencode") == len(DEFAULT) and {"-fmad=false", "-O3"} <= set(words)
             assert words[words.index("-ccbin") + 1] == str(builder.compiler)
-        assert ("-DTRAINOPT_WITH_CUDA" in words) == any(word.startswith(BINDINGS) for word in words)
+        assert ("-DTRAINOPT_WITH_CUDA" in words) == any(word.startswith(UNITS) for word in words)
     [link] = [call for call in made if "-shared" in call]
     assert "-lc10_cuda" in link.split() and "cudart" not in link
-    for source in all_sources(".cpp", ".cu"):
+    for source in compiled(made):
         assert source.rpartition(".")[0].replace("/", "-") + ".o" in link
 
     built = {}
@@ -438,11 +448,11 @@ def test_only_what_has_changed_is_compiled(builder):
 
     _, made = builder.build(TORCH_CUDA_ARCH_LIST="9.0+PTX")
     cuda = {source for source in compiled(first) if source.endswith(".cu")}
-    assert compiled(made) == cuda | {"csrc/torch/cuda_architectures.cpp"}
+    assert compiled(made) == cuda | {f"{UNITS}csrc-torch-cuda_architectures.cpp"}
     assert all("arch=compute_90,code=[sm_90,compute_90]" in call for call in made if ".cu " in call)
 
     _, made = builder.build(TRAINOPT_CUDA="0")  # shares with the other what neither compiles in a way of its own
-    assert compiled(made) == {source for source in compiled(first) if source.startswith(BINDINGS)}
+    assert compiled(made) == {source for source in compiled(first) if source.startswith(UNITS)}
     assert not builder.build(TRAINOPT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")[1]
 
 

@@ -192,7 +192,8 @@ class Judge(SeparatePasses):
 
     def store(self):
         """Looks at parameters and states; what follows is of the parameters as they are stored."""
-        for i, (p, q, before) in enumerate(zip(self.judged, self.params, self.before, strict=True)):
+        noises = self.noise(self.steps)
+        for i, (p, q, noise, before) in enumerate(zip(self.judged, self.params, noises, self.before, strict=True)):
             if not p.numel():
                 continue
             state = self.optimizer.state.get(p, {})
@@ -207,10 +208,10 @@ class Judge(SeparatePasses):
             rounded = to_parameter(self.storage["precision"], p, self.seed, self.steps, i)
             undecided = self.plain.undecided[q]
             assert undecided.double().mean() < 0.1 or p.numel() < 100
-            change = (q - before["param"]).abs().amax()
-            slack = self.unit * (before["param"].abs() + q.abs() + change)
+            change = (q - noise - before["param"]).abs()  # which noise may cancel in the sum
+            slack = self.unit * (before["param"].abs() + q.abs() + change.amax())
             if self.is_cautious:  # one more or less counts in what all updates are divided by
-                slack += (q - before["param"]).abs() * undecided.sum() * max(4 / p.numel(), p.numel() < 100)
+                slack += change * undecided.sum() * max(4 / p.numel(), p.numel() < 100)
             if "exp_avg_sq" in state:  # which the update is divided by the root of
                 slack += self.lr * torch.where(off > 0, off / self.plain.state[q]["exp_avg_sq"].sqrt(), 0.0)
             assert_rounded(torch.where(undecided, rounded(q), found), q, slack, rounded, "param")

@@ -14,6 +14,7 @@ from pathlib import Path
 from csrc.compiler import Compiler, compile_all, replace_if_different
 from csrc.module import (
     BINDINGS,
+    KERNEL_SOURCES,
     KERNELS,
     binding_flags,
     build_folder,
@@ -21,6 +22,7 @@ from csrc.module import (
     kernel_flags,
     module_flags,
     sources,
+    units,
 )
 
 PACKAGE = Path("build", "emulated", "trainopt")
@@ -45,10 +47,10 @@ def main() -> None:
     kernels = [*sorted(Path("csrc", "cuda").glob("*.cu")), *machine]
     objects = compile_all(
         [
-            *((own, source, bindings + DEVICE_FLAGS) for source in sources(str(SIMT / "device"))),
-            *((own, source, bindings) for source in sources(*BINDINGS)),
+            *((own, source, bindings + DEVICE_FLAGS) for source in units(str(SIMT / "device"))),
+            *((own, unit, bindings) for unit in units(*BINDINGS)),
             *((own, source, kernel_flags(source) + SIMT_FLAGS) for source in kernels),
-            *((kernels_of_cpu, source, kernel_flags(source)) for source in sources("csrc/core", "csrc/cpu")),
+            *((kernels_of_cpu, source, kernel_flags(source)) for source in sources(*KERNEL_SOURCES)),
         ]
     )
     make_package(PACKAGE, own.link(objects, own.folder / module_name(), module_flags(torch)))

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from csrc.compiler import Compiler, compile_all, fail, jobs_at_once
-from csrc.module import BINDINGS, binding_flags, build_folder, import_torch, kernel_flags, module_flags, sources
+from csrc.module import BINDINGS, KERNEL_SOURCES, binding_flags, import_torch, kernel_flags, module_flags, sources, units
 from tools.emulate import SIMT_FLAGS, make_package, module_name
 
 FOLDER = Path("build", "sanitize")
@@ -31,9 +31,6 @@ MEMORY = shlex.split(
 MEMORY_OF_KERNELS = [*MEMORY, "-fno-sanitize=null,object-size,alignment,pointer-overflow"]
 THREADS = shlex.split("-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread")
 
-#: What is instrumented in the module whose losses are called with anything: of csrc/torch/losses all, and these.
-FUZZED = {"clip", "layout", "loss_calls", "tensor_list"}
-
 #: The kernels' parameters are larger from CUDA 13 on, which matters only to those that take tables of tensors: their
 #: tests run as for old and for new drivers. By the bytes of a kernel's parameters: what the program is told to run.
 PARAMETER_BYTES = {4096: ["cross-entropy", "large-rows", "pointwise", "norms", "steps"], 32764: ["norms", "steps"]}
@@ -43,7 +40,7 @@ Job = tuple[Compiler, Path, list[str]]  # compiles a file with these flags
 
 
 def main() -> None:
-    cpu = sources("csrc/core", "csrc/cpu")
+    cpu = sources(*KERNEL_SOURCES)
     engine_jobs = jobs_into("cpu", cpu, sanitizer=MEMORY_OF_KERNELS)
     # What takes minutes, all at once: else a core waits for each program's last file.
     tables = [job for size in PARAMETER_BYTES for job in jobs_of_tables(size)]
@@ -112,23 +109,18 @@ def run_all(commands: list[list[Path | str]]) -> None:
 
 
 def fuzz(engine: list[Path]) -> None:
-    """Calls the losses with anything, in a module of which they are instrumented.
+    """Calls the losses with anything, in an instrumented module.
 
     Python and torch are not instrumented, so the sanitizer's library has to be loaded before them. With it comes the
     C++ library: the sanitizer looks for __cxa_throw once, when it is loaded, and Python alone has none.
     """
     torch = import_torch()
-    shared, own = Compiler(build_folder(torch)), Compiler(FOLDER / "module")
+    own = Compiler(FOLDER / "module")
     if not own.threaded:
         print("the module is not fuzzed: its sanitizer is GCC's on Linux")
         return
     flags, instrumented = binding_flags(torch, own.threaded), [*MEMORY, "-fno-sanitize=undefined"]
-    objects = compile_all(
-        (own, source, flags + instrumented)
-        if source.stem in FUZZED or source.parent.name == "losses"
-        else (shared, source, flags)
-        for source in sources(*BINDINGS)
-    )
+    objects = own.compile({unit: flags + instrumented for unit in units(*BINDINGS)})
     package = FOLDER / "package" / "trainopt"
     link_flags = [*module_flags(torch), "-fsanitize=address,undefined"]
     make_package(package, own.link(engine + objects, own.folder / module_name(), link_flags))

@@ -163,10 +163,13 @@ struct Chunk {
 // as it can do without spilling any.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kFewRolesBlocks = 2;  // with three, nvcc 13.0 spills 12 bytes of a bfloat16 gradient descent
-template <class Storage, int kRoles>
-constexpr bool kSpillsWithTwo = kIsStrided<Storage> && kRoles == 5;  // 4 bytes of an Adam, likewise
 #else
 constexpr int kFewRolesBlocks = 3;
+#endif
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ >= 1000)
+template <class Storage, int kRoles>
+constexpr bool kSpillsWithTwo = kIsByBlocks<Storage> && kRoles == 5;  // 4 bytes of an Adam, likewise
+#else
 template <class Storage, int kRoles>
 constexpr bool kSpillsWithTwo = false;
 #endif

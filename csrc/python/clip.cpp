@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "python/wrap.h"
 #include "torch/inspect.h"
 #include "torch/losses/support.h"
 #include "torch/optim/clip.h"
@@ -18,7 +19,7 @@ using namespace aten;
 namespace {
 
 // Elements from which on the interpreter is let go.
-constexpr int64_t kReleaseElements = 256 * 1024;
+constexpr int64_t kClipReleaseElements = 256 * 1024;
 
 // Reads a list of tensors, or of parameters with or without gradients. False if there is one that an engine does not
 // take, or a mode that must see what is done with them.
@@ -42,7 +43,7 @@ bool collect(const pybind11::list& objects, bool of_gradients, bool writes, Tens
 class Unlocked {
  public:
   explicit Unlocked(const TensorList& list) {
-    if (list.elements < kReleaseElements) return;
+    if (list.elements < kClipReleaseElements) return;
     for (const TensorList::Item& item : list.items) kept_.push_back(item.tensor->storage());
     release_.emplace();
   }
@@ -55,10 +56,6 @@ class Unlocked {
 void bump_versions(const TensorList& list) {
   for (const TensorList::Item& item : list.items)
     if (!item.tensor->is_inference()) item.tensor->bump_version();
-}
-
-pybind11::object wrap(const at::Tensor& tensor) {
-  return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(tensor));
 }
 
 }  // namespace

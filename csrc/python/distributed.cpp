@@ -9,6 +9,7 @@
 #include <tuple>
 #include <utility>
 
+#include "python/wrap.h"
 #include "torch/inspect.h"
 
 namespace trainopt::python {
@@ -101,8 +102,7 @@ void Specs::add_shards(const at::Tensor& sums, const std::vector<const Shard*>& 
   pybind11::list placements;
   for (const Shard* shard : shards)
     placements.append(shard == nullptr ? pybind11::none() : placements_[static_cast<size_t>(shard->kind)]);
-  const auto tensor = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(sums));
-  pybind11::module_::import("trainopt.optim.distributed").attr("add_shards")(tensor, placements);
+  pybind11::module_::import("trainopt.optim.distributed").attr("add_shards")(wrap(sums), placements);
 }
 
 void Specs::forget_unused() {

@@ -1,12 +1,12 @@
 #include "python/loss_calls.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "python/wrap.h"
 #include "torch/losses/cross_entropy_options.h"
 #include "torch/losses/findings.h"
 #include "torch/losses/support.h"
@@ -30,10 +30,6 @@ bool read(const pybind11::handle& object, OptionalTensor* tensor, const Optional
 // The same, or None.
 bool read_optional(const pybind11::handle& object, OptionalTensor* tensor, const OptionalTensor& first) {
   return object.is_none() || read(object, tensor, first);
-}
-
-pybind11::object wrap(const at::Tensor& tensor) {
-  return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(tensor));
 }
 
 pybind11::object pointwise_loss(const std::string& loss, const pybind11::handle& input, const pybind11::handle& target,

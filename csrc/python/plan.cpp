@@ -19,7 +19,7 @@ namespace {
 
 // Elements from which on the interpreter is let go during the step. Below, a step takes less than the milliseconds for
 // which Python itself lets no other thread run, and keeping many tensors' memory would take a tenth of its time.
-constexpr int64_t kReleaseElements = 1 << 21;
+constexpr int64_t kStepReleaseElements = 1 << 21;
 // How far ahead of the comparison memory is asked for, in parameters: a parameter's is as much as can be under way.
 constexpr int64_t kSnapshotsAhead = 1;
 // Parameters below which one thread compares them all before another has been woken.
@@ -53,7 +53,7 @@ class StateCursor {
   std::unordered_map<PyObject*, PyObject*> places_;
 };
 
-bool contains(const Indices& ascending, int64_t index) {
+bool has_index(const Indices& ascending, int64_t index) {
   return !ascending.empty() && std::binary_search(ascending.begin(), ascending.end(), index);
 }
 
@@ -111,7 +111,7 @@ std::vector<std::string> states_needed(const std::string& rule_name, const pybin
   group.refresh(dict.ptr(), rule);
   std::vector<std::string> names;
   for (int s = 0; s < rule.state_count; ++s)
-    if (trainopt::contains(group.states_needed, s)) names.emplace_back(rule.states[s]);
+    if (contains(group.states_needed, s)) names.emplace_back(rule.states[s]);
   return names;
 }
 
@@ -166,7 +166,7 @@ bool Plan::refresh(PyObject* groups, PyObject* state) {
 
 bool Plan::lacks_states(const Operands& operands, const Group& group) const {
   for (int s = 0; s <= rule_.slots().average(); ++s)
-    if (trainopt::contains(group.states_needed, s) && operands.states[s] == nullptr) return true;
+    if (contains(group.states_needed, s) && operands.states[s] == nullptr) return true;
   const bool is_16_bit = operands.param->dtype().itemsize() == 2;
   if (group.has_master() && is_16_bit && operands.states[rule_.slots().master()] == nullptr) return true;
   const bool is_random = group.is_random(is_16_bit);
@@ -219,7 +219,7 @@ Unfinished Plan::walk(PyObject* state, bool is_scaled, const Indices& new_states
       }
       PyObject* param_state = cursor.find(object);
       places_[tensor] = {object, param_state, true};
-      if (contains(stepped, tensor)) continue;
+      if (has_index(stepped, tensor)) continue;
       for (const c10::TensorImpl* option : group.tensors) batch_.note_read(option, tensor);
       Operands operands;
       const bool is_tensor = THPVariable_Check(object);
@@ -238,7 +238,7 @@ Unfinished Plan::walk(PyObject* state, bool is_scaled, const Indices& new_states
       }
       const bool lacks = lacks_states(operands, group);
       const Path path = lacks ? batch_.announce(operands, group, tensor, writes_gradient)
-                              : batch_.add(operands, &group, tensor, contains(new_states, tensor), writes_gradient);
+                              : batch_.add(operands, &group, tensor, has_index(new_states, tensor), writes_gradient);
       if (path == Path::kNoMemory || path == Path::kPending) {
         found.refuse(tensor, path);
       } else if (path != Path::kFused) {
@@ -257,7 +257,7 @@ Unfinished Plan::walk(PyObject* state, bool is_scaled, const Indices& new_states
   if (!found.sharing.empty()) {
     found.rest.insert(found.rest.end(), found.sharing.begin(), found.sharing.end());
     sort(&found.rest);
-    const auto shares = [&](int64_t index) { return contains(found.sharing, index); };
+    const auto shares = [&](int64_t index) { return has_index(found.sharing, index); };
     found.missing.erase(std::remove_if(found.missing.begin(), found.missing.end(), shares), found.missing.end());
   }
   // Of a DTensor, the whole's gradient is written to as well, which no snapshot knows.
@@ -378,7 +378,7 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
     can_recall_ = can_recall;
   }
   // On a GPU's tensors the kernels run when this has returned.
-  if (batch_.elements < kReleaseElements && !batch_.sums_over_shards()) {
+  if (batch_.elements < kStepReleaseElements && !batch_.sums_over_shards()) {
     batch_.run();
   } else {
     run_unlocked();
@@ -443,7 +443,7 @@ std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& grou
         if (Snapshot().see(object, cursor.find(object), state_names_, group.slots(rule_), &specs_, &operands))
           path = batch_.look(operands, group, group.writes_gradient(false), &task, &entry);
       }
-      if (path == Path::kFused && contains(batch_.sharing(), tensor)) path = Path::kMemory;
+      if (path == Path::kFused && has_index(batch_.sharing(), tensor)) path = Path::kMemory;
       result.emplace_back(describe(path));
     }
   }

@@ -52,6 +52,7 @@ void add_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b
                                        : at::addmm_out(result, out, a, b, out.scalar_type());
 }
 
+namespace linear {
 namespace {
 
 using ForwardOperator = CrossEntropyOperator<LinearOutputs(
@@ -232,4 +233,5 @@ TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_AUTOCAST_CUDA_KEY, m) {
 }
 #endif
 
+}  // namespace linear
 }  // namespace trainopt::aten

@@ -14,6 +14,7 @@
 #include "torch/losses/cross_entropy_options.h"
 
 namespace trainopt::aten {
+namespace meta {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -222,4 +223,5 @@ TORCH_LIBRARY_IMPL(trainopt, Meta, m) {
   m.impl("linear_cross_entropy_backward", TRAINOPT_UNPACK_OPTIONS(linear_backward));
 }
 
+}  // namespace meta
 }  // namespace trainopt::aten

@@ -12,6 +12,7 @@
 #include "torch/losses/support.h"
 
 namespace trainopt::aten {
+namespace pointwise {
 namespace {
 
 constexpr int64_t kChunk = 16384;  // elements whose losses are one partial sum
@@ -184,4 +185,5 @@ TORCH_LIBRARY_IMPL(trainopt, AutocastCPU, m) { m.impl("pointwise_loss", in_singl
 TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_AUTOCAST_CUDA_KEY, m) { m.impl("pointwise_loss", in_single_on_cuda); }
 #endif
 
+}  // namespace pointwise
 }  // namespace trainopt::aten

@@ -13,6 +13,7 @@
 #include "torch/losses/support.h"
 
 namespace trainopt::aten {
+namespace pointwise_on_cuda {
 namespace {
 
 double divisor_of(Reduction reduction, const PointwiseTask& task) {
@@ -67,6 +68,7 @@ TORCH_LIBRARY_IMPL(trainopt, TRAINOPT_CUDA_KEY, m) {
   m.impl("pointwise_loss_backward", backward);
 }
 
+}  // namespace pointwise_on_cuda
 }  // namespace trainopt::aten
 
 #endif

@@ -37,7 +37,7 @@ void release_pinned(void* memory) {
   kept_back.pop_front();
 }
 
-struct Allocator final : c10::Allocator {
+struct PinnedAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     if (is_any_capturing()) forbid_while_capturing("operation not permitted when stream is capturing");
     if (bytes == 0) return {nullptr, c10::Device(c10::kCPU)};
@@ -48,11 +48,11 @@ struct Allocator final : c10::Allocator {
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release_pinned; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
-} allocator;
+} pinned_memory;
 
 }  // namespace
 
-c10::Allocator* pinned_allocator() { return &allocator; }
+c10::Allocator* pinned_allocator() { return &pinned_memory; }
 
 bool is_pinned(const void* memory) {
   const std::lock_guard lock(pinned().mutex);
