@@ -15,7 +15,7 @@ import trainopt
 from benchmarks import loss_cases
 from benchmarks.clip import LIBRARIES
 from benchmarks.loss_cases import EAGER, OURS, Case, Step
-from benchmarks.optimizers import RULES, Rule
+from benchmarks.optimizers import RULES, USUAL, Rule
 from benchmarks.workloads import WORKLOADS, Workload
 
 COMPILED = "torch.compile"
@@ -175,7 +175,7 @@ def tasks(quick: bool) -> Iterator[Task]:
     float32, bfloat16 = torch.float32, torch.bfloat16
     names = ("1000x64", "300x4096", "resnet50", "gpt2", "gpt2-bf16", "64m")
     workloads = [SMALL] if quick else [*(WORKLOADS[name] for name in names), MANY]
-    for rule in RULES.values():
+    for rule in (RULES[name] for name in USUAL):
         for workload in workloads:
             yield optimizer_task(rule, workload)
     cross_entropy, pointwise = loss_cases._cross_entropy, loss_cases._pointwise

@@ -38,6 +38,52 @@ def adam(p, g, state, options, step):
     return p - options["lr"] * (m / correction1) / ((v / correction2).sqrt() + options["eps"])
 
 
+def square_average(p, g, state, share):
+    state["square_avg"] = share * state.get("square_avg", torch.zeros_like(p)) + (1 - share) * g * g
+    return state["square_avg"]
+
+
+def rmsprop(p, g, state, options, step):
+    """RMSprop's new parameter."""
+    alpha, zero = options["alpha"], torch.zeros_like(p)
+    variance = square_average(p, g, state, alpha)
+    if options["centered"]:
+        state["grad_avg"] = alpha * state.get("grad_avg", zero) + (1 - alpha) * g
+        variance = variance - state["grad_avg"].square()
+    change = g / (variance.sqrt() + options["eps"])
+    if options["momentum"]:
+        state["momentum_buffer"] = change = options["momentum"] * state.get("momentum_buffer", zero) + change
+    return p - options["lr"] * change
+
+
+def adadelta(p, g, state, options, step):
+    """Adadelta's new parameter."""
+    before, rho = state.get("acc_delta", torch.zeros_like(p)), options["rho"]
+    change = g * ((before + options["eps"]) / (square_average(p, g, state, rho) + options["eps"])).sqrt()
+    state["acc_delta"] = rho * before + (1 - rho) * change * change
+    return p - options["lr"] * change
+
+
+def adamax(p, g, state, options, step):
+    """Adamax's new parameter."""
+    (beta1, beta2), zero = options["betas"], torch.zeros_like(p)
+    state["exp_avg"] = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
+    state["exp_inf"] = torch.maximum(beta2 * state.get("exp_inf", zero), g.abs() + options["eps"])
+    return p - options["lr"] * state["exp_avg"] / (1 - beta1**step) / state["exp_inf"]
+
+
+def radam(p, g, state, options, step):
+    """RAdam's new parameter."""
+    (beta1, beta2), (m, v) = options["betas"], moments(p, g, state, options)
+    change = m / (1 - beta1**step)
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * beta2**step / (1 - beta2**step)
+    if length > 5:
+        share = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        change = change * (share * (1 - beta2**step)) ** 0.5 / (v.sqrt() + options["eps"])
+    return p - options["lr"] * change
+
+
 def lion(p, g, state, options, step):
     """Lion's new parameter."""
     (beta1, beta2), m = options["betas"], state.get("exp_avg", torch.zeros_like(p))

@@ -13,10 +13,17 @@ from trainopt.optim import registry
 CLASSES = {stock.__name__: (ours, stock) for stock, ours in registry.of_torch().items()}
 NAMES = tuple(CLASSES)
 
+#: Of these, those whose class in torch takes `fused`.
+WITH_FUSED = tuple(name for name, (ours, _) in CLASSES.items() if "fused" not in ours.EXTRAS)
+
 each_class = pytest.mark.parametrize("name", NAMES)
 
 #: Options that give every class, torch's or not, all of its states, and that leave nothing at zero.
 OPTIONS = {
+    "Adamax": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},
+    "RAdam": {"lr": 0.02, "betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.1},
+    "RMSprop": {"lr": 0.02, "alpha": 0.9, "eps": 0.1, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
+    "Adadelta": {"lr": 0.5, "eps": 1e-3, "weight_decay": 0.1},
     "LAMB": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},
     "LARS": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "trust_coeff": 0.1},
     "Lion": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},

@@ -18,7 +18,20 @@ from unittest import mock
 
 import torch
 from devices import VARIANTS
-from formulas import FormulaOptimizer, adam, formula_step, lamb, lars, lion, sgd, take_undecided
+from formulas import (
+    FormulaOptimizer,
+    adadelta,
+    adam,
+    adamax,
+    formula_step,
+    lamb,
+    lars,
+    lion,
+    radam,
+    rmsprop,
+    sgd,
+    take_undecided,
+)
 
 import trainopt
 from trainopt import switches
@@ -70,6 +83,15 @@ class Row:
         """Whether an element's step depends on the whole tensor."""
         return bool(_C.rules()[self.ours._rule].sums)
 
+    @property
+    def has_torchs_fused(self) -> bool:
+        """Whether `fused` is an option of torch's class, or of ours that torch does not have."""
+        return "fused" not in self.ours.EXTRAS
+
+    def kept(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Those of these options that it has."""
+        return {name: value for name, value in options.items() if name in self.defaults}
+
     def takes_signs(self, options: dict[str, Any]) -> bool:
         """Whether the formula calls `sign` with these options."""
         one = torch.ones(1, dtype=torch.float64)
@@ -85,7 +107,10 @@ class Row:
         return self.ours(params, **options)
 
     def make_plain_loop(self, params, **options):
-        return self.peer(params, **{**options, "foreach": False, "fused": False})
+        flags = {"foreach": False, "fused": False}
+        if self.has_torchs_fused:
+            return self.peer(params, **{**options, **flags})
+        return self.peer(params, **{key: value for key, value in {**options, **flags}.items() if key != "fused"})
 
     def make_formula(self, params, **options):
         return FormulaOptimizer(self, params, options)
@@ -120,10 +145,13 @@ DECAY = {
     "weight_decay": {"lr": 0.02, "weight_decay": 0.4},
     "maximize, weight_decay": {"lr": 0.02, "maximize": True, "weight_decay": 0.4},
 }
-MOMENTS = {
+BETAS = {
     "beta1 0": {"lr": 0.02, "betas": (0.0, 0.95)},
     "beta1 0.3": {"lr": 0.02, "betas": (0.3, 0.95)},
     "beta2 0": {"lr": 0.02, "betas": (0.9, 0.0), "eps": 0.1},
+}
+MOMENTS = {
+    **BETAS,
     "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.8), float64(0.9))},
     "eps": {"lr": 0.02, "eps": 0.3},
 }
@@ -292,6 +320,89 @@ TABLE = {
         },
         usual={"lr": 0.5, "momentum": 0.9, "weight_decay": 0.3, "nesterov": True, "trust_coeff": 0.1},
         everything={**NESTEROV_AND_L1, "trust_coeff": 0.1},
+    ),
+}
+
+TABLE |= {
+    "RMSprop": Row(
+        ours=trainopt.RMSprop,
+        formula=rmsprop,
+        settings={
+            **PLAIN,
+            **DECAY,
+            "alpha": {"lr": 0.02, "alpha": 0.7},
+            "alpha 0.3": {"lr": 0.02, "alpha": 0.3},
+            "eps": {"lr": 0.02, "eps": 0.3},
+            "momentum": {"lr": 0.02, "momentum": 0.9},
+            "centered": {"lr": 0.02, "centered": True, "alpha": 0.8},
+            "centered, alpha 0.3": {"lr": 0.02, "centered": True, "alpha": 0.3, "eps": 0.1},
+            "maximize": {"lr": 0.02, "maximize": True},
+            "all": dict(lr=0.02, alpha=0.9, eps=1e-2, momentum=0.7, centered=True, weight_decay=0.3, maximize=True),
+        },
+        extras={
+            **L1,
+            **{key: {**options, "momentum": 0.9} for key, options in CAUTIOUS.items()},
+            "all": dict(lr=0.02, momentum=0.7, centered=True, weight_decay=0.3, l1=0.4),
+        },
+        usual={"lr": 0.02, "alpha": 0.9, "momentum": 0.9, "weight_decay": 0.3},
+        everything={**DECAY_AND_L1, "momentum": 0.9, "centered": True, "eps": 0.1, "maximize": True},
+    ),
+    "Adadelta": Row(
+        ours=trainopt.Adadelta,
+        formula=adadelta,
+        settings={
+            **PLAIN,
+            **{key: {**options, "eps": 0.01} for key, options in DECAY.items()},
+            "rho": {"lr": 0.5, "rho": 0.6, "eps": 0.01},
+            "eps": {"lr": 0.5, "eps": 0.1},
+            "maximize": {"lr": 0.5, "maximize": True},
+            "all": {"lr": 0.7, "rho": 0.8, "eps": 1e-2, "weight_decay": 0.3, "maximize": True},
+        },
+        extras={
+            **L1,
+            "cautious": {"lr": 0.5, "cautious": True},
+            "all": {"lr": 0.7, "rho": 0.8, "eps": 1e-2, "weight_decay": 0.3, "l1": 0.4},
+        },
+        usual={"lr": 0.5, "rho": 0.8, "eps": 1e-3, "weight_decay": 0.3},
+        everything={**DECAY_AND_L1, "maximize": True, "eps": 1e-2},
+    ),
+    "Adamax": Row(
+        ours=trainopt.Adamax,
+        formula=adamax,
+        settings={
+            **PLAIN,
+            **BETAS,
+            **DECAY,
+            "eps": {"lr": 0.02, "eps": 0.3},
+            "maximize": {"lr": 0.02, "maximize": True},
+            "all": {"lr": 0.02, "betas": (0.6, 0.7), "eps": 1e-2, "weight_decay": 0.3, "maximize": True},
+        },
+        extras={**L1, **CAUTIOUS, "all": {**BETAS_AND_DECAY, "eps": 1e-2, "l1": 0.4}},
+        usual=BETAS_AND_DECAY,
+        everything={**DECAY_AND_L1, "maximize": True},
+    ),
+    "RAdam": Row(
+        ours=trainopt.RAdam,
+        formula=radam,
+        settings={
+            **PLAIN,
+            **BETAS,
+            "beta2 0": {"lr": 0.02, "betas": (0.9, 0.0)},  # the second moment never counts
+            **DECAY,
+            "eps": {"lr": 0.02, "eps": 0.3, "betas": (0.9, 0.9)},
+            "maximize": {"lr": 0.02, "maximize": True},
+            "decoupled_weight_decay": {"lr": 0.02, "weight_decay": 0.4, "decoupled_weight_decay": True},
+            "decoupled_weight_decay, lr float32 tensor": dict(lr=LR32, weight_decay=0.4, decoupled_weight_decay=True),
+            "all": {"lr": 0.02, "betas": (0.6, 0.9), "eps": 1e-2, "weight_decay": 0.3, "maximize": True},
+        },
+        extras={
+            **L1,
+            **CAUTIOUS,
+            **{key: {**options, "decoupled_weight_decay": True} for key, options in CAUTIOUS_DECAY.items()},
+            "all": {**BETAS_AND_DECAY, "eps": 1e-2, "l1": 0.4},
+        },
+        usual={**BETAS_AND_DECAY, "decoupled_weight_decay": True},
+        everything={**DECAY_AND_L1, "maximize": True, "betas": (0.9, 0.9), "decoupled_weight_decay": True},
     ),
 }
 

@@ -32,12 +32,12 @@ TYPES = ("float32", "float64")
 
 #: How many kernels each file has.
 COUNTS = {
-    # For each set of states: in any types, strided or not; and in float32 arithmetic in two parts and in three types. And
-    # the moving average of any, strided or not.
+    # For each set of states: in any types, strided or not; and in float32 arithmetic in two parts and in three types.
+    # And the moving average of any, strided or not.
     "update": sum(map(len, SETS)) * (2 * len(TYPES) + 4) + 2 * len(TYPES),
     "prepare": len(RULES) * len(TYPES),
-    # Likewise, of those that gather sums of their own, and the cautious step's of all, whose kernel for two parts is that
-    # for any types; then what follows from each sum, and one that combines them.
+    # Likewise, of those that gather sums of their own, and the cautious step's of all, whose kernel for two parts is
+    # that for any types; then what follows from each sum, and one that combines them.
     "gather": sum(map(len, SUMMING)) * (2 * len(TYPES) + 4)
     + sum(map(len, SETS)) * 2 * len(TYPES)
     + (len(SUMMING) + len(RULES)) * len(TYPES)
@@ -60,6 +60,8 @@ def ceiling_of(kernel: str) -> int:
         return 64  # 1,024 threads a row
     if is_step_preparation(kernel):
         return 96  # blocks of 64
+    if "any types, " in kernel and "any types, float32" not in kernel:
+        return 255  # of tensors in two parts or strided, which are seldom, one block where two would spill
     return 128 if kernel.startswith(("update", "gather", "pointwise", "cross")) else 64
 
 

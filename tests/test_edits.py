@@ -183,13 +183,16 @@ SEQUENCES = {
         (torch.tensor(0.75).double(), torch.tensor(0.5).double()),
         lambda betas: betas[0].fill_(0.25),
     ],
-    "momentum": [0.0, 0.9, 0.0, 0.5],
+    "momentum": [0.0, 0.9, 0.0, 0.5],  # SGD alone: torch's RMSprop has no buffer for one that comes later
 }
 
 
-@pytest.mark.parametrize("name, key", [(n, key) for n in NAMES for key in SEQUENCES if key in defaults_of(n)])
+@pytest.mark.parametrize(
+    "name, key",
+    [(n, key) for n in NAMES for key in SEQUENCES if key in defaults_of(n) and (key, n) != ("momentum", "RMSprop")],
+)
 def test_an_option_changed_again_and_again(name, key):
-    twins = Twins(name, **({"dampening": 0.25, "momentum": 0.0} if key == "momentum" else {}))
+    twins = Twins(name, **({"dampening": 0.25, "momentum": 0.0} if name == "SGD" else {}))
     for change in SEQUENCES[key]:
         for side in twins.sides:
             group = side.optimizer.param_groups[0]

@@ -12,6 +12,7 @@ import torch
 from helpers import (
     CLASSES,
     OPTIONS,
+    WITH_FUSED,
     Twins,
     assert_equal,
     assert_same_bits,
@@ -255,6 +256,8 @@ def scaled_run(cls, recipe, options, overflow_at=(), steps=5, seen=None):
 def test_gradscaler(name, recipe, fused, overflow_at):
     ours, torchs = CLASSES[name]
     options = {**OPTIONS[name], **({"dampening": 0.25} if name == "SGD" else {"eps": 1e-3})}
+    if name == "RMSprop":  # else its variance is a difference of near numbers, and its momentum of large ones
+        options = {**OPTIONS[name], "centered": False}
     mine = scaled_run(ours, recipe, {**options, "fused": fused}, overflow_at)
     theirs = scaled_run(torchs, recipe, options, overflow_at)
     assert mine[2].get_scale() == theirs[2].get_scale()
@@ -295,7 +298,7 @@ def test_the_scaler_keys_on_fused_alone(name):
     assert CLASSES[name][0](p).last_step_skipped is False
 
 
-@each_class
+@pytest.mark.parametrize("name", WITH_FUSED)
 def test_a_gradient_scale_is_divided_out_and_written_back(name):
     """As torch's fused step does; a user's own scale, as for clipping, goes the same way."""
     twins = Twins(name, shapes=((33, 20), (5,)), fused=True)

@@ -85,7 +85,7 @@ def test_formula_is_torchs(row, options):
 @pytest.mark.parametrize("row, options", SETTINGS + EXTRAS)
 def test_option_changes_something(row, options):
     """Every row of the table is worth its place: without its options the result is another."""
-    start, gradients = random_problem((64,), torch.float32, 3, 7)
+    start, gradients = random_problem((64,), torch.float32, STEPS, 7)
     found = result_of(row.make, start, gradients, **options)["param"][0]
     nothing_but = {name for name in options if name not in row.changes_nothing}
     for name in nothing_but - {"lr"} or nothing_but:
@@ -94,6 +94,8 @@ def test_option_changes_something(row, options):
         without = {key: value for key, value in options.items() if key != name}
         if name == "momentum":
             without.pop("nesterov", None)  # has no sense alone
+        if name == "decoupled_weight_decay":
+            without.pop("cautious_weight_decay", None)  # nor has this
         other = result_of(row.make, start, gradients, **without)["param"][0]
         assert (other - found).abs().max() > 1e-5, f"{name} changes nothing"
 
@@ -130,7 +132,7 @@ def test_sixteen_bits_are_rounded_once(row, options, dtype):
             assert_one_rounding(p.detach(), new, slack, "param")
             for name, exact in state.items():
                 scale = exact.abs() + g.double().abs() + old.abs() + 0.1
-                slack = 1e-6 * scale * (scale if name.endswith("_sq") else 1)
+                slack = 1e-6 * scale * (scale if "sq" in name else 1)
                 assert_one_rounding(optimizer.state[p][name], exact, slack, name)
 
 
@@ -206,7 +208,7 @@ EXTREMES = {
     "plain": {},
     "lr 1e-20": {"lr": 1e-20},
     "lr 0": {"lr": 0.0},
-    "lr 1e30": {"lr": 1e30},
+    "lr 3e30": {"lr": 3e30},
     "eps 0": {"eps": 0.0},
     "eps 0, lr 1e-20": {"eps": 0.0, "lr": 1e-20},
     "eps 1e-45": {"eps": 1e-45},
@@ -261,7 +263,8 @@ def test_late_steps(name, late, dtype):
             q.grad = g[0].to(q.dtype)
             optimizer.step()
         assert optimizer.state[q]["step"].isfinite()
-        found[kind] = {"param": [q.detach()], **{s: [optimizer.state[q][s]] for s in row.states[:2]}}
+        states = [name for name in row.states[:2] if name in saved["state"][0]]
+        found[kind] = {"param": [q.detach()], **{name: [optimizer.state[q][name]] for name in states}}
     assert_no_worse(found["ours"], found["torchs"], found["truth"], dtype)
 
 
@@ -269,8 +272,7 @@ def test_late_steps(name, late, dtype):
 def test_all_gradients_zero(row):
     start, gradients = random_problem((33,), torch.float32, 3, 12)
     zeros = [[torch.zeros_like(g) for g in now] for now in gradients]
-    options = {"weight_decay": 0.0}
-    found = result_of(row.make, start, zeros, **options)
+    found = result_of(row.make, start, zeros, weight_decay=0.0)
     assert torch.equal(found["param"][0], start[0])
 
 

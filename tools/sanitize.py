@@ -16,7 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from csrc.compiler import Compiler, compile_all, fail, jobs_at_once
-from csrc.module import BINDINGS, KERNEL_SOURCES, binding_flags, import_torch, kernel_flags, module_flags, sources, units
+from csrc.module import (
+    BINDINGS,
+    KERNEL_SOURCES,
+    binding_flags,
+    import_torch,
+    kernel_flags,
+    module_flags,
+    sources,
+    units,
+)
 from tools.emulate import SIMT_FLAGS, make_package, module_name
 
 FOLDER = Path("build", "sanitize")

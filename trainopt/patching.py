@@ -105,11 +105,11 @@ def patch() -> Patch:
         ...                        # torch.optim.AdamW is trainopt.AdamW, torch.nn.functional.cross_entropy is …
         patch.undo()
 
-    Replaced are SGD, Adam and AdamW in torch.optim and the modules that define them; the losses of trainopt.functional
-    in torch.nn.functional, and their modules in torch.nn; clipping, in torch.nn.utils and its clip_grad. Objects and
-    names that were taken from there before stay what they are: call it before `from torch.optim import AdamW` runs. It
-    holds for the process, in all its threads, and not for processes that are
-    started afresh. Patches may overlap, in any order and thread: the last one that is undone puts torch's things back.
+    Replaced are the optimizers that trainopt has, in torch.optim and the modules that define them; the losses of
+    trainopt.functional in torch.nn.functional, and their modules in torch.nn; clipping, in torch.nn.utils and its
+    clip_grad. Objects and names that were taken from there before stay what they are: call it before `from torch.optim
+    import AdamW` runs. It holds for the process, in all its threads, and not for processes that are started afresh.
+    Patches may overlap, in any order and thread: the last one that is undone puts torch's things back.
 
     Returns:
         The patch: `undo()` ends it, as does leaving `with trainopt.patch():`. Without either it stays.

@@ -167,10 +167,12 @@ constexpr int kFewRolesBlocks = 2;  // with three, nvcc 13.0 spills 12 bytes of 
 constexpr int kFewRolesBlocks = 3;
 #endif
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ >= 1000)
-template <class Storage, int kRoles>
-constexpr bool kSpillsWithTwo = kIsByBlocks<Storage> && kRoles == 5;  // 4 bytes of an Adam, likewise
+template <class Rule, class Storage, int kRoles>
+constexpr bool kSpillsWithTwo =
+    kIsByBlocks<Storage> &&
+    (kRoles == 5 || (__CUDA_ARCH__ >= 1200 && std::is_same_v<Rule, Adamax>));  // 4 and 16 bytes, likewise
 #else
-template <class Storage, int kRoles>
+template <class Rule, class Storage, int kRoles>
 constexpr bool kSpillsWithTwo = false;
 #endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
@@ -181,11 +183,11 @@ template <class Rule, class Storage>
 constexpr bool kSpillsWithThree = false;
 #endif
 template <class Rule, class S, class Storage, int kRoles>
-constexpr int kMinBlocks = sizeof(S) == sizeof(double)                      ? 1
-                           : kSpillsWithThree<Rule, Storage>                ? 2
-                           : kIsOneType<Storage> && kRoles < 5              ? kFewRolesBlocks
-                           : kRoles < 7 && !kSpillsWithTwo<Storage, kRoles> ? 2
-                                                                            : 1;
+constexpr int kMinBlocks = sizeof(S) == sizeof(double)                            ? 1
+                           : kSpillsWithThree<Rule, Storage>                      ? 2
+                           : kIsOneType<Storage> && kRoles < 5                    ? kFewRolesBlocks
+                           : kRoles < 7 && !kSpillsWithTwo<Rule, Storage, kRoles> ? 2
+                                                                                  : 1;
 
 // One block, one chunk.
 template <class Rule, class S, StateSet kSet, class Storage>

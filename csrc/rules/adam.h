@@ -36,9 +36,8 @@ struct Adam {
 
   template <class S>
   TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
-    // 1 - beta^t without the cancellation that a small t brings.
     const auto correction = [&](double beta) {
-      return options[kBiasCorrection] != 0 && beta > 0 ? -__builtin_expm1(info.step * __builtin_log(beta)) : 1.0;
+      return options[kBiasCorrection] != 0 ? bias_correction(beta, info.step) : 1.0;
     };
     Scalars<S> k;
     k.beta1 = static_cast<S>(options[kBeta1]);

@@ -35,7 +35,7 @@ struct Lamb {
   template <class S>
   TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
     const auto correction = [&](double beta) {
-      return options[kBiasCorrection] != 0 && beta > 0 ? -__builtin_expm1(info.step * __builtin_log(beta)) : 1.0;
+      return options[kBiasCorrection] != 0 ? bias_correction(beta, info.step) : 1.0;
     };
     Scalars<S> k;
     k.beta1 = static_cast<S>(options[kBeta1]);

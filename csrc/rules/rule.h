@@ -122,4 +122,9 @@ struct StepInfo {
   TRAINOPT_INLINE double rounded(double x) const { return single_lr ? static_cast<double>(static_cast<float>(x)) : x; }
 };
 
+// 1 - beta^step, without the cancellation that few steps bring.
+TRAINOPT_FUNCTION double bias_correction(double beta, double step) {
+  return beta > 0 ? -__builtin_expm1(step * __builtin_log(beta)) : 1.0;
+}
+
 }  // namespace trainopt

@@ -1,21 +1,26 @@
 // Every rule, by name: the one list that a new optimizer is added to.
 #pragma once
 
+#include "rules/adadelta.h"
 #include "rules/adam.h"
+#include "rules/adamax.h"
 #include "rules/lamb.h"
 #include "rules/lars.h"
 #include "rules/lion.h"
+#include "rules/radam.h"
+#include "rules/rmsprop.h"
 #include "rules/sgd.h"
 
-// The tests of the engines have a rule of their own.
-#if !defined(TRAINOPT_RULES_OF_TESTS)
-#define TRAINOPT_RULES_OF_TESTS(DO)
-#endif
-
+// The programs that test the engines have a list of their own.
+#if !defined(TRAINOPT_FOR_EACH_RULE)
 #define TRAINOPT_FOR_EACH_RULE(DO) \
   DO(Sgd)                          \
   DO(Adam)                         \
   DO(Lion)                         \
   DO(Lamb)                         \
   DO(Lars)                         \
-  TRAINOPT_RULES_OF_TESTS(DO)
+  DO(RmsProp)                      \
+  DO(Adadelta)                     \
+  DO(Adamax)                       \
+  DO(RAdam)
+#endif

@@ -16,11 +16,9 @@ OPTIMIZERS = {name.lower(): name for name in registry.OPTIMIZERS}
 
 
 def defaults_of(option: str) -> dict[str, Any]:
-    """The default of an option, for each optimizer: its class's own."""
-    return {
-        short: inspect.signature(registry.OPTIMIZERS[name]).parameters[option].default
-        for short, name in OPTIMIZERS.items()
-    }
+    """The default of an option, for each optimizer that has it: its class's own."""
+    every = {short: inspect.signature(registry.OPTIMIZERS[name]).parameters for short, name in OPTIMIZERS.items()}
+    return {short: parameters[option].default for short, parameters in every.items() if option in parameters}
 
 
 LEARNING_RATES = defaults_of("lr") | {"sgd": 0.1}  # torch's 0.001 would hardly move a small network
@@ -43,9 +41,10 @@ class Optimizer:
     """What trains, and the course of its learning rate.
 
     Args:
-        optimizer: rule that trains: sgd, adam, adamw, lion, lamb or lars.
-        lr: learning rate. None: 0.1 for sgd, 0.001 for adam, adamw and lamb, 0.0001 for lion, 1 for lars.
-        momentum: momentum of sgd and lars; 0 with the full batch is gradient descent.
+        optimizer: rule that trains: sgd, adam, adamw, adamax, radam, rmsprop, adadelta, lion, lamb or lars.
+        lr: learning rate. None: 0.1 for sgd, 0.001 for adam, adamw, radam and lamb, 0.002 for adamax, 0.01 for rmsprop,
+            0.0001 for lion, 1 for adadelta and lars.
+        momentum: momentum of sgd, rmsprop and lars; 0 with the full batch is gradient descent.
         weight_decay: weight decay; biases and norms have none. None: 0.01 for adamw and lamb, else 0.
         l1: factor of the L1 regularisation.
         noise: standard deviation of the noise added to each weight in an update.

@@ -19,15 +19,16 @@ from trainopt.training import Options
 
 def check(settings: SimpleNamespace, parser: Parser) -> None:
     """Ends the program for options of the optimizer and the machine that do not go together."""
-    if settings.momentum and settings.optimizer not in WITH_MOMENTUM:
-        known = " or ".join(WITH_MOMENTUM)
-        parser.error(f"argument --momentum: {settings.momentum:g} is for --optimizer {known}, not {settings.optimizer}")
+    for name, known in (("momentum", WITH_MOMENTUM), ("weight_decay", tuple(WEIGHT_DECAYS))):
+        if (value := getattr(settings, name)) and settings.optimizer not in known:
+            option, others = name.replace("_", "-"), " or ".join(known)
+            parser.error(f"argument --{option}: {value:g} is for --optimizer {others}, not {settings.optimizer}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: 'cuda' is not there: torch finds no such device")
     if settings.lr is None:
         settings.lr = LEARNING_RATES[settings.optimizer]
     if settings.weight_decay is None:
-        settings.weight_decay = WEIGHT_DECAYS[settings.optimizer]
+        settings.weight_decay = WEIGHT_DECAYS.get(settings.optimizer, 0.0)
     if settings.device == "auto":
         settings.device = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -44,10 +44,12 @@ class Fused(States):
     def __init__(self, params: Any, **options: Any) -> None:
         self._extras = not_default({name: options.pop(name) for name in self.EXTRAS if name in options})
         self._start_recording()
+        if self._torch_class is None or "fused" in self.EXTRAS:  # torch's own classes say it themselves
+            fused = {**self._extras, **options}.get("fused")
+            self._step_supports_amp_scaling = bool(fused)  # GradScaler leaves its scale to the step
         if self._torch_class is not None:
             super().__init__(params, **options)
             return
-        self._step_supports_amp_scaling = bool(options.get("fused"))  # GradScaler leaves its scale to the step
         super().__init__(params, defaults_of(type(self).__name__, self._rule, options))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

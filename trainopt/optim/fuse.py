@@ -20,9 +20,9 @@ def fuse(optimizer: AnyOptimizer) -> AnyOptimizer:
     whoever holds it (a learning-rate scheduler, a wrapper, a trainer) goes on working, also after `load_state_dict`.
 
     Args:
-        optimizer: an instance of exactly torch.optim's SGD, Adam or AdamW (of a class that trainopt has too), or a
-            wrapper that holds one in ``.optimizer``, as Accelerate's and Fabric's do. One of trainopt's own is left as
-            it is.
+        optimizer: an instance of exactly a class of torch.optim's that trainopt has too (SGD, Adam, AdamW, RMSprop, …),
+            or a wrapper that holds one in ``.optimizer``, as Accelerate's and Fabric's do. One of trainopt's own is
+            left as it is.
 
     Returns:
         What was given.

@@ -47,6 +47,12 @@ class AdamExtras(Extras, total=False):
     bias_correction: bool
 
 
+class UnfusedExtras(Extras, total=False):
+    """What those take whose class in torch has no ``fused``: with True, GradScaler leaves its scale to the step."""
+
+    fused: bool | None
+
+
 class PlainOptions(Extras, total=False):
     """What an optimizer that torch does not have takes beyond its formula: all that torch's classes have in common."""
 
@@ -57,9 +63,10 @@ class PlainOptions(Extras, total=False):
     fused: bool | None
 
 
-#: The defaults of trainopt's own options: first what only the rules have that read it, then what all have.
+#: The defaults of trainopt's own options: first what only some have, then what all have.
 DEFAULTS: dict[str, Any] = {
     "bias_correction": True,
+    "fused": None,
     "l1": 0.0,
     "l1_proximal": False,
     "noise": 0.0,
@@ -119,6 +126,8 @@ def check_extras(options: Mapping[str, Any]) -> None:
     if options["precision"] not in PRECISIONS:
         raise ValueError(f"Invalid precision value: {options['precision']!r} ({', '.join(map(repr, PRECISIONS))})")
     acting = ("max_grad_norm", "zero_grad", "ema_decay", "state_dtype", "precision", "cautious")
+    if options["differentiable"] and options.get("fused"):
+        raise RuntimeError("`fused` does not support `differentiable`")
     for name in (*acting, "cautious_weight_decay", "stats") if options["differentiable"] else ():
         if (value := options[name]) != DEFAULTS[name]:
             raise ValueError(f"{name}={value!r} does not go with differentiable=True: it acts without a graph")

@@ -6,6 +6,7 @@ from, if any, is seen from its bases. Whatever goes over all optimizers (`traino
 of ``python -m trainopt``, the command line, the tests) goes over `OPTIMIZERS`.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -29,7 +30,10 @@ def enter(cls: type[States], rule: str) -> None:
     cls._torch_class = next(filter(is_torch_class, cls.__mro__), None)
     if cls._torch_class is None and not hasattr(cls, "plain_step"):
         raise TypeError(f"{cls.__name__} needs a plain_step: torch has no such optimizer")
-    cls.EXTRAS = {k: v for k, v in DEFAULTS.items() if k in Extras.__annotations__ or k in facts.options}
+    own = {*Extras.__annotations__, *facts.options}
+    if cls._torch_class is not None and "fused" not in inspect.signature(cls._torch_class).parameters:
+        own.add("fused")
+    cls.EXTRAS = {name: default for name, default in DEFAULTS.items() if name in own}
     if "__init__" in vars(cls):
         show_options(cls.__init__, cls.EXTRAS if cls._torch_class else {**STOCK_DEFAULTS, **cls.EXTRAS})
     OPTIMIZERS[cls.__name__] = cls

@@ -171,15 +171,17 @@ def rehearse(optimizer: States, params: Sequence[Numbered], indices: Sequence[in
         view = _view(optimizer, list(_narrowed(optimizer, [(index, group, stand_in)], True)))
         if _is_stored_apart(optimizer, index, group, param):
             cast_states(optimizer, state, {"state_dtype": None}, param)
-        view.state = {stand_in: {key: _first_element(value, param) for key, value in state.items()}}
+        view.state = {stand_in: {key: _first_element(key, value, param) for key, value in state.items()}}
         with torch.no_grad():
             _make_step(view)
 
 
-def _first_element(value: Any, param: torch.Tensor) -> Any:
+def _first_element(key: str, value: Any, param: torch.Tensor) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return torch.zeros(1, dtype=value.dtype, device=value.device) if value.shape == param.shape else value.clone()
+    if key != "step" and value.shape == param.shape:  # a count has the shape of a parameter of no dimensions, too
+        return torch.zeros(1, dtype=value.dtype, device=value.device)
+    return value.clone()
 
 
 def _view(optimizer: States, groups: list[dict[str, Any]]) -> Any:
