@@ -379,7 +379,7 @@ def replace_local(tensor, local):
 def edit_state(change):
     def edit(optimizer, params):
         state = optimizer.state[params[1]]
-        key = "exp_avg" if "exp_avg" in state else "momentum_buffer"
+        key = next(key for key in state if key != "step")
         state[key] = change(state[key])
 
     return edit

@@ -94,7 +94,9 @@ def hammer(actions, seconds):
 @pytest.mark.parametrize("seconds", [0.3, pytest.param(10, marks=pytest.mark.slow)])
 def test_threads_that_step_and_edit_one_optimizer(name, seconds):
     params = [torch.nn.Parameter(torch.ones(8)) for _ in range(50)] + [torch.nn.Parameter(torch.ones(LARGE))]
-    optimizer = CLASSES[name][0](params, **OPTIONS[name])
+    # Centered, a gradient that does not change has a variance that rounding makes less than 0.
+    options = {key: value for key, value in OPTIONS[name].items() if key != "centered"}
+    optimizer = CLASSES[name][0](params, **options)
 
     def give_gradients():
         for p in params:
