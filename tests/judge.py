@@ -363,7 +363,7 @@ TABLE |= {
             "cautious": {"lr": 0.5, "cautious": True},
             "all": {"lr": 0.7, "rho": 0.8, "eps": 1e-2, "weight_decay": 0.3, "l1": 0.4},
         },
-        usual={"lr": 0.5, "rho": 0.8, "eps": 1e-3, "weight_decay": 0.3},
+        usual={"lr": 0.5, "rho": 0.8, "eps": 1e-2, "weight_decay": 0.3},
         everything={**DECAY_AND_L1, "maximize": True, "eps": 1e-2},
     ),
     "Adamax": Row(

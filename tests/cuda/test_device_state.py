@@ -16,7 +16,9 @@ PROBLEM = judge.random_problem(SHAPES, torch.float32, 6)
 
 
 def kinds_of(name):
-    kinds = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+    kinds = {"default": {}, "foreach": {"foreach": True}}
+    if TABLE[name].has_torchs_fused:
+        kinds["fused"] = {"fused": True}
     return kinds if name == "SGD" else {**kinds, "capturable": {"capturable": True}}
 
 

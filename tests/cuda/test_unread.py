@@ -30,6 +30,7 @@ def with_device_numbers(name, device):
     numbers = {"lr": torch.tensor(usual["lr"], device=device)}
     if "betas" in usual:
         numbers["betas"] = tuple(torch.tensor(b, dtype=torch.float64, device=device) for b in usual["betas"])
+    if "betas" in usual or TABLE[name].ours._counts_steps:
         numbers["capturable"] = True
     return numbers
 
