@@ -19,6 +19,7 @@ from csrc.compiler import Compiler, compile_all, fail, jobs_at_once
 from csrc.module import (
     BINDINGS,
     KERNEL_SOURCES,
+    KERNELS,
     binding_flags,
     import_torch,
     kernel_flags,
@@ -56,7 +57,7 @@ def main() -> None:
     compile_all([*engine_jobs, *tables, *jobs_of_threads(cpu)])
     engine = compile_all(engine_jobs)
     run_all([*programs_of_threads(cpu), *programs_of_cpu(engine), *programs_of_cuda(engine)])
-    fuzz(engine)
+    fuzz([made for source, made in zip(cpu, engine, strict=True) if "loss" in source.stem])
 
 
 def jobs_into(name: str, files: list[Path], flags: Sequence[str] = (), sanitizer: Sequence[str] = MEMORY) -> list[Job]:
@@ -117,8 +118,10 @@ def run_all(commands: list[list[Path | str]]) -> None:
         fail(f"failed: {', '.join(failed)}")
 
 
-def fuzz(engine: list[Path]) -> None:
-    """Calls the losses with anything, in an instrumented module.
+def fuzz(losses: list[Path]) -> None:
+    """Calls the losses with anything, in a module where they and all that sees torch are instrumented.
+
+    The optimizers' kernels are those of the build: here Python asks for every rule.
 
     Python and torch are not instrumented, so the sanitizer's library has to be loaded before them. With it comes the
     C++ library: the sanitizer looks for __cxa_throw once, when it is loaded, and Python alone has none.
@@ -129,10 +132,12 @@ def fuzz(engine: list[Path]) -> None:
         print("the module is not fuzzed: its sanitizer is GCC's on Linux")
         return
     flags, instrumented = binding_flags(torch, own.threaded), [*MEMORY, "-fno-sanitize=undefined"]
-    objects = own.compile({unit: flags + instrumented for unit in units(*BINDINGS)})
+    others = {source: kernel_flags(source) for source in sources(*KERNEL_SOURCES) if "loss" not in source.stem}
+    objects = losses + Compiler(KERNELS).compile(others)
+    objects += own.compile({unit: flags + instrumented for unit in units(*BINDINGS)})
     package = FOLDER / "package" / "trainopt"
     link_flags = [*module_flags(torch), "-fsanitize=address,undefined"]
-    make_package(package, own.link(engine + objects, own.folder / module_name(), link_flags))
+    make_package(package, own.link(objects, own.folder / module_name(), link_flags))
     libraries = (
         subprocess.check_output([*own.command, f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so.6")
