@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # which pip leaves out
 from csrc.compiler import Compiler, CudaCompiler, compile_all, fail, replace_if_different
 from csrc.cuda import toolkit
 from csrc.module import (
+    ALONE,
     BINDINGS,
     KERNEL_SOURCES,
     KERNELS,
@@ -58,7 +59,7 @@ def cuda_binding_flags(cuda, source: Path) -> list[str]:
     flags = ["-DTRAINOPT_WITH_CUDA"]
     for include in cuda.includes:
         flags += ["-isystem", str(include)]
-    if source.stem.endswith("cuda_architectures"):
+    if source.stem.endswith(ALONE):
         flags.append(f'-DTRAINOPT_CUDA_ARCHITECTURES="{" ".join(cuda.architectures)}"')
     return flags
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.optimizers
     python -m benchmarks.optimizers --optimizer adamw --workload mlp gpt2 --markdown
-    python -m benchmarks.optimizers --all --workload large small
+    python -m benchmarks.optimizers --all --workload 64m 1000x64
 
 What is timed is the whole step() call of a real optimizer whose parameters have gradients. Every contender has its own
 parameters and states; the gradients are shared. Beside them in the same rounds, a plain pass over memory shows what the

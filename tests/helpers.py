@@ -16,6 +16,18 @@ NAMES = tuple(CLASSES)
 #: Of these, those whose class in torch takes `fused`.
 WITH_FUSED = tuple(name for name, (ours, _) in CLASSES.items() if "fused" not in ours.EXTRAS)
 
+
+def skip_without_fused(name, flags):
+    if "fused" in flags and name not in WITH_FUSED:
+        pytest.skip(f"torch's {name} has no fused step")
+
+
+def skip_without_momentum(name):
+    """torch's schedulers that cycle the momentum too refuse an optimizer that has none."""
+    if not {"momentum", "betas"} & OPTIONS[name].keys():
+        pytest.skip(f"torch's {name} has no momentum to cycle")
+
+
 each_class = pytest.mark.parametrize("name", NAMES)
 
 #: Options that give every class, torch's or not, all of its states, and that leave nothing at zero.

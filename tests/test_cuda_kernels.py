@@ -60,8 +60,8 @@ def ceiling_of(kernel: str) -> int:
         return 64  # 1,024 threads a row
     if is_step_preparation(kernel):
         return 96  # blocks of 64
-    if "any types, " in kernel and "any types, float32" not in kernel:
-        return 255  # of tensors in two parts or strided, which are seldom, one block where two would spill
+    if re.search(r"(with 3 states|Adamax with 2 states), any types, (strided|in two parts), ", kernel):
+        return 255  # which are seldom: one block, where two would spill
     return 128 if kernel.startswith(("update", "gather", "pointwise", "cross")) else 64
 
 

@@ -14,6 +14,7 @@ from helpers import (
     each_class,
     model_and,
     one,
+    skip_without_momentum,
     step_randomly,
     train,
 )
@@ -251,8 +252,8 @@ def test_schedulers(name, kind, tensor):
     """OneCycleLR and CyclicLR cycle the momentum, or beta1, too."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        if kind in ("OneCycleLR", "CyclicLR") and not {"momentum", "betas"} & OPTIONS[name].keys():
-            pytest.skip("torch's scheduler wants a momentum")
+        if kind in ("OneCycleLR", "CyclicLR"):
+            skip_without_momentum(name)
         twins = Twins(name, lr=torch.tensor(0.25, dtype=torch.float64) if tensor else 0.25)
         schedulers = [SCHEDULERS[kind](side.optimizer) for side in twins.sides]
         for epoch in range(8):

@@ -11,11 +11,11 @@ from helpers import (
     NAMES,
     OPTIONS,
     SHAPES,
-    WITH_FUSED,
     Twins,
     assert_same_bits,
     assert_same_outcome,
     error_of,
+    skip_without_fused,
     snapshot,
 )
 
@@ -53,11 +53,6 @@ def after(cls, params, seeds, **options):
     optimizer = cls(params, **options)
     steps(optimizer, params, seeds)
     return optimizer, params
-
-
-def skip_without_fused(name, flags):
-    if "fused" in flags and name not in WITH_FUSED:
-        pytest.skip(f"torch's {name} has no fused step")
 
 
 # Interchange with torch -----------------------------------------------------------------------------------------------

@@ -37,10 +37,10 @@ TAIL = {
     "noise": st.sampled_from([0.01, 1.0]),
 }
 #: and these say what is stored.
-#: Adadelta squares what it has divided, and so what is lost in a difference. The tables judge it.
-APART = {"Adadelta"}
 PRECISIONS = st.sampled_from(["native", "master", "master24", "stochastic"])
 STATES = st.sampled_from(["8bit", "float32", "bfloat16", "float16"])
+#: Adadelta squares what it has divided, and so what is lost in a difference. The tables judge it.
+APART = {"Adadelta"}
 
 
 @st.composite

@@ -17,6 +17,8 @@ from helpers import (
     assert_same_outcome,
     each_class,
     model_and,
+    skip_without_fused,
+    skip_without_momentum,
     snapshot,
     train,
 )
@@ -278,8 +280,7 @@ def test_a_step_with_lr_0_in_a_run_is_torchs(name, options):
 @pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("before", [0, 3])
 def test_fuse_carries_on(name, flags, before):
-    if "fused" in flags and name not in WITH_FUSED:
-        pytest.skip(f"torch's {name} has no fused step")
+    skip_without_fused(name, flags)
     model, optimizer = model_and(CLASSES[name][1], **OPTIONS[name], **flags)
     train(model, optimizer, before)
     fused = trainopt.fuse(optimizer)
@@ -356,8 +357,8 @@ SCHEDULERS = {
 @pytest.mark.parametrize("load", ["never", "new", "old", "twice"])
 @pytest.mark.filterwarnings("error")
 def test_a_scheduler_moves_what_fuse_made_also_after_loading(name, kind, load):
-    if kind == "OneCycleLR" and not {"momentum", "betas"} & OPTIONS[name].keys():
-        pytest.skip("torch's scheduler wants a momentum")
+    if kind == "OneCycleLR":
+        skip_without_momentum(name)
     rates = []
 
     def program(turn):

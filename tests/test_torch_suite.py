@@ -8,12 +8,12 @@ import torch
 from helpers import (
     CLASSES,
     OPTIONS,
-    WITH_FUSED,
     Twins,
     assert_equal,
     assert_same_bits,
     assert_same_outcome,
     error_of,
+    skip_without_fused,
     snapshot,
 )
 from torch.optim import lr_scheduler
@@ -170,8 +170,7 @@ MORE_ERRORS = {
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("kwargs", MORE_ERRORS.values(), ids=MORE_ERRORS)
 def test_errors_of_the_constructor_are_torchs(name, kwargs):
-    if "fused" in kwargs and name not in WITH_FUSED:
-        pytest.skip(f"torch's {name} has no fused step")
+    skip_without_fused(name, kwargs)
     params = [torch.nn.Parameter(torch.randn(2, 3))]
     ours, theirs = (error_of(lambda cls=cls: cls(params, **kwargs)) for cls in CLASSES[name])
     assert ours == theirs

@@ -17,7 +17,7 @@ class RMSprop(Fused, originals.RMSprop, rule="rmsprop"):
 
         v = alpha * v + (1 - alpha) * g**2
         a = alpha * a + (1 - alpha) * g                  # with centered=True
-        u = g / (sqrt(v - a**2) + eps)           # without: g / (sqrt(v) + eps)
+        u = g / (sqrt(v - a**2) + eps)                   # without: g / (sqrt(v) + eps)
         b = momentum * b + u                             # with momentum
         p = p - lr * b                                   # without: p - lr * u
 

@@ -1,0 +1,389 @@
+"""The table of the optimizers: each one's class, formula and options, in a row.
+
+A new optimizer is a row of `TABLE`; every test that goes over the table then has it. tests/judge.py says when a result
+is right.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from formulas import (
+    FormulaOptimizer,
+    adadelta,
+    adam,
+    adamax,
+    formula_step,
+    lamb,
+    lars,
+    lion,
+    radam,
+    rmsprop,
+    sgd,
+    take_undecided,
+)
+
+import trainopt
+from trainopt import switches
+from trainopt._extension import _C
+
+Formula = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any], int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer.
+
+    `settings` are options of torch's class, judged against torch's loop (or the plain step); `extras` are trainopt's
+    own, judged against the formula. Each computes something else than the defaults do, but for those of
+    `changes_nothing`.
+    """
+
+    ours: Any
+    formula: Formula
+    settings: dict[str, dict[str, Any]]
+    extras: dict[str, dict[str, Any]]
+    usual: dict[str, Any]  # what most users set: torch's own options, which the engine has a shorter way for
+    everything: dict[str, Any]  # every stage and state at once
+    decoupled: bool = False  # weight decay, of a class without an option for it
+    decays_itself: bool = False  # the formula has weight decay in it
+    changes_nothing: tuple[str, ...] = field(default=("foreach", "fused"))
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return self.ours._states
+
+    @functools.cached_property
+    def defaults(self) -> dict[str, Any]:
+        return {**self.ours.EXTRAS, **self.ours([torch.nn.Parameter(torch.ones(1))]).defaults}
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether an element's step depends on the whole tensor."""
+        return bool(_C.rules()[self.ours._rule].sums)
+
+    @property
+    def has_torchs_fused(self) -> bool:
+        """Whether `fused` is an option of torch's class, or of ours that torch does not have."""
+        return "fused" not in self.ours.EXTRAS
+
+    def kept(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Those of these options that it has."""
+        return {name: value for name, value in options.items() if name in self.defaults}
+
+    def takes_signs(self, options: dict[str, Any]) -> bool:
+        """Whether the formula calls `sign` with these options."""
+        one = torch.ones(1, dtype=torch.float64)
+        formula_step(self, one, one, {}, options, 1)
+        return take_undecided(0.0, one) is not None
+
+    @functools.cached_property
+    def peer(self) -> Any:
+        """torch's class; of an optimizer that torch does not have, the class by its plain step."""
+        return self.ours._torch_class or by_plain_step(self.ours)
+
+    def make(self, params, **options):
+        return self.ours(params, **options)
+
+    def make_plain_loop(self, params, **options):
+        flags = {"foreach": False, "fused": False}
+        if self.has_torchs_fused:
+            return self.peer(params, **{**options, **flags})
+        return self.peer(params, **{key: value for key, value in {**options, **flags}.items() if key != "fused"})
+
+    def make_formula(self, params, **options):
+        return FormulaOptimizer(self, params, options)
+
+
+def by_plain_step(cls):
+    class Plain(cls):
+        def step(self, closure=None):
+            with mock.patch.object(switches, "REFERENCE_FORCED", True):
+                return super().step(closure)
+
+    return Plain
+
+
+def float64(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+LR32, LR64 = torch.tensor(0.03), float64(0.03)
+
+# Settings and extras that several optimizers share; where one needs another value to show the option, its row says so.
+
+PLAIN = {
+    "default": {},
+    "lr": {"lr": 0.05},
+    "lr float32 tensor": {"lr": LR32},
+    "lr float64 tensor": {"lr": LR64},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+DECAY = {
+    "weight_decay": {"lr": 0.02, "weight_decay": 0.4},
+    "maximize, weight_decay": {"lr": 0.02, "maximize": True, "weight_decay": 0.4},
+}
+BETAS = {
+    "beta1 0": {"lr": 0.02, "betas": (0.0, 0.95)},
+    "beta1 0.3": {"lr": 0.02, "betas": (0.3, 0.95)},
+    "beta2 0": {"lr": 0.02, "betas": (0.9, 0.0), "eps": 0.1},
+}
+MOMENTS = {
+    **BETAS,
+    "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.8), float64(0.9))},
+    "eps": {"lr": 0.02, "eps": 0.3},
+}
+# torch computes the bias correction of a float32 beta in float32: the formula is the better truth.
+FLOAT32_BETAS = {"betas float32 tensors": {"lr": 0.02, "betas": (torch.tensor(0.8), torch.tensor(0.9))}}
+L1 = {
+    "l1": {"lr": 0.02, "l1": 0.7},
+    "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
+    "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True},
+}
+
+CAUTIOUS = {
+    "cautious": {"lr": 0.02, "cautious": True},
+    "cautious, weight_decay, l1": {"lr": 0.02, "cautious": True, "weight_decay": 0.4, "l1": 0.2, "maximize": True},
+}
+CAUTIOUS_DECAY = {
+    "cautious_weight_decay": {"lr": 0.02, "cautious_weight_decay": True, "weight_decay": 0.4},
+    "both cautious": {"lr": 0.02, "cautious_weight_decay": True, "cautious": True, "weight_decay": 0.4},
+}
+
+BETAS_AND_DECAY = {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.3}
+DECAY_AND_L1 = {"lr": 0.02, "weight_decay": 0.3, "l1": 0.5, "l1_proximal": True}
+NESTEROV_AND_L1 = {**DECAY_AND_L1, "momentum": 0.9, "nesterov": True, "maximize": True}
+
+ADAM_SETTINGS = {
+    **PLAIN,
+    **MOMENTS,
+    "beta1 0.5": {"lr": 0.02, "betas": (0.5, 0.95)},
+    "beta1 0.7": {"lr": 0.02, "betas": (0.7, 0.95)},
+    "beta2 0.2": {"lr": 0.02, "betas": (0.9, 0.2)},
+    **DECAY,
+    "weight_decay, lr float32 tensor": {"lr": LR32, "weight_decay": 0.4},
+    "weight_decay, lr float64 tensor": {"lr": LR64, "weight_decay": 0.3},
+    "amsgrad": {"lr": 0.02, "betas": (0.9, 0.5), "amsgrad": True},
+    "maximize": {"lr": 0.02, "maximize": True},
+    "all": {"lr": 0.02, "betas": (0.6, 0.7), "eps": 1e-2, "weight_decay": 0.3, "amsgrad": True, "maximize": True},
+}
+ADAM_EXTRAS = {
+    **FLOAT32_BETAS,
+    "bias_correction": {"lr": 0.02, "bias_correction": False},
+    "bias_correction, beta1 0": {"lr": 0.02, "betas": (0.0, 0.9), "bias_correction": False},
+    "bias_correction, amsgrad": {"lr": 0.02, "betas": (0.7, 0.5), "bias_correction": False, "amsgrad": True},
+    **L1,
+    **CAUTIOUS,
+    "l1, weight_decay": {"lr": 0.02, "l1": 0.7, "weight_decay": 0.5},
+    "l1_proximal, maximize": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "maximize": True},
+    "all": {**ADAM_SETTINGS["all"], "bias_correction": False, "l1": 1.5, "l1_proximal": True},
+}
+ADAM_EVERYTHING = {**DECAY_AND_L1, "amsgrad": True}
+
+TABLE = {
+    "SGD": Row(
+        ours=trainopt.SGD,
+        formula=sgd,
+        settings={
+            **PLAIN,
+            **DECAY,
+            "maximize": {"lr": 0.02, "maximize": True},
+            "momentum": {"lr": 0.02, "momentum": 0.9},
+            "momentum, lr float32 tensor": {"lr": LR32, "momentum": 0.9},
+            "momentum 0.4, weight_decay": {"lr": 0.02, "momentum": 0.4, "weight_decay": 0.4},
+            "dampening": {"lr": 0.02, "momentum": 0.9, "dampening": 0.3},
+            "dampening, weight_decay": {"lr": 0.02, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.4},
+            "nesterov": {"lr": 0.02, "momentum": 0.9, "nesterov": True},
+            "all": {"lr": 0.02, "momentum": 0.7, "dampening": 0.2, "weight_decay": 0.3, "maximize": True},
+        },
+        extras={
+            **L1,
+            **{key: {**options, "momentum": 0.9} for key, options in CAUTIOUS.items()},
+            "l1, momentum, weight_decay": {"lr": 0.02, "l1": 0.7, "momentum": 0.9, "weight_decay": 0.5},
+            "l1_proximal, nesterov": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "momentum": 0.9, "nesterov": True},
+            "l1_proximal, maximize": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "maximize": True},
+        },
+        usual={"lr": 0.02, "momentum": 0.9, "weight_decay": 0.3, "nesterov": True},
+        everything=NESTEROV_AND_L1,
+    ),
+    "Adam": Row(
+        ours=trainopt.Adam,
+        formula=adam,
+        settings={
+            **ADAM_SETTINGS,
+            "decoupled_weight_decay": {"lr": 0.02, "weight_decay": 0.4, "decoupled_weight_decay": True},
+        },
+        extras=ADAM_EXTRAS,
+        usual=BETAS_AND_DECAY,
+        everything=ADAM_EVERYTHING,
+    ),
+    "AdamW": Row(
+        ours=trainopt.AdamW,
+        formula=adam,
+        settings={**ADAM_SETTINGS, "no weight_decay": {"weight_decay": 0.0}},
+        extras={**ADAM_EXTRAS, **CAUTIOUS_DECAY},
+        usual=BETAS_AND_DECAY,
+        everything=ADAM_EVERYTHING,
+    ),
+    "Lion": Row(
+        ours=trainopt.Lion,
+        formula=lion,
+        decoupled=True,
+        settings={
+            **PLAIN,
+            "beta1 0": {"lr": 0.02, "betas": (0.0, 0.5)},
+            "beta2 0": {"lr": 0.02, "betas": (0.6, 0.0)},
+            "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.7), float64(0.8))},
+            **DECAY,
+            "weight_decay, lr float32 tensor": {"lr": LR32, "weight_decay": 0.4},
+            "all": {"lr": 0.02, "betas": (0.6, 0.7), "weight_decay": 0.3, "maximize": True},
+        },
+        extras={
+            **L1,
+            **CAUTIOUS,
+            **CAUTIOUS_DECAY,
+            "l1_proximal": {"lr": 0.02, "l1": 0.5, "l1_proximal": True},
+            "all": {"lr": 0.02, "betas": (0.6, 0.7), "weight_decay": 0.3, "maximize": True, "l1": 0.4},
+        },
+        usual=BETAS_AND_DECAY,
+        everything={**DECAY_AND_L1, "maximize": True},
+    ),
+    "LAMB": Row(
+        ours=trainopt.LAMB,
+        formula=lamb,
+        decays_itself=True,
+        settings={
+            **PLAIN,
+            **MOMENTS,
+            **DECAY,
+            "no weight_decay": {"lr": 0.02, "weight_decay": 0.0},
+            "always_adapt": {"lr": 0.02, "weight_decay": 0.0, "always_adapt": True},
+            "trust_clip": {"lr": 0.02, "trust_clip": True},
+            "all": {"lr": 0.02, "betas": (0.6, 0.7), "eps": 1e-2, "weight_decay": 0.3, "maximize": True},
+        },
+        extras={
+            **FLOAT32_BETAS,
+            "bias_correction": {"lr": 0.02, "betas": (0.9, 0.99), "bias_correction": False},
+            **L1,
+            **CAUTIOUS,
+            "all": {"lr": 0.02, "betas": (0.6, 0.7), "weight_decay": 0.3, "l1": 0.4, "bias_correction": False},
+        },
+        usual=BETAS_AND_DECAY,
+        everything={**DECAY_AND_L1, "maximize": True},
+    ),
+    "LARS": Row(
+        ours=trainopt.LARS,
+        formula=lars,
+        decays_itself=True,
+        settings={
+            **PLAIN,
+            "lr float32 tensor": {"lr": LR32, "weight_decay": 0.1},
+            "lr float64 tensor": {"lr": LR64, "weight_decay": 0.1},
+            "weight_decay": {"lr": 2.0, "weight_decay": 0.4},
+            "always_adapt": {"lr": 2.0, "always_adapt": True},
+            "trust_coeff": {"lr": 2.0, "weight_decay": 0.1, "trust_coeff": 0.02},
+            "eps": {"lr": 2.0, "weight_decay": 0.1, "eps": 0.5, "trust_coeff": 0.02},
+            "trust_clip": {"lr": 0.02, "weight_decay": 0.1, "trust_clip": True, "trust_coeff": 0.01},
+            "maximize, weight_decay": {"lr": 2.0, "maximize": True, "weight_decay": 0.4, "trust_coeff": 0.02},
+            "momentum": {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.1},
+            "dampening": {"lr": 2.0, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+            "nesterov": {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+            "all": dict(lr=0.5, momentum=0.7, dampening=0.2, weight_decay=0.3, trust_coeff=0.1, maximize=True),
+        },
+        extras={
+            **L1,
+            "cautious": dict(lr=0.5, momentum=0.9, weight_decay=0.5, trust_coeff=0.1, cautious=True),
+            "l1, momentum, weight_decay": dict(lr=0.5, l1=0.7, momentum=0.9, weight_decay=0.5, trust_coeff=0.1),
+            "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True, "weight_decay": 0.1},
+        },
+        usual={"lr": 0.5, "momentum": 0.9, "weight_decay": 0.3, "nesterov": True, "trust_coeff": 0.1},
+        everything={**NESTEROV_AND_L1, "trust_coeff": 0.1},
+    ),
+}
+
+TABLE |= {
+    "RMSprop": Row(
+        ours=trainopt.RMSprop,
+        formula=rmsprop,
+        settings={
+            **PLAIN,
+            **DECAY,
+            "alpha": {"lr": 0.02, "alpha": 0.7},
+            "alpha 0.3": {"lr": 0.02, "alpha": 0.3},
+            "eps": {"lr": 0.02, "eps": 0.3},
+            "momentum": {"lr": 0.02, "momentum": 0.9},
+            "centered": {"lr": 0.02, "centered": True, "alpha": 0.8},
+            "centered, alpha 0.3": {"lr": 0.02, "centered": True, "alpha": 0.3, "eps": 0.1},
+            "maximize": {"lr": 0.02, "maximize": True},
+            "all": dict(lr=0.02, alpha=0.9, eps=1e-2, momentum=0.7, centered=True, weight_decay=0.3, maximize=True),
+        },
+        extras={
+            **L1,
+            **{key: {**options, "momentum": 0.9} for key, options in CAUTIOUS.items()},
+            "all": dict(lr=0.02, momentum=0.7, centered=True, weight_decay=0.3, l1=0.4),
+        },
+        usual={"lr": 0.02, "alpha": 0.9, "momentum": 0.9, "weight_decay": 0.3},
+        everything={**DECAY_AND_L1, "momentum": 0.9, "centered": True, "eps": 0.1, "maximize": True},
+    ),
+    "Adadelta": Row(
+        ours=trainopt.Adadelta,
+        formula=adadelta,
+        settings={
+            **PLAIN,
+            **{key: {**options, "eps": 0.01} for key, options in DECAY.items()},
+            "rho": {"lr": 0.5, "rho": 0.6, "eps": 0.01},
+            "eps": {"lr": 0.5, "eps": 0.1},
+            "maximize": {"lr": 0.5, "maximize": True},
+            "all": {"lr": 0.7, "rho": 0.8, "eps": 1e-2, "weight_decay": 0.3, "maximize": True},
+        },
+        extras={
+            **L1,
+            "cautious": {"lr": 0.5, "cautious": True},
+            "all": {"lr": 0.7, "rho": 0.8, "eps": 1e-2, "weight_decay": 0.3, "l1": 0.4},
+        },
+        usual={"lr": 0.5, "rho": 0.8, "eps": 1e-2, "weight_decay": 0.3},
+        everything={**DECAY_AND_L1, "maximize": True, "eps": 1e-2},
+    ),
+    "Adamax": Row(
+        ours=trainopt.Adamax,
+        formula=adamax,
+        settings={
+            **PLAIN,
+            **BETAS,
+            **DECAY,
+            "eps": {"lr": 0.02, "eps": 0.3},
+            "maximize": {"lr": 0.02, "maximize": True},
+            "all": {"lr": 0.02, "betas": (0.6, 0.7), "eps": 1e-2, "weight_decay": 0.3, "maximize": True},
+        },
+        extras={**L1, **CAUTIOUS, "all": {**BETAS_AND_DECAY, "eps": 1e-2, "l1": 0.4}},
+        usual=BETAS_AND_DECAY,
+        everything={**DECAY_AND_L1, "maximize": True},
+    ),
+    "RAdam": Row(
+        ours=trainopt.RAdam,
+        formula=radam,
+        settings={
+            **PLAIN,
+            **BETAS,
+            "beta2 0": {"lr": 0.02, "betas": (0.9, 0.0)},  # the second moment never counts
+            **DECAY,
+            "eps": {"lr": 0.02, "eps": 0.3, "betas": (0.9, 0.9)},
+            "maximize": {"lr": 0.02, "maximize": True},
+            "decoupled_weight_decay": {"lr": 0.02, "weight_decay": 0.4, "decoupled_weight_decay": True},
+            "decoupled_weight_decay, lr float32 tensor": dict(lr=LR32, weight_decay=0.4, decoupled_weight_decay=True),
+            "all": {"lr": 0.02, "betas": (0.6, 0.9), "eps": 1e-2, "weight_decay": 0.3, "maximize": True},
+        },
+        extras={
+            **L1,
+            **CAUTIOUS,
+            **{key: {**options, "decoupled_weight_decay": True} for key, options in CAUTIOUS_DECAY.items()},
+            "all": {**BETAS_AND_DECAY, "eps": 1e-2, "l1": 0.4},
+        },
+        usual={**BETAS_AND_DECAY, "decoupled_weight_decay": True},
+        everything={**DECAY_AND_L1, "maximize": True, "betas": (0.9, 0.9), "decoupled_weight_decay": True},
+    ),
+}
