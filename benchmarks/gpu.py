@@ -28,15 +28,12 @@ import torch
 from torch import Tensor
 
 import trainopt
-from benchmarks.gpu_tasks import COMPILED, OURS, Task, tasks
+from benchmarks.gpu_tasks import COMPILED, COPY, KINDS, OURS, Task, tasks
 from benchmarks.losses import is_alike
 from benchmarks.optimizers import positive
 from benchmarks.tables import duration, markdown_table, percent, spread, text_table
 from benchmarks.timing import BLOCK_SECONDS, paired_ratio
 from trainopt._extension import _C
-
-KINDS = ("optimizers", "losses", "clip")
-COPY = "a copy of the same bytes"
 
 # ----------------------------------------------------------------------------------------------------------- measuring
 

@@ -1,4 +1,4 @@
-"""What benchmarks.gpu measures, and who does it: optimizer steps, losses forward and backward, clipping."""
+"""What benchmarks.gpu measures, and who does it: optimizer steps in every form, losses, clipping."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import trainopt
 from benchmarks import loss_cases
 from benchmarks.clip import LIBRARIES
+from benchmarks.formats import FORMATS, Format
 from benchmarks.loss_cases import EAGER, OURS, Case, Step
 from benchmarks.optimizers import RULES, USUAL, Rule
 from benchmarks.workloads import WORKLOADS, Workload
 
 COMPILED = "torch.compile"
+COPY = "a copy of the same bytes"
+
+
+KINDS = ("optimizers", "rules", "formats", "tail", "losses", "clip")
 
 
 @dataclass(frozen=True)
@@ -29,22 +36,25 @@ class Ready:
     outcome: Callable[[], list[Tensor]]
 
 
+Prepare = Callable[[torch.device], Ready]
+
+
 @dataclass(frozen=True)
 class Task:
     """Work that contenders do alike.
 
     Args:
-        kind: "optimizers", "losses" or "clip".
+        kind: one of `KINDS`.
         moved: bytes that must be read and written at the least, or 0 where memory is not what the work waits for.
         contenders: by name, what makes one ready on a device; ratios are against the one named `reference`, and all
-            must come to its outcome.
+            must come to its outcome. Where torch has nothing like it, the reference is the copy.
     """
 
     kind: str
     title: str
     moved: int
     reference: str
-    contenders: Mapping[str, Callable[[torch.device], Ready]]
+    contenders: Mapping[str, Prepare]
 
 
 # ---------------------------------------------------------------------------------------------------------- optimizers
@@ -80,7 +90,7 @@ def optimizer_task(rule: Rule, workload: Workload) -> Task:
         "trainopt, counting on the device": partial(ours, **on_device),
         **apex_optimizers(rule),
     }
-    contenders: dict[str, Callable[[torch.device], Ready]] = {n: partial(ready, make) for n, make in makes.items()}
+    contenders: dict[str, Prepare] = {n: partial(ready, make) for n, make in makes.items()}
     contenders[COMPILED] = partial(ready, partial(stock, foreach=True), compiled=True)
     moved = rule.moved * workload.elements * workload.dtype.itemsize
     return Task("optimizers", f"{rule.title}, {workload.title}", moved, "torch fused", contenders)
@@ -94,6 +104,70 @@ def apex_optimizers(rule: Rule) -> dict[str, Callable[..., torch.optim.Optimizer
     if rule.name == "AdamW":
         return {"apex FusedAdam": partial(optimizers.FusedAdam, adam_w_mode=True)}
     return {"apex FusedSGD": optimizers.FusedSGD}
+
+
+#: Optimizers for which torch has no fused step, with their settings and the values of an element that a step moves.
+#: LAMB and LARS read what their norms are of, and then all of it again.
+OTHER_RULES: tuple[tuple[str, dict[str, Any], int], ...] = (
+    *((rule.name, rule.settings, rule.moved) for name, rule in RULES.items() if name not in USUAL),
+    ("Lion", {"lr": 1e-4}, 3 + 2),
+    ("LAMB", {"lr": 1e-3}, 4 + 4 + 3),
+    ("LARS", {"lr": 1e-3, "momentum": 0.9}, 2 + 3 + 2),
+)
+
+
+def stepped(workload: Workload, make: Callable[[list[Parameter]], torch.optim.Optimizer]) -> Prepare:
+    """A contender that steps through a workload."""
+
+    def ready(device: torch.device) -> Ready:
+        parameters = with_gradients(workload, device)
+        return Ready(make(parameters).step, lambda: [p.detach() for p in parameters])
+
+    return ready
+
+
+def rule_task(name: str, settings: dict[str, Any], values: int, workload: Workload) -> Task:
+    """An optimizer against torch's foreach step, where torch has it."""
+    contenders = {OURS: stepped(workload, partial(getattr(trainopt, name), **settings))}
+    if stock := getattr(torch.optim, name, None):
+        contenders = {"torch foreach": stepped(workload, partial(stock, foreach=True, **settings)), **contenders}
+    moved = values * workload.elements * workload.dtype.itemsize
+    return Task("rules", f"{name}, {workload.title}", moved, next(iter(contenders)) if stock else COPY, contenders)
+
+
+def format_task(stored: Format, workload: Workload) -> Task:
+    """AdamW with parameters and states stored in fewer bytes, against torch's fused step in the parameters' dtype."""
+    title, workload = workload.title, replace(workload, dtype=stored.dtype)
+    contenders = {
+        "torch fused": stepped(workload, partial(torch.optim.AdamW, fused=True)),
+        OURS: stepped(workload, partial(trainopt.AdamW, **stored.options)),
+    }
+    moved = round(stored.bytes_moved * workload.elements)
+    return Task("formats", f"AdamW, {title}, {stored.name}", moved, "torch fused", contenders)
+
+
+def tail_task(workload: Workload) -> Task:
+    """Clipping by the global norm, AdamW and a moving average: torch's passes, and one step."""
+    limit, decay = 1.0, 0.999
+
+    def by_torch(device: torch.device) -> Ready:
+        parameters = with_gradients(workload, device)
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        averages = [parameter.detach().clone() for parameter in parameters]
+        average = get_ema_multi_avg_fn(decay)
+
+        def tail() -> None:
+            torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+            optimizer.step()
+            average(averages, parameters, 1)  # type: ignore[arg-type]
+
+        return Ready(tail, lambda: [p.detach() for p in parameters])
+
+    ours = stepped(workload, partial(trainopt.AdamW, max_grad_norm=limit, ema_decay=decay))
+    # The norm reads the gradient; the step reads five values of an element and writes four.
+    moved = (1 + 5 + 4) * workload.elements * workload.dtype.itemsize
+    title = f"clip, AdamW and average, {workload.title}"
+    return Task("tail", title, moved, "torch's passes", {"torch's passes": by_torch, OURS: ours})
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -113,7 +187,7 @@ def loss_task(case: Case) -> Task:
         return Ready(call, lambda: [*values, *(leaf.grad for leaf in step.leaves if leaf.grad is not None)])
 
     losses = {**case.losses, **peers_losses(case)}
-    contenders: dict[str, Callable[[torch.device], Ready]] = {n: partial(ready, loss) for n, loss in losses.items()}
+    contenders: dict[str, Prepare] = {n: partial(ready, loss) for n, loss in losses.items()}
     contenders[COMPILED] = partial(ready, case.losses[EAGER], compiled=True)
     return Task("losses", case.title, case.moved_on_gpu or case.moved, EAGER, contenders)
 
@@ -178,6 +252,10 @@ def tasks(quick: bool) -> Iterator[Task]:
     for rule in (RULES[name] for name in USUAL):
         for workload in workloads:
             yield optimizer_task(rule, workload)
+    models = [SMALL] if quick else [WORKLOADS["gpt2"], WORKLOADS["gpt2-bf16"]]
+    yield from (rule_task(*rule, workload) for rule in OTHER_RULES for workload in models)
+    yield from (format_task(stored, models[0]) for stored in FORMATS if stored.cls is trainopt.AdamW and stored.options)
+    yield from map(tail_task, [SMALL] if quick else [*models, WORKLOADS["1000x64"]])
     cross_entropy, pointwise = loss_cases._cross_entropy, loss_cases._pointwise
     if quick:
         cases = [cross_entropy(7, 5, float32), pointwise("mse_loss", Tensor.clone, 100), linear(float32, 6, 3, 5)]

@@ -233,6 +233,7 @@ def test_extras(device, dtype, extras, kind):
             {"reduction": reduction, "ignore_index": ignore_index, **extras},
             constants=[target, weight],
             roundings=roundings,
+            gradient_unit=0.0 if kind == "classes" else largest_mass(logits, target, weighted, reduction, 0.0, -100),
         )
 
 

@@ -29,6 +29,9 @@ from tools.jobs import Ended, Job, find_tool, run_all, say
 TASKS = (
     "AdamW, GPT-2 124M",
     "AdamW, GPT-2 124M, bfloat16",
+    "AdamW, GPT-2 124M, float32, 8-bit states",
+    "AdamW, GPT-2 124M, bfloat16, master24, 8-bit states",
+    "LAMB, GPT-2 124M",
     "AdamW, 2,000 tensors of 1,024",
     "SGD with momentum 0.9, GPT-2 124M",
     "cross_entropy, 8,192 × 32,000, float32",
