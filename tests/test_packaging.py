@@ -43,7 +43,7 @@ def source_tree(tmp_path):
 @pytest.fixture
 def built_tree(source_tree):
     """The same after a build; what ROOT/build has is not compiled again. torch without CUDA: no nvcc is called."""
-    for objects in [ROOT / "build" / "kernels", *ROOT.glob("build/torch-*")]:
+    for objects in [*map(ROOT.joinpath, ("build/kernels", "build/units")), *ROOT.glob("build/torch-*")]:
         shutil.copytree(objects, source_tree / "build" / objects.name)
     path, log = os.environ["PATH"], source_tree.parent / "log"
     if torch.version.cuda is None:
