@@ -2,6 +2,9 @@
 them. And what they do without: a file that imports an optional package which is not installed is skipped, and says so.
 """
 
+from collections import defaultdict
+from zlib import crc32
+
 import pytest
 import torch
 from devices import DEVICES, HAS_GPU, IS_EMULATED, VARIANTS
@@ -16,6 +19,14 @@ OPTIONAL |= {"accelerate", "ignite", "lightning", "peft", "timm", "transformers"
 def pytest_addoption(parser):
     parser.addoption("--emulated", action="store_true", help="fail unless trainopt is the one on the emulated device")
     parser.addoption("--gpu", action="store_true", help="fail unless there is a GPU that trainopt is built for")
+    parser.addoption("--rows", type=part_of, metavar="N/M", help="of the rows of each test, the N-th part of M")
+
+
+def part_of(text):
+    part, of = map(int, text.split("/"))
+    if not 1 <= part <= of:
+        raise ValueError(text)
+    return part, of
 
 
 def pytest_configure(config):
@@ -25,6 +36,22 @@ def pytest_configure(config):
     if config.getoption("--gpu", default=False) and not HAS_GPU:
         found = "finds a GPU" if torch.cuda.is_available() else "finds no GPU"
         raise pytest.UsageError(f"trainopt is built for {_C.device_types()}, and torch {found}")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves of each test the part of its rows that --rows names, drawn by their names, and one row at least."""
+    if not config.getoption("--rows", default=None):
+        return
+    part, of = config.getoption("--rows")
+    rows = defaultdict(list)
+    for item in items:
+        rows[item.nodeid.partition("[")[0]].append(item)
+    kept = set()
+    for of_a_test in rows.values():
+        drawn = {item: (crc32(item.nodeid.encode()) - part + 1) % of for item in of_a_test}
+        kept.update([item for item in of_a_test if drawn[item] == 0] or [min(of_a_test, key=drawn.__getitem__)])
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.hookimpl(wrapper=True)
