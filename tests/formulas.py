@@ -1,6 +1,7 @@
 """The optimizers' formulas, written once more in the plainest way: one step of one whole tensor."""
 
 import functools
+import math
 
 import torch
 
@@ -84,6 +85,40 @@ def radam(p, g, state, options, step):
     return p - options["lr"] * change
 
 
+def adan(p, g, state, options, step):
+    """Adan's new parameter."""
+    (beta1, beta2, beta3), before = options["betas"], state.get("neg_pre_grad", -g)
+    new = {
+        "exp_avg": (beta1, g),
+        "exp_avg_diff": (beta2, g + before),
+        "exp_avg_sq": (beta3, (g + beta2 * (g + before)) ** 2),
+    }
+    for name, (beta, value) in new.items():
+        state[name] = beta * state.get(name, torch.zeros_like(p)) + (1 - beta) * value
+    state["neg_pre_grad"] = -g
+    m, d, n = (state[name] / (1 - beta**step) for name, (beta, _) in new.items())
+    change = options["lr"] * (m + beta2 * d) / (n.sqrt() + options["eps"])
+    return p - change if options["no_prox"] else (p - change) / (1 + options["lr"] * options["weight_decay"])
+
+
+def ademamix(p, g, state, options, step):
+    """AdEMAMix's new parameter."""
+    (beta1, beta2, beta3), zero = options["betas"], torch.zeros_like(p)
+
+    def steps_to_half(beta):
+        return math.log(0.5) / math.log(beta + 1e-8) - 1
+
+    if step < options["beta3_warmup"]:
+        share = step / options["beta3_warmup"]
+        beta3 = 0.5 ** (1 / ((1 - share) * steps_to_half(beta1) + share * steps_to_half(beta3) + 1))
+    state["exp_avg_fast"] = beta1 * state.get("exp_avg_fast", zero) + (1 - beta1) * g
+    state["exp_avg_slow"] = beta3 * state.get("exp_avg_slow", zero) + (1 - beta3) * g
+    state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * g * g
+    alpha = options["alpha"] * min(1.0, step / max(options["alpha_warmup"], 1))
+    change = state["exp_avg_fast"] / (1 - beta1**step) + alpha * state["exp_avg_slow"]
+    return p - options["lr"] * change / ((state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + options["eps"])
+
+
 def lion(p, g, state, options, step):
     """Lion's new parameter."""
     (beta1, beta2), m = options["betas"], state.get("exp_avg", torch.zeros_like(p))
@@ -141,17 +176,19 @@ def formula_step(row, p, g, state, options, step):
     signed.clear()
     o = {**row.defaults, **options}
     o = {name: tuple(map(float, value)) if isinstance(value, tuple) else value for name, value in o.items()}
-    decoupled = o.get("decoupled_weight_decay", row.decoupled)
+    decoupled = o.get("decoupled_weight_decay", o.get("no_prox", row.decoupled))
+    decays_itself = row.decays_itself and not decoupled
     if o["maximize"]:
         g = -g
-    if not decoupled and not row.decays_itself:
+    if not decoupled and not decays_itself:
         g = g + o["weight_decay"] * p
     if not o["l1_proximal"]:
         g = g + o["l1"] * p.sign()
     kept = p * (1 - o["lr"] * o["weight_decay"]) if decoupled else p
     if o["cautious"] or o["cautious_weight_decay"]:
         # From 0, of which nothing is lost to rounding, where the update does not depend on the parameter.
-        change = p - row.formula(p, g, state, o, step) if row.decays_itself else -row.formula(0 * p, g, state, o, step)
+        by_parameter = decays_itself and (row.has_sums or o["weight_decay"] != 0)
+        change = p - row.formula(p, g, state, o, step) if by_parameter else -row.formula(0 * p, g, state, o, step)
         signed.extend((change, g))
         if o["cautious"] and p.numel():
             agrees = (change * g > 0).double()

@@ -36,6 +36,8 @@ OPTIONS = {
     "RAdam": {"lr": 0.02, "betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.1},
     "RMSprop": {"lr": 0.02, "alpha": 0.9, "eps": 0.1, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
     "Adadelta": {"lr": 0.5, "eps": 1e-3, "weight_decay": 0.1},
+    "Adan": {"lr": 0.02, "betas": (0.7, 0.6, 0.9), "weight_decay": 0.1},
+    "AdEMAMix": {"lr": 0.02, "betas": (0.7, 0.9, 0.95), "weight_decay": 0.1},
     "LAMB": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},
     "LARS": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "trust_coeff": 0.1},
     "Lion": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},

@@ -16,6 +16,8 @@ from formulas import (
     adadelta,
     adam,
     adamax,
+    adan,
+    ademamix,
     formula_step,
     lamb,
     lars,
@@ -50,6 +52,9 @@ class Row:
     everything: dict[str, Any]  # every stage and state at once
     decoupled: bool = False  # weight decay, of a class without an option for it
     decays_itself: bool = False  # the formula has weight decay in it
+    # States of differences between gradients. In 16 bits, the errors of gradients that were rounded after clipping cancel
+    # in their sum; a step that clips has not rounded the later one.
+    differences: tuple[str, ...] = ()
     changes_nothing: tuple[str, ...] = field(default=("foreach", "fused"))
 
     @property
@@ -385,5 +390,57 @@ TABLE |= {
         },
         usual={**BETAS_AND_DECAY, "decoupled_weight_decay": True},
         everything={**DECAY_AND_L1, "maximize": True, "betas": (0.9, 0.9), "decoupled_weight_decay": True},
+    ),
+    "Adan": Row(
+        ours=trainopt.Adan,
+        formula=adan,
+        decays_itself=True,
+        differences=("exp_avg_diff",),
+        settings={
+            **PLAIN,
+            "betas 0": {"lr": 0.02, "betas": (0.0, 0.0, 0.9)},
+            "betas": {"lr": 0.02, "betas": (0.4, 0.9, 0.7)},
+            "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.8), float64(0.7), float64(0.9))},
+            "eps": {"lr": 0.02, "eps": 0.3},
+            **DECAY,
+            "weight_decay, lr float32 tensor": {"lr": LR32, "weight_decay": 0.4},
+            "no_prox": {"lr": 0.02, "weight_decay": 0.4, "no_prox": True},
+            "all": dict(lr=0.02, betas=(0.6, 0.5, 0.7), eps=1e-2, weight_decay=0.3, no_prox=True, maximize=True),
+        },
+        extras={
+            **L1,
+            **CAUTIOUS,
+            "cautious_weight_decay": {**CAUTIOUS_DECAY["cautious_weight_decay"], "no_prox": True},
+            "all": {"lr": 0.02, "betas": (0.6, 0.5, 0.7), "weight_decay": 0.3, "l1": 0.4},
+        },
+        usual={"lr": 0.02, "betas": (0.8, 0.7, 0.9), "weight_decay": 0.3},
+        everything={**DECAY_AND_L1, "maximize": True},
+    ),
+    "AdEMAMix": Row(
+        ours=trainopt.AdEMAMix,
+        formula=ademamix,
+        decoupled=True,
+        settings={
+            **PLAIN,
+            "beta1 0": {"lr": 0.02, "betas": (0.0, 0.9, 0.95)},
+            "betas": {"lr": 0.02, "betas": (0.7, 0.8, 0.9)},
+            "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.8), float64(0.9), float64(0.95))},
+            "alpha": {"lr": 0.02, "alpha": 8.0, "betas": (0.9, 0.99, 0.9)},
+            "alpha_warmup": {"lr": 0.02, "alpha_warmup": 3, "betas": (0.9, 0.99, 0.9)},
+            "beta3_warmup": {"lr": 0.02, "beta3_warmup": 4, "betas": (0.9, 0.99, 0.999)},
+            "eps": {"lr": 0.02, "eps": 0.3},
+            **DECAY,
+            "all": dict(
+                lr=0.02, betas=(0.6, 0.7, 0.9), alpha=3.0, alpha_warmup=5, eps=0.1, weight_decay=0.3, maximize=True
+            ),
+        },
+        extras={
+            **L1,
+            **CAUTIOUS,
+            **CAUTIOUS_DECAY,
+            "all": dict(lr=0.02, betas=(0.6, 0.7, 0.9), beta3_warmup=3, alpha_warmup=2, weight_decay=0.3, l1=0.4),
+        },
+        usual={"lr": 0.02, "betas": (0.8, 0.9, 0.95), "weight_decay": 0.3},
+        everything={**DECAY_AND_L1, "beta3_warmup": 3, "alpha_warmup": 2, "maximize": True},
     ),
 }

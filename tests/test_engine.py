@@ -143,16 +143,17 @@ def test_two_runs(row, options):
 @each_dtype
 @ROWS
 def test_every_element_is_stored(row, dtype, variant):
-    """After one step on gradients of 1 every element of the parameter and of each state has changed, and no other."""
+    """After steps on gradients of 1 and 2 every element of the parameter and of each state has changed, and no other."""
     options = row.kept({"momentum": 0.9, "amsgrad": True, "centered": True, "weight_decay": 0.0, "eps": 0.1})
     sizes = sorted({1, 257, 65_537, *(n for w in WIDTHS for n in (w - 1, w, w + 1, 2 * w + 3))})
     # Each parameter between guards in one piece of memory.
     storages = [torch.full((size + 32,), 2.0, dtype=dtype) for size in sizes]
     params = [s[16 : 16 + n].requires_grad_() for s, n in zip(storages, sizes, strict=True)]
     optimizer = row.make(params, lr=0.1, **options)
-    for p in params:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
+    for size in (1, 2):
+        for p in params:
+            p.grad = torch.full_like(p, size)
+        optimizer.step()
     for p, storage in zip(params, storages, strict=True):
         n = p.numel()
         assert (p != 2).all(), f"{n} elements: not all of param changed"

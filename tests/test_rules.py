@@ -94,7 +94,7 @@ def test_option_changes_something(row, options):
         without = {key: value for key, value in options.items() if key != name}
         if name == "momentum":
             without.pop("nesterov", None)  # has no sense alone
-        if name == "decoupled_weight_decay":
+        if name in ("decoupled_weight_decay", "no_prox"):
             without.pop("cautious_weight_decay", None)  # nor has this
         other = result_of(row.make, start, gradients, **without)["param"][0]
         assert (other - found).abs().max() > 1e-5, f"{name} changes nothing"
@@ -224,8 +224,13 @@ EXTREMES = {
 }
 
 
+def betas_of(row, options):
+    """As many as it has."""
+    return {"betas": options["betas"][:1] * len(row.defaults["betas"])} if "betas" in options else {}
+
+
 EXTREME_CASES = [
-    pytest.param(row, options, id=f"{name}-{key}")
+    pytest.param(row, {**options, **betas_of(row, options)}, id=f"{name}-{key}")
     for name, row in TABLE.items()
     for key, options in EXTREMES.items()
     if options.keys() <= row.defaults.keys()

@@ -69,7 +69,10 @@ def test_as_separate_passes(name, dtype, warmup, device):
         assert found.keys() == truth.keys()
         torch.testing.assert_close(found, {key: truth[key] for key in found}, rtol=1e-11, atol=1e-13)
     else:
-        assert_no_worse(found, {key: peer[key] for key in truth}, truth, dtype, undecided)
+        found, peer, truth = (
+            {key: tensors[key] for key in truth if key not in row.differences} for tensors in (found, peer, truth)
+        )
+        assert_no_worse(found, peer, truth, dtype, undecided)
     assert all(not p.grad.any() for p in params)
     assert {p.path for p in trainopt.explain(optimizer)} <= {f"fused ({device})", f"fused (cpu, {_C.cpu_variant()})"}
 

@@ -64,7 +64,8 @@ PyObject* key(const std::string& name) {
 // Where a rule's option is read: "betas.1" is element 1 of the group's "betas".
 struct OptionKey {
   PyObject* name;
-  int element;  // -1: the value itself
+  int element;       // -1: the value itself
+  Py_ssize_t count;  // how many elements the rule reads of it: more or fewer in a group are an error of torch's
 };
 
 const std::vector<OptionKey>& keys_of(const cpu::Rule& rule) {
@@ -73,13 +74,12 @@ const std::vector<OptionKey>& keys_of(const cpu::Rule& rule) {
   for (int i = static_cast<int>(found.size()); i < rule.option_count; ++i) {
     const std::string name = rule.options[i];
     const size_t dot = name.find('.');
-    found.push_back({key(name.substr(0, dot)), dot == std::string::npos ? -1 : name[dot + 1] - '0'});
+    found.push_back({key(name.substr(0, dot)), dot == std::string::npos ? -1 : name[dot + 1] - '0', 1});
+    for (OptionKey& other : found)  // keys of one name are one object, and their elements follow each other
+      if (other.name == found.back().name) other.count = found.back().element + 1;
   }
   return found;
 }
-
-// How many elements of a pair an option has: more or fewer are an error of torch's.
-constexpr Py_ssize_t kPair = 2;
 
 // Reads values from a group's dict, whose keys are all strings, and remembers which.
 class Reader {
@@ -170,7 +170,7 @@ class Reader {
     if (key.name == kBiasCorrection) return own(key.name, 1);
     PyObject* value = require(key.name);
     if (key.element < 0) return number_or_device(value, index);
-    if (!is_plain_sequence(value) || PySequence_Fast_GET_SIZE(value) != kPair) {
+    if (!is_plain_sequence(value) || PySequence_Fast_GET_SIZE(value) != key.count) {
       group_->unreadable = 1;
       return 0;
     }

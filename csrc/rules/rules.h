@@ -4,6 +4,8 @@
 #include "rules/adadelta.h"
 #include "rules/adam.h"
 #include "rules/adamax.h"
+#include "rules/adan.h"
+#include "rules/ademamix.h"
 #include "rules/lamb.h"
 #include "rules/lars.h"
 #include "rules/lion.h"
@@ -22,5 +24,7 @@
   DO(RmsProp)                      \
   DO(Adadelta)                     \
   DO(Adamax)                       \
-  DO(RAdam)
+  DO(RAdam)                        \
+  DO(Adan)                         \
+  DO(AdEMAMix)
 #endif

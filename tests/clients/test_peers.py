@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from timm.optim import Lamb, Lars, Lion
+from timm.optim import Adan, Lamb, Lars, Lion
 from timm.utils import adaptive_clip_grad
 
 import trainopt
@@ -38,6 +38,18 @@ PEERS = {
             "trust_coeff": [0.02],
             "trust_clip": [False, True],
             "always_adapt": [False, True],
+        },
+    ),
+    "Adan": (
+        trainopt.Adan,
+        Adan,
+        {"foreach": False},
+        {
+            "lr": [0.01],
+            "betas": [(0.98, 0.92, 0.99), (0.7, 0.4, 0.8)],
+            "eps": [1e-8, 1e-2],
+            "weight_decay": [0.0, 0.1],
+            "no_prox": [False, True],
         },
     ),
     "Lion": (

@@ -6,6 +6,8 @@ from trainopt.optim.adadelta import Adadelta
 from trainopt.optim.adam import Adam
 from trainopt.optim.adamax import Adamax
 from trainopt.optim.adamw import AdamW
+from trainopt.optim.adan import Adan
+from trainopt.optim.ademamix import AdEMAMix
 from trainopt.optim.convert import convert_state
 from trainopt.optim.explain import explain as explain  # `trainopt.explain` takes losses too
 from trainopt.optim.fuse import fuse
@@ -25,10 +27,12 @@ __all__ = [
     "LARS",
     "LBFGS",
     "SGD",
+    "AdEMAMix",
     "Adadelta",
     "Adam",
     "AdamW",
     "Adamax",
+    "Adan",
     "Lion",
     "RAdam",
     "RMSprop",

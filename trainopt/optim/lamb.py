@@ -7,6 +7,7 @@ import torch
 
 from trainopt.optim.base import Fused
 from trainopt.optim.options import PlainOptions, extra
+from trainopt.optim.plain import bias_correction
 from trainopt.optim.trust import norms
 
 
@@ -80,7 +81,7 @@ class LAMB(Fused, rule="lamb"):
         v.copy_(v * beta2 + gradient * (1 - beta2) * gradient)
 
         def correction(beta: float) -> float:
-            return -math.expm1(step * math.log(beta)) if beta > 0 and extra(group, "bias_correction") else 1.0
+            return bias_correction(beta, step) if extra(group, "bias_correction") else 1.0
 
         update = m * (1 / correction(beta1)) / (v.sqrt() * (1 / math.sqrt(correction(beta2))) + group["eps"])
         if group["weight_decay"] != 0:

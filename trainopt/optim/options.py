@@ -83,6 +83,9 @@ DEFAULTS: dict[str, Any] = {
     "cautious_weight_decay": False,
     "stats": False,
 }
+#: Options of optimizers that torch does not have, which must be at least 0; betas less than 1 besides.
+_NOT_NEGATIVE = {"lr", "betas", "eps", "weight_decay", "momentum", "trust_coeff"}
+_NOT_NEGATIVE |= {"alpha", "alpha_warmup", "beta3_warmup"}
 #: How 16-bit parameters can be stored: trainopt/optim/precision.py.
 PRECISIONS = ("native", "master", "master24", "stochastic")
 #: Those of the options that every class of torch's has.
@@ -142,8 +145,11 @@ def defaults_of(class_name: str, rule: str, given: Mapping[str, Any]) -> dict[st
     known = {"lr", "weight_decay", *STOCK_DEFAULTS, *(key for key, _ in places_of(rule))}
     for name in given.keys() - known:
         raise TypeError(f"{class_name}.__init__() got an unexpected keyword argument {name!r}")
-    for name in given.keys() & {"lr", "betas", "eps", "weight_decay", "momentum", "trust_coeff"}:
+    for name in given.keys() & _NOT_NEGATIVE:
         checks.stock_option(name, given[name])
+    betas = sum(key == "betas" for key, _ in places_of(rule))
+    if "betas" in given and len(given["betas"]) != betas:
+        raise ValueError(f"Invalid betas: {given['betas']} ({class_name} has {betas})")
     return {"weight_decay": 0.0, **STOCK_DEFAULTS, **given}
 
 
