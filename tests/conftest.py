@@ -19,6 +19,12 @@ OPTIONAL |= {"accelerate", "ignite", "lightning", "peft", "timm", "transformers"
 def pytest_addoption(parser):
     parser.addoption("--emulated", action="store_true", help="fail unless trainopt is the one on the emulated device")
     parser.addoption("--gpu", action="store_true", help="fail unless there is a GPU that trainopt is built for")
+    parser.addoption(
+        "--architectures",
+        type=lambda text: tuple(map(int, text.split(","))),
+        default="75,80,86,90,100,120",
+        help="those that test_cuda_kernels.py compiles CUDA's kernels for (%(default)s)",
+    )
     parser.addoption("--rows", type=part_of, metavar="N/M", help="of the rows of each test, the N-th part of M")
 
 

@@ -52,8 +52,8 @@ class Row:
     everything: dict[str, Any]  # every stage and state at once
     decoupled: bool = False  # weight decay, of a class without an option for it
     decays_itself: bool = False  # the formula has weight decay in it
-    # States of differences between gradients. In 16 bits, the errors of gradients that were rounded after clipping cancel
-    # in their sum; a step that clips has not rounded the later one.
+    # States of differences between gradients. Where gradients are rounded to 16 bits after clipping, errors cancel in
+    # their sum; a step that clips has not rounded the later one.
     differences: tuple[str, ...] = ()
     changes_nothing: tuple[str, ...] = field(default=("foreach", "fused"))
 

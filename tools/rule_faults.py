@@ -1,0 +1,258 @@
+"""Seeds faults into the arithmetic of the optimizers' rules, and counts those that the tests' formulas catch.
+
+    python -m tools.rule_faults               every rule of csrc/rules
+    python -m tools.rule_faults adam lion
+
+A fault is one small change of a header: a swapped beta, epsilon inside the root, a step counted too late, an operator
+for another. The changed header is compiled without an engine and makes some steps in float64, with the options of its
+rows in tests/optimizer_table.py. The fault is caught if a parameter or a state is not the formula's: which is what
+tests/test_rules.py finds out through the engines. Prints the faults that survive, and the score of each rule. Fails if
+one survives that EQUIVALENT does not account for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.tables import text_table
+from csrc.compiler import Compiler, jobs_at_once
+from trainopt._extension import _C
+from trainopt.optim.options import option_at, places_of
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from formulas import formula_step  # noqa: E402
+from optimizer_table import TABLE  # noqa: E402
+
+#: What a fault is called, what it changes, and into what.
+CHANGES = (
+    ("minus for plus", r" \+ ", " - "),
+    ("plus for minus", r" - ", " + "),
+    ("over for times", r" \* ", " / "),
+    ("times for over", r" / ", " * "),
+    ("a comparison", r" <= ", " > "),
+    ("a comparison", r" < ", " >= "),
+    ("a comparison", r" > ", " <= "),
+    ("equal for unequal", r" != ", " == "),
+    ("unequal for equal", r" == ", " != "),
+    ("or for and", r" && ", " || "),
+    ("and for or", r" \|\| ", " && "),
+    ("the branches", r"\? ([^?:]+) : ([^;?:,]+)([;,])", r"? \2 : \1\3"),
+    ("beta2 for beta1", r"\bkBeta1\b", "kBeta2"),
+    ("beta1 for beta2", r"\bkBeta2\b", "kBeta1"),
+    ("beta1 for beta3", r"\bkBeta3\b", "kBeta1"),
+    ("a step too late", r"\binfo\.step\b", "(info.step + 1)"),
+    ("another learning rate", r"\binfo\.lr\b", "(info.lr * 1.5)"),
+    ("first for later", r"\binfo\.first\b", "!info.first"),
+    ("another epsilon", r"\boptions\[kEps\]", "(options[kEps] * 1.5)"),
+    ("epsilon inside the root", r"\bsquare_root\((\w+)\)", r"square_root(\1 + T(S(1e-4)))"),
+    ("no root", r"\bsquare_root\(", "("),
+    ("no sign", r"\bsign_or_nan\(", "("),
+    ("another state", r"\bstate\[0\]", "state[1]"),
+    ("another state", r"\bstate\[1\]", "state[0]"),
+    ("another state", r"\bstate\[2\]", "state[0]"),
+    ("another constant", r"\b0\.5\b", "0.6"),
+    ("another decay", r"Decay::kGradient", "Decay::kParameter"),
+    ("another decay", r"Decay::kParameter", "Decay::kGradient"),
+)
+
+#: What stands in changed lines whose change is none beyond rounding, and why.
+EQUIVALENT = {
+    "_is_small": "an average is the same from either end",
+    "k.step_size = static_cast<S>((info.lr * 1.5));": "`finish` writes it before it is read",
+}
+
+SOURCE = """
+#include "core/math.h"
+#include "rules/rule.h"
+{header}
+using namespace trainopt;
+
+template <class Rule>
+void step_of(const double* options, const double* info, long count, const double* p, const double* g, double* states,
+             double* change) {{
+  auto k = Rule::template prepare<double>(options, StepInfo{{info[0], false, info[1], info[2], info[3] != 0}});
+  const StateSet set = Rule::states_needed(options);
+  double own[kMaxStates];
+  const auto read = [&](long i) {{
+    for (int s = 0; s < kStateCount<Rule>; ++s) own[s] = contains(set, s) ? states[s * count + i] : 0;
+  }};
+  if constexpr (kSumCount<Rule> > 0) {{
+    double sums[kMaxSums] = {{}};
+    for (long i = 0; i < count; ++i) {{
+      Term<double> terms[kMaxSums];
+      read(i);
+      Rule::gather(k, p[i], g[i], own, terms);
+      for (int s = 0; s < kSumCount<Rule>; ++s) sums[s] += terms[s].a * terms[s].b;
+    }}
+    Rule::finish(k, sums);
+  }}
+  for (long i = 0; i < count; ++i) {{
+    read(i);
+    change[i] = Rule::update(k, p[i], g[i], own);
+    for (int s = 0; s < kStateCount<Rule>; ++s)
+      if (contains(set, s)) states[s * count + i] = own[s];
+  }}
+}}
+
+extern "C" int decay_of(const double* options) {{ return static_cast<int>({name}::decay(options)); }}
+
+extern "C" void step(const double* options, const double* info, long count, const double* p, const double* g,
+                     double* states, double* change) {{
+  step_of<{name}>(options, info, count, p, g, states, change);
+}}
+"""
+
+STEPS, ELEMENTS, MOST_STATES = 6, 40, 8
+#: Options that are the engine's, or that choose among ways to the same result.
+NOT_THE_RULES = {"l1", "l1_proximal", "noise", "seed", "cautious", "cautious_weight_decay", "foreach", "fused"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A rule's header with one change."""
+
+    rule: str
+    name: str
+    line: str  # as it has become
+    header: str
+
+
+def header_of(rule: str) -> str:
+    (found,) = [path for path in (ROOT / "csrc" / "rules").glob("*.h") if f'kName = "{rule}"' in path.read_text()]
+    return found.read_text().replace("#pragma once", "")
+
+
+def faults_of(rule: str) -> Iterator[Fault]:
+    """Every change of every line that has a rule's arithmetic in it."""
+    lines = header_of(rule).split("\n")
+    begin = next(i for i, line in enumerate(lines) if "kCountsSteps" in line)
+    refusing = False
+    for i in range(begin + 1, len(lines)):
+        refusing = "bool takes(" in lines[i] or (refusing and lines[i] != "  }")
+        code, slashes, comment = lines[i].partition("  //")
+        if refusing or code.strip().startswith(("//", "template", "#")):
+            continue
+        for name, right, wrong in CHANGES:
+            for found in re.finditer(right, code):
+                line = code[: found.start()] + found.expand(wrong) + code[found.end() :]
+                yield Fault(
+                    rule, name, line.strip(), "\n".join([*lines[:i], line + slashes + comment, *lines[i + 1 :]])
+                )
+
+
+def compiled(rule: str, header: str, folder: Path) -> ctypes.CDLL | None:
+    """The rule alone; None if it does not compile."""
+    name = re.search(r"^struct (\w+) {", header, re.MULTILINE)
+    assert name is not None
+    with tempfile.NamedTemporaryFile(suffix=".so", dir=folder, delete=False) as made:
+        command = [*Compiler(folder).command, "-std=c++17", "-O0", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
+        command += [f"-I{ROOT / 'csrc'}", "-x", "c++", "-", "-o", made.name]
+    source = SOURCE.format(header=header, name=name[1])
+    done = subprocess.run(command, input=source, text=True, capture_output=True)
+    return ctypes.CDLL(made.name) if done.returncode == 0 else None
+
+
+def as_number(value: Any) -> Any:
+    return float(value) if isinstance(value, torch.Tensor) else value
+
+
+def choices(rule: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Each row of the rule with each of its sets of options."""
+    for row in TABLE.values():
+        if row.ours._rule != rule:
+            continue
+        for options in (*row.settings.values(), *row.extras.values(), row.usual, row.everything):
+            own = {name: value for name, value in options.items() if name not in NOT_THE_RULES}
+            yield row, {n: tuple(map(as_number, v)) if isinstance(v, tuple) else as_number(v) for n, v in own.items()}
+
+
+def numbers(values: Sequence[float]) -> Any:
+    return (ctypes.c_double * len(values))(*values)
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def is_right(library: ctypes.CDLL, rule: str, row: Any, options: dict[str, Any], from_zero: bool) -> bool:
+    """Whether steps with these options, of a parameter that may be 0, come to the formula's parameters and states."""
+    group = {**row.defaults, **options}
+    given = numbers([float(option_at(group, place)) for place in places_of(rule)])
+    decay, lr, sign = float(group["weight_decay"]), float(group["lr"]), -1 if group["maximize"] else 1
+    decay_is = library.decay_of(given)  # in the gradient, on the parameter, in the update
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(ELEMENTS, dtype=torch.float64, generator=generator)
+    p[: ELEMENTS if from_zero else 3] = 0
+    truth, state = p.clone(), {}
+    states, change = torch.zeros(MOST_STATES, ELEMENTS, dtype=torch.float64), torch.zeros_like(p)
+    for step in range(1, STEPS + 1):
+        g = torch.randn(ELEMENTS, dtype=torch.float64, generator=generator)
+        g *= 10 ** (2 * torch.rand(ELEMENTS, dtype=torch.float64, generator=generator) - 1)
+        g[2:8], g[8:12] = 0, g[8:12] if step > 3 else 0
+        truth = formula_step(row, truth, g, state, options, step)
+        felt = sign * g + (decay * p if decay_is == 0 else 0)
+        p = p * (1 - lr * decay) if decay_is == 1 else p
+        info = numbers([lr, decay, step, step == 1])
+        library.step(given, info, ELEMENTS, pointer(p), pointer(felt), pointer(states), pointer(change))
+        p = p - change
+    names = _C.rules()[rule].states
+    pairs = [(p, truth), *((states[names.index(name)], value) for name, value in state.items())]
+    return all(torch.allclose(found, value, rtol=1e-8, atol=1e-10, equal_nan=True) for found, value in pairs)
+
+
+def is_caught(library: ctypes.CDLL, rule: str) -> bool:
+    from_zero = (False, True) if _C.rules()[rule].sums else (False,)
+    return not all(is_right(library, rule, *choice, zero) for choice in choices(rule) for zero in from_zero)
+
+
+def score(rule: str, folder: Path) -> tuple[int, int, list[Fault]]:
+    """How many faults there are, how many are caught, and the rest. RuntimeError if the rule itself is not right."""
+    whole = compiled(rule, header_of(rule), folder)
+    if whole is None or is_caught(whole, rule):
+        raise RuntimeError(f"{rule}: the header as it is does not do what the formula says")
+    faults = list(faults_of(rule))
+    with ThreadPoolExecutor(jobs_at_once()) as pool:
+        made = list(pool.map(lambda fault: compiled(rule, fault.header, folder), faults))
+    judged = [(fault, library) for fault, library in zip(faults, made, strict=True) if library is not None]
+    survivors = [fault for fault, library in judged if not is_caught(library, rule)]
+    return len(judged), len(judged) - len(survivors), survivors
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the score; 1 if a fault survives that is not accounted for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.rule_faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rules", nargs="*", metavar="RULE", help="default: all")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    rows, unexplained = [], 0
+    for rule in options.rules or _C.rules():
+        with tempfile.TemporaryDirectory() as folder:
+            count, caught, survivors = score(rule, Path(folder))
+        explained = [next((EQUIVALENT[part] for part in EQUIVALENT if part in f.line), None) for f in survivors]
+        for fault, reason in zip(survivors, explained, strict=True):
+            print(f"{rule}: {fault.name}: {fault.line}\n    {reason or 'SURVIVES'}", flush=True)
+        equivalent = sum(reason is not None for reason in explained)
+        unexplained += len(survivors) - equivalent
+        rows.append([rule, str(count), str(caught), str(equivalent), f"{caught / (count - equivalent):.1%}"])
+    print(text_table(["rule", "faults", "caught", "change nothing", "score"], rows))
+    return int(unexplained > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
