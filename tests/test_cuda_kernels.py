@@ -118,7 +118,7 @@ def test_aligned_tensors_are_loaded_and_stored_16_bytes_at_a_time(architecture):
         return loads, stores
 
     for kernel, ptx in ptx_of("update", architecture).items():
-        if "strided" in kernel:
+        if "strided" in kernel or "with 4 states, any types, float64" in kernel:  # element by element
             continue
         roles = 2 + int((re.search(r"with (\d) state", kernel) or ["", "0"])[1])
         loads, stores = words(ptx)

@@ -150,7 +150,7 @@ struct Chunk {
       whole += (end - at) / kEach * kEach;
       for_each_batch<kWords, kEach, kThreads>(at, whole,
                                               [&](const Batch<kWords, kEach>& batch) { step_words<kPlain>(batch); });
-    } else if (vectorisable) {
+    } else if (vectorisable && sizeof(S) * kRoles < 6 * sizeof(double)) {  // more of them do not fit in registers
       whole += (end - at) / kItem * kItem;
       for_each_batch<1, kItem, kThreads>(at, whole, [&](const Batch<1, kItem>& batch) { step_item(batch.first); });
     }
@@ -170,10 +170,11 @@ constexpr int kFewRolesBlocks = 3;
 template <class Rule, class Storage, int kRoles>
 constexpr bool kSpillsWithTwo =
     kIsByBlocks<Storage> &&
-    (kRoles == 5 || (__CUDA_ARCH__ >= 1200 && std::is_same_v<Rule, Adamax>));  // 4 and 16 bytes, likewise
+    (kRoles >= 5 || (__CUDA_ARCH__ >= 1200 && std::is_same_v<Rule, Adamax>));  // 4 and 16 bytes, likewise
 #else
 template <class Rule, class Storage, int kRoles>
-constexpr bool kSpillsWithTwo = false;
+constexpr bool kSpillsWithTwo =
+    kIsByBlocks<Storage> && (kRoles >= 6 || std::is_same_v<Rule, AdEMAMix>);  // 492 and 48 bytes
 #endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
 template <class Rule, class Storage>
