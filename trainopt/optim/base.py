@@ -120,13 +120,19 @@ class Fused(States):
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss, record, plan = None, self._record, self._plan
+        loss, record = None, self._record
         record.check_parameters()
-        if record.stats:
-            record.stats = {}
+        record.begin_step()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._make_step()
+        if any(map(stats.wanted, self.param_groups)):
+            stats.end_step(self)
+        return loss
+
+    def _make_step(self) -> None:
+        record, plan = self._record, self._plan
         if plan is None and not switches.REFERENCE_FORCED:
             plan = self._plan = _C.Plan(self._rule, self._first_index)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -134,12 +140,12 @@ class Fused(States):
         if found_inf is not None or grad_scale is not None:
             can_stay = plan is not None and lie_on_device(found_inf, grad_scale)
             if can_stay and step_on_device(self, plan, grad_scale, found_inf):
-                return loss
+                return
             record.skipped = found_inf is not None and bool(found_inf)
             if record.skipped:
                 stats.note_left_out(self, self._enumerate(), 1.0 if grad_scale is None else float(grad_scale))
                 clear_gradients(self)
-                return loss
+                return
             scale = 1.0 if grad_scale is None else float(grad_scale)
         else:
             record.skipped = False
@@ -154,7 +160,6 @@ class Fused(States):
             record.steps += 1
             if self._unstarted:
                 self._unstarted = {param for param in self._unstarted if param.grad is None}
-        return loss
 
     def _complete_step(self, plan: Any, answer: Any, scaling: GradientScaling, may_raise: bool) -> bool:
         """Makes a step that the plan has not made, as its answer says, or that is made without one.
