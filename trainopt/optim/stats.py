@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from trainopt.optim import precision
+from trainopt.optim.distributed import reals_of
 from trainopt.optim.options import extra
 
 Numbered = tuple[int, dict[str, Any], Tensor]  # index over all groups, group, parameter
 
 
 class ParameterStats(NamedTuple):
-    """Of one parameter in one step."""
+    """Of one parameter in one step. Norms are taken in float64, as `torch.linalg.vector_norm` takes them: infinite beyond
+    1e154 or so, where squares are."""
 
     gradient_norm: float  # 2-norm, without GradScaler's scale, before clipping
     parameter_norm: float  # 2-norm before the step
@@ -106,7 +108,7 @@ def _value(optimizer: Any, group: dict[str, Any], param: Tensor) -> Tensor:
     """A copy of a parameter, as reals, with what it lacks of a float32 if that is stored beside it."""
     if precision.of(group, param) != "native":
         return precision.value_of(param, optimizer.state.get(param, {})).detach().clone()
-    return _real(param.detach()).clone()
+    return reals_of(param.detach()).clone()
 
 
 @torch.no_grad()
@@ -123,11 +125,7 @@ def _of_gradient(param: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _norm(values: Tensor) -> Tensor:
-    return whole(torch.linalg.vector_norm(_real(values), dtype=torch.float64))
-
-
-def _real(values: Tensor) -> Tensor:
-    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    return whole(torch.linalg.vector_norm(reals_of(values), dtype=torch.float64))
 
 
 def whole(value: Tensor) -> Tensor:
