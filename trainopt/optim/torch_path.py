@@ -234,11 +234,15 @@ def _make_plain_step(optimizer: Any) -> None:
         dtype = torch.float64 if stored[0].dtype is torch.float64 else torch.float32
         gradient = reals_of(param.grad).to(dtype)
         values, *states = results = [tensor.to(dtype) for tensor in stored]  # themselves where they have this dtype
+        if leaves_update := chooses(group) and optimizer._decay_of(group) == "update":
+            values = stored[0].to(torch.float64, copy=True)  # in which an update keeps its digits beside a parameter
         named = {**state, **dict(zip(names, states, strict=True)), "first_step": is_first}
         optimizer.plain_step(values, -gradient if group["maximize"] else gradient, named, group)
         for tensor, result in zip(stored, results, strict=True):
             if result.dtype is not tensor.dtype:
                 tensor.copy_(result)
+        if leaves_update:
+            stored[0].copy_(values - stored[0])
 
 
 def _narrowed(optimizer: States, chosen: Sequence[Numbered], plain: bool) -> Iterator[dict[str, Any]]:
@@ -288,8 +292,8 @@ def chooses(group: dict[str, Any]) -> bool:
 def _chosen_update(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -> Iterator[None]:
     """What the step inside makes of a parameter is done as far as the group's cautious options let it.
 
-    The step is made from 0, which leaves the update alone, and without weight decay, which goes into the gradient or
-    follows here; but from the parameter where the update has the decay in it.
+    The step leaves the update alone in the parameter: it is made from 0, and without weight decay, which goes into the
+    gradient or follows here; but from the parameter where the update has the decay in it (`_make_plain_step`).
     """
     kind, weight_decay = optimizer._decay_of(group), group["weight_decay"]
     gradient = param.grad
@@ -312,17 +316,18 @@ def _chosen_update(optimizer: States, param: torch.Tensor, group: dict[str, Any]
         raise
     finally:
         param.grad = gradient
-    change = before - own if kind == "update" else -own
+    change = -own
     if extra(group, "cautious"):
         agrees = (change.sign() * direction.sign() > 0).to(change.dtype)
-        share = stats.whole(agrees.mean(dtype=torch.float64)) if agrees.numel() else 1.0
-        change = change * (agrees / max(float(share), 1e-3))
-    decay = torch.zeros_like(change)
-    if kind == "parameter":
-        decay = before * (float(group["lr"]) * float(weight_decay))
-        if extra(group, "cautious_weight_decay"):
-            decay = torch.where(change.sign() * before.sign() >= 0, decay, 0.0)
-    own.copy_(before).sub_(decay).sub_(change)
+        part = stats.whole(agrees.mean(dtype=torch.float64)) if agrees.numel() else 1.0
+        change = change * (agrees / max(float(part), 1e-3))
+    share = float(group["lr"]) * float(weight_decay) if kind == "parameter" else 0.0
+    own.copy_(before)
+    if share and extra(group, "cautious_weight_decay"):
+        own.sub_(torch.where(change.sign() * before.sign() >= 0, before * share, 0.0))
+    else:
+        own.mul_(1 - share)
+    own.sub_(change)
 
 
 @contextmanager
