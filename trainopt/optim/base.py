@@ -19,7 +19,7 @@ from trainopt.optim import loading, precision, registry, state_dtype, stats, tor
 from trainopt.optim.depth import apply_depth
 from trainopt.optim.gradients import GradientScaling, clear_gradients, clears, clips, find_norm
 from trainopt.optim.options import check_extras, defaults_of, not_default
-from trainopt.optim.report import NonfiniteReport
+from trainopt.optim.report import NonfiniteReport, Record
 from trainopt.optim.skipping import found_nonfinite, lie_on_device, skips_nonfinite, step_on_device
 from trainopt.optim.states import States, numbered
 
@@ -121,18 +121,22 @@ class Fused(States):
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss, record = None, self._record
+        record.names = None  # what the step before has told is not told of this one, should it raise an error
+        if record.stats:
+            record.stats = {}
         record.check_parameters()
-        record.begin_step()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._make_step()
-        if any(map(stats.wanted, self.param_groups)):
-            stats.end_step(self)
+        self._make_step(record)
+        for group in self.param_groups:
+            if "stats" in group:
+                stats.end_step(self)
+                break
         return loss
 
-    def _make_step(self) -> None:
-        record, plan = self._record, self._plan
+    def _make_step(self, record: Record) -> None:
+        plan = self._plan
         if plan is None and not switches.REFERENCE_FORCED:
             plan = self._plan = _C.Plan(self._rule, self._first_index)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)

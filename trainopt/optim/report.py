@@ -35,16 +35,10 @@ class Record:
         self.holds_averages = False  # whether the parameters are their moving averages now
         self.asked_at: int | None = None  # `steps` when a step last asked for states to be made
 
-    def begin_step(self) -> None:
-        """What the step before has told is not told of this one, should it raise an error."""
-        self.names = None
-        if self.stats:
-            self.stats = {}
-
     def forget_stats(self) -> None:
         """What the steps before have told is not that of the states that have been loaded."""
-        self.begin_step()
-        self.plan, self.pass_stats, self.pass_stats_of = None, {}, -1
+        self.names, self.stats, self.plan = None, {}, None
+        self.pass_stats, self.pass_stats_of = {}, -1
 
     def check_parameters(self) -> None:
         """RuntimeError for a step of what is put back afterwards."""

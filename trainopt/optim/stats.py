@@ -22,8 +22,10 @@ Numbered = tuple[int, dict[str, Any], Tensor]  # index over all groups, group, p
 
 
 class ParameterStats(NamedTuple):
-    """Of one parameter in one step. Norms are taken in float64, as `torch.linalg.vector_norm` takes them: infinite beyond
-    1e154 or so, where squares are."""
+    """Of one parameter in one step.
+
+    Norms are infinite beyond 1e154 or so, where squares are in float64, as those of `torch.linalg.vector_norm` are.
+    """
 
     gradient_norm: float  # 2-norm, without GradScaler's scale, before clipping
     parameter_norm: float  # 2-norm before the step
