@@ -108,6 +108,60 @@ def test_adam_refuses_sparse_gradients_before_anything_changes(name, warm):
     assert not twins.step_alike() and len(twins.ours.optimizer.state) == (3 if warm else 0)
 
 
+SPARSE_REFUSED = {
+    "SGD, decay": ("SGD", {"weight_decay": 0.1}),
+    "SGD, decay, cautious": ("SGD", {"weight_decay": 0.1, "cautious": True}),
+    "SGD, decay, l1": ("SGD", {"weight_decay": 0.1, "l1": 0.1}),
+    "Adam": ("Adam", {}),
+    "Adam, states apart": ("Adam", {"state_dtype": "bfloat16"}),
+    "Adam, decay, cautious": ("Adam", {"weight_decay": 0.1, "cautious": True}),
+    "AdamW, l1": ("AdamW", {"l1": 0.1}),
+    "Lion, states apart": ("Lion", {"state_dtype": "bfloat16"}),
+}
+
+
+@pytest.mark.parametrize("name, options", SPARSE_REFUSED.values(), ids=SPARSE_REFUSED)
+@pytest.mark.parametrize("warm", [0, 1])
+@pytest.mark.parametrize("path", ["engine", "torch's path"])
+def test_a_sparse_gradient_is_refused_before_another_group_changes(name, options, warm, path, monkeypatch):
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", path != "engine")
+    params = [parameter(4, 5, dtype=torch.float32) for _ in range(3)]
+    optimizer = getattr(trainopt, name)([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, **options)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(warm):
+        optimizer.step()
+    params[2].grad = params[2].grad.to_sparse()
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert_same_bits(before, snapshot(optimizer))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Lion", "LAMB", "LARS"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"cautious": True, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("path", ["engine", "torch's path"])
+def test_conjugated_gradients_are_as_others(name, options, path, monkeypatch):
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", path != "engine")
+    results = []
+    for is_lazy in (False, True):
+        torch.manual_seed(0)
+        p = parameter(dtype=torch.complex64)
+        optimizer = getattr(trainopt, name)([p], lr=0.1, **options)
+        for _ in range(2):
+            gradient = torch.randn_like(p.detach()).conj()
+            p.grad = gradient if is_lazy else gradient.resolve_conj()
+            assert p.grad.is_conj() == is_lazy
+            optimizer.step()
+        results.append(p.detach())
+    assert_equal(*results)
+    if name != "SGD" or "cautious" in options:  # torch's own step takes it
+        p = torch.nn.Parameter(p.detach().conj())
+        p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError, match="conjugated view"):
+            getattr(trainopt, name)([p], **options).step()
+
+
 class Loud(torch.Tensor):
     """A subclass by __torch_function__, which writes down what is done to it."""
 

@@ -318,6 +318,29 @@ def test_without_decay_caution_changes_nothing():
     assert_same_bits(plain, cautious)
 
 
+INF = math.inf
+AS_WITHOUT = [INF, -INF, 0.89, INF]
+#: What becomes of infinite parameters, whose decay is infinite too.
+INFINITE = {
+    "neither": ({"weight_decay": 0.1}, AS_WITHOUT),
+    "cautious": ({"weight_decay": 0.1, "cautious": True}, AS_WITHOUT),
+    "cautious, no decay": ({"weight_decay": 0.0, "cautious": True}, [INF, -INF, 0.9, INF]),
+    "cautious decay": ({"weight_decay": 0.1, "cautious_weight_decay": True}, [math.nan, -INF, 0.89, INF]),
+    "both, no decay": ({"weight_decay": 0.0, "cautious": True, "cautious_weight_decay": True}, [INF, -INF, 0.9, INF]),
+}
+
+
+@pytest.mark.parametrize("options, expected", INFINITE.values(), ids=INFINITE)
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("name", ["AdamW", "Lion"])
+def test_caution_with_infinite_parameters(name, reference, options, expected):
+    with mock.patch.object(switches, "REFERENCE_FORCED", reference):
+        gradient = torch.tensor([1.0, 1.0, 1.0, -1.0])
+        start = torch.tensor([INF, -INF, 1.0, INF])
+        _, (p,) = run(getattr(trainopt, name), [start], [[gradient]], lr=0.1, **options)
+    torch.testing.assert_close(p.detach(), torch.tensor(expected), equal_nan=True)
+
+
 def test_every_variant_rounds_at_random_as_it_is_said():
     """The 16 bits of an element are those of its place, in any range."""
     whole = torch.empty(3000, dtype=torch.int16)

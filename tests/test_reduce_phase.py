@@ -149,6 +149,19 @@ def test_the_plain_step_and_the_engine_agree(row, dtype):
         assert_no_worse(found, plain, truth, dtype)
 
 
+@each_path
+@each_row
+def test_caution_looks_at_updates_and_not_at_what_a_parameter_shows_of_them(row, make):
+    """Of an update below half a unit of a float32 parameter nothing is left in it."""
+    start, gradients = random_problem((1000,), torch.float32, 1, 6)
+    for lr in (1e-7, 1e-8):
+        options = {**row.usual, "lr": lr, "cautious": True}
+        (found,) = result_of(getattr(row, make), start, gradients, **options)["param"]
+        (truth,) = result_of(row.make_formula, start, gradients, torch.float64, **options)["param"]
+        slack = torch.finfo(torch.float32).eps * truth.abs() + 1e-5 * (truth - start[0]).abs()
+        assert ((found - truth).abs() <= slack).all()
+
+
 @each_row
 def test_compiled(row):
     start, gradients = random_problem((300, 7), torch.float32, 3, 5)

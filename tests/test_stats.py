@@ -1,5 +1,6 @@
 """What a step tells of its parameters, against the same taken before and after it in float64."""
 
+import contextlib
 import math
 from unittest import mock
 
@@ -219,3 +220,102 @@ def test_cautious_steps_of_shared_memory_are_made_one_after_the_other():
     p.grad = q.grad = torch.ones(6)
     trainopt.AdamW([p, q], lr=0.1, weight_decay=0.5, cautious=True).step()
     assert memory[2].item() == pytest.approx(2.5125)
+
+
+class Copying:
+    """A wrapper with the optimizer's class and attributes, copied when it was made, as Fabric's is."""
+
+    def __init__(self, optimizer):
+        self.__class__ = type(optimizer)
+        self.__dict__.update(optimizer.__dict__)
+
+
+@pytest.mark.parametrize("who_steps", ["wrapper", "optimizer"])
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_copy_of_the_attributes_tells_the_same(who_steps, steps_before):
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = trainopt.AdamW([p], stats=True)
+    p.grad = torch.ones(4)
+    for _ in range(steps_before):
+        optimizer.step()
+    wrapper = Copying(optimizer)
+    p.grad *= 3
+    (wrapper if who_steps == "wrapper" else optimizer).step()
+    assert wrapper.stats() == optimizer.stats() and optimizer.stats()[0].gradient_norm == 6
+
+
+def edit_groups(optimizer):
+    """The first parameter leaves, and a group without stats comes first."""
+    group = optimizer.param_groups[0]
+    del group["params"][0], group["param_names"][0]
+    optimizer.param_groups.insert(0, {**group, "params": [torch.ones(2)], "param_names": ["new"], "stats": False})
+
+
+def raise_in_closure(optimizer):
+    def closure():
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step(closure)
+
+
+def raise_for_the_norm(optimizer):
+    group = optimizer.param_groups[0]
+    group.update(max_grad_norm=1.0, error_if_nonfinite=True)
+    group["params"][0].grad[0] = math.nan
+    with pytest.raises(RuntimeError, match="non-finite"):
+        optimizer.step()
+
+
+def ask_for_states(optimizer):
+    group = optimizer.param_groups[0]
+    group["lr"] = 0.0
+    group["params"].append(torch.nn.Parameter(torch.ones(2)))
+    group["param_names"].append("c")
+    for param in group["params"]:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert optimizer.completed_steps == 1
+
+
+def step_compiled(optimizer):
+    optimizer.param_groups[0]["stats"] = False
+    torch.compile(optimizer.step, backend="eager")()
+    assert optimizer.completed_steps == 2
+    optimizer.param_groups[0]["stats"] = True
+
+
+def step_without_stats(optimizer):
+    optimizer.param_groups[0]["stats"] = 0
+    optimizer.step()
+    optimizer.param_groups[0]["stats"] = 1
+
+
+#: What happens after a step, and whose stats there are then.
+AFTERWARDS = {
+    "groups edited": (edit_groups, ["a", "b"]),
+    "a closure's error": (raise_in_closure, []),
+    "a norm's error": (raise_for_the_norm, []),
+    "a step for states": (ask_for_states, []),
+    "a compiled step": (step_compiled, []),
+    "a step without stats": (step_without_stats, []),
+}
+
+
+@pytest.mark.parametrize("afterwards", AFTERWARDS)
+@pytest.mark.parametrize("by", ["engine", "torch", "backward"])
+def test_it_is_the_last_call_that_tells(afterwards, by, monkeypatch):
+    act, names = AFTERWARDS[afterwards]
+    monkeypatch.setattr(switches, "REFERENCE_FORCED", by == "torch" and act is not step_compiled)
+    a, b = params = [torch.nn.Parameter(torch.full((n,), float(n))) for n in (3, 5)]
+    optimizer = trainopt.AdamW([("a", a), ("b", b)], stats=True)
+    model = torch.nn.Module()
+    model.params = torch.nn.ParameterList(params)
+    with trainopt.step_in_backward(model, optimizer) if by == "backward" else contextlib.nullcontext():
+        (a.sum() + b.sum()).backward()
+        optimizer.step()
+    told = optimizer.stats()
+    assert [each.parameter_norm for each in told.values()] == pytest.approx([3 * 3**0.5, 5 * 5**0.5])
+    a.grad, b.grad = torch.ones(3), torch.ones(5)
+    act(optimizer)
+    assert optimizer.stats() == {name: told[name] for name in names}

@@ -377,8 +377,9 @@ def test_a_group_that_is_added_is_clipped_and_averaged_with_the_others():
         assert_all_close(found, expected)
 
 
+@pytest.mark.parametrize("stats", [None, False, 0], ids=str)
 @pytest.mark.parametrize("choices", [{"nonfinite": "ignore"}, {}, {"clip": 0.1}, {"average": 0.9}], ids=str)
-def test_the_step_tells_how_far_it_goes(choices, passes):
+def test_the_step_tells_how_far_it_goes(choices, stats, passes):
     """With plain SGD, the learning rate times the gradient's norm."""
     torch.manual_seed(0)
     net, told = Net(), []
@@ -390,9 +391,12 @@ def test_the_step_tells_how_far_it_goes(choices, passes):
     trained = [*net.first.parameters(), *net.last.parameters()]  # the others have no gradient
     told.append((None, math.hypot(*(float(p.detach().norm()) for p in trained))))
     optimizer = trainopt.SGD(trained, lr=0.05)
+    given = {} if stats is None else {"stats": stats}
+    optimizer.param_groups[0].update(given)
     data = torch.randn(40, 6), torch.arange(40) % 3
     fit(net, data, nn.CrossEntropyLoss(), optimizer, epochs=1, batch_size=5, log_every=1, report=Watching(), **choices)
-    assert len(told) == 9 and all("stats" not in group for group in optimizer.param_groups)
+    assert len(told) == 9
+    assert [{k: v for k, v in group.items() if k == "stats"} for group in optimizer.param_groups] == [given]
     for (_, before), (event, _) in itertools.pairwise(told):
         length = min(event.grad_norm, choices.get("clip", math.inf))
         assert event.update_ratio == pytest.approx(0.05 * length / before, rel=1e-4)

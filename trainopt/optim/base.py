@@ -19,7 +19,7 @@ from trainopt.optim import loading, precision, registry, state_dtype, stats, tor
 from trainopt.optim.depth import apply_depth
 from trainopt.optim.gradients import GradientScaling, clear_gradients, clears, clips, find_norm
 from trainopt.optim.options import check_extras, defaults_of, not_default
-from trainopt.optim.report import NonfiniteReport
+from trainopt.optim.report import NonfiniteReport, Record
 from trainopt.optim.skipping import found_nonfinite, lie_on_device, skips_nonfinite, step_on_device
 from trainopt.optim.states import States, numbered
 
@@ -120,13 +120,23 @@ class Fused(States):
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss, record, plan = None, self._record, self._plan
-        record.check_parameters()
+        loss, record = None, self._record
+        record.names = None  # what the step before has told is not told of this one, should it raise an error
         if record.stats:
             record.stats = {}
+        record.check_parameters()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._make_step(record)
+        for group in self.param_groups:
+            if "stats" in group:
+                stats.end_step(self)
+                break
+        return loss
+
+    def _make_step(self, record: Record) -> None:
+        plan = self._plan
         if plan is None and not switches.REFERENCE_FORCED:
             plan = self._plan = _C.Plan(self._rule, self._first_index)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -134,12 +144,12 @@ class Fused(States):
         if found_inf is not None or grad_scale is not None:
             can_stay = plan is not None and lie_on_device(found_inf, grad_scale)
             if can_stay and step_on_device(self, plan, grad_scale, found_inf):
-                return loss
+                return
             record.skipped = found_inf is not None and bool(found_inf)
             if record.skipped:
                 stats.note_left_out(self, self._enumerate(), 1.0 if grad_scale is None else float(grad_scale))
                 clear_gradients(self)
-                return loss
+                return
             scale = 1.0 if grad_scale is None else float(grad_scale)
         else:
             record.skipped = False
@@ -154,7 +164,6 @@ class Fused(States):
             record.steps += 1
             if self._unstarted:
                 self._unstarted = {param for param in self._unstarted if param.grad is None}
-        return loss
 
     def _complete_step(self, plan: Any, answer: Any, scaling: GradientScaling, may_raise: bool) -> bool:
         """Makes a step that the plan has not made, as its answer says, or that is made without one.
@@ -206,7 +215,7 @@ class Fused(States):
                 missing = {i for i in missing if not self._has_partial_state(params[i][2], params[i][1])}
                 odd = sorted({*answer.missing} - missing)
                 # torch first: if it refuses anything, nothing has been made or changed for the others.
-                torch_path.rehearse(self, params, [*answer.doubtful, *odd])
+                torch_path.rehearse(self, params, [*answer.doubtful, *odd, *answer.sharing])
                 torch_path.step(self, params, sorted({*answer.rest, *odd} - {*answer.sharing}), scaling)
                 torch_path.step(self, params, answer.sharing, scaling, plain=True)
                 new_states.update(i for i in sorted(missing) if self._start(params[i][2], params[i][1]))

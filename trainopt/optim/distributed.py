@@ -23,6 +23,11 @@ def elements(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout is torch.strided else gradient.values()
 
 
+def reals_of(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of reals: a view, but a copy of what is conjugated. Others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def like(whole: Tensor, param: Tensor) -> Tensor:
     """What every rank has of the whole, spread as a parameter is that is a DTensor."""
     placements = getattr(param, "placements", None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainopt import switches
 from trainopt._extension import _C
 from trainopt.clip import check_finite
-from trainopt.optim.distributed import elements
+from trainopt.optim.distributed import elements, reals_of
 from trainopt.optim.options import extra
 from trainopt.optim.states import States
 from trainopt.originals import clip as stock
@@ -92,7 +92,7 @@ def _norm_by_torch(gradients: list[Tensor]) -> tuple[float | Tensor, Tensor]:
     """Likewise, of gradients of any kind, each rank's part of a DTensor included."""
     shared = [gradient for gradient in gradients if hasattr(gradient, "full_tensor")]
     norms = [
-        torch.linalg.vector_norm(torch.view_as_real(own) if own.is_complex() else own, dtype=torch.float64)
+        torch.linalg.vector_norm(reals_of(own), dtype=torch.float64)
         for own in (elements(gradient) for gradient in gradients if not hasattr(gradient, "full_tensor"))
     ]
     if shared:

@@ -118,7 +118,7 @@ class _Step:
             record.pass_stats, record.pass_stats_of = {}, record.steps
         own = self.view._record
         for _, found in (*stats.of_plan(self.view._plan), *stats.of_record(own)):
-            record.pass_stats[self.view._first_index] = found
+            record.pass_stats[id(self.params[0])] = found
         own.stats.clear()
 
     def _group(self, param: Tensor) -> dict[str, Any]:

@@ -26,15 +26,19 @@ class Record:
         self.compiled_steps: torch.Tensor | None = None  # of a compiled program, into which a number would be compiled
         self.grad_norm: torch.Tensor | None = None  # before clipping, in the last step that had a limit
         #: What has been measured in the last step beside the plan, by the parameter's index: `trainopt.optim.stats`.
-        self.stats: dict[int, tuple[torch.Tensor, ...]] = {}
-        self.pass_stats: dict[int, ParameterStats] = {}  # within the backward pass before it
+        self.stats: dict[int, tuple[Any, ...]] = {}
+        self.names: list[str | int] | None = None  # of the parameters in that step; None if it has nothing to tell
+        self.plan: Any = None  # that it was made by
+        self.compiled_before = 0  # compiled steps before it
+        self.pass_stats: dict[int, ParameterStats] = {}  # by the parameter's id, within the backward pass before a step
         self.pass_stats_of = -1  # `steps` then
         self.holds_averages = False  # whether the parameters are their moving averages now
         self.asked_at: int | None = None  # `steps` when a step last asked for states to be made
 
     def forget_stats(self) -> None:
         """What the steps before have told is not that of the states that have been loaded."""
-        self.stats, self.pass_stats, self.pass_stats_of = {}, {}, -1
+        self.names, self.stats, self.plan = None, {}, None
+        self.pass_stats, self.pass_stats_of = {}, -1
 
     def check_parameters(self) -> None:
         """RuntimeError for a step of what is put back afterwards."""
@@ -49,10 +53,12 @@ class Record:
 
     def completed(self) -> int:
         """How many steps were completed; waits for a device where steps were left to it."""
-        steps = self.steps
-        if self.skipped_steps is not None:
-            steps -= int(self.skipped_steps)
-        return steps if self.compiled_steps is None else steps + int(self.compiled_steps)
+        steps = self.steps + self.compiled()
+        return steps if self.skipped_steps is None else steps - int(self.skipped_steps)
+
+    def compiled(self) -> int:
+        """How many steps a compiled program has made."""
+        return 0 if self.compiled_steps is None else int(self.compiled_steps)
 
     def count_unread(self, found_inf: torch.Tensor | None) -> None:
         """Counts a step that its device makes unless `found_inf` is set there."""

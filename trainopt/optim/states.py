@@ -79,11 +79,14 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         return self._record.grad_norm
 
     def stats(self) -> dict[str | int, ParameterStats]:
-        """What the last step has found out about the parameters of groups with ``stats=True``.
+        """What the last call of `step` has found out about the parameters of groups with ``stats=True``.
 
-        By name, or by number where parameters have none; those that had no gradient are not there. A step that was left
-        out has its gradients, and updates of 0. For a DTensor the numbers are of the whole, and are taken in the step;
-        on a CUDA device nothing waits for them before this call. RuntimeError where no group has ``stats=True``.
+        By the name, or the number, that parameters had in that step; those that had no gradient are not there. A step
+        that was left out has its gradients, and updates of 0. Empty where that call has made no step: it raised an
+        error, or only made states; and where it had no group with ``stats=True``, as a compiled step has none. A
+        GradScaler that leaves out a step by not calling `step` leaves what the call before has told. For a DTensor the
+        numbers are of the whole, and are taken in the step; on a CUDA device nothing waits for them before this call.
+        RuntimeError where no group has ``stats=True`` now.
         """
         return by_name(self)
 

@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 
 from trainopt.optim import precision
+from trainopt.optim.distributed import reals_of
 from trainopt.optim.options import extra
 
 Numbered = tuple[int, dict[str, Any], Tensor]  # index over all groups, group, parameter
 
 
 class ParameterStats(NamedTuple):
-    """Of one parameter in one step."""
+    """Of one parameter in one step.
+
+    Norms are infinite beyond 1e154 or so, where squares are in float64, as those of `torch.linalg.vector_norm` are.
+    """
 
     gradient_norm: float  # 2-norm, without GradScaler's scale, before clipping
     parameter_norm: float  # 2-norm before the step
@@ -40,26 +44,30 @@ def wanted(group: dict[str, Any]) -> bool:
     return bool(extra(group, "stats"))
 
 
+def end_step(optimizer: Any) -> None:
+    """Notes whom the step that has just been made tells of: groups can be edited before somebody asks."""
+    record, groups = optimizer._record, optimizer.param_groups
+    if record.pass_stats and record.pass_stats_of == record.steps - 1:
+        params = [param for group in groups for param in group["params"]]
+        passed = {i: record.pass_stats[id(param)] for i, param in enumerate(params) if id(param) in record.pass_stats}
+        record.stats = passed | record.stats
+    record.pass_stats = {}
+    names: list[str | int] = []
+    for group in groups:
+        names += group.get("param_names") or range(len(names), len(names) + len(group["params"]))
+    record.names, record.plan, record.compiled_before = names, optimizer._plan, record.compiled()
+
+
 def by_name(optimizer: Any) -> dict[str | int, ParameterStats]:
     """Those of the last step, by parameter. Waits for a device where they lie on it."""
     if not any(map(wanted, optimizer.param_groups)):
         raise RuntimeError("stats: no parameter group has stats=True")
-    record, plan = optimizer._record, optimizer._plan
-    found: dict[int, ParameterStats] = {}
-    if record.pass_stats_of == record.steps - 1:
-        found.update(record.pass_stats)
-    if not record.was_skipped():
-        found.update(of_plan(plan))
+    record = optimizer._record
+    if record.names is None or record.compiled() != record.compiled_before:
+        return {}
+    found = dict(() if record.was_skipped() else of_plan(record.plan))
     found.update(of_record(record))
-    named: dict[str | int, ParameterStats] = {}
-    index = 0
-    for group in optimizer.param_groups:
-        names = group.get("param_names") or range(index, index + len(group["params"]))
-        for name in names:
-            if index in found:
-                named[name] = found[index]
-            index += 1
-    return named
+    return {record.names[index]: found[index] for index in sorted(found)}
 
 
 def of_plan(plan: Any) -> Iterator[tuple[int, ParameterStats]]:
@@ -102,7 +110,7 @@ def _value(optimizer: Any, group: dict[str, Any], param: Tensor) -> Tensor:
     """A copy of a parameter, as reals, with what it lacks of a float32 if that is stored beside it."""
     if precision.of(group, param) != "native":
         return precision.value_of(param, optimizer.state.get(param, {})).detach().clone()
-    return _real(param.detach()).clone()
+    return reals_of(param.detach()).clone()
 
 
 @torch.no_grad()
@@ -119,11 +127,7 @@ def _of_gradient(param: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _norm(values: Tensor) -> Tensor:
-    return whole(torch.linalg.vector_norm(_real(values), dtype=torch.float64))
-
-
-def _real(values: Tensor) -> Tensor:
-    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    return whole(torch.linalg.vector_norm(reals_of(values), dtype=torch.float64))
 
 
 def whole(value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from trainopt._extension import _C
 from trainopt.optim import average, precision, stats
-from trainopt.optim.distributed import like
+from trainopt.optim.distributed import like, reals_of
 from trainopt.optim.gradients import GradientScaling, clears, clips
 from trainopt.optim.options import extra
 from trainopt.optim.state_dtype import cast_states, dtype_of, has_codes
@@ -44,9 +44,8 @@ def step(
     chosen = [(index, group, param) for index, group, param in wanted if param.grad is not None]
     if not chosen:
         return
-    sparse = [param for _, _, param in chosen if param.grad is not None and param.grad.layout is not torch.strided]
-    if sparse and optimizer._torch_class is None:
-        raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients")
+    for each in chosen:
+        _check(optimizer, each)
     with stats.measured(optimizer, chosen, scaling.scale):
         ways: dict[bool, list[Numbered]] = {True: [], False: []}
         for each in chosen:
@@ -59,6 +58,19 @@ def step(
             _step_in_place(optimizer, part, scaling, plain)
         if together:
             _step_in_place(optimizer, together, scaling, plain)
+
+
+def _check(optimizer: States, numbered: Numbered) -> None:
+    """RuntimeError for a parameter that cannot be stepped, before one beside it has been."""
+    _, group, param = numbered
+    assert param.grad is not None
+    name = type(optimizer).__name__
+    if param.grad.layout is not torch.strided:
+        if optimizer._torch_class is None:
+            raise RuntimeError(f"{name} does not support sparse gradients")
+        _rehearse(optimizer, numbered)
+    if param.is_conj() and (optimizer._torch_class is None or chooses(group) or extra(group, "noise")):
+        raise RuntimeError(f"{name} cannot step a conjugated view as pairs of reals: give it param.resolve_conj()")
 
 
 def _step_in_place(optimizer: States, chosen: Sequence[Numbered], scaling: GradientScaling, plain: bool) -> None:
@@ -164,16 +176,23 @@ def rehearse(optimizer: States, params: Sequence[Numbered], indices: Sequence[in
     parameter of one element first, with the options of the one in question and states like its own.
     """
     for index in indices:
-        _, group, param = params[index]
-        stand_in = torch.zeros(1, dtype=param.dtype, device=param.device, requires_grad=True)
-        stand_in.grad = torch.ones_like(stand_in)
-        state = dict(optimizer.state.get(param) or {})  # as it is now: another thread may be making it
-        view = _view(optimizer, list(_narrowed(optimizer, [(index, group, stand_in)], True)))
-        if _is_stored_apart(optimizer, index, group, param):
-            cast_states(optimizer, state, {"state_dtype": None}, param)
-        view.state = {stand_in: {key: _first_element(key, value, param) for key, value in state.items()}}
-        with torch.no_grad():
-            _make_step(view)
+        _rehearse(optimizer, params[index])
+
+
+def _rehearse(optimizer: States, numbered: Numbered) -> None:
+    index, group, param = numbered
+    stand_in = torch.zeros(1, dtype=param.dtype, device=param.device, requires_grad=True)
+    stand_in.grad = torch.ones_like(stand_in)
+    if param.grad is not None and param.grad.is_sparse:
+        stand_in.grad = stand_in.grad.to_sparse()
+    state = dict(optimizer.state.get(param) or {})  # as it is now: another thread may be making it
+    plain = {**group, "cautious": False, "cautious_weight_decay": False}  # with the weight decay in torch's hands
+    view = _view(optimizer, list(_narrowed(optimizer, [(index, plain, stand_in)], True)))
+    if _is_stored_apart(optimizer, index, group, param):
+        cast_states(optimizer, state, {"state_dtype": None}, param)
+    view.state = {stand_in: {key: _first_element(key, value, param) for key, value in state.items()}}
+    with torch.no_grad():
+        _make_step(view)
 
 
 def _first_element(key: str, value: Any, param: torch.Tensor) -> Any:
@@ -211,19 +230,19 @@ def _make_plain_step(optimizer: Any) -> None:
         if optimizer._counts_steps:
             state["step"] += 1
         names = optimizer._states_needed(group)
-        stored = [_real(tensor) for tensor in (param, *(state[name] for name in names))]
+        stored = [reals_of(tensor) for tensor in (param, *(state[name] for name in names))]
         dtype = torch.float64 if stored[0].dtype is torch.float64 else torch.float32
-        gradient = _real(param.grad).to(dtype)
+        gradient = reals_of(param.grad).to(dtype)
         values, *states = results = [tensor.to(dtype) for tensor in stored]  # themselves where they have this dtype
+        if leaves_update := chooses(group) and optimizer._decay_of(group) == "update":
+            values = stored[0].to(torch.float64, copy=True)  # in which an update keeps its digits beside a parameter
         named = {**state, **dict(zip(names, states, strict=True)), "first_step": is_first}
         optimizer.plain_step(values, -gradient if group["maximize"] else gradient, named, group)
         for tensor, result in zip(stored, results, strict=True):
             if result.dtype is not tensor.dtype:
                 tensor.copy_(result)
-
-
-def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+        if leaves_update:
+            stored[0].copy_(values - stored[0])
 
 
 def _narrowed(optimizer: States, chosen: Sequence[Numbered], plain: bool) -> Iterator[dict[str, Any]]:
@@ -273,8 +292,8 @@ def chooses(group: dict[str, Any]) -> bool:
 def _chosen_update(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -> Iterator[None]:
     """What the step inside makes of a parameter is done as far as the group's cautious options let it.
 
-    The step is made from 0, which leaves the update alone, and without weight decay, which goes into the gradient or
-    follows here; but from the parameter where the update has the decay in it.
+    The step leaves the update alone in the parameter: it is made from 0, and without weight decay, which goes into the
+    gradient or follows here; but from the parameter where the update has the decay in it (`_make_plain_step`).
     """
     kind, weight_decay = optimizer._decay_of(group), group["weight_decay"]
     gradient = param.grad
@@ -285,8 +304,8 @@ def _chosen_update(optimizer: States, param: torch.Tensor, group: dict[str, Any]
     if kind == "gradient" and weight_decay:
         direction = direction.add(param.detach(), alpha=-weight_decay if group["maximize"] else weight_decay)
         param.grad = direction
-    direction = _real(-direction if group["maximize"] else direction)
-    own = _real(param.detach())
+    direction = reals_of(-direction if group["maximize"] else direction)
+    own = reals_of(param.detach())
     before = own.clone()
     if kind != "update":
         own.zero_()
@@ -297,17 +316,18 @@ def _chosen_update(optimizer: States, param: torch.Tensor, group: dict[str, Any]
         raise
     finally:
         param.grad = gradient
-    change = before - own if kind == "update" else -own
+    change = -own
     if extra(group, "cautious"):
         agrees = (change.sign() * direction.sign() > 0).to(change.dtype)
-        share = stats.whole(agrees.mean(dtype=torch.float64)) if agrees.numel() else 1.0
-        change = change * (agrees / max(float(share), 1e-3))
-    decay = torch.zeros_like(change)
-    if kind == "parameter":
-        decay = before * (float(group["lr"]) * float(weight_decay))
-        if extra(group, "cautious_weight_decay"):
-            decay = torch.where(change.sign() * before.sign() >= 0, decay, 0.0)
-    own.copy_(before).sub_(decay).sub_(change)
+        part = stats.whole(agrees.mean(dtype=torch.float64)) if agrees.numel() else 1.0
+        change = change * (agrees / max(float(part), 1e-3))
+    share = float(group["lr"]) * float(weight_decay) if kind == "parameter" else 0.0
+    own.copy_(before)
+    if share and extra(group, "cautious_weight_decay"):
+        own.sub_(torch.where(change.sign() * before.sign() >= 0, before * share, 0.0))
+    else:
+        own.mul_(1 - share)
+    own.sub_(change)
 
 
 @contextmanager
@@ -340,7 +360,7 @@ def _count_step(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -
 
 def _add_noise_(param: torch.Tensor, index: int, group: dict[str, Any], state: dict[str, Any]) -> None:
     widen_count(state, group, param)
-    target = torch.view_as_real(param) if param.is_complex() else param
+    target = reals_of(param)
     noise = torch.empty(target.shape, dtype=torch.float32)
     _C.gaussian_(noise, extra(group, "seed"), int(state["step"]), index)
     noise = like(noise.to(target.device, target.dtype), target)  # a rank makes all the noise and keeps its shard

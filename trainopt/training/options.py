@@ -74,8 +74,8 @@ class Options:
         clip: largest global norm of the gradient; a longer one is scaled down to it. None: no clipping.
         average: decay of the moving average of the weights, in [0, 1); evaluation is then on the average. None: none.
         average_warmup: whether the decay starts small (`trainopt.training.average`).
-        state_dtype: what the optimizer's states are stored in, one of trainopt's: "float32", "bfloat16" or "float16".
-            None: as the optimizer has it.
+        state_dtype: what the optimizer's states are stored in, one of trainopt's: "float32", "bfloat16", "float16" or
+            "8bit". None: as the optimizer has it.
         step_in_backward: whether each parameter is stepped as soon as backward has its gradient, which is then freed.
             Not with accumulation, clip, float16 or several processes. The loss is looked at in place of the gradients.
         validate_every: updates between validations. None: after every epoch.

@@ -17,7 +17,7 @@ from torch import Tensor
 from trainopt.optim.base import Fused
 from trainopt.optim.distributed import is_dtensor
 from trainopt.optim.gradients import clears, clips
-from trainopt.optim.options import extra
+from trainopt.optim.options import DEFAULTS, extra
 from trainopt.optim.stats import ParameterStats
 from trainopt.training.average import WeightAverage
 from trainopt.training.state import State
@@ -127,7 +127,7 @@ class Tail:
             (group, name, name in group, group.get(name))
             for group in self.optimizer.param_groups
             for name in options
-            if extra(group, name) is None or extra(group, name) is False
+            if (value := extra(group, name)) is None or (DEFAULTS[name] is False and not value)
         ]
         try:
             for group, name, *_ in lent:
