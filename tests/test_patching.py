@@ -80,10 +80,18 @@ def test_every_name_is_ours_and_then_torchs_again(place, name):
 def test_everything_that_trainopt_has_of_torchs_is_replaced():
     names = {name for _, name in REPLACED}
     classes = {name for name in trainopt.__all__ if isinstance(getattr(trainopt, name), type)}
-    classes -= {"Schedule", "LinearCrossEntropyOptions", "LBFGS", "SparseAdam"}  # the last two are torch's
+    classes -= {"Schedule", "LinearCrossEntropyOptions"}
+    classes = {name for name in classes if getattr(trainopt, name) is not getattr(torch.optim, name, None)}
     functions = {name for name in trainopt.functional.__all__ if hasattr(F, name)}
     assert {name for name in classes if hasattr(torch.optim, name) or hasattr(nn, name)} | functions <= names
     assert {"clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"} <= names
+
+
+def test_trainopt_has_every_optimizer_of_torchs():
+    """`import trainopt as optim` is enough."""
+    torchs = {name for name, value in vars(torch.optim).items() if isinstance(value, type)} - {"Optimizer"}
+    assert torchs <= set(trainopt.__all__)
+    assert all(issubclass(getattr(trainopt, name), getattr(torch.optim, name)) for name in torchs)
 
 
 def test_a_patch_is_undone_once():

@@ -1,6 +1,8 @@
 """The optimizers. A new one is imported here; `trainopt` exports what this module does."""
 
-from torch.optim import LBFGS, SparseAdam  # as they are: their steps are no single pass over the parameters
+# As they are. LBFGS and SparseAdam make no single pass over the parameters; the others have states that are numbers, or
+# of rows and columns, which no rule has yet.
+from torch.optim import ASGD, LBFGS, Adafactor, NAdam, SparseAdam
 
 from trainopt.optim.adadelta import Adadelta
 from trainopt.optim.adam import Adam
@@ -23,17 +25,20 @@ from trainopt.optim.schedule import Schedule
 from trainopt.optim.sgd import SGD
 
 __all__ = [
+    "ASGD",
     "LAMB",
     "LARS",
     "LBFGS",
     "SGD",
     "AdEMAMix",
     "Adadelta",
+    "Adafactor",
     "Adam",
     "AdamW",
     "Adamax",
     "Adan",
     "Lion",
+    "NAdam",
     "RAdam",
     "RMSprop",
     "Schedule",
