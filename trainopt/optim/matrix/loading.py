@@ -1,4 +1,4 @@
-"""State dicts of Muon: AdamW loads its part itself, and what torch would cast to the parameter's dtype is kept from it."""
+"""State dicts of Muon: AdamW loads its part itself, and torch does not see what it would cast."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Loading:
             adamw.load_state_dict(self._adamw)  # it raises before it has changed anything
         state = loaded["state"]
         for key, values in state.items():
-            state[key] = {name: copy_of(value) for name, value in values.items()} if isinstance(values, dict) else values
+            state[key] = (
+                {name: copy_of(value) for name, value in values.items()} if isinstance(values, dict) else values
+            )
         for param, second in self._seconds:
             dtype = torch.float64 if param.dtype is torch.float64 else torch.float32
             state[param][SECOND] = second.to(param.device, dtype, copy=True)

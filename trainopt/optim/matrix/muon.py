@@ -27,8 +27,8 @@ class Muon(originals.Muon, metaclass=StandIn):
         p = p * (1 - lr * weight_decay) - lr * ratio * orthogonalize(u)
 
     where the ratio is sqrt(max(1, rows / columns)), or 0.2 * sqrt(max(rows, columns)) as in Moonshot's work. Sources:
-    Jordan et al., Muon, 2024; Liu et al., Muon is scalable for LLM training, 2025 (arXiv:2502.16982); for NorMuon, Li et
-    al. 2025 (arXiv:2510.05491).
+    Jordan et al., Muon, 2024; Liu et al., Muon is scalable for LLM training, 2025 (arXiv:2502.16982); for NorMuon, Li
+    et al. 2025 (arXiv:2510.05491).
 
     Args:
         params: tensors, which are all matrices, or groups, such as `trainopt.muon_groups` makes. A group with

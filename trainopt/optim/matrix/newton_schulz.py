@@ -4,8 +4,8 @@ With the singular value decomposition X = U S V^T of a matrix whose norm is 1, a
 
     X <- a X + b (X X^T) X + c (X X^T)^2 X
 
-which leaves U and V alone and takes each singular value s to a s + b s^3 + c s^5. A few steps bring all but the smallest
-near 1: the result is near U V^T, the orthogonal matrix nearest to X.
+which leaves U and V alone and takes each singular value s to a s + b s^3 + c s^5. A few steps bring all but the
+smallest near 1: the result is near U V^T, the orthogonal matrix nearest to X.
 
 A step costs two products with the whole of X, whose rows may be many times as long as there are of them. In the Gram
 form the steps are those of the small square matrix R = X X^T, which determines all of them,
@@ -31,26 +31,27 @@ def orthogonalize(stack: Tensor, coefficients: Sequence[float], steps: int, eps:
     """The matrices of a stack with their singular values brought near 1, in the stack's dtype.
 
     Args:
-        stack: matrices of one shape, (count, rows, columns) with no more rows than columns. It is overwritten.
+        stack: matrices of one shape, (count, rows, columns). It is overwritten.
         coefficients: a, b and c of a step.
         eps: the least norm that a matrix is divided by; one of zeros stays one.
     """
     a, b, c = map(float, coefficients)
     norms = torch.linalg.vector_norm(stack, dim=-1, keepdim=True, dtype=_wide(stack.dtype))
     norms = torch.linalg.vector_norm(norms, dim=-2, keepdim=True)  # in two goes: one long sum loses digits
-    x = stack.div_(norms.clamp_(min=eps))
-    if not takes_gram_form(stack.shape[-2], stack.shape[-1], steps, stack.dtype):
-        for _ in range(steps):
-            x = torch.baddbmm(x, _polynomial(x @ x.mT, b, c), x, beta=a)
+    x = stack.div_(norms.clamp_(min=eps).to(stack.dtype))
+    if takes_gram_form(stack.shape[1], stack.shape[2], steps, stack.dtype):
+        for length in runs(steps, stack.dtype):
+            x = _gram_steps(x, length, a, b, c)
         return x
-    for length in runs(steps, stack.dtype):
-        x = _gram_steps(x, length, a, b, c)
+    for _ in range(steps):
+        p = _polynomial(_gram(x), b, c)
+        x = torch.baddbmm(x, x, p.mT, beta=a) if _is_tall(x) else torch.baddbmm(x, p, x, beta=a)
     return x
 
 
 def _gram_steps(x: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
     """Steps of the Gram form; p is Z without its a I."""
-    r, q = x @ x.mT, None
+    r, q = _gram(x), None
     for step in range(steps):
         p = _polynomial(r, b, c)
         if step < steps - 1:
@@ -61,7 +62,18 @@ def _gram_steps(x: Tensor, steps: int, a: float, b: float, c: float) -> Tensor:
         else:
             q = p
             q.diagonal(dim1=-2, dim2=-1).add_(a)
-    return x if q is None else q @ x
+    if q is None:
+        return x
+    return x @ q.mT if _is_tall(x) else q @ x
+
+
+def _is_tall(x: Tensor) -> bool:
+    return x.shape[-2] > x.shape[-1]
+
+
+def _gram(x: Tensor) -> Tensor:
+    """The products of the shorter side's vectors with one another: of a tall matrix's transpose it is X X^T."""
+    return x.mT @ x if _is_tall(x) else x @ x.mT
 
 
 def _polynomial(r: Tensor, b: float, c: float) -> Tensor:
@@ -80,10 +92,11 @@ def runs(steps: int, dtype: torch.dtype) -> list[int]:
 
 
 def takes_gram_form(rows: int, columns: int, steps: int, dtype: torch.dtype) -> bool:
-    """Whether the Gram form has fewer multiplications, counted in products of two square matrices of `rows`."""
-    if rows == 0 or steps == 0:
+    """Whether the Gram form has fewer multiplications, counted in products of square matrices of
+    the shorter side."""
+    if 0 in (rows, columns, steps):
         return False
-    ratio, count = columns / rows, len(runs(steps, dtype))
+    ratio, count = max(rows, columns) / min(rows, columns), len(runs(steps, dtype))
     return 2 * ratio * count + 4 * steps - 3 * count < steps * (2 * ratio + 1)
 
 

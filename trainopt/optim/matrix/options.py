@@ -1,7 +1,7 @@
 """The options of Muon's groups: those of torch's Muon, what trainopt has beyond them, and AdamW's for the rest.
 
-A group is Muon's unless it has ``use_muon=False``, as in the groups of Muon's authors. What trainopt has beyond torch is
-in a group only where it was given, so that a group that uses none of it is one of torch's.
+A group is Muon's unless it has ``use_muon=False``, as in the groups of Muon's authors. What trainopt has beyond torch
+is in a group only where it was given, so that a group that uses none of it is one of torch's.
 """
 
 import inspect

@@ -4,12 +4,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainopt.optim.matrix.newton_schulz import dtype_for, orthogonalize
+from trainopt.optim.matrix.newton_schulz import dtype_for, orthogonalize, takes_gram_form
 from trainopt.optim.matrix.options import check_iteration, check_matrix, dtype_of, extra, is_muons
 
 #: Of one stack: many small matrices go into one product, and a few large ones do not fill the memory.
@@ -24,14 +25,21 @@ class Block:
     """One matrix: a parameter, or the part of one that is orthogonalised by itself."""
 
     group: Mapping[str, Any]
-    param: Tensor  # in the parameter's memory and of its own shape
-    update: Tensor  # momentum, of the same shape, and of the dtype that the iteration is made in
+    param: Tensor  # as its gradient and its buffer a view, of the parameter's own number of dimensions
+    grad: Tensor
+    buffer: Tensor
     second: Tensor | None  # NorMuon's, a number a row
+    dtype: torch.dtype  # that the iteration is made in
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the matrix."""
         return matrix_shape(self.param)
+
+    @property
+    def momentum(self) -> Tensor:
+        """What is to be orthogonalised. Without Nesterov's it is the buffer itself, which must not be changed."""
+        return self.grad.lerp(self.buffer, self.group["momentum"]) if self.group["nesterov"] else self.buffer
 
 
 def matrix_shape(param: Tensor) -> tuple[int, int]:
@@ -86,7 +94,7 @@ def step(gathered: list[tuple[Mapping[str, Any], list[Tensor]]], state: Any) -> 
             _step_stack(blocks[start : start + count])
 
 
-def _add_gradients(group: Mapping[str, Any], params: list[Tensor], state: Any) -> None:
+def _add_gradients(group: Mapping[str, Any], params: list[Any], state: Any) -> None:
     for param in params:
         if BUFFER not in state[param]:
             state[param][BUFFER] = torch.zeros_like(param.grad, memory_format=torch.preserve_format)
@@ -99,27 +107,21 @@ def _add_gradients(group: Mapping[str, Any], params: list[Tensor], state: Any) -
 
 
 def _blocks(group: Mapping[str, Any], param: Tensor, state: Mapping[str, Any]) -> Iterator[Block]:
-    """The matrices of a parameter, each with a momentum of its own memory: the buffer is not to be changed by the
-    iteration, whatever its dtype."""
-    parts, second = parts_of(param, group), state.get(SECOND)
-    grads, buffers = parts_of(param.grad, group), parts_of(state[BUFFER], group)  # type: ignore[arg-type]
-    if extra(group, "normuon_beta2") is None or second is None:
-        seconds: Any = [None] * len(parts)
-    elif extra(group, "split_dim") == 1:
-        seconds = second.split(1, 1)
-    else:
-        seconds = parts_of(second, group)
+    """The matrices of a parameter."""
+    of_rows: Any = repeat(None)
+    if extra(group, "normuon_beta2") is not None:
+        is_by_columns = extra(group, "split_dim") == 1
+        of_rows = state[SECOND].split(1, 1) if is_by_columns else parts_of(state[SECOND], group)
     dtype = dtype_for(param, dtype_of(extra(group, "ns_dtype")))
-    for part, grad, buffer, moments in zip(parts, grads, buffers, seconds, strict=True):
-        momentum = grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-        yield Block(group, part, momentum.to(dtype), moments)
+    parts = (parts_of(tensor, group) for tensor in (param, param.grad, state[BUFFER]))  # type: ignore[arg-type]
+    for part, grad, buffer, second in zip(*parts, of_rows, strict=False):
+        yield Block(group, part, grad, buffer, second, dtype)
 
 
 def _key(block: Block) -> Any:
     """What matrices of one stack have in common. Tensors of other classes, such as DTensors, are not stacked."""
-    rows, columns = sorted(block.shape)
-    alone = None if type(block.update) is Tensor else id(block.param)
-    return rows, columns, block.update.dtype, block.update.device, _iteration(block.group), alone
+    alone = None if type(block.buffer) is Tensor else id(block.param)
+    return block.shape, block.dtype, block.buffer.device, _iteration(block.group), alone
 
 
 def _iteration(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -127,21 +129,21 @@ def _iteration(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _step_stack(blocks: list[Block]) -> None:
-    """Orthogonalises the updates of matrices of one shape, or of its transpose, and adds them to their parameters."""
-    wide = [_matrix(block.update) for block in blocks]
-    wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in wide]
-    updates = orthogonalize(torch.stack(wide), *_iteration(blocks[0].group))
+    """Orthogonalises the updates of matrices of one shape and adds them to their parameters."""
+    first = blocks[0]
+    if type(first.buffer) is Tensor:
+        stack = torch.empty(len(blocks), *first.shape, dtype=first.dtype, device=first.buffer.device)
+        for block, place in zip(blocks, stack.unbind(), strict=True):
+            place.view(block.param.shape).copy_(block.momentum)
+    else:
+        stack = first.momentum.reshape(first.shape).to(first.dtype, copy=True).unsqueeze(0)
+    updates = orthogonalize(stack, *_iteration(first.group))
     for block, update in zip(blocks, updates.unbind(), strict=True):
-        update = update if update.shape == block.shape else update.mT
         if block.second is not None:
             update = normalize_rows(update, block.second, block.group["normuon_beta2"])
         lr = float(block.group["lr"])
         block.param.mul_(1 - lr * block.group["weight_decay"])
         block.param.add_(update.reshape(block.param.shape), alpha=-lr * ratio_of(block))
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    return tensor if tensor.ndim == 2 else tensor.reshape(matrix_shape(tensor))
 
 
 def ratio_of(block: Block) -> float:
@@ -159,3 +161,13 @@ def normalize_rows(update: Tensor, second: Tensor, beta2: float) -> Tensor:
     second.lerp_(update.square().mean(dim=1, keepdim=True), 1 - beta2)
     update = update / (second.sqrt() + _TINY)
     return update * (length / (torch.linalg.vector_norm(update) + _TINY))
+
+
+def note_of(group: Mapping[str, Any], param: Tensor) -> str:
+    """How a parameter of Muon's is orthogonalised, in words."""
+    dtype = dtype_for(param, dtype_of(extra(group, "ns_dtype")))
+    shapes = [matrix_shape(part) for part in parts_of(param, group)]
+    form = "Gram form" if takes_gram_form(*shapes[0], group["ns_steps"], dtype) else "plain form"
+    pieces = "" if len(shapes) == 1 else f", as {len(shapes)} matrices"
+    normed = "" if extra(group, "normuon_beta2") is None else ", rows normalised (normuon_beta2)"
+    return f"orthogonalised in {str(dtype).removeprefix('torch.')}, {form}{pieces}{normed}"
