@@ -67,8 +67,8 @@ def explain(optimizer: Any) -> Explanation:
 
     Looks at the parameters, options, states and gradients as they are now; where there is no gradient yet, an ordinary
     one is assumed. Also notes where moments are float16, in which small ones underflow, and what the step does beside
-    the update: that it clips, averages or clears, or is left out for gradients that are not finite. Of `trainopt.Muon` it
-    tells which parameters are its matrices, and which AdamW's. Changes nothing.
+    the update: that it clips, averages or clears, or is left out for gradients that are not finite. Of `trainopt.Muon`
+    it tells which parameters are its matrices, and which AdamW's. Changes nothing.
 
     Args:
         optimizer: any torch optimizer, or a wrapper of one (Accelerate's, Fabric's, Lookahead).

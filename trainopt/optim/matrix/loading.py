@@ -75,10 +75,10 @@ def _adapted(index: int, saved: Group, own: Group) -> Group:
     if not is_muons(own):
         return saved
     group = {**{name: own[name] for name in EXTRAS if name in own}, **saved}
-    saved_names, names = saved.get("param_names"), own.get("param_names")
-    if saved_names and names and saved_names != names and sorted(saved_names) == sorted(names):
+    saved_names, own_names = saved.get("param_names"), own.get("param_names")
+    if saved_names and own_names and saved_names != own_names and sorted(saved_names) == sorted(own_names):
         key_of = dict(zip(saved_names, saved["params"], strict=True))
-        group.update(params=[key_of[name] for name in names], param_names=list(names))
+        group.update(params=[key_of[name] for name in own_names], param_names=list(own_names))
     return group
 
 

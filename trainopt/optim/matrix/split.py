@@ -32,11 +32,10 @@ def muon_groups(
         trainopt.explain(optimizer)                                # shows the split
 
     AdamW's are embeddings; the output head; what shares a weight with either; norms, biases, tokens, position tables
-    and all else that is no matrix. The head is what ``get_output_embeddings()`` of the model returns (Transformers), else
-    the last Linear, Bilinear or convolution that is registered, unless that lies within one of a stack of layers, as
-    in a model without a head. Every parameter is in exactly one group, tied ones under their first name, and with its
-    name. Of AdamW's two groups the second is of those that `trainopt.param_groups` spares weight decay, with a decay
-    of 0.
+    and all else that is no matrix. The head is what the model's ``get_output_embeddings()`` returns (Transformers),
+    else the last Linear, Bilinear or convolution that is registered, unless that lies within one of a stack of layers,
+    as in a model without a head. Every parameter is in exactly one group, tied ones under their first name, and with
+    its name. AdamW's second group has a decay of 0 and those that `trainopt.param_groups` spares.
 
     Args:
         model: any module whose parameters have their shapes.
