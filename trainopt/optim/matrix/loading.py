@@ -1,9 +1,7 @@
 """State dicts of Muon: AdamW loads its part itself, and torch does not see what it would cast."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,16 +10,13 @@ from trainopt.optim.matrix.options import EXTRAS, is_muons
 from trainopt.optim.matrix.update import BUFFER, SECOND, second_shape
 from trainopt.optim.report import name_of
 
-if TYPE_CHECKING:
-    from trainopt.optim.matrix.muon import Muon
-
 Group = dict[str, Any]
 
 
 class Loading:
     """One call of `load_state_dict`: `take` sees what was saved before torch does, `put` what torch has made of it."""
 
-    def __init__(self, optimizer: Muon) -> None:
+    def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._adamw: dict[str, Any] = {}  # its own state dict
         self._seconds: list[tuple[torch.Tensor, torch.Tensor]] = []  # (parameter, NorMuon's state)

@@ -34,12 +34,15 @@ def orthogonalize(stack: Tensor, coefficients: Sequence[float], steps: int, eps:
         stack: matrices of one shape, (count, rows, columns). It is overwritten.
         coefficients: a, b and c of a step.
         eps: the least norm that a matrix is divided by; one of zeros stays one.
+
+    Tensors of other classes are taken the plain way: of a DTensor that is the sum of its ranks' parts, the diagonal
+    cannot be added to in place.
     """
     a, b, c = map(float, coefficients)
     norms = torch.linalg.vector_norm(stack, dim=-1, keepdim=True, dtype=_wide(stack.dtype))
     norms = torch.linalg.vector_norm(norms, dim=-2, keepdim=True)  # in two goes: one long sum loses digits
-    x = stack.div_(norms.clamp_(min=eps).to(stack.dtype))
-    if takes_gram_form(stack.shape[1], stack.shape[2], steps, stack.dtype):
+    x = stack.div_(norms.clamp(min=eps).to(stack.dtype))
+    if type(x) is Tensor and takes_gram_form(stack.shape[1], stack.shape[2], steps, stack.dtype):
         for length in runs(steps, stack.dtype):
             x = _gram_steps(x, length, a, b, c)
         return x

@@ -45,6 +45,11 @@ def extra(group: Mapping[str, Any], name: str) -> Any:
     return group.get(name, EXTRAS[name])
 
 
+def is_plain(param: torch.Tensor) -> bool:
+    """Whether a parameter is an ordinary tensor, and not of another class, such as DTensor."""
+    return type(param) in (torch.Tensor, torch.nn.Parameter)
+
+
 def torchs_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of torch's Muon with these options, which it has checked in its own words."""
     return dict(originals.Muon([torch.empty(0, 0)], **options).defaults)
@@ -127,6 +132,10 @@ def check_matrix(param: torch.Tensor, group: Mapping[str, Any]) -> None:
     """ValueError for a parameter of Muon's that is no matrix, or that cannot be split as its group says."""
     if param.ndim != 2 and not (extra(group, "flatten") and param.ndim > 2):
         raise ValueError(f"Muon only supports 2D parameters whereas we found a parameter with size: {param.size()}")
+    if extra(group, "split") != 1 and not is_plain(param):  # a part of a shard is no view of the parameter
+        raise ValueError(
+            f"Muon: split={extra(group, 'split')!r} is for ordinary tensors, not for {type(param).__name__}"
+        )
     split, size = extra(group, "split"), param.shape[extra(group, "split_dim")]
     if (sum(split) != size) if isinstance(split, (tuple, list)) else size % split:
         raise ValueError(f"Muon: split={split!r} does not divide a parameter with size: {param.size()}")

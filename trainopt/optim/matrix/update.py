@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainopt.optim.matrix.newton_schulz import dtype_for, orthogonalize, takes_gram_form
-from trainopt.optim.matrix.options import check_iteration, check_matrix, dtype_of, extra, is_muons
+from trainopt.optim.matrix.options import check_iteration, check_matrix, dtype_of, extra, is_muons, is_plain
 
 #: Of one stack: many small matrices go into one product, and a few large ones do not fill the memory.
 STACK_ELEMENTS = 2**24
@@ -167,7 +167,7 @@ def note_of(group: Mapping[str, Any], param: Tensor) -> str:
     """How a parameter of Muon's is orthogonalised, in words."""
     dtype = dtype_for(param, dtype_of(extra(group, "ns_dtype")))
     shapes = [matrix_shape(part) for part in parts_of(param, group)]
-    form = "Gram form" if takes_gram_form(*shapes[0], group["ns_steps"], dtype) else "plain form"
+    form = "Gram form" if is_plain(param) and takes_gram_form(*shapes[0], group["ns_steps"], dtype) else "plain form"
     pieces = "" if len(shapes) == 1 else f", as {len(shapes)} matrices"
     normed = "" if extra(group, "normuon_beta2") is None else ", rows normalised (normuon_beta2)"
     return f"orthogonalised in {str(dtype).removeprefix('torch.')}, {form}{pieces}{normed}"
