@@ -1,6 +1,7 @@
 """Muon: its update judged by float64 singular values and torch.optim.Muon, its options, and AdamW for the rest."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -116,6 +117,13 @@ OPTIONS = {
     "a tensor": {"lr": torch.tensor(0.02)},
     "another iteration": {"ns_coefficients": (1.5, -0.5, 0.0), "ns_steps": 9, "eps": 1e-3},
 }
+
+
+def test_the_signature_is_torchs_and_more():
+    ours, theirs = (inspect.signature(cls).parameters for cls in (trainopt.Muon, torch.optim.Muon))
+    assert list(ours)[: len(theirs)] == list(theirs) and issubclass(trainopt.Muon, torch.optim.Muon)
+    assert all(ours[k].default == p.default and ours[k].kind == p.kind for k, p in theirs.items())
+    assert all(ours[k].kind is inspect.Parameter.KEYWORD_ONLY for k in list(ours)[len(theirs) :])
 
 
 def twins(dtype=torch.float32, shapes=SHAPES, extras=None, **options):
@@ -307,6 +315,9 @@ def test_normuon_is_its_formula():
     torch.testing.assert_close(p.detach(), want, rtol=1e-8, atol=1e-8)
     assert set(optimizer.state[p]) == {"momentum_buffer", "second_momentum_buffer"}
     torch.testing.assert_close(optimizer.state[p]["second_momentum_buffer"], second, rtol=1e-8, atol=1e-8)
+    optimizer.param_groups[0].update(split=2, split_dim=1)
+    with pytest.raises(ValueError, match="is not of the present split=2"):
+        optimizer.step()
     assert normalize_rows(torch.zeros(3, 4), torch.zeros(3, 1), 0.9).eq(0).all()
 
 

@@ -147,7 +147,7 @@ class Muon(originals.Muon, metaclass=StandIn):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gathered = update.gather(self.param_groups)
+        gathered = update.gather(self.param_groups, self.state)
         if (adamw := self.adamw) is not None:
             adamw._step()  # hooks are this optimizer's
         update.step(gathered, self.state)

@@ -109,8 +109,7 @@ def multiplies_bfloat16(device_type: str) -> bool:
     if device_type != "cpu":
         return True
     if hasattr(torch.cpu, "get_capabilities"):  # not in the oldest torch
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        return any(value is True and name.endswith("bf16") for name, value in torch.cpu.get_capabilities().items())
     return any(
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )

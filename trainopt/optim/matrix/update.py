@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -62,10 +61,13 @@ def second_shape(param: Tensor, group: Mapping[str, Any]) -> tuple[int, int]:
     return param.shape[0], len(parts_of(param, group)) if extra(group, "split_dim") == 1 else 1
 
 
-def gather(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], list[Tensor]]]:
-    """Muon's groups with their parameters that have gradients; raises what torch's step does for those that it
-    refuses, before anything is changed."""
-    gathered = []
+def gather(groups: Iterable[Mapping[str, Any]], state: Any) -> list[tuple[Mapping[str, Any], list[Tensor]]]:
+    """Muon's groups as they are now, with their parameters that have gradients.
+
+    Raises what torch's step does for those that it refuses, before anything is changed. A learning rate that is a
+    tensor on a device is waited for here, once.
+    """
+    gathered: list[tuple[Mapping[str, Any], list[Tensor]]] = []
     for group in filter(is_muons, groups):
         check_iteration(group)
         params = [param for param in group["params"] if param.grad is not None]
@@ -75,7 +77,10 @@ def gather(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any],
                 raise RuntimeError("Muon does not support complex parameters")
             if param.grad.layout is not torch.strided:  # type: ignore[union-attr]
                 raise RuntimeError("Muon does not support sparse gradients")
-        gathered.append((group, params))
+            second = state[param].get(SECOND) if param in state else None
+            if second is not None and tuple(second.shape) != second_shape(param, group):
+                raise ValueError(f"Muon: {SECOND} is not of the present split={extra(group, 'split')!r}")
+        gathered.append(({**group, "lr": float(group["lr"])}, params))
     return gathered
 
 
@@ -108,13 +113,13 @@ def _add_gradients(group: Mapping[str, Any], params: list[Any], state: Any) -> N
 
 def _blocks(group: Mapping[str, Any], param: Tensor, state: Mapping[str, Any]) -> Iterator[Block]:
     """The matrices of a parameter."""
-    of_rows: Any = repeat(None)
+    parts = [parts_of(tensor, group) for tensor in (param, param.grad, state[BUFFER])]  # type: ignore[arg-type]
+    of_rows: Any = [None] * len(parts[0])
     if extra(group, "normuon_beta2") is not None:
         is_by_columns = extra(group, "split_dim") == 1
         of_rows = state[SECOND].split(1, 1) if is_by_columns else parts_of(state[SECOND], group)
     dtype = dtype_for(param, dtype_of(extra(group, "ns_dtype")))
-    parts = (parts_of(tensor, group) for tensor in (param, param.grad, state[BUFFER]))  # type: ignore[arg-type]
-    for part, grad, buffer, second in zip(*parts, of_rows, strict=False):
+    for part, grad, buffer, second in zip(*parts, of_rows, strict=True):
         yield Block(group, part, grad, buffer, second, dtype)
 
 
@@ -141,7 +146,7 @@ def _step_stack(blocks: list[Block]) -> None:
     for block, update in zip(blocks, updates.unbind(), strict=True):
         if block.second is not None:
             update = normalize_rows(update, block.second, block.group["normuon_beta2"])
-        lr = float(block.group["lr"])
+        lr = block.group["lr"]
         block.param.mul_(1 - lr * block.group["weight_decay"])
         block.param.add_(update.reshape(block.param.shape), alpha=-lr * ratio_of(block))
 
