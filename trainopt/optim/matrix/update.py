@@ -12,8 +12,10 @@ from torch import Tensor
 from trainopt.optim.matrix.newton_schulz import dtype_for, orthogonalize, takes_gram_form
 from trainopt.optim.matrix.options import check_iteration, check_matrix, dtype_of, extra, is_muons, is_plain
 
-#: Of one stack: many small matrices go into one product, and a few large ones do not fill the memory.
-STACK_ELEMENTS = 2**24
+#: Of one stack. Many small matrices go into one product, but a few large ones do not leave a CPU's caches, or fill the
+#: memory of another device.
+STACK_ELEMENTS = {"cpu": 2**23}
+ELSEWHERE = 2**26
 
 BUFFER, SECOND = "momentum_buffer", "second_momentum_buffer"
 _TINY = 1e-10  # added to roots and norms that are divided by, as NorMuon's authors have it
@@ -94,7 +96,8 @@ def step(gathered: list[tuple[Mapping[str, Any], list[Tensor]]], state: Any) -> 
             for block in _blocks(group, param, state[param]):
                 stacks[_key(block)].append(block)
     for blocks in stacks.values():
-        count = max(1, STACK_ELEMENTS // max(1, math.prod(blocks[0].shape)))
+        most = STACK_ELEMENTS.get(blocks[0].param.device.type, ELSEWHERE)
+        count = max(1, most // max(1, math.prod(blocks[0].shape)))
         for start in range(0, len(blocks), count):
             _step_stack(blocks[start : start + count])
 
