@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import in_backward, loss_cases, losses, memory, optimizers, tables, tail, timing, training
+from benchmarks import in_backward, loss_cases, losses, memory, muon, optimizers, tables, tail, timing, training
 from benchmarks.bandwidth import ReadModifyWrite
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -248,3 +248,11 @@ def test_steps_in_backward_are_timed_against_steps_after_it(monkeypatch, capsys)
     assert in_backward.main(["--rounds", "1", "--tokens", "4"]) == 0
     said = capsys.readouterr().out
     assert "\napart" in said and "\nin backward" in said and " MB" in said
+
+
+def test_muon_is_timed_with_and_without_adamw(capsys):
+    assert muon.main(["--rounds", "1", "--layers", "1", "--width", "16", "--threads", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[-2:]] == ["matrices", "all parameters"]
+    hidden, rest = muon.parameters(2, 16)
+    assert len(hidden) == 8 and len(hidden) + len(rest) == 28

@@ -104,6 +104,23 @@ def fsdp(mesh, name, extra):
     assert paths_of(optimizer) == ["fused"] * 6
 
 
+@case({}, {"normuon_beta2": 0.9})
+def muon(mesh, options):
+    """Matrices that are sharded are orthogonalised as a whole; AdamW's parameters are shards like any other."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, alone = network(), network()
+    fully_shard(model, mesh=mesh)
+    optimizer, truth = (trainopt.Muon(trainopt.muon_groups(m), lr=0.02, **options) for m in (model, alone))
+    train(model, optimizer, slice(dist.get_rank(), None, 2))
+    train(alone, truth)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert_equal(whole(p.detach()), q.detach(), "a parameter", rtol=1e-9, atol=1e-9)
+    assert paths_of(optimizer.adamw) == ["fused"] * 4
+    with pytest.raises(ValueError, match="split=7 is for ordinary tensors"):
+        trainopt.Muon([{"params": [model[0].weight], "split": 7}])
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()

@@ -129,9 +129,15 @@ def _step_of(stock: type) -> FunctionType:
             continue
         plain = inspect.unwrap(vars(base)["step"])
         # When an optimizer is made, torch puts a wrapped step into its class, an inherited one too: AdamW has Adam's.
-        if any(_is_defined_in(sys.modules[b.__module__], plain, f"{b.__name__}.step") for b in bases[i:]):
+        if any(_is_defined_in(sys.modules[home_of(b)], plain, f"{b.__name__}.step") for b in bases[i:]):
             return plain
-        made = _from_source(sys.modules[base.__module__], f"{base.__name__}.step")
+        made = _from_source(sys.modules[home_of(base)], f"{base.__name__}.step")
         if made is not None:
             return made
     raise AttributeError(f"{stock.__name__} has no step")
+
+
+def home_of(stock: type) -> str:
+    """The module that defines a torch optimizer; those in private modules say that they are torch.optim's own."""
+    private = f"{stock.__module__}._{stock.__name__.lower()}"
+    return private if private in sys.modules else stock.__module__

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch.nn.utils.clip_grad  # noqa: F401  (the modules below are imported)
 
-from trainopt import clip, losses
+from trainopt import clip, losses, originals
 from trainopt.losses import functional
 from trainopt.optim import registry
+from trainopt.optim.matrix.muon import Muon
 
-_OPTIMIZERS = registry.of_torch()
+_OPTIMIZERS: dict[type, type] = {**registry.of_torch(), originals.Muon: Muon}
 
 
 def _places() -> dict[str, dict[str, Any]]:
@@ -22,7 +23,7 @@ def _places() -> dict[str, dict[str, Any]]:
     optimizers = {torch_class.__name__: cls for torch_class, cls in _OPTIMIZERS.items()}
     modules = {name: getattr(losses, name) for name in losses.__all__ if name.endswith("Loss")}
     return {
-        **{torch_class.__module__: {torch_class.__name__: cls} for torch_class, cls in _OPTIMIZERS.items()},
+        **{originals.home_of(torch_class): {torch_class.__name__: cls} for torch_class, cls in _OPTIMIZERS.items()},
         "torch.optim": optimizers,
         "torch.nn.functional": {name: getattr(functional, name) for name in functional.__all__},
         # Not in torch.nn.modules.loss, where pickle looks for torch's classes: they call the functions above.

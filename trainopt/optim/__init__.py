@@ -17,6 +17,8 @@ from trainopt.optim.groups import param_groups
 from trainopt.optim.lamb import LAMB
 from trainopt.optim.lars import LARS
 from trainopt.optim.lion import Lion
+from trainopt.optim.matrix.muon import Muon
+from trainopt.optim.matrix.split import muon_groups
 from trainopt.optim.radam import RAdam
 from trainopt.optim.release import step_in_backward
 from trainopt.optim.report import nonfinite_report
@@ -38,6 +40,7 @@ __all__ = [
     "Adamax",
     "Adan",
     "Lion",
+    "Muon",
     "NAdam",
     "RAdam",
     "RMSprop",
@@ -45,6 +48,7 @@ __all__ = [
     "SparseAdam",
     "convert_state",
     "fuse",
+    "muon_groups",
     "nonfinite_report",
     "param_groups",
     "step_in_backward",

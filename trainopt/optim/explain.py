@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from trainopt import switches
 from trainopt._extension import _C, why_no_cuda
 from trainopt.optim import average, precision, stats
 from trainopt.optim.gradients import clears, clips
+from trainopt.optim.matrix.muon import Muon
+from trainopt.optim.matrix.options import is_muons
+from trainopt.optim.matrix.update import note_of
 from trainopt.optim.options import extra
 from trainopt.optim.report import names_of
 from trainopt.optim.state_dtype import dtype_of
@@ -30,7 +33,7 @@ class ParameterPath:
     """One parameter's way through a step."""
 
     name: str
-    path: str  # "fused (cpu, avx2)", "fused (cuda)" or "torch"
+    path: str  # "fused (cpu, avx2)", "fused (cuda)", "torch", or "muon" for its matrices
     reason: str  # why torch; empty for the fused path
     parameter: str  # dtype, shape and device
     note: str = ""  # what else there is to know of its step
@@ -64,12 +67,15 @@ def explain(optimizer: Any) -> Explanation:
 
     Looks at the parameters, options, states and gradients as they are now; where there is no gradient yet, an ordinary
     one is assumed. Also notes where moments are float16, in which small ones underflow, and what the step does beside
-    the update: that it clips, averages or clears, or is left out for gradients that are not finite. Changes nothing.
+    the update: that it clips, averages or clears, or is left out for gradients that are not finite. Of `trainopt.Muon`
+    it tells which parameters are its matrices, and which AdamW's. Changes nothing.
 
     Args:
         optimizer: any torch optimizer, or a wrapper of one (Accelerate's, Fabric's, Lookahead).
     """
     optimizer = unwrapped(optimizer)
+    if Muon in type(optimizer).__mro__:  # isinstance asks for torch's class while trainopt stands in its place
+        return _explain_muon(optimizer)
     if not isinstance(optimizer, States):
         rows = [p for group in optimizer.param_groups for p in group["params"]]
         why = f"{type(optimizer).__module__}.{type(optimizer).__qualname__} is not one of trainopt's"
@@ -87,6 +93,22 @@ def explain(optimizer: Any) -> Explanation:
         ParameterPath(name, "torch" if reason else kernel(param.device.type), reason, outline(param), note)
         for name, reason, param, note in zip(names_of(optimizer), reasons, params, _notes(optimizer), strict=True)
     )
+
+
+def _explain_muon(optimizer: Muon) -> Explanation:
+    """Which parameters are matrices of Muon's, and which way AdamW's go."""
+    adamw = optimizer.adamw
+    others = iter(() if adamw is None else explain(adamw))
+    names, rows = iter(names_of(optimizer)), []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            name = next(names)
+            if is_muons(group):
+                rows.append(ParameterPath(name, "muon", "", outline(param), note_of(group, param)))
+            else:
+                row = next(others)
+                rows.append(replace(row, name=name, note="; ".join(filter(None, ["AdamW", row.note]))))
+    return Explanation(rows)
 
 
 def _notes(optimizer: States) -> Iterator[str]:

@@ -4,7 +4,9 @@ import inspect
 import warnings
 from typing import Any, TypeVar
 
+from trainopt import originals
 from trainopt.optim import registry
+from trainopt.optim.matrix.muon import Muon
 from trainopt.optim.states import States, widen_counts
 from trainopt.optim.wrappers import unwrapped
 
@@ -31,17 +33,18 @@ def fuse(optimizer: AnyOptimizer) -> AnyOptimizer:
         TypeError: for any other class. A subclass may compute something else.
     """
     inner = unwrapped(optimizer)
-    if isinstance(inner, States):
+    if isinstance(inner, States) or Muon in type(inner).__mro__:
         return optimizer
-    stock, counterparts = type(inner), registry.of_torch()
+    stock, counterparts = type(inner), {**registry.of_torch(), originals.Muon: Muon}
     cls = counterparts.get(stock)
     if cls is None:
         known = ", ".join(f"torch.optim.{torch_class.__name__}" for torch_class in counterparts)
         raise TypeError(f"fuse takes {known}, not {stock.__module__}.{stock.__qualname__}")
     step = inner.__dict__.get("step")
     inner.__class__ = cls
-    inner._start_recording()
-    widen_counts(inner.state)
+    if isinstance(inner, States):
+        inner._start_recording()
+        widen_counts(inner.state)
     if step is not None:
         if _called_by(step) is stock.step:
             del inner.__dict__["step"]  # a scheduler's, to see that it is called: ours tells by itself

@@ -1,0 +1,141 @@
+"""The options of Muon's groups: those of torch's Muon, what trainopt has beyond them, and AdamW's for the rest.
+
+A group is Muon's unless it has ``use_muon=False``, as in the groups of Muon's authors. What trainopt has beyond torch
+is in a group only where it was given, so that a group that uses none of it is one of torch's.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trainopt import originals
+from trainopt.checks import whole
+from trainopt.optim.adamw import AdamW
+
+#: Beyond torch's, with their defaults.
+EXTRAS: dict[str, Any] = {
+    "flatten": False,
+    "split": 1,
+    "split_dim": 0,
+    "normuon_beta2": None,
+    "ns_dtype": None,
+}
+NS_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float32, torch.float64)}
+
+#: What a group may carry that no step reads: names, and what schedulers and `trainopt.param_groups` leave there.
+_MARKS = ("params", "param_names", "use_muon", "name", "layer", "lr_scale")
+_MUON = {*inspect.signature(originals.Muon).parameters, *EXTRAS} - {"params"}
+_ADAMW = set(inspect.signature(AdamW).parameters) - {"params"}
+#: Options of AdamW's that are about the whole step, in which the matrices have no part.
+_WHOLE_STEP = {
+    *("max_grad_norm", "error_if_nonfinite", "skip_nonfinite", "zero_grad"),
+    *("ema_decay", "ema_warmup", "differentiable"),
+}
+
+
+def is_muons(group: Mapping[str, Any]) -> bool:
+    """Whether a group is stepped by Muon; else by AdamW."""
+    return bool(group.get("use_muon", True))
+
+
+def extra(group: Mapping[str, Any], name: str) -> Any:
+    """One of trainopt's own options in a group of Muon's."""
+    return group.get(name, EXTRAS[name])
+
+
+def is_plain(param: torch.Tensor) -> bool:
+    """Whether a parameter is an ordinary tensor, and not of another class, such as DTensor."""
+    return type(param) in (torch.Tensor, torch.nn.Parameter)
+
+
+def torchs_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of torch's Muon with these options, which it has checked in its own words."""
+    return dict(originals.Muon([torch.empty(0, 0)], **options).defaults)
+
+
+def check_group(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """ValueError for an option that is out of its range, unknown, or of the other algorithm.
+
+    Args:
+        given: a group as its maker gave it.
+        defaults: of its algorithm.
+    """
+    use_muon = given.get("use_muon", True)
+    if not isinstance(use_muon, bool):
+        raise ValueError(f"Muon: use_muon must be True or False, got {use_muon!r}")
+    own, whose, others = (_MUON, "Muon", "AdamW") if use_muon else (_ADAMW, "AdamW", "Muon")
+    for name in given:
+        if name in own or name in _MARKS or name.startswith("initial_"):
+            continue
+        if name in _MUON | _ADAMW:
+            raise ValueError(f"Muon: {name!r} is an option of {others}, in a group of {whose}'s (use_muon={use_muon})")
+        raise ValueError(f"Muon: a group of {whose}'s has no option {name!r}")
+    options = {name: value for name, value in {**defaults, **given}.items() if name in own}
+    if not use_muon:
+        return check_adamw(options)
+    torchs_defaults({name: value for name, value in options.items() if name not in EXTRAS})
+    check_iteration(options)
+    _check_extras(options)
+
+
+def check_iteration(group: Mapping[str, Any]) -> None:
+    """ValueError where torch's step raises one, and for what is no number of steps."""
+    if whole("Muon", "ns_steps", group["ns_steps"]) >= 100:
+        raise ValueError("Number of steps must be less than 100 for computational efficiency")
+    if len(group["ns_coefficients"]) != 3:
+        raise ValueError("Coefficients must be a tuple of exactly 3 values")
+
+
+def check_adamw(options: Mapping[str, Any]) -> None:
+    """ValueError for options that AdamW refuses, or that do not go with Muon; TypeError for those that it lacks."""
+    for name in _WHOLE_STEP & options.keys():
+        if options[name] != inspect.signature(AdamW).parameters[name].default:
+            raise ValueError(f"Muon: {name}={options[name]!r} is about a whole step, and matrices have no part in it")
+    AdamW([torch.empty(0)], **options)
+
+
+def dtype_of(chosen: Any) -> torch.dtype | None:
+    """The dtype that ``ns_dtype`` names; ValueError if it is none that the iteration is made in."""
+    if chosen is None or chosen in NS_DTYPES.values():
+        return chosen
+    if chosen not in NS_DTYPES:
+        raise ValueError(f"Invalid ns_dtype value: {chosen!r} ({', '.join(map(repr, NS_DTYPES))}, or None)")
+    return NS_DTYPES[chosen]
+
+
+def _check_extras(group: Mapping[str, Any]) -> None:
+    dtype_of(extra(group, "ns_dtype"))
+    beta2 = extra(group, "normuon_beta2")
+    if beta2 is not None and not (isinstance(beta2, (int, float)) and 0 <= beta2 < 1):
+        raise ValueError(f"Invalid normuon_beta2 value: {beta2!r} (a number in [0, 1), or None for plain Muon)")
+    split, dim = extra(group, "split"), extra(group, "split_dim")
+    sizes = split if isinstance(split, (tuple, list)) else [split]
+    if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise ValueError(f"Invalid split value: {split!r} (a number of blocks, or their sizes in a tuple)")
+    if dim not in (0, 1):
+        raise ValueError(f"Invalid split_dim value: {dim!r} (0 for blocks of rows, 1 for blocks of columns)")
+    if dim == 1 and split == 1:
+        raise ValueError("split_dim=1 is about split: give that too")
+
+
+def check_params(group: Mapping[str, Any]) -> None:
+    """ValueError for parameters that do not go with their group's options."""
+    if not is_muons(group):
+        AdamW([dict(group)])  # which looks at them itself
+    for param in group["params"] if is_muons(group) else ():
+        check_matrix(param, group)
+
+
+def check_matrix(param: torch.Tensor, group: Mapping[str, Any]) -> None:
+    """ValueError for a parameter of Muon's that is no matrix, or that cannot be split as its group says."""
+    if param.ndim != 2 and not (extra(group, "flatten") and param.ndim > 2):
+        raise ValueError(f"Muon only supports 2D parameters whereas we found a parameter with size: {param.size()}")
+    if extra(group, "split") != 1 and not is_plain(param):  # a part of a shard is no view of the parameter
+        raise ValueError(
+            f"Muon: split={extra(group, 'split')!r} is for ordinary tensors, not for {type(param).__name__}"
+        )
+    split, size = extra(group, "split"), param.shape[extra(group, "split_dim")]
+    if (sum(split) != size) if isinstance(split, (tuple, list)) else size % split:
+        raise ValueError(f"Muon: split={split!r} does not divide a parameter with size: {param.size()}")
