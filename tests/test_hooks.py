@@ -12,6 +12,7 @@ import torch
 from helpers import (
     CLASSES,
     OPTIONS,
+    TABLE,
     WITH_FUSED,
     Twins,
     assert_equal,
@@ -280,7 +281,7 @@ def test_an_overflow_leaves_everything_as_it_was(name, fused, recipe, overflow_a
             assert_same_bits(before, snapshot(optimizer))
             assert [list(optimizer.state[p]) for p in optimizer.state] == keys
             assert optimizer.param_groups[0]["params"][0]._version == version
-            assert overflow_at > 0 or len(optimizer.state) == 0
+            assert overflow_at > 0 or TABLE[name].eager_states or len(optimizer.state) == 0
         skipped.append(optimizer.last_step_skipped)
 
     options = {**OPTIONS[name], "fused": fused, **extras}

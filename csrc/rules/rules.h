@@ -2,6 +2,7 @@
 #pragma once
 
 #include "rules/adadelta.h"
+#include "rules/adagrad.h"
 #include "rules/adam.h"
 #include "rules/adamax.h"
 #include "rules/lamb.h"
@@ -9,6 +10,7 @@
 #include "rules/lion.h"
 #include "rules/radam.h"
 #include "rules/rmsprop.h"
+#include "rules/rprop.h"
 #include "rules/sgd.h"
 
 // The programs that test the engines have a list of their own.
@@ -22,5 +24,7 @@
   DO(RmsProp)                      \
   DO(Adadelta)                     \
   DO(Adamax)                       \
-  DO(RAdam)
+  DO(RAdam)                        \
+  DO(Adagrad)                      \
+  DO(Rprop)
 #endif

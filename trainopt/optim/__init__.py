@@ -3,6 +3,7 @@
 from torch.optim import LBFGS, SparseAdam  # as they are: their steps are no single pass over the parameters
 
 from trainopt.optim.adadelta import Adadelta
+from trainopt.optim.adagrad import Adagrad
 from trainopt.optim.adam import Adam
 from trainopt.optim.adamax import Adamax
 from trainopt.optim.adamw import AdamW
@@ -17,6 +18,7 @@ from trainopt.optim.radam import RAdam
 from trainopt.optim.release import step_in_backward
 from trainopt.optim.report import nonfinite_report
 from trainopt.optim.rmsprop import RMSprop
+from trainopt.optim.rprop import Rprop
 from trainopt.optim.schedule import Schedule
 from trainopt.optim.sgd import SGD
 
@@ -26,12 +28,14 @@ __all__ = [
     "LBFGS",
     "SGD",
     "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
     "Adamax",
     "Lion",
     "RAdam",
     "RMSprop",
+    "Rprop",
     "Schedule",
     "SparseAdam",
     "convert_state",

@@ -17,7 +17,7 @@ from trainopt.optim import average, precision, stats
 from trainopt.optim.distributed import like
 from trainopt.optim.gradients import GradientScaling, clears, clips
 from trainopt.optim.options import extra
-from trainopt.optim.state_dtype import cast_states, dtype_of, has_codes
+from trainopt.optim.state_dtype import cast_states, dtype_of, fill_, has_codes
 from trainopt.optim.states import Numbered, States, widen_count
 from trainopt.originals import step_of
 
@@ -81,6 +81,8 @@ def _step_in_place(optimizer: States, chosen: Sequence[Numbered], scaling: Gradi
                 stack.enter_context(_steps_long_past(optimizer.state[param]))
             if not optimizer._counts_steps:
                 _count_step(optimizer, param, group)
+            elif optimizer._first_step_differs(group):
+                _begin_now(optimizer, param, group)
             if chooses(group):
                 stack.enter_context(_chosen_update(optimizer, param, group))
             if average.averages(group) and average.KEY not in optimizer.state.get(param, {}):
@@ -232,7 +234,7 @@ def _narrowed(optimizer: States, chosen: Sequence[Numbered], plain: bool) -> Ite
     for _, group, param in chosen:
         on_cpu = param.device.type == "cpu"
         flags: dict[str, Any] = {"foreach": False, "fused": False} if plain or on_cpu else {}
-        if chooses(group) and optimizer._decay_of(group) != "update":
+        if chooses(group) and optimizer._decay_of(group) not in ("update", "none"):
             flags["weight_decay"] = 0.0  # it is done round the step
         if on_cpu and "capturable" in group:
             flags["capturable"] = False
@@ -276,7 +278,7 @@ def _chosen_update(optimizer: States, param: torch.Tensor, group: dict[str, Any]
     The step is made from 0, which leaves the update alone, and without weight decay, which goes into the gradient or
     follows here; but from the parameter where the update has the decay in it.
     """
-    kind, weight_decay = optimizer._decay_of(group), group["weight_decay"]
+    kind, weight_decay = optimizer._decay_of(group), group.get("weight_decay", 0)
     gradient = param.grad
     assert gradient is not None
     direction = gradient.to_dense() if gradient.is_sparse else gradient.clone()  # it may be the parameter's memory
@@ -336,6 +338,14 @@ def _count_step(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -
             state.pop(name, None)  # a placeholder: the first step makes it
     if "step" in state:
         state["step"] += 1
+
+
+def _begin_now(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -> None:
+    """Lets states that no step has read begin as torch's do, which are made in the first one."""
+    state = optimizer.state.get(param, {})
+    if state.get("step") == 0:
+        for name, value in optimizer._begin_at(group).items():
+            fill_(state[name], value)
 
 
 def _add_noise_(param: torch.Tensor, index: int, group: dict[str, Any], state: dict[str, Any]) -> None:

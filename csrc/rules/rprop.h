@@ -1,0 +1,54 @@
+// Rprop: Riedmiller & Braun 1993. Conventions are torch.optim's: an element whose gradient has turned is left where it
+// is for a step, and its gradient is forgotten. A NaN moves nothing.
+#pragma once
+
+#include "core/math.h"
+#include "rules/rule.h"
+
+namespace trainopt {
+
+struct Rprop {
+  static constexpr const char* kName = "rprop";
+  enum Option { kEtaMinus, kEtaPlus, kSmallest, kLargest };
+  static constexpr const char* kOptions[] = {"etas.0", "etas.1", "step_sizes.0", "step_sizes.1"};
+  static constexpr const char* kStates[] = {"prev", "step_size"};
+  static constexpr StateSet kStateSets[] = {0b11};
+  static constexpr StateSet kUnsigned = 0b10;
+  static constexpr bool kNeedsLr = false;
+  static constexpr bool kCountsSteps = true;
+
+  TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b11; }
+  // Beyond this range torch takes one of the three factors for another.
+  TRAINOPT_INLINE static bool takes(const double* options) {
+    return 0 < options[kEtaMinus] && options[kEtaMinus] < 1 && 1 < options[kEtaPlus];
+  }
+  TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kNone; }
+
+  template <class S>
+  struct Scalars {
+    S lr, slower, faster, smallest, largest;
+    bool first;
+  };
+
+  template <class S>
+  TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
+    return {static_cast<S>(info.lr),           static_cast<S>(options[kEtaMinus]),
+            static_cast<S>(options[kEtaPlus]), static_cast<S>(options[kSmallest]),
+            static_cast<S>(options[kLargest]), info.first};
+  }
+
+  template <class T, class S>
+  TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T* state) {
+    T& before = state[0];
+    T& size = state[1];
+    // The learning rate as it is now: the state may have been made before, and is rounded where it has 16 bits.
+    if (k.first) size = T(k.lr);
+    const T one(S(1)), stayed = where_same_sign(g, before, one), turned = one - where_signs_agree(g, before, one);
+    size = size * (stayed * T(k.faster) + turned * T(k.slower) + (one - stayed - turned));  // all but one of them 0
+    size = -maximum(-maximum(size, T(k.smallest)), -T(k.largest));
+    before = g = where_signs_agree(g, before, g);
+    return sign_of(g) * size;
+  }
+};
+
+}  // namespace trainopt
