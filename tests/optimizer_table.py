@@ -52,6 +52,8 @@ class Row:
     everything: dict[str, Any]  # every stage and state at once
     decoupled: bool = False  # weight decay, of a class without an option for it
     decays_itself: bool = False  # the formula has weight decay in it
+    hides_nan: bool = False  # a NaN in the gradient moves nothing, as in torch's class
+    takes_shards: bool = True  # torch's plain loop does, of DTensors
     unread_in_groups: tuple[str, ...] = ()  # options that torch's class reads where it is made, once for all groups
     changes_nothing: tuple[str, ...] = field(default=("foreach", "fused"))
 
@@ -85,7 +87,7 @@ class Row:
     @property
     def still(self) -> dict[str, Any]:
         """Options with which gradients move nothing."""
-        return self.kept({"lr": 0.0, "weight_decay": 0.0, "step_sizes": (0.0, 50.0)})
+        return self.kept({"lr": 0.0, "weight_decay": 0.0, "step_sizes": (0.0, 0.0)})
 
     def takes_signs(self, options: dict[str, Any]) -> bool:
         """Whether the formula calls `sign` with these options."""
@@ -424,6 +426,8 @@ TABLE |= {
     "Rprop": Row(
         ours=trainopt.Rprop,
         formula=rprop,
+        hides_nan=True,
+        takes_shards=False,
         settings={
             **PLAIN,
             "etas": {"lr": 0.02, "etas": (0.3, 1.7)},

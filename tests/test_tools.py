@@ -193,6 +193,9 @@ def test_nonfinite_report_of_a_step_that_brings_them(name):
     twins.ours.params[2].grad[3, 4] = float("nan")
     twins.ours.optimizer.step()
     found = {(r.tensor, r.nan) for r in twins.ours.optimizer.nonfinite_report()}
+    if TABLE[name].hides_nan:
+        assert found == {("gradient", 1), ("prev", 1)}
+        return
     assert ("gradient", 1) in found and ("value", 1) in found and len(found) == 2 + len(CLASSES[name][0]._states)
 
 
@@ -226,13 +229,14 @@ def test_init_state(name, options, extras, saved):
     optimizer.init_state()
     states = [optimizer.state.get(p, {}) for p in model.parameters()]
     model[2].bias.requires_grad_(True)
-    assert not states[-1]
+    assert bool(states[-1]) == TABLE[name].eager_states
     for p, state in zip(list(model.parameters())[:-1], states, strict=False):
         always = {"SGD": (), "RMSprop": ("square_avg",)}.get(name, CLASSES[name][0]._states[:2])
         by_option = {"momentum_buffer": "momentum", "grad_avg": "centered", "max_exp_avg_sq": "amsgrad"}
         needed = {*always, *(key for key, option in by_option.items() if options.get(option))}
         assert set(state) - {"step"} == needed
-        assert all(state[k].shape == p.shape and not state[k].any() for k in needed)
+        begin = fresh._begin_at()
+        assert all(state[k].shape == p.shape and (state[k] == begin.get(k, 0.0)).all() for k in needed)
         assert float(state.get("step", 0)) == 0 and (name == "SGD" or "step" in state)
     optimizer.init_state()
     if saved:
@@ -295,8 +299,8 @@ def test_fuse_carries_on(name, flags, before):
     assert_same_outcome((fused, list(model.parameters())), (straight, list(straight_model.parameters())))
     assert all(row.path.startswith("fused") for row in trainopt.explain(fused))
     assert fused.state_dict()["state"].keys() == straight.state_dict()["state"].keys()
-    optimizer.param_groups[0]["lr"] = 0.0  # the same groups: what changes them through the old one arrives
-    optimizer.param_groups[0]["weight_decay"] = 0.0
+    # The same groups: what changes them through the old one arrives.
+    optimizer.param_groups[0].update(TABLE[name].still)
     values = [p.detach().clone() for p in model.parameters()]
     train(model, fused, 1)
     assert all(torch.equal(p, v) for p, v in zip(model.parameters(), values, strict=True))
@@ -459,8 +463,7 @@ def test_who_holds_the_groups_holds_them_after_loading(name):
     optimizer.load_state_dict(other.state_dict())
     assert optimizer.param_groups is groups and groups[0] is group and group["params"] is params
     assert group["lr"] == 0.25 and group["tag"] == "mine" and list(group) == list(other.state_dict()["param_groups"][0])
-    group["lr"] = 0.0
-    group["weight_decay"] = 0.0
+    group.update(TABLE[name].still)
     values = [p.detach().clone() for p in model.parameters()]
     train(model, optimizer, 1)
     assert all(torch.equal(p, v) for p, v in zip(model.parameters(), values, strict=True))

@@ -41,9 +41,9 @@ struct Rprop {
   TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T* state) {
     T& before = state[0];
     T& size = state[1];
-    // The learning rate as it is now: the state may have been made before, and is rounded where it has 16 bits.
-    if (k.first) size = T(k.lr);
-    const T one(S(1)), stayed = where_same_sign(g, before, one), turned = one - where_signs_agree(g, before, one);
+    const T one(S(1));
+    if (k.first) size = size + (one - sign_of(size) * sign_of(size)) * T(k.lr);  // where it is 0, as it has been made
+    const T stayed = where_same_sign(g, before, one), turned = one - where_signs_agree(g, before, one);
     size = size * (stayed * T(k.faster) + turned * T(k.slower) + (one - stayed - turned));  // all but one of them 0
     size = -maximum(-maximum(size, T(k.smallest)), -T(k.largest));
     before = g = where_signs_agree(g, before, g);

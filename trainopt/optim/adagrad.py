@@ -66,7 +66,7 @@ class Adagrad(Fused, originals.Adagrad, rule="adagrad"):
             if extra(group, "skip_nonfinite"):  # a device that decides on steps counts them
                 self.state[param]["step"] = new_step_count(param, group)
 
-    def _begin_at(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _begin_at(self) -> dict[str, float]:
         return {"sum": self.defaults["initial_accumulator_value"]}
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:

@@ -206,7 +206,8 @@ class Fused(States):
                 missing = {i for i in missing if not self._has_partial_state(params[i][2], params[i][1])}
                 odd = sorted({*answer.missing} - missing)
                 # torch first: if it refuses anything, nothing has been made or changed for the others.
-                torch_path.rehearse(self, params, [*answer.doubtful, *odd])
+                sparse = torch_path.sparse(self, params, answer.rest)
+                torch_path.rehearse(self, params, [*answer.doubtful, *odd, *sparse])
                 torch_path.step(self, params, sorted({*answer.rest, *odd} - {*answer.sharing}), scaling)
                 torch_path.step(self, params, answer.sharing, scaling, plain=True)
                 new_states.update(i for i in sorted(missing) if self._start(params[i][2], params[i][1]))

@@ -28,9 +28,9 @@ class Rprop(Fused, originals.Rprop, rule="rprop"):
         l1, l1_proximal, noise, seed, skip_nonfinite, max_grad_norm, error_if_nonfinite, zero_grad, ema_decay,
             ema_warmup, state_dtype, precision, cautious, cautious_weight_decay, stats: as in `trainopt.SGD`.
 
-    The states s, which begins at lr, and prev (``step_size``, ``prev``) have the parameter's dtype; arithmetic is
-    float32, or float64 for float64 parameters. Source of the formula: Riedmiller & Braun, A direct adaptive method
-    for faster backpropagation learning, 1993. There is no weight decay.
+    The states s, which is lr in the first step, and prev (``step_size``, ``prev``) have the parameter's dtype;
+    arithmetic is float32, or float64 for float64 parameters. There is no weight decay. Source of the formula:
+    Riedmiller & Braun, A direct adaptive method for faster backpropagation learning, 1993.
     """
 
     def __init__(
@@ -58,8 +58,9 @@ class Rprop(Fused, originals.Rprop, rule="rprop"):
             **extras,
         )
 
-    def _begin_at(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {"step_size": group["lr"]}
-
-    def _first_step_differs(self, group: dict[str, Any]) -> bool:
-        return True  # it has the learning rate of that step
+    def _begin_first_step(self, state: dict[str, Any], group: dict[str, Any]) -> None:
+        size, lr = state.get("step_size"), group["lr"]
+        if isinstance(size, torch.Tensor):
+            parts = torch.view_as_real(size) if size.is_complex() else size
+            with torch.no_grad():
+                parts.copy_(torch.where(parts == 0, lr.squeeze() if isinstance(lr, torch.Tensor) else lr, parts))

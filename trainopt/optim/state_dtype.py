@@ -74,28 +74,20 @@ def check_params(group: Mapping[str, Any]) -> None:
 
 
 def start(
-    state: dict[str, Any], group: Mapping[str, Any], param: Tensor, name: str, value: Any, is_unsigned: bool
+    state: dict[str, Any], group: Mapping[str, Any], param: Tensor, name: str, value: float, is_unsigned: bool
 ) -> None:
     """Makes a state, with this number in all its elements."""
     dtype = dtype_of(group, name, param)
-    is_zero = not isinstance(value, Tensor) and value == 0
-    if dtype is torch.uint8 and is_zero:
+    if dtype is torch.uint8 and value == 0:
         state[name], state[name + code8.SUFFIX] = code8.zeros_like(param)
         return
+    filling = complex(value, value) if dtype.is_complex else value
     wide = torch.float32 if dtype is torch.uint8 else dtype
-    made = torch.zeros_like(param, dtype=wide, memory_format=torch.preserve_format)
-    if not is_zero:
-        fill_(made, value)
+    made = torch.full_like(param, filling, dtype=wide, memory_format=torch.preserve_format)
     if dtype is torch.uint8:
         state[name], state[name + code8.SUFFIX] = code8.encode(made, is_unsigned)
     else:
         state[name] = made
-
-
-def fill_(state: Tensor, value: Any) -> None:
-    """Puts a number into all elements of a state, and into both parts of complex ones. One on a device stays there."""
-    parts = torch.view_as_real(state) if state.is_complex() else state
-    parts.fill_(value.detach().reshape(()) if isinstance(value, Tensor) else value)
 
 
 def keys_of(names: Iterable[str]) -> Iterator[str]:

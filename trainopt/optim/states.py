@@ -138,13 +138,16 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         """Where a group's weight decay goes: into the "gradient", the "update", onto the "parameter", or "none"."""
         return _C.decay_of(self._rule, {key: group[key] for key in group if type(key) is str})
 
-    def _begin_at(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _begin_at(self) -> dict[str, float]:
         """What the states begin at, in every element, that do not begin at 0."""
         return {}
 
     def _first_step_differs(self, group: dict[str, Any]) -> bool:
-        """Whether torch's first step, which makes the states, does something else than one that finds them made."""
+        """Whether a first step does something else with states of zeros than a later one, by no count in the state."""
         return False
+
+    def _begin_first_step(self, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Puts into states of zeros what torch puts there where its first step makes them."""
 
     def _has_partial_state(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
         """Whether a parameter that lacks states has others, which is an error of torch's where a class counts steps."""
@@ -161,7 +164,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         with torch.no_grad():
             if self._counts_steps or precision.is_random(group, param) or average.averages(group):
                 self._start_count(param, group)
-            begin = self._begin_at(group) if missing else {}
+            begin = self._begin_at() if missing else {}
             for name in missing:
                 state_dtype.start(self.state[param], group, param, name, begin.get(name, 0.0), name in self._unsigned)
             if precision.lacks_master(group, param, self.state.get(param, {})):

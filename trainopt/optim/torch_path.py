@@ -17,7 +17,7 @@ from trainopt.optim import average, precision, stats
 from trainopt.optim.distributed import like
 from trainopt.optim.gradients import GradientScaling, clears, clips
 from trainopt.optim.options import extra
-from trainopt.optim.state_dtype import cast_states, dtype_of, fill_, has_codes
+from trainopt.optim.state_dtype import cast_states, dtype_of, has_codes
 from trainopt.optim.states import Numbered, States, widen_count
 from trainopt.originals import step_of
 
@@ -81,8 +81,8 @@ def _step_in_place(optimizer: States, chosen: Sequence[Numbered], scaling: Gradi
                 stack.enter_context(_steps_long_past(optimizer.state[param]))
             if not optimizer._counts_steps:
                 _count_step(optimizer, param, group)
-            elif optimizer._first_step_differs(group):
-                _begin_now(optimizer, param, group)
+            elif _is_of_no_step(optimizer.state.get(param, {})):
+                optimizer._begin_first_step(optimizer.state[param], group)
             if chooses(group):
                 stack.enter_context(_chosen_update(optimizer, param, group))
             if average.averages(group) and average.KEY not in optimizer.state.get(param, {}):
@@ -169,6 +169,8 @@ def rehearse(optimizer: States, params: Sequence[Numbered], indices: Sequence[in
         _, group, param = params[index]
         stand_in = torch.zeros(1, dtype=param.dtype, device=param.device, requires_grad=True)
         stand_in.grad = torch.ones_like(stand_in)
+        if _is_stepped_sparse(optimizer, group, param):
+            stand_in.grad = stand_in.grad.to_sparse()
         state = dict(optimizer.state.get(param) or {})  # as it is now: another thread may be making it
         view = _view(optimizer, list(_narrowed(optimizer, [(index, group, stand_in)], True)))
         if _is_stored_apart(optimizer, index, group, param):
@@ -176,6 +178,17 @@ def rehearse(optimizer: States, params: Sequence[Numbered], indices: Sequence[in
         view.state = {stand_in: {key: _first_element(key, value, param) for key, value in state.items()}}
         with torch.no_grad():
             _make_step(view)
+
+
+def sparse(optimizer: States, params: Sequence[Numbered], indices: Sequence[int]) -> list[int]:
+    """Those of these parameters whose gradient torch's step is given as a sparse one, which it may refuse."""
+    return [index for index in indices if _is_stepped_sparse(optimizer, *params[index][1:])]
+
+
+def _is_stepped_sparse(optimizer: States, group: dict[str, Any], param: torch.Tensor) -> bool:
+    if optimizer._torch_class is None or param.grad is None or not param.grad.is_sparse:
+        return False
+    return not (chooses(group) or (extra(group, "l1") and not extra(group, "l1_proximal")))  # these make it dense
 
 
 def _first_element(key: str, value: Any, param: torch.Tensor) -> Any:
@@ -340,12 +353,12 @@ def _count_step(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -
         state["step"] += 1
 
 
-def _begin_now(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -> None:
-    """Lets states that no step has read begin as torch's do, which are made in the first one."""
-    state = optimizer.state.get(param, {})
-    if state.get("step") == 0:
-        for name, value in optimizer._begin_at(group).items():
-            fill_(state[name], value)
+def _is_of_no_step(state: dict[str, Any]) -> bool:
+    """Whether a state's count is known to be 0, without waiting for a device."""
+    count = state.get("step")
+    if type(count) is torch.Tensor:
+        return count.device.type == "cpu" and count.numel() == 1 and float(count) == 0
+    return isinstance(count, (int, float)) and count == 0
 
 
 def _add_noise_(param: torch.Tensor, index: int, group: dict[str, Any], state: dict[str, Any]) -> None:
