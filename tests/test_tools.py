@@ -280,6 +280,26 @@ def test_a_step_with_lr_0_in_a_run_is_torchs(name, options):
     twins.step(2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex128], ids=str)
+@pytest.mark.parametrize("path", ["engine", "torch"])
+def test_rprop_begins_at_the_learning_rate_of_its_first_step(dtype, path, monkeypatch):
+    """Whatever it was when the states were made; but steps that somebody has put there count, as in torch."""
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", path == "torch")
+    ends = []
+    for begin in ("late", "early", "given"):
+        p = torch.nn.Parameter(torch.zeros(5, dtype=dtype))
+        optimizer = trainopt.Rprop([p], lr=0.5)
+        if begin != "late":
+            optimizer.init_state()
+        if begin == "given":
+            optimizer.state[p]["step_size"].fill_(0.125)
+        optimizer.param_groups[0]["lr"] = 0.25
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        ends.append((p.real if dtype.is_complex else p).tolist())
+    assert ends == [[-0.25] * 5, [-0.25] * 5, [-0.125] * 5]
+
+
 # fuse -----------------------------------------------------------------------------------------------------------------
 
 

@@ -26,15 +26,13 @@ struct Rprop {
 
   template <class S>
   struct Scalars {
-    S lr, slower, faster, smallest, largest;
-    bool first;
+    S begin, slower, faster, smallest, largest;
   };
 
   template <class S>
   TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
-    return {static_cast<S>(info.lr),           static_cast<S>(options[kEtaMinus]),
-            static_cast<S>(options[kEtaPlus]), static_cast<S>(options[kSmallest]),
-            static_cast<S>(options[kLargest]), info.first};
+    return {static_cast<S>(info.first ? info.lr : 0), static_cast<S>(options[kEtaMinus]),
+            static_cast<S>(options[kEtaPlus]), static_cast<S>(options[kSmallest]), static_cast<S>(options[kLargest])};
   }
 
   template <class T, class S>
@@ -42,11 +40,14 @@ struct Rprop {
     T& before = state[0];
     T& size = state[1];
     const T one(S(1));
-    if (k.first) size = size + (one - sign_of(size) * sign_of(size)) * T(k.lr);  // where it is 0, as it has been made
-    const T stayed = where_same_sign(g, before, one), turned = one - where_signs_agree(g, before, one);
-    size = size * (stayed * T(k.faster) + turned * T(k.slower) + (one - stayed - turned));  // all but one of them 0
+    // The first step: a size is the learning rate where it is 0, as states are made.
+    if (k.begin != 0) size = size + (one - sign_of(size) * sign_of(size)) * T(k.begin);
+    const T agreement = sign_of(g) * sign_of(before);
+    // The three factors, of which two are 0. So written, nvcc 13.0 keeps all in registers.
+    size = size * (where_same_sign(agreement, one, T(k.faster)) + where_same_sign(agreement, -one, T(k.slower)) +
+                   (one - agreement * agreement));
     size = -maximum(-maximum(size, T(k.smallest)), -T(k.largest));
-    before = g = where_signs_agree(g, before, g);
+    before = g = where_signs_agree(agreement, one, g);
     return sign_of(g) * size;
   }
 };
