@@ -53,7 +53,9 @@ RULES = {
     "adamax": Rule("Adamax", "Adamax", {"lr": 1e-3}, 4 + 3),
     "radam": Rule("RAdam", "RAdam", {"lr": 1e-3}, 4 + 3),
     "rmsprop": Rule("RMSprop", "RMSprop with momentum 0.9", {"lr": 1e-3, "momentum": 0.9}, 4 + 3),
+    "adagrad": Rule("Adagrad", "Adagrad", {"lr": 1e-3}, 3 + 2),
     "adadelta": Rule("Adadelta", "Adadelta", {"lr": 1e-3}, 4 + 3),
+    "rprop": Rule("Rprop", "Rprop", {"lr": 1e-3}, 4 + 3),
 }
 USUAL = ("adamw", "sgd")
 

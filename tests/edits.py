@@ -368,7 +368,7 @@ def state_of(optimizer, param):
     cls = CLASSES[type(optimizer).__name__][0]
     if not state:
         state.update({"step": torch.zeros(())} if cls._counts_steps else {})
-        state.update({key: torch.zeros_like(param) for key in cls._states})
+        state.update({key: torch.full_like(param, 0.25 if key in cls._unsigned else 0.0) for key in cls._states})
     return state, cls._states[0]
 
 

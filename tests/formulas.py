@@ -39,6 +39,12 @@ def adam(p, g, state, options, step):
     return p - options["lr"] * (m / correction1) / ((v / correction2).sqrt() + options["eps"])
 
 
+def adagrad(p, g, state, options, step):
+    """Adagrad's new parameter."""
+    state["sum"] = state.get("sum", torch.full_like(p, options["initial_accumulator_value"])) + g * g
+    return p - options["lr"] / (1 + (step - 1) * options["lr_decay"]) * g / (state["sum"].sqrt() + options["eps"])
+
+
 def square_average(p, g, state, share):
     state["square_avg"] = share * state.get("square_avg", torch.zeros_like(p)) + (1 - share) * g * g
     return state["square_avg"]
@@ -119,6 +125,17 @@ def ademamix(p, g, state, options, step):
     return p - options["lr"] * change / ((state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + options["eps"])
 
 
+def rprop(p, g, state, options, step):
+    """Rprop's new parameter."""
+    (slower, faster), (smallest, largest) = options["etas"], options["step_sizes"]
+    size = state.get("step_size", torch.full_like(p, options["lr"]))
+    agreement = g.sign() * state.get("prev", torch.zeros_like(p)).sign()
+    size = torch.where(agreement > 0, size * faster, torch.where(agreement < 0, size * slower, size))
+    state["step_size"] = size = size.clamp(smallest, largest)
+    state["prev"] = g = torch.where(agreement < 0, 0.0, g)
+    return p - g.sign() * size
+
+
 def lion(p, g, state, options, step):
     """Lion's new parameter."""
     (beta1, beta2), m = options["betas"], state.get("exp_avg", torch.zeros_like(p))
@@ -181,7 +198,7 @@ def formula_step(row, p, g, state, options, step):
     if o["maximize"]:
         g = -g
     if not decoupled and not decays_itself:
-        g = g + o["weight_decay"] * p
+        g = g + o.get("weight_decay", 0.0) * p
     if not o["l1_proximal"]:
         g = g + o["l1"] * p.sign()
     kept = p * (1 - o["lr"] * o["weight_decay"]) if decoupled else p
@@ -189,7 +206,8 @@ def formula_step(row, p, g, state, options, step):
         # From 0, of which nothing is lost to rounding, where the update does not depend on the parameter.
         by_parameter = decays_itself and (row.has_sums or o["weight_decay"] != 0)
         change = p - row.formula(p, g, state, o, step) if by_parameter else -row.formula(0 * p, g, state, o, step)
-        signed.extend((change, g))
+        # A change of exactly 0 is the formula's own: where Rprop waits, it is 0 in any arithmetic.
+        signed.extend((torch.where(change == 0, change.square().mean().sqrt(), change), g))
         if o["cautious"] and p.numel():
             agrees = (change * g > 0).double()
             change = change * agrees / max(agrees.mean().item(), 1e-3)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from judge import TABLE as TABLE
 from judge import bits
 
 from trainopt.optim import registry
@@ -32,12 +33,14 @@ each_class = pytest.mark.parametrize("name", NAMES)
 
 #: Options that give every class, torch's or not, all of its states, and that leave nothing at zero.
 OPTIONS = {
+    "Adagrad": {"lr": 0.05, "lr_decay": 0.1, "initial_accumulator_value": 0.1, "weight_decay": 0.1},
     "Adamax": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},
     "RAdam": {"lr": 0.02, "betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.1},
     "RMSprop": {"lr": 0.02, "alpha": 0.9, "eps": 0.1, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
     "Adadelta": {"lr": 0.5, "eps": 1e-3, "weight_decay": 0.1},
     "Adan": {"lr": 0.02, "betas": (0.7, 0.6, 0.9), "weight_decay": 0.1},
     "AdEMAMix": {"lr": 0.02, "betas": (0.7, 0.9, 0.95), "weight_decay": 0.1},
+    "Rprop": {"lr": 0.02, "etas": (0.6, 1.3)},
     "LAMB": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},
     "LARS": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "trust_coeff": 0.1},
     "Lion": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},

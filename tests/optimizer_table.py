@@ -14,6 +14,7 @@ import torch
 from formulas import (
     FormulaOptimizer,
     adadelta,
+    adagrad,
     adam,
     adamax,
     adan,
@@ -24,6 +25,7 @@ from formulas import (
     lion,
     radam,
     rmsprop,
+    rprop,
     sgd,
     take_undecided,
 )
@@ -55,6 +57,9 @@ class Row:
     # States of differences between gradients. Where gradients are rounded to 16 bits after clipping, errors cancel in
     # their sum; a step that clips has not rounded the later one.
     differences: tuple[str, ...] = ()
+    hides_nan: bool = False  # a NaN in the gradient moves nothing, as in torch's class
+    takes_shards: bool = True  # torch's plain loop does, of DTensors
+    unread_in_groups: tuple[str, ...] = ()  # options that torch's class reads where it is made, once for all groups
     changes_nothing: tuple[str, ...] = field(default=("foreach", "fused"))
 
     @property
@@ -75,9 +80,19 @@ class Row:
         """Whether `fused` is an option of torch's class, or of ours that torch does not have."""
         return "fused" not in self.ours.EXTRAS
 
+    @functools.cached_property
+    def eager_states(self) -> bool:
+        """Whether the constructor of torch's class makes the states."""
+        return bool(self.peer([torch.nn.Parameter(torch.ones(1))]).state)
+
     def kept(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Those of these options that it has."""
+        """Those of these options that it has: Rprop has no weight decay."""
         return {name: value for name, value in options.items() if name in self.defaults}
+
+    @property
+    def still(self) -> dict[str, Any]:
+        """Options with which gradients move nothing."""
+        return self.kept({"lr": 0.0, "weight_decay": 0.0, "step_sizes": (0.0, 0.0)})
 
     def takes_signs(self, options: dict[str, Any]) -> bool:
         """Whether the formula calls `sign` with these options."""
@@ -442,5 +457,49 @@ TABLE |= {
         },
         usual={"lr": 0.02, "betas": (0.8, 0.9, 0.95), "weight_decay": 0.3},
         everything={**DECAY_AND_L1, "beta3_warmup": 3, "alpha_warmup": 2, "maximize": True},
+    ),
+    "Adagrad": Row(
+        ours=trainopt.Adagrad,
+        formula=adagrad,
+        unread_in_groups=("initial_accumulator_value",),
+        settings={
+            **PLAIN,
+            **DECAY,
+            "lr_decay": {"lr": 0.2, "lr_decay": 0.3},
+            "lr_decay, lr float32 tensor": {"lr": LR32, "lr_decay": 0.3},
+            "initial_accumulator_value": {"lr": 0.2, "initial_accumulator_value": 1.5},
+            "eps": {"lr": 0.2, "eps": 0.3},
+            "maximize": {"lr": 0.2, "maximize": True},
+            "all": dict(lr=0.2, lr_decay=0.1, eps=1e-2, initial_accumulator_value=0.5, weight_decay=0.3, maximize=True),
+        },
+        extras={
+            **L1,
+            "cautious": {"lr": 0.2, "cautious": True},
+            "all": {"lr": 0.2, "lr_decay": 0.1, "eps": 1e-2, "weight_decay": 0.3, "l1": 0.4},
+        },
+        usual={"lr": 0.2, "lr_decay": 0.1, "weight_decay": 0.3, "eps": 1e-2},
+        everything={**DECAY_AND_L1, "maximize": True, "initial_accumulator_value": 0.5},
+    ),
+    "Rprop": Row(
+        ours=trainopt.Rprop,
+        formula=rprop,
+        hides_nan=True,
+        takes_shards=False,
+        settings={
+            **PLAIN,
+            "etas": {"lr": 0.02, "etas": (0.3, 1.7)},
+            "step_sizes": {"lr": 0.02, "step_sizes": (0.015, 0.022)},
+            "maximize": {"lr": 0.02, "maximize": True},
+            "all": {"lr": 0.02, "etas": (0.6, 1.4), "step_sizes": (1e-3, 0.1), "maximize": True},
+        },
+        extras={
+            "l1": {"lr": 0.02, "l1": 0.7},
+            "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
+            "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True},
+            "cautious": {"lr": 0.02, "cautious": True},
+            "all": {"lr": 0.02, "etas": (0.6, 1.4), "step_sizes": (1e-3, 0.1), "maximize": True, "l1": 0.4},
+        },
+        usual={"lr": 0.02, "etas": (0.6, 1.3)},
+        everything={"lr": 0.02, "l1": 0.5, "l1_proximal": True, "maximize": True},
     ),
 }

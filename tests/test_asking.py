@@ -197,7 +197,7 @@ def test_a_save_does_not_move_the_schedule(make, noise):
 def test_a_closure_is_asked_before_the_gradients_are_looked_at(name):
     for cls in CLASSES[name]:
         model, optimizer = model_and(cls, lr=0.0)
-        schedule = trainopt.Schedule(optimizer, weight_decay=linear(10))
+        schedule = trainopt.Schedule(optimizer, lr=linear(10))
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
 

@@ -62,10 +62,10 @@ def test_memory_pass_reads_and_writes_the_traffic(traffic):
     assert 2 * memory.tensor.nbytes == traffic
 
 
-@pytest.mark.parametrize(("rule", "bytes_an_element"), [("adamw", 28), ("sgd", 20), ("rmsprop", 28)])
+@pytest.mark.parametrize(("rule", "bytes_an_element"), [("adamw", 28), ("sgd", 20), ("adagrad", 20), ("rprop", 28)])
 def test_a_measurement_has_all_contenders(rule, bytes_an_element):
     result = optimizers.measure(SMALL, optimizers.RULES[rule], rounds=2)
-    fused = set() if rule == "rmsprop" else {"torch fused"}  # which torch has not for it
+    fused = set() if rule == "rprop" else {"torch fused"}  # which torch has not for it
     assert {"torch default", "torch foreach", "trainopt"} | fused <= result.seconds.keys()
     assert all(len(values) == 2 for values in (*result.seconds.values(), result.memory))
     assert result.traffic == bytes_an_element * 18

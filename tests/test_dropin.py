@@ -8,6 +8,7 @@ import torch
 from helpers import (
     CLASSES,
     OPTIONS,
+    TABLE,
     WITH_FUSED,
     Twins,
     assert_drop_in,
@@ -136,7 +137,8 @@ def model_to_float32_before_the_first_step(cls, options):
     model, optimizer = model_and(cls, **options)
     train(model.to(torch.float32), optimizer, 3)
     (state, *_) = optimizer.state.values()
-    assert all(value.dtype == torch.float32 for value in state.values())
+    made_before = TABLE[cls.__name__].eager_states
+    assert made_before or all(value.dtype == torch.float32 for value in state.values())
     return optimizer, list(model.parameters())
 
 
@@ -206,7 +208,10 @@ PROGRAMS = [
 @each_class
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_a_program_ends_as_with_torchs_class(name, program):
-    ours, torchs = assert_drop_in(name, lambda cls: program(cls, OPTIONS[name]))
+    tolerance = {}
+    if program.__name__.startswith("model_to_") and TABLE[name].eager_states:
+        tolerance = {"rtol": 1e-6, "atol": 1e-6}  # states have the old dtype, in which torch computes what they hold
+    ours, torchs = assert_drop_in(name, lambda cls: program(cls, OPTIONS[name]), **tolerance)
     names = [[group.get("param_names") for group in optimizer.param_groups] for optimizer, _ in (ours, torchs)]
     assert names[0] == names[1]
 

@@ -20,7 +20,7 @@ from edits import (
     options_of,
     states_of,
 )
-from helpers import CLASSES, NAMES, Twins, assert_same_bits, attempt, each_class, snapshot
+from helpers import CLASSES, NAMES, TABLE, Twins, assert_same_bits, attempt, each_class, snapshot
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -215,7 +215,8 @@ def test_many_values_of_one_option_one_after_the_other(name):
 @each_class
 @pytest.mark.parametrize("key", ["lr", "weight_decay", "maximize"])
 def test_an_option_that_is_missing_is_torchs_error(name, key):
-    edited(Twins(name), lambda o, _: o.param_groups[0].pop(key), 1)
+    if key in defaults_of(name):
+        edited(Twins(name), lambda o, _: o.param_groups[0].pop(key), 1)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "amsgrad" in defaults_of(n)])
@@ -229,7 +230,8 @@ def test_an_odd_option_of_the_second_group_changes_nothing_in_the_first(name):
     twins = Twins(name)
     twins.edit(lambda o, params: o.add_param_group({"params": [torch.nn.Parameter(params[1] + 1)]}))
     twins.edit(lambda o, params: params.append(o.param_groups[1]["params"][0]))
-    assert not edited(twins, lambda o, _: o.param_groups[1].update(lr=None), 1)
+    key = "etas" if "etas" in defaults_of(name) else "lr"  # where a later step reads no learning rate
+    assert not edited(twins, lambda o, _: o.param_groups[1].update({key: None}), 1)
 
 
 @each_class
@@ -352,7 +354,7 @@ class AnyOrder(RuleBasedStateMachine):
             p = params[index % len(params)]
             if not optimizer.state.get(p):
                 return
-            if how == "delete":
+            if how == "delete" or (how == "empty" and TABLE[self.name].eager_states):  # which torch cannot load
                 del optimizer.state[p]
             elif how == "empty":
                 optimizer.state[p].clear()

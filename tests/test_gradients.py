@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, OPTIONS, SHAPES, Twins, each_class
+from helpers import CLASSES, OPTIONS, SHAPES, TABLE, Twins, each_class
 
 # Gradients ------------------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ def test_frozen_and_unfrozen(name):
     twins = Twins(name)
     twins.edit(lambda _, params: [p.requires_grad_(False) for p in params[:3]])
     twins.step(2)
-    assert all(p not in twins.ours.optimizer.state for p in twins.ours.params[:3])
+    assert TABLE[name].eager_states or all(p not in twins.ours.optimizer.state for p in twins.ours.params[:3])
     twins.edit(lambda _, params: params[1].requires_grad_(True))
     twins.step(2)
     twins.edit(lambda _, params: [p.requires_grad_(i == 2) for i, p in enumerate(params)])

@@ -27,8 +27,12 @@ each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 def set_state(model, optimizer, saved, form):
-    """set_optimizer_state_dict; full and flattened, or without any state, torch refuses its own."""
-    if form.full_state_dict and (form.flatten_optimizer_state_dict or not optimizer.state):
+    """set_optimizer_state_dict; full and flattened, without any state or with other keys, torch refuses its own."""
+    if form.full_state_dict and (
+        form.flatten_optimizer_state_dict
+        or not optimizer.state
+        or saved["param_groups"][0].keys() != optimizer.param_groups[0].keys()
+    ):
         form = StateDictOptions(flatten_optimizer_state_dict=form.flatten_optimizer_state_dict)
     set_optimizer_state_dict(model, optimizer, saved, options=form)
 

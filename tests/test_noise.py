@@ -177,7 +177,7 @@ def test_values_are_for_good():
 
 def noise_only(row, params, **options):
     """An optimizer whose step does nothing but add noise."""
-    optimizer = row.make(params, lr=0.0, weight_decay=0.0, **{"noise": 1.0, **options})
+    optimizer = row.make(params, **{**row.still, "noise": 1.0, **options})
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.ones_like(p)

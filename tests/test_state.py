@@ -320,7 +320,9 @@ NEWER_KEYS = {
     "Adamax": ["foreach", "differentiable", "maximize", "capturable"],
     "RAdam": ["foreach", "differentiable", "maximize", "capturable", "decoupled_weight_decay"],
     "RMSprop": ["foreach", "differentiable", "maximize", "capturable"],
+    "Adagrad": ["foreach", "fused", "differentiable", "maximize"],
     "Adadelta": ["foreach", "differentiable", "maximize", "capturable"],
+    "Rprop": ["foreach", "differentiable", "maximize", "capturable"],
 }
 
 

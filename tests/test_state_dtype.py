@@ -13,6 +13,7 @@ from judge import (
 )
 
 import trainopt
+from trainopt.optim.state_dtype import DTYPES, cast_states
 
 NAMES = [name for name, row in TABLE.items() if row.states]
 PARAMS = [torch.float32, torch.bfloat16, torch.float16]
@@ -55,6 +56,21 @@ def test_a_step_is_float32_arithmetic_between_a_load_and_one_rounding(name, dtyp
                 error = (found.cpu().double() - exact).abs()
                 assert (error <= 0.51 * unit * exact.abs() + arithmetic).all(), (key, error.max())
     assert {row_.path.split(" ")[0] for row_ in trainopt.explain(optimizer)} == {"fused"}
+
+
+@pytest.mark.parametrize("stored", [*STATES, "8bit"])
+def test_a_state_that_begins_at_a_number_is_stored_as_the_group_says(stored, device):
+    """Whether the constructor makes it, as torch's Adagrad does, or it is made for a parameter that comes later."""
+    first, later = (torch.nn.Parameter(torch.zeros(5000, dtype=torch.float16, device=device)) for _ in range(2))
+    optimizer = trainopt.Adagrad([first], initial_accumulator_value=0.25, state_dtype=stored)
+    optimizer.add_param_group({"params": [later], "initial_accumulator_value": 0.5})  # which torch does not read
+    assert first in optimizer.state and later not in optimizer.state
+    optimizer.init_state()
+    for p in (first, later):
+        state = optimizer.state[p]
+        assert state["sum"].dtype is DTYPES[stored] and ("sum_scale" in state) == (stored == "8bit")
+        cast_states(optimizer, state, {"state_dtype": "float32"}, p)
+        assert state["sum"].shape == p.shape and ((state["sum"] - 0.25).abs() < 1e-6).all()
 
 
 def test_by_the_name_of_the_state_by_dtype_and_by_group():

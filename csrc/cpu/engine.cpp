@@ -65,6 +65,7 @@ constexpr Rule describe(int index) {
             nullptr,
             kSumCount<R>,
             R::kCountsSteps,
+            kAlwaysNeedsLr<R>,
             R::states_needed,
             takes<R>,
             R::decay,

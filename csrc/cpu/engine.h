@@ -54,7 +54,7 @@ struct Rule {
   const char* const* sums;
   int sum_count;  // 0 without sums of its own
   int sums_in(Pass pass) const { return pass == kOwnSums ? sum_count : 2; }
-  bool counts_steps;
+  bool counts_steps, needs_lr;
   StateSet (*states_needed)(const double* options);
   bool (*takes)(const double* options);
   Decay (*decay)(const double* options);

@@ -270,11 +270,12 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   ema_decay = averages != 0 ? reader.own(keys.ema_decay, 0) : 0;
   ema_warmup = reader.own(keys.ema_warmup, 0) != 0;
   states_needed = rule.states_needed(options) | (averages != 0 ? 1 << rule.state_count : 0);
-  PyObject* lr_value = reader.require(keys.lr);
-  lr = reader.number_or_device(lr_value, cuda::DeviceNumber::kLr);
-  lr_is_float32 = !PyFloat_CheckExact(lr_value) && THPVariable_CheckExact(lr_value) &&
+  PyObject* lr_value = rule.needs_lr ? reader.require(keys.lr) : reader.find(keys.lr);
+  if (lr_value == nullptr) unreadable = 1;  // torch knows whether it can do without
+  lr = lr_value == nullptr ? 0 : reader.number_or_device(lr_value, cuda::DeviceNumber::kLr);
+  lr_is_float32 = lr_value != nullptr && !PyFloat_CheckExact(lr_value) && THPVariable_CheckExact(lr_value) &&
                   THPVariable_Unpack(lr_value).scalar_type() == at::kFloat;
-  weight_decay = reader.torchs(reader.require(keys.weight_decay));
+  weight_decay = rule.decay(options) == Decay::kNone ? 0 : reader.torchs(reader.require(keys.weight_decay));
   maximize = reader.truth(reader.require(keys.maximize));
   differentiable = reader.truth(reader.require(keys.differentiable));
   l1 = reader.own(keys.l1, 0);

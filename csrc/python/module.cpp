@@ -162,7 +162,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("states_needed", states_needed, pybind11::arg("rule"), pybind11::arg("group"),
         "The names of the states that a parameter group's options call for.");
   m.def("decay_of", decay_of, pybind11::arg("rule"), pybind11::arg("group"),
-        "Where the weight decay of a parameter group belongs: \"gradient\", \"parameter\" or \"update\".");
+        "Where the weight decay of a parameter group belongs: \"gradient\", \"parameter\", \"update\"; or \"none\".");
   step_is_done();
   m.def("is_observed", is_observed, "Whether a profiler or another observer of record_function is active.");
   m.def("takes", take, "Whether the fused losses take all of these tensors (or None) together as they are now.");

@@ -119,7 +119,7 @@ std::string decay_of(const std::string& rule_name, const pybind11::dict& dict) {
   const cpu::Rule& rule = rule_named(rule_name);
   Group group;
   group.refresh(dict.ptr(), rule);
-  static constexpr const char* kNames[] = {"gradient", "parameter", "update"};
+  static constexpr const char* kNames[] = {"gradient", "parameter", "update", "none"};
   return kNames[static_cast<int>(rule.decay(group.options))];
 }
 

@@ -11,6 +11,7 @@
 //   kCountsSteps             whether it needs the number of steps of each parameter
 //   states_needed(options)   the set of states that these options call for, one of kStateSets
 //   kUnsigned                if it is there: the states that are never below 0, which tells how 8 bits hold them
+//   kNeedsLr                 if it is there, it is false: the learning rate is read in a parameter's first step alone
 //   takes(options)           whether the arithmetic is torch's for these options; where it is not, torch's own path has
 //                            to find the result, or the error
 //   decay(options)           where weight decay belongs
@@ -66,6 +67,12 @@ constexpr StateSet kUnsignedStates = 0;
 template <class Rule>
 constexpr StateSet kUnsignedStates<Rule, decltype(void(Rule::kUnsigned))> = Rule::kUnsigned;
 
+// Whether every step needs a learning rate.
+template <class Rule, class = void>
+constexpr bool kAlwaysNeedsLr = true;
+template <class Rule>
+constexpr bool kAlwaysNeedsLr<Rule, decltype(void(Rule::kNeedsLr))> = Rule::kNeedsLr;
+
 // The number of a rule's sums; 0 for one that has no reduce phase.
 template <class Rule, class = void>
 constexpr int kSumCount = 0;
@@ -107,9 +114,9 @@ static constexpr void for_each_set(const Use& use) {
 }
 
 // Where weight decay goes: into the gradient (L2 regularisation, torch's Adam and SGD); onto the parameter before the
-// update (decoupled, torch's AdamW); or into the update (LAMB), which the rule does itself, with
-// StepInfo::weight_decay.
-enum class Decay { kGradient, kParameter, kUpdate };
+// update (decoupled, torch's AdamW); into the update (LAMB), which the rule does itself, with StepInfo::weight_decay;
+// or nowhere, and groups have no such option (Rprop).
+enum class Decay { kGradient, kParameter, kUpdate, kNone };
 
 // Which step of a parameter it is, and the group's values that `prepare` may need.
 struct StepInfo {

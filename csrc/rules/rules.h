@@ -2,6 +2,7 @@
 #pragma once
 
 #include "rules/adadelta.h"
+#include "rules/adagrad.h"
 #include "rules/adam.h"
 #include "rules/adamax.h"
 #include "rules/adan.h"
@@ -11,6 +12,7 @@
 #include "rules/lion.h"
 #include "rules/radam.h"
 #include "rules/rmsprop.h"
+#include "rules/rprop.h"
 #include "rules/sgd.h"
 
 // The programs that test the engines have a list of their own.
@@ -26,5 +28,7 @@
   DO(Adamax)                       \
   DO(RAdam)                        \
   DO(Adan)                         \
-  DO(AdEMAMix)
+  DO(AdEMAMix)                     \
+  DO(Adagrad)                      \
+  DO(Rprop)
 #endif

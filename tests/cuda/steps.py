@@ -27,7 +27,7 @@ def outcome_on(device: str, make: Any, problem: tuple, **options: Any) -> Outcom
 
 def counts_on_device(name: str) -> dict[str, Any]:
     """Options with which an optimizer counts its steps on the device, if it counts them."""
-    return {"fused": True} if name == "SGD" else {"capturable": True}
+    return {"capturable": True} if "capturable" in judge.TABLE[name].defaults else {"fused": True}
 
 
 def on_device(value: Any, device: str) -> Any:

@@ -19,7 +19,7 @@ def kinds_of(name):
     kinds = {"default": {}, "foreach": {"foreach": True}}
     if TABLE[name].has_torchs_fused:
         kinds["fused"] = {"fused": True}
-    return kinds if name == "SGD" else {**kinds, "capturable": {"capturable": True}}
+    return {**kinds, "capturable": {"capturable": True}} if "capturable" in TABLE[name].defaults else kinds
 
 
 def fresh(device):
@@ -109,7 +109,7 @@ def test_from_counts_on_the_host_to_counts_on_the_device_and_back(device, name, 
 
         def with_own_options(state, mine=second):
             for group in state["param_groups"]:
-                group.update({"fused": None, "capturable": False, **mine} if name != "SGD" else {"fused": None, **mine})
+                group.update({"fused": None, **row.kept({"capturable": False}), **mine})
             return state
 
         optimizer, params = moved_over(

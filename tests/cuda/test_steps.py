@@ -214,7 +214,7 @@ def test_noise_goes_on_after_the_largest_count_of_float32(device, name):
     late = 2**24
     for counting in ({}, counts_on_device(name)):
         param = torch.nn.Parameter(torch.zeros(300, device=device))
-        optimizer = TABLE[name].make([param], lr=0.0, weight_decay=0.0, noise=1.0, seed=5, **counting)
+        optimizer = TABLE[name].make([param], **TABLE[name].still, noise=1.0, seed=5, **counting)
         param.grad = torch.ones(300, device=device)
         optimizer.step()
         optimizer.state[param]["step"].fill_(late)

@@ -31,7 +31,7 @@ def with_device_numbers(name, device):
     if "betas" in usual:
         numbers["betas"] = tuple(torch.tensor(b, dtype=torch.float64, device=device) for b in usual["betas"])
     if "betas" in usual or TABLE[name].ours._counts_steps:
-        numbers["capturable"] = True
+        numbers |= counts_on_device(name)
     return numbers
 
 

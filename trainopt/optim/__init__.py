@@ -5,6 +5,7 @@
 from torch.optim import ASGD, LBFGS, Adafactor, NAdam, SparseAdam
 
 from trainopt.optim.adadelta import Adadelta
+from trainopt.optim.adagrad import Adagrad
 from trainopt.optim.adam import Adam
 from trainopt.optim.adamax import Adamax
 from trainopt.optim.adamw import AdamW
@@ -23,6 +24,7 @@ from trainopt.optim.radam import RAdam
 from trainopt.optim.release import step_in_backward
 from trainopt.optim.report import nonfinite_report
 from trainopt.optim.rmsprop import RMSprop
+from trainopt.optim.rprop import Rprop
 from trainopt.optim.schedule import Schedule
 from trainopt.optim.sgd import SGD
 
@@ -35,6 +37,7 @@ __all__ = [
     "AdEMAMix",
     "Adadelta",
     "Adafactor",
+    "Adagrad",
     "Adam",
     "AdamW",
     "Adamax",
@@ -44,6 +47,7 @@ __all__ = [
     "NAdam",
     "RAdam",
     "RMSprop",
+    "Rprop",
     "Schedule",
     "SparseAdam",
     "convert_state",

@@ -73,13 +73,21 @@ def check_params(group: Mapping[str, Any]) -> None:
             )
 
 
-def start(state: dict[str, Any], group: Mapping[str, Any], param: Tensor, name: str) -> None:
-    """Makes a state of zeros."""
+def start(
+    state: dict[str, Any], group: Mapping[str, Any], param: Tensor, name: str, value: float, is_unsigned: bool
+) -> None:
+    """Makes a state, with this number in all its elements."""
     dtype = dtype_of(group, name, param)
-    if dtype is torch.uint8:
+    if dtype is torch.uint8 and value == 0:
         state[name], state[name + code8.SUFFIX] = code8.zeros_like(param)
+        return
+    filling = complex(value, value) if dtype.is_complex else value
+    wide = torch.float32 if dtype is torch.uint8 else dtype
+    made = torch.full_like(param, filling, dtype=wide, memory_format=torch.preserve_format)
+    if dtype is torch.uint8:
+        state[name], state[name + code8.SUFFIX] = code8.encode(made, is_unsigned)
     else:
-        state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        state[name] = made
 
 
 def keys_of(names: Iterable[str]) -> Iterator[str]:

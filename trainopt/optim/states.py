@@ -138,12 +138,19 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
             )
 
     def _decay_of(self, group: dict[str, Any]) -> str:
-        """Where a group's weight decay goes: into the "gradient", the "update", or onto the "parameter" itself."""
+        """Where a group's weight decay goes: into the "gradient", the "update", onto the "parameter", or "none"."""
         return _C.decay_of(self._rule, {key: group[key] for key in group if type(key) is str})
+
+    def _begin_at(self) -> dict[str, float]:
+        """What the states begin at, in every element, that do not begin at 0."""
+        return {}
 
     def _first_step_differs(self, group: dict[str, Any]) -> bool:
         """Whether a first step does something else with states of zeros than a later one, by no count in the state."""
         return False
+
+    def _begin_first_step(self, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Puts into states of zeros what torch puts there where its first step makes them."""
 
     def _has_partial_state(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
         """Whether a parameter that lacks states has others, which is an error of torch's where a class counts steps."""
@@ -160,8 +167,9 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         with torch.no_grad():
             if self._counts_steps or precision.is_random(group, param) or average.averages(group):
                 self._start_count(param, group)
+            begin = self._begin_at() if missing else {}
             for name in missing:
-                state_dtype.start(self.state[param], group, param, name)
+                state_dtype.start(self.state[param], group, param, name, begin.get(name, 0.0), name in self._unsigned)
             if precision.lacks_master(group, param, self.state.get(param, {})):
                 self.state[param][precision.KEY] = precision.new_master(group, param)
             if average.averages(group) and self.state[param].get(average.KEY) is None:

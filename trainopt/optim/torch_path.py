@@ -93,6 +93,8 @@ def _step_in_place(optimizer: States, chosen: Sequence[Numbered], scaling: Gradi
                 stack.enter_context(_steps_long_past(optimizer.state[param]))
             if not optimizer._counts_steps:
                 _count_step(optimizer, param, group)
+            elif _is_of_no_step(optimizer.state.get(param, {})):
+                optimizer._begin_first_step(optimizer.state[param], group)
             if chooses(group):
                 stack.enter_context(_chosen_update(optimizer, param, group))
             if average.averages(group) and average.KEY not in optimizer.state.get(param, {}):
@@ -251,7 +253,7 @@ def _narrowed(optimizer: States, chosen: Sequence[Numbered], plain: bool) -> Ite
     for _, group, param in chosen:
         on_cpu = param.device.type == "cpu"
         flags: dict[str, Any] = {"foreach": False, "fused": False} if plain or on_cpu else {}
-        if chooses(group) and optimizer._decay_of(group) != "update":
+        if chooses(group) and optimizer._decay_of(group) not in ("update", "none"):
             flags["weight_decay"] = 0.0  # it is done round the step
         if on_cpu and "capturable" in group:
             flags["capturable"] = False
@@ -295,7 +297,7 @@ def _chosen_update(optimizer: States, param: torch.Tensor, group: dict[str, Any]
     The step leaves the update alone in the parameter: it is made from 0, and without weight decay, which goes into the
     gradient or follows here; but from the parameter where the update has the decay in it (`_make_plain_step`).
     """
-    kind, weight_decay = optimizer._decay_of(group), group["weight_decay"]
+    kind, weight_decay = optimizer._decay_of(group), group.get("weight_decay", 0)
     gradient = param.grad
     assert gradient is not None
     direction = gradient.to_dense() if gradient.is_sparse else gradient.clone()  # it may be the parameter's memory
@@ -356,6 +358,14 @@ def _count_step(optimizer: States, param: torch.Tensor, group: dict[str, Any]) -
             state.pop(name, None)  # a placeholder: the first step makes it
     if "step" in state:
         state["step"] += 1
+
+
+def _is_of_no_step(state: dict[str, Any]) -> bool:
+    """Whether a state's count is known to be 0, without waiting for a device."""
+    count = state.get("step")
+    if type(count) is torch.Tensor:
+        return count.device.type == "cpu" and count.numel() == 1 and float(count) == 0
+    return isinstance(count, (int, float)) and count == 0
 
 
 def _add_noise_(param: torch.Tensor, index: int, group: dict[str, Any], state: dict[str, Any]) -> None:
