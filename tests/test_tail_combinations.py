@@ -169,7 +169,8 @@ class Judge(SeparatePasses):
         is_decoupled = of_all.get("decoupled_weight_decay", row.decoupled)
         self.lr, self.is_cautious = of_all["lr"], of_all["cautious"]
         # What of a parameter goes into the gradient.
-        self.pull = (0 if of_all["l1_proximal"] else of_all["l1"]) + (0 if is_decoupled else of_all["weight_decay"])
+        decay = 0 if is_decoupled else of_all.get("weight_decay", 0)
+        self.pull = (0 if of_all["l1_proximal"] else of_all["l1"]) + decay
         eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
         self.plain.eps, self.unit = eps, max(8 * eps, 1e-12)  # 1 - beta^t loses a few digits of a float64
 
@@ -216,7 +217,7 @@ class Judge(SeparatePasses):
             slack = self.unit * (before["param"].abs() + q.abs() + change.amax())
             if self.is_cautious:  # one more or less counts in what all updates are divided by
                 slack += change * undecided.sum() * max(4 / p.numel(), p.numel() < 100)
-            for name, root in (("exp_avg_sq", True), ("square_avg", True), ("exp_inf", False)):
+            for name, root in (("exp_avg_sq", True), ("square_avg", True), ("sum", True), ("exp_inf", False)):
                 if name in state:  # which the update is divided by, or its root
                     divisor = self.plain.state[q][name]
                     slack += self.lr * torch.where(off > 0, off / (divisor.sqrt() if root else divisor), 0.0)

@@ -6,7 +6,7 @@ bias correction of the second, momenta have been damped, noise has moved the wei
 So a step that only asks for states changes nothing and is not counted. It is one if
 
 - every learning rate is 0 (one that lies on a device other than the CPU is not read, and so is not known to be), and
-- there is a gradient, and all gradients are 0 in every element (of DTensors, on every rank), and
+- there is a gradient with elements, and all gradients are 0 in every element (of DTensors, on every rank), and
 - a parameter with a gradient still lacks the state that it needs, or no parameter has a state at all.
 
 A warm-up that begins at a learning rate of 0 comes with gradients that are not 0, and its first step counts.
@@ -263,7 +263,7 @@ def asks_for_state(optimizer: Any, needs_state: Callable[[dict[str, Any]], bool]
             if param.grad is not None:
                 gradients.append(param.grad)
                 lacks = lacks or (needs and not state.get(param))
-    if not (gradients and lacks):
+    if not lacks or not any(gradient.numel() for gradient in gradients):  # of a DTensor, that of the whole
         return False
     params = [param for group in optimizer.param_groups for param in group["params"]]
     return not bool(on_any_rank(not all(map(is_all_zero, gradients)), params))
