@@ -8,6 +8,7 @@ from zlib import crc32
 import pytest
 import torch
 from devices import DEVICES, HAS_GPU, IS_EMULATED, VARIANTS
+from torch.optim.optimizer import _get_scalar_dtype
 
 from trainopt._extension import _C
 
@@ -58,6 +59,33 @@ def pytest_collection_modifyitems(config, items):
         kept.update([item for item in of_a_test if drawn[item] == 0] or [min(of_a_test, key=drawn.__getitem__)])
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def mend_torchs_adagrad():
+    """In torch 2.11 a parameter that is added after the construction has no state, and its step is a KeyError."""
+    p = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.Adagrad([torch.nn.Parameter(torch.ones(1))])
+    optimizer.add_param_group({"params": [p]})
+    p.grad = torch.ones(1)
+    try:
+        optimizer.step()
+        return
+    except KeyError:
+        gather = torch.optim.Adagrad._init_group
+
+    def gather_with_states(self, group, *lists):
+        value, params = self.defaults["initial_accumulator_value"], list(group["params"])
+        for p in params:
+            if p.grad is not None and not self.state.get(p):
+                filling = complex(value, value) if p.is_complex() else value
+                made = torch.full_like(p, filling, memory_format=torch.preserve_format)
+                self.state[p] = {"step": torch.tensor(0.0, dtype=_get_scalar_dtype()), "sum": made}
+        return gather(self, {**group, "params": params}, *lists)
+
+    torch.optim.Adagrad._init_group = gather_with_states
+
+
+mend_torchs_adagrad()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -98,7 +98,8 @@ class Fused(States):
         them. One that clips them needs no pass of GradScaler's to take the scale out of them.
         """
         acts = any(clips(group) or clears(group) for group in self.param_groups)
-        return acts or self.__dict__.get("_step_supports_amp_scaling", False)
+        # torch 2.11's Adagrad takes `fused` and does not say so.
+        return acts or self.__dict__.get("_step_supports_amp_scaling", bool(self.defaults.get("fused")))
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
