@@ -42,7 +42,7 @@ def test_every_option_has_the_cpus_bits(device, row, options, dtype):
 @pytest.mark.parametrize(("row", "options"), CASES)
 def test_every_option_where_the_device_knows_alone(device, row, options):
     """Step counts, learning rate and betas on the device."""
-    counting = counts_on_device("SGD" if row is TABLE["SGD"] else "Adam")
+    counting = counts_on_device(next(name for name in TABLE if TABLE[name] is row))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         work = problem(dtype=dtype)
         there = outcome_on(device, row.make, work, **on_device(options, device), **counting)
