@@ -117,6 +117,8 @@ OPTIONS = {
     "a tensor": {"lr": torch.tensor(0.02)},
     "another iteration": {"ns_coefficients": (1.5, -0.5, 0.0), "ns_steps": 9, "eps": 1e-3},
 }
+if "spectral_unclamped" in inspect.getsource(torch.optim.Muon.__init__):  # torch 2.14
+    OPTIONS["spectral_unclamped"] = {"adjust_lr_fn": "spectral_unclamped", "lr": 0.05}
 
 
 def test_the_signature_is_torchs_and_more():

@@ -26,7 +26,8 @@ class Muon(originals.Muon, metaclass=StandIn):
         u = μ * b + (1 - μ) * g if nesterov else b
         p = p * (1 - lr * weight_decay) - lr * ratio * orthogonalize(u)
 
-    where the ratio is sqrt(max(1, rows / columns)), or 0.2 * sqrt(max(rows, columns)) as in Moonshot's work. Sources:
+    where the ratio is sqrt(max(1, rows / columns)), or 0.2 * sqrt(max(rows, columns)) as in Moonshot's work, or
+    sqrt(rows / columns) as in Bernstein's. Sources:
     Jordan et al., Muon, 2024; Liu et al., Muon is scalable for LLM training, 2025 (arXiv:2502.16982); for NorMuon, Li
     et al. 2025 (arXiv:2510.05491).
 
@@ -41,7 +42,8 @@ class Muon(originals.Muon, metaclass=StandIn):
         ns_coefficients: a, b and c of the iteration.
         eps: the least norm that a matrix is divided by before it (default 1e-7).
         ns_steps: of the iteration (default 5), less than 100.
-        adjust_lr_fn: how the learning rate follows a matrix's shape: "original" (as with None) or "match_rms_adamw".
+        adjust_lr_fn: how the learning rate follows a matrix's shape: "original" (as with None), "match_rms_adamw", or
+            where torch's class knows it (from 2.14 on) "spectral_unclamped".
         flatten: with True (default False), a parameter of more dimensions, such as a convolution's weight, is a matrix
             of its first dimension and all others.
         split: a parameter is several matrices, orthogonalised each by itself: a number of equal blocks, or their sizes

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,12 +154,23 @@ def _step_stack(blocks: list[Block]) -> None:
         block.param.add_(update.reshape(block.param.shape), alpha=-lr * ratio_of(block))
 
 
+def _original(rows: int, columns: int) -> float:
+    return math.sqrt(max(1, rows / columns))
+
+
+#: What ``adjust_lr_fn`` multiplies the learning rate of a matrix by. torch knows the last from 2.14 on.
+RATIOS: dict[str | None, Callable[[int, int], float]] = {
+    None: _original,
+    "original": _original,
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
+}
+
+
 def ratio_of(block: Block) -> float:
-    """What ``adjust_lr_fn`` multiplies the learning rate of a matrix by."""
+    """What the learning rate of a matrix is multiplied by; of an empty one it does not matter."""
     rows, columns = block.shape
-    if block.group["adjust_lr_fn"] == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1, rows / columns)) if columns else 1.0
+    return RATIOS[block.group["adjust_lr_fn"]](rows, columns) if columns else 1.0
 
 
 def normalize_rows(update: Tensor, second: Tensor, beta2: float) -> Tensor:
