@@ -244,7 +244,7 @@ def noise_to_the_bit(mesh, where):
             assert torch.equal(whole(p.detach()), expected.to(dtype)), SHAPES[i]
 
 
-@case(*OPTIMIZERS)
+@case(*(name for name in OPTIMIZERS if TABLE[name].takes_shards))  # on torch's path
 def two_dimensions_of_processes(mesh, name):
     """A mesh of one row: sharded over its columns, or replicated over them."""
     grid = dist.device_mesh.init_device_mesh("cpu", (1, 2))
@@ -285,11 +285,12 @@ def a_partial_parameter_is_refused_by_all(mesh, name):
         p.grad = torch.ones_like(p)
     error = attempt(optimizer.step)
     assert error[0] is RuntimeError and "parameter 1" in error[1] and "redistribute" in error[1]
-    assert all((p.to_local() == 1).all() for p in params) and not any(optimizer.state.values())
+    assert all((p.to_local() == 1).all() for p in params)
+    assert any(optimizer.state.values()) == TABLE[name].eager_states
     assert "partial" in trainopt.explain(optimizer)[1].reason
 
 
-@case(*OPTIMIZERS)
+@case(*(name for name in OPTIMIZERS if TABLE[name].takes_shards))  # on torch's path
 def gradients_of_other_placements(mesh, name):
     """torch's own operators bring them together; a sum that is still to be taken is taken."""
     for placement in (Replicate(), Partial()):
