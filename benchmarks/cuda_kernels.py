@@ -137,7 +137,7 @@ def threads_of(kernel: str) -> int:
     if "column" in kernel:
         return 128
     if kernel.startswith("cross entropy block, ") and "general" not in kernel:
-        return 1024  # of a row of 16,384 classes or more
+        return 1024  # of a row of more than 128 KiB
     if kernel == "finish":
         return 1024
     return 512 if any(word in kernel for word in ("finish", "count")) else 256
