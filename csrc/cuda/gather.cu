@@ -35,9 +35,13 @@ using GatherTable = Table<WithPartials<Header<kSetsOf<Storage>>>, WithPlace<RowO
 template <class Storage>
 constexpr int kElements = kIsStrided<Storage> ? 1 : 8;
 
+// As in update.cu: of tensors in two parts and four states, nvcc 13.0 spills 24 bytes for sm_100 with two.
+template <class S, class Storage, int kRoles>
+constexpr int kMinGatherBlocks = sizeof(S) == sizeof(double) || (kIsByBlocks<Storage> && kRoles >= 6) ? 1 : 2;
+
 // One block, one chunk; a warp, a segment of it.
 template <class Pass, class S, StateSet kSet, class Storage>
-__global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, kMinGatherBlocks<S, Storage, 2 + count_of(kSet)>)
     gather_kernel(const GatherTable<Storage, 2 + count_of(kSet)> __grid_constant__ table) {
   using Rule = typename Pass::Rule;
   constexpr int kRoles = 2 + count_of(kSet), kCount = Pass::kCount, kUnderWay = kElements<Storage>;
