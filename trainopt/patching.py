@@ -12,10 +12,9 @@ import torch.nn.utils.clip_grad  # noqa: F401  (the modules below are imported)
 
 from trainopt import clip, losses, originals
 from trainopt.losses import functional
-from trainopt.optim import registry
-from trainopt.optim.matrix.muon import Muon
+from trainopt.optim.fuse import counterparts
 
-_OPTIMIZERS: dict[type, type] = {**registry.of_torch(), originals.Muon: Muon}
+_OPTIMIZERS = counterparts()
 
 
 def _places() -> dict[str, dict[str, Any]]:

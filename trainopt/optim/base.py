@@ -44,9 +44,6 @@ class Fused(States):
     def __init__(self, params: Any, **options: Any) -> None:
         self._extras = not_default({name: options.pop(name) for name in self.EXTRAS if name in options})
         self._start_recording()
-        if self._torch_class is None or "fused" in self.EXTRAS:  # torch's own classes say it themselves
-            fused = {**self._extras, **options}.get("fused")
-            self._step_supports_amp_scaling = bool(fused)  # GradScaler leaves its scale to the step
         if self._torch_class is not None:
             super().__init__(params, **options)
             return
@@ -95,10 +92,10 @@ class Fused(States):
         """Whether GradScaler is to leave its scale and what it has found to the step, as torch's fused optimizers set.
 
         A step that clears gradients has to be called where one is to be left out, too: else infinities would stay in
-        them. One that clips them needs no pass of GradScaler's to take the scale out of them.
+        them. One that clips them needs no pass of GradScaler's to take the scale out of them. Not all of
+        torch's classes set it: some have no `fused`, and in torch 2.11 Adagrad has it and does not.
         """
         acts = any(clips(group) or clears(group) for group in self.param_groups)
-        # torch 2.11's Adagrad takes `fused` and does not say so.
         return acts or self.__dict__.get("_step_supports_amp_scaling", bool(self.defaults.get("fused")))
 
     @_step_supports_amp_scaling.setter

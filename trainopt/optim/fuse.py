@@ -13,6 +13,11 @@ from trainopt.optim.wrappers import unwrapped
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Any)
 
 
+def counterparts() -> dict[type, type]:
+    """By each class of torch's that trainopt has one for, trainopt's."""
+    return {**registry.of_torch(), originals.Muon: Muon}
+
+
 def fuse(optimizer: AnyOptimizer) -> AnyOptimizer:
     """Makes an optimizer of torch's the trainopt optimizer of that name, which carries on where it stands.
 
@@ -35,10 +40,10 @@ def fuse(optimizer: AnyOptimizer) -> AnyOptimizer:
     inner = unwrapped(optimizer)
     if isinstance(inner, States) or Muon in type(inner).__mro__:
         return optimizer
-    stock, counterparts = type(inner), {**registry.of_torch(), originals.Muon: Muon}
-    cls = counterparts.get(stock)
+    stock, known_classes = type(inner), counterparts()
+    cls = known_classes.get(stock)
     if cls is None:
-        known = ", ".join(f"torch.optim.{torch_class.__name__}" for torch_class in counterparts)
+        known = ", ".join(f"torch.optim.{torch_class.__name__}" for torch_class in known_classes)
         raise TypeError(f"fuse takes {known}, not {stock.__module__}.{stock.__qualname__}")
     step = inner.__dict__.get("step")
     inner.__class__ = cls

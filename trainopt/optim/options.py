@@ -84,8 +84,10 @@ DEFAULTS: dict[str, Any] = {
     "stats": False,
 }
 #: Options of optimizers that torch does not have, which must be at least 0; betas less than 1 besides.
-_NOT_NEGATIVE = {"lr", "betas", "eps", "weight_decay", "momentum", "trust_coeff"}
-_NOT_NEGATIVE |= {"alpha", "alpha_warmup", "beta3_warmup"}
+_NOT_NEGATIVE = {
+    *("lr", "betas", "eps", "weight_decay", "momentum"),
+    *("trust_coeff", "alpha", "alpha_warmup", "beta3_warmup"),
+}
 #: How 16-bit parameters can be stored: trainopt/optim/precision.py.
 PRECISIONS = ("native", "master", "master24", "stochastic")
 #: Those of the options that every class of torch's has.
