@@ -128,6 +128,11 @@ def describe(mangled: str) -> str:
     return ", ".join(parts)
 
 
+def goes_by_elements(kernel: str) -> bool:
+    """Whether an update loads its tensors one element at a time; of four states in float64 it has no room for more."""
+    return "strided" in kernel or "with 4 states, any types, float64" in kernel
+
+
 def threads_of(kernel: str) -> int:
     """The threads of a kernel's block, by its description; where they differ, so many that any number is like it."""
     if kernel.startswith(("prepare", "apply")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,12 +20,11 @@ from benchmarks.clip import LIBRARIES
 from benchmarks.formats import FORMATS, Format
 from benchmarks.loss_cases import EAGER, OURS, Case, Step
 from benchmarks.optimizers import RULES, USUAL, Rule
+from benchmarks.tail import DECAY, LIMIT
 from benchmarks.workloads import WORKLOADS, Workload
 
 COMPILED = "torch.compile"
 COPY = "a copy of the same bytes"
-
-
 KINDS = ("optimizers", "rules", "formats", "tail", "losses", "clip")
 
 
@@ -74,15 +74,22 @@ def with_gradients(workload: Workload, device: torch.device) -> list[Parameter]:
     return parameters
 
 
+def stepped(
+    workload: Workload, make: Callable[[list[Parameter]], torch.optim.Optimizer], compiled: bool = False
+) -> Prepare:
+    """A contender that steps through a workload."""
+
+    def ready(device: torch.device) -> Ready:
+        parameters = with_gradients(workload, device)
+        step = make(parameters).step
+        return Ready(torch.compile(step) if compiled else step, lambda: [p.detach() for p in parameters])
+
+    return ready
+
+
 def optimizer_task(rule: Rule, workload: Workload) -> Task:
     stock, ours = getattr(torch.optim, rule.name), getattr(trainopt, rule.name)
     on_device = {"capturable": True} if rule.name == "AdamW" else {"fused": True}
-
-    def ready(make: Callable[..., torch.optim.Optimizer], device: torch.device, compiled: bool = False) -> Ready:
-        parameters = with_gradients(workload, device)
-        step = make(parameters, **rule.settings).step
-        return Ready(torch.compile(step) if compiled else step, lambda: [p.detach() for p in parameters])
-
     makes = {
         "torch fused": partial(stock, fused=True),
         "torch foreach": partial(stock, foreach=True),
@@ -90,8 +97,8 @@ def optimizer_task(rule: Rule, workload: Workload) -> Task:
         "trainopt, counting on the device": partial(ours, **on_device),
         **apex_optimizers(rule),
     }
-    contenders: dict[str, Prepare] = {n: partial(ready, make) for n, make in makes.items()}
-    contenders[COMPILED] = partial(ready, partial(stock, foreach=True), compiled=True)
+    contenders = {name: stepped(workload, partial(make, **rule.settings)) for name, make in makes.items()}
+    contenders[COMPILED] = stepped(workload, partial(stock, foreach=True, **rule.settings), compiled=True)
     moved = rule.moved * workload.elements * workload.dtype.itemsize
     return Task("optimizers", f"{rule.title}, {workload.title}", moved, "torch fused", contenders)
 
@@ -106,7 +113,7 @@ def apex_optimizers(rule: Rule) -> dict[str, Callable[..., torch.optim.Optimizer
     return {"apex FusedSGD": optimizers.FusedSGD}
 
 
-#: Optimizers for which torch has no fused step, with their settings and the values of an element that a step moves.
+#: The other optimizers, with their settings and the values of an element that a step moves.
 #: LAMB and LARS read what their norms are of, and then all of it again.
 OTHER_RULES: tuple[tuple[str, dict[str, Any], int], ...] = (
     *((rule.name, rule.settings, rule.moved) for name, rule in RULES.items() if name not in USUAL),
@@ -116,23 +123,16 @@ OTHER_RULES: tuple[tuple[str, dict[str, Any], int], ...] = (
 )
 
 
-def stepped(workload: Workload, make: Callable[[list[Parameter]], torch.optim.Optimizer]) -> Prepare:
-    """A contender that steps through a workload."""
-
-    def ready(device: torch.device) -> Ready:
-        parameters = with_gradients(workload, device)
-        return Ready(make(parameters).step, lambda: [p.detach() for p in parameters])
-
-    return ready
-
-
 def rule_task(name: str, settings: dict[str, Any], values: int, workload: Workload) -> Task:
-    """An optimizer against torch's foreach step, where torch has it."""
-    contenders = {OURS: stepped(workload, partial(getattr(trainopt, name), **settings))}
+    """An optimizer against torch's steps; the foreach one is the reference: torch 2.11's fused Adagrad refuses a GPU."""
+    contenders: dict[str, Prepare] = {}
     if stock := getattr(torch.optim, name, None):
-        contenders = {"torch foreach": stepped(workload, partial(stock, foreach=True, **settings)), **contenders}
+        ways = [way for way in ("foreach", "fused") if way in inspect.signature(stock).parameters]
+        contenders = {f"torch {way}": stepped(workload, partial(stock, **{way: True}, **settings)) for way in ways}
+    reference = next(iter(contenders), COPY)
+    contenders[OURS] = stepped(workload, partial(getattr(trainopt, name), **settings))
     moved = values * workload.elements * workload.dtype.itemsize
-    return Task("rules", f"{name}, {workload.title}", moved, next(iter(contenders)) if stock else COPY, contenders)
+    return Task("rules", f"{name}, {workload.title}", moved, reference, contenders)
 
 
 def format_task(stored: Format, workload: Workload) -> Task:
@@ -148,22 +148,21 @@ def format_task(stored: Format, workload: Workload) -> Task:
 
 def tail_task(workload: Workload) -> Task:
     """Clipping by the global norm, AdamW and a moving average: torch's passes, and one step."""
-    limit, decay = 1.0, 0.999
 
     def by_torch(device: torch.device) -> Ready:
         parameters = with_gradients(workload, device)
         optimizer = torch.optim.AdamW(parameters, fused=True)
         averages = [parameter.detach().clone() for parameter in parameters]
-        average = get_ema_multi_avg_fn(decay)
+        average = get_ema_multi_avg_fn(DECAY)
 
         def tail() -> None:
-            torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+            torch.nn.utils.clip_grad_norm_(parameters, LIMIT, foreach=True)
             optimizer.step()
             average(averages, parameters, 1)  # type: ignore[arg-type]
 
         return Ready(tail, lambda: [p.detach() for p in parameters])
 
-    ours = stepped(workload, partial(trainopt.AdamW, max_grad_norm=limit, ema_decay=decay))
+    ours = stepped(workload, partial(trainopt.AdamW, max_grad_norm=LIMIT, ema_decay=DECAY))
     # The norm reads the gradient; the step reads five values of an element and writes four.
     moved = (1 + 5 + 4) * workload.elements * workload.dtype.itemsize
     title = f"clip, AdamW and average, {workload.title}"

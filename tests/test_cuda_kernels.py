@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import cuda_kernels
 from benchmarks.cuda_compiled import FILES, FLAGS, ROOT, compiled, nvcc
-from benchmarks.cuda_kernels import describe
+from benchmarks.cuda_kernels import describe, goes_by_elements
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,11 +63,6 @@ def ceiling_of(kernel: str) -> int:
     if re.search(r"(with [34] states|Adamax with 2 states), any types, (strided|in two parts), ", kernel):
         return 255  # which are seldom: one block, where two would spill
     return 128 if kernel.startswith(("update", "gather", "pointwise", "cross")) else 64
-
-
-def goes_by_elements(kernel: str) -> bool:
-    """Whether an update loads its tensors one element at a time; of four states in float64 it has no room for more."""
-    return "strided" in kernel or "with 4 states, any types, float64" in kernel
 
 
 def is_step_preparation(kernel: str) -> bool:

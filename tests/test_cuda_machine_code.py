@@ -4,7 +4,6 @@ import dataclasses
 import re
 
 import pytest
-from test_cuda_kernels import goes_by_elements
 
 from benchmarks import cuda_kernels
 from benchmarks.cuda_compiled import compiled, nvcc, nvdisasm, version
@@ -26,7 +25,7 @@ def test_wide_accesses_and_no_local_memory(name, architecture):
     assert len(found) > 8
     for kernel, code in found.items():
         assert not re.search(r"\b(LDL|STL)\b", code), kernel
-        if kernel == "finish" or (name == "update" and goes_by_elements(kernel)):
+        if kernel == "finish" or (name == "update" and cuda_kernels.goes_by_elements(kernel)):
             continue
         assert re.search(r"\bLDG\.E[.\w]*\.128\b", code) or "strided" in kernel, kernel
         writes = name == "update" or kernel.startswith(("clip", "clamp"))

@@ -117,7 +117,7 @@ extern "C" void step(const double* options, const double* info, long count, cons
 }}
 """
 
-STEPS, ELEMENTS, MOST_STATES = 6, 40, 8
+STEPS, ELEMENTS = 6, 40
 #: Options that are the engine's, or that choose among ways to the same result.
 NOT_THE_RULES = {"l1", "l1_proximal", "noise", "seed", "cautious", "cautious_weight_decay", "foreach", "fused"}
 
@@ -126,7 +126,6 @@ NOT_THE_RULES = {"l1", "l1_proximal", "noise", "seed", "cautious", "cautious_wei
 class Fault:
     """A rule's header with one change."""
 
-    rule: str
     name: str
     line: str  # as it has become
     header: str
@@ -150,17 +149,16 @@ def faults_of(rule: str) -> Iterator[Fault]:
         for name, right, wrong in CHANGES:
             for found in re.finditer(right, code):
                 line = code[: found.start()] + found.expand(wrong) + code[found.end() :]
-                yield Fault(
-                    rule, name, line.strip(), "\n".join([*lines[:i], line + slashes + comment, *lines[i + 1 :]])
-                )
+                changed = [*lines[:i], line + slashes + comment, *lines[i + 1 :]]
+                yield Fault(name, line.strip(), "\n".join(changed))
 
 
-def compiled(rule: str, header: str, folder: Path) -> ctypes.CDLL | None:
+def compiled(header: str, compiler: Compiler) -> ctypes.CDLL | None:
     """The rule alone; None if it does not compile."""
     name = re.search(r"^struct (\w+) {", header, re.MULTILINE)
     assert name is not None
-    with tempfile.NamedTemporaryFile(suffix=".so", dir=folder, delete=False) as made:
-        command = [*Compiler(folder).command, "-std=c++17", "-O0", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
+    with tempfile.NamedTemporaryFile(suffix=".so", dir=compiler.folder, delete=False) as made:
+        command = [*compiler.command, "-std=c++17", "-O0", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
         command += [f"-I{ROOT / 'csrc'}", "-x", "c++", "-", "-o", made.name]
     source = SOURCE.format(header=header, name=name[1])
     done = subprocess.run(command, input=source, text=True, capture_output=True)
@@ -199,8 +197,8 @@ def is_right(library: ctypes.CDLL, rule: str, row: Any, options: dict[str, Any],
     p = torch.randn(ELEMENTS, dtype=torch.float64, generator=generator)
     p[: ELEMENTS if from_zero else 3] = 0
     truth, state = p.clone(), {}
-    states, change = torch.zeros(MOST_STATES, ELEMENTS, dtype=torch.float64), torch.zeros_like(p)
     names = _C.rules()[rule].states
+    states, change = torch.zeros(len(names), ELEMENTS, dtype=torch.float64), torch.zeros_like(p)
     for name, value in row.make([torch.nn.Parameter(p)], **options)._begin_at().items():
         states[names.index(name)] = value
     for step in range(1, STEPS + 1):
@@ -224,12 +222,13 @@ def is_caught(library: ctypes.CDLL, rule: str) -> bool:
 
 def score(rule: str, folder: Path) -> tuple[int, int, list[Fault]]:
     """How many faults there are, how many are caught, and the rest. RuntimeError if the rule itself is not right."""
-    whole = compiled(rule, header_of(rule), folder)
+    compiler = Compiler(folder)
+    whole = compiled(header_of(rule), compiler)
     if whole is None or is_caught(whole, rule):
         raise RuntimeError(f"{rule}: the header as it is does not do what the formula says")
     faults = list(faults_of(rule))
     with ThreadPoolExecutor(jobs_at_once()) as pool:
-        made = list(pool.map(lambda fault: compiled(rule, fault.header, folder), faults))
+        made = list(pool.map(lambda fault: compiled(fault.header, compiler), faults))
     judged = [(fault, library) for fault, library in zip(faults, made, strict=True) if library is not None]
     survivors = [fault for fault, library in judged if not is_caught(library, rule)]
     return len(judged), len(judged) - len(survivors), survivors
