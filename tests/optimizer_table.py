@@ -10,25 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import formulas
 import torch
-from formulas import (
-    FormulaOptimizer,
-    adadelta,
-    adagrad,
-    adam,
-    adamax,
-    adan,
-    ademamix,
-    formula_step,
-    lamb,
-    lars,
-    lion,
-    radam,
-    rmsprop,
-    rprop,
-    sgd,
-    take_undecided,
-)
+from formulas import FormulaOptimizer, formula_step, take_undecided
 
 import trainopt
 from trainopt import switches
@@ -207,7 +191,7 @@ ADAM_EVERYTHING = {**DECAY_AND_L1, "amsgrad": True}
 TABLE = {
     "SGD": Row(
         ours=trainopt.SGD,
-        formula=sgd,
+        formula=formulas.sgd,
         settings={
             **PLAIN,
             **DECAY,
@@ -232,7 +216,7 @@ TABLE = {
     ),
     "Adam": Row(
         ours=trainopt.Adam,
-        formula=adam,
+        formula=formulas.adam,
         settings={
             **ADAM_SETTINGS,
             "decoupled_weight_decay": {"lr": 0.02, "weight_decay": 0.4, "decoupled_weight_decay": True},
@@ -243,7 +227,7 @@ TABLE = {
     ),
     "AdamW": Row(
         ours=trainopt.AdamW,
-        formula=adam,
+        formula=formulas.adam,
         settings={**ADAM_SETTINGS, "no weight_decay": {"weight_decay": 0.0}},
         extras={**ADAM_EXTRAS, **CAUTIOUS_DECAY},
         usual=BETAS_AND_DECAY,
@@ -251,7 +235,7 @@ TABLE = {
     ),
     "Lion": Row(
         ours=trainopt.Lion,
-        formula=lion,
+        formula=formulas.lion,
         decoupled=True,
         settings={
             **PLAIN,
@@ -274,7 +258,7 @@ TABLE = {
     ),
     "LAMB": Row(
         ours=trainopt.LAMB,
-        formula=lamb,
+        formula=formulas.lamb,
         decays_itself=True,
         settings={
             **PLAIN,
@@ -297,7 +281,7 @@ TABLE = {
     ),
     "LARS": Row(
         ours=trainopt.LARS,
-        formula=lars,
+        formula=formulas.lars,
         decays_itself=True,
         settings={
             **PLAIN,
@@ -328,7 +312,7 @@ TABLE = {
 TABLE |= {
     "RMSprop": Row(
         ours=trainopt.RMSprop,
-        formula=rmsprop,
+        formula=formulas.rmsprop,
         settings={
             **PLAIN,
             **DECAY,
@@ -351,7 +335,7 @@ TABLE |= {
     ),
     "Adadelta": Row(
         ours=trainopt.Adadelta,
-        formula=adadelta,
+        formula=formulas.adadelta,
         settings={
             **PLAIN,
             **{key: {**options, "eps": 0.01} for key, options in DECAY.items()},
@@ -370,7 +354,7 @@ TABLE |= {
     ),
     "Adamax": Row(
         ours=trainopt.Adamax,
-        formula=adamax,
+        formula=formulas.adamax,
         settings={
             **PLAIN,
             **BETAS,
@@ -385,7 +369,7 @@ TABLE |= {
     ),
     "RAdam": Row(
         ours=trainopt.RAdam,
-        formula=radam,
+        formula=formulas.radam,
         settings={
             **PLAIN,
             **BETAS,
@@ -408,7 +392,7 @@ TABLE |= {
     ),
     "Adan": Row(
         ours=trainopt.Adan,
-        formula=adan,
+        formula=formulas.adan,
         decays_itself=True,
         differences=("exp_avg_diff",),
         settings={
@@ -433,7 +417,7 @@ TABLE |= {
     ),
     "AdEMAMix": Row(
         ours=trainopt.AdEMAMix,
-        formula=ademamix,
+        formula=formulas.ademamix,
         decoupled=True,
         settings={
             **PLAIN,
@@ -460,7 +444,7 @@ TABLE |= {
     ),
     "Adagrad": Row(
         ours=trainopt.Adagrad,
-        formula=adagrad,
+        formula=formulas.adagrad,
         unread_in_groups=("initial_accumulator_value",),
         settings={
             **PLAIN,
@@ -482,7 +466,7 @@ TABLE |= {
     ),
     "Rprop": Row(
         ours=trainopt.Rprop,
-        formula=rprop,
+        formula=formulas.rprop,
         hides_nan=True,
         takes_shards=False,
         settings={
@@ -493,10 +477,8 @@ TABLE |= {
             "all": {"lr": 0.02, "etas": (0.6, 1.4), "step_sizes": (1e-3, 0.1), "maximize": True},
         },
         extras={
-            "l1": {"lr": 0.02, "l1": 0.7},
-            "l1, maximize": {"lr": 0.02, "l1": 0.7, "maximize": True},
-            "l1_proximal": {"lr": 0.02, "l1": 2.0, "l1_proximal": True},
-            "cautious": {"lr": 0.02, "cautious": True},
+            **L1,
+            "cautious": CAUTIOUS["cautious"],
             "all": {"lr": 0.02, "etas": (0.6, 1.4), "step_sizes": (1e-3, 0.1), "maximize": True, "l1": 0.4},
         },
         usual={"lr": 0.02, "etas": (0.6, 1.3)},
