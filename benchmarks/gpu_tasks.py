@@ -124,7 +124,7 @@ OTHER_RULES: tuple[tuple[str, dict[str, Any], int], ...] = (
 
 
 def rule_task(name: str, settings: dict[str, Any], values: int, workload: Workload) -> Task:
-    """An optimizer against torch's steps; the foreach one is the reference: torch 2.11's fused Adagrad refuses a GPU."""
+    """An optimizer against torch's foreach step, where torch has it, and beside a fused one that may refuse."""
     contenders: dict[str, Prepare] = {}
     if stock := getattr(torch.optim, name, None):
         ways = [way for way in ("foreach", "fused") if way in inspect.signature(stock).parameters]
