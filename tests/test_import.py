@@ -60,11 +60,6 @@ assert trainopt.experiments.sources.encode("ab").device.type == "cpu"
 """
 
 
-def run(setting, function=""):
-    program = PROGRAM.format(setting=setting, function=function)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-
-
 def grad_fn_elsewhere():
     import torch
 
@@ -74,7 +69,19 @@ def grad_fn_elsewhere():
     return type(loss.grad_fn).__name__
 
 
+def run(program):
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+
+
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_imported_under(setting):
-    done = run(setting, grad_fn_elsewhere())
+    done = run(PROGRAM.format(setting=setting, function=grad_fn_elsewhere()))
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_is_imported():
+    """Nothing beside what torch imports itself: torch's compiler alone takes as long as torch."""
+    done = run("import sys, torch; before = {*sys.modules}; import trainopt; print(*{*sys.modules} - before)")
+    assert done.returncode == 0, done.stderr[-2000:]
+    packages = {name.partition(".")[0] for name in done.stdout.split()}
+    assert packages - sys.stdlib_module_names == {"trainopt"}

@@ -53,14 +53,14 @@ struct LaneSums {
 };
 
 // Terms of kSumLanes elements. parts: those of the parameter, the gradient and the states.
-template <class Pass, StateSet kSet, class S>
+template <class Pass, class S>
 TRAINOPT_FUNCTION void terms_of(const Stages<S>& stages, const typename Pass::Rule::template Scalars<S>& scalars,
                                 const S* const* parts, LaneTerms<S, Pass::kCount>* terms) {
   using Rule = typename Pass::Rule;
   using T = Vec<S>;
   for (int i = 0; i < kSumLanes; i += T::kSize) {
     T state[kStateCount<Rule>];
-    for (int s = 0; s < kStateCount<Rule>; ++s) state[s] = contains(kSet, s) ? load(parts[2 + s] + i) : T(S(0));
+    for (int s = 0; s < kStateCount<Rule>; ++s) state[s] = load(parts[2 + s] + i);
     Term<T> of[Pass::kCount];
     Pass::gather(stages, scalars, load(parts[0] + i), load(parts[1] + i), state, of);
     for (int s = 0; s < Pass::kCount; ++s) {
@@ -70,14 +70,19 @@ TRAINOPT_FUNCTION void terms_of(const Stages<S>& stages, const typename Pass::Ru
   }
 }
 
-template <class Pass, StateSet kSet, class S>
-void gather_set(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
+// One kernel for all sets of states, as a third of the time that the kernels took to compile was that of one for each:
+// those that a task does not have are read as zeros.
+template <class Pass, class S>
+void gather(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
   using Rule = typename Pass::Rule;
   constexpr int kParts = 2 + kStateCount<Rule>, kCount = Pass::kCount;
   const Stages<S> stages = stages_of(*task.scalars, S());
   typename Rule::template Scalars<S> scalars;
   __builtin_memcpy(&scalars, task.scalars->rule, sizeof scalars);
+  const StateSet states = states_of<Rule>(task);
   S buffer[kParts][kBlock];
+  for (int s = 0; s < kStateCount<Rule>; ++s)
+    if (!contains(states, s)) __builtin_memset(buffer[2 + s], 0, sizeof buffer[0]);
   LaneTerms<S, kCount> terms;
   for (int s = 0; s < kCount; ++s) sums[s] = {0, 0};
   for (int64_t segment = begin; segment < end; segment += kSumSegment) {
@@ -85,17 +90,17 @@ void gather_set(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
     LaneSums<kCount> lanes;
     for (int64_t at = segment; at < segment_end; at += kBlock) {
       const int count = static_cast<int>(segment_end - at < kBlock ? segment_end - at : kBlock);
-      const S* parts[kParts] = {};
+      const S* parts[kParts];
       parts[0] = load_tile(task.param, at, count, buffer[0]);
       parts[1] = load_tile(task.gradient, at, count, buffer[1]);
       for (int s = 0; s < kStateCount<Rule>; ++s)
-        if (contains(kSet, s)) parts[2 + s] = load_tile(task.state[s], at, count, buffer[2 + s]);
+        parts[2 + s] = contains(states, s) ? load_tile(task.state[s], at, count, buffer[2 + s])
+                                           : static_cast<const S*>(buffer[2 + s]);
       int i = 0;
       for (; i + kSumLanes <= count; i += kSumLanes) {
-        terms_of<Pass, kSet>(stages, scalars, parts, &terms);
+        terms_of<Pass>(stages, scalars, parts, &terms);
         lanes.add_terms(terms);
-        for (const S*& part : parts)
-          if (part != nullptr) part += kSumLanes;
+        for (const S*& part : parts) part += kSumLanes;
       }
       if (i == count) continue;
       // The rest of a tensor: the same code over a padded copy, of which only the elements count. A rule may make of
@@ -103,27 +108,16 @@ void gather_set(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
       const int rest = count - i;
       S padded[kParts][kSumLanes] = {};
       for (int r = 0; r < kParts; ++r) {
-        if (parts[r] == nullptr) continue;
         __builtin_memcpy(padded[r], parts[r], static_cast<size_t>(rest) * sizeof(S));
         parts[r] = padded[r];
       }
-      terms_of<Pass, kSet>(stages, scalars, parts, &terms);
+      terms_of<Pass>(stages, scalars, parts, &terms);
       for (int s = 0; s < kCount; ++s)
         for (int k = rest; k < kSumLanes; ++k) terms.a[s][k] = terms.b[s][k] = 0;
       lanes.add_terms(terms);
     }
     for (int s = 0; s < kCount; ++s) sums[s] = add(sums[s], lanes.combined(s));
   }
-}
-
-template <class Pass, class S>
-void gather(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
-  using Rule = typename Pass::Rule;
-  const StateSet states = states_of<Rule>(task);
-  for_each_set<Rule>([&](auto set) {
-    constexpr StateSet kSet = decltype(set)::kSet;
-    if (states == kSet) gather_set<Pass, kSet, S>(task, begin, end, sums);
-  });
 }
 
 // Null for the sums of a rule that has none.

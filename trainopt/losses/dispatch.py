@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.compiler import assume_constant_result, is_compiling
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function
 
 from trainopt._extension import _C
+from trainopt.losses.arguments import assume_constant_result
 from trainopt.losses.chunks import only_torch_honours, tokens_in_chunk
 from trainopt.losses.options import CrossEntropyOptions, packed, with_ignore_index
 from trainopt.switches import REFERENCE_FORCED
