@@ -156,7 +156,7 @@ gpu-profile: build $(TOOLS_READY)
 	$(RUN) -m tools.gpu_profile $(GPU) $(ARGS)
 
 sanitize: build $(TOOLS_READY)
-	$(RUN) -m tools.sanitize
+	$(RUN) -m tools.sanitize $(ARGS)
 
 clean:
 	rm -rf build dist trainopt.egg-info trainopt/_build.py trainopt/_C.*.so

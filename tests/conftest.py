@@ -24,7 +24,7 @@ def pytest_addoption(parser):
         "--architectures",
         type=lambda text: tuple(map(int, text.split(","))),
         default="75,80,86,90,100,120",
-        help="those that test_cuda_kernels.py compiles CUDA's kernels for (%(default)s)",
+        help="those that CUDA's kernels are compiled for, to look at the machine code (%(default)s)",
     )
     parser.addoption("--rows", type=part_of, metavar="N/M", help="of the rows of each test, the N-th part of M")
 

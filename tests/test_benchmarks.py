@@ -94,6 +94,7 @@ def test_a_contender_that_does_not_do_the_work_is_no_peer(monkeypatch):
     assert "no peer" in optimizers.summary([result])
 
 
+@pytest.mark.slow
 def test_command_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(optimizers, "WORKLOADS", {"small": SMALL})
     file = tmp_path / "figures.json"
@@ -177,6 +178,7 @@ def test_a_loss_that_is_another_is_no_peer(small_losses, monkeypatch):
         losses.measure(0, 1, "default allocator", with_compile=False, with_peaks=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not memory.can_measure(), reason="the system does not tell")
 def test_peak_memory_counts_what_is_held_and_given_back():
     def call():
@@ -203,6 +205,7 @@ def test_peak_memory_in_a_process_of_its_own():
     assert memory.peak_in_new_process(Ones()) < 5e6  # what was made before the call is not counted
 
 
+@pytest.mark.slow
 def test_the_losses_table(small_losses, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(losses, "measure_in_new_process", in_this_process)
     monkeypatch.setattr(losses, "peak_in_new_process", lambda prepare: memory.peak_of(prepare()))
@@ -241,6 +244,7 @@ def test_the_tail_is_the_same_work_for_all_and_has_a_row_for_each(monkeypatch, c
         tail.check(one, other)
 
 
+@pytest.mark.slow
 def test_steps_in_backward_are_timed_against_steps_after_it(monkeypatch, capsys):
     for name, value in {"VOCABULARY": 50, "CONTEXT": 8, "WIDTH": 8, "LAYERS": 2, "HEADS": 2}.items():
         monkeypatch.setattr(in_backward, name, value)

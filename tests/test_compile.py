@@ -234,6 +234,7 @@ def test_a_compiled_training_step_equals_torchs_eager_one(name, backend):
     assert_drop_in(name, program)
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_step():
     compiled, eager = run("AdamW", Compiled("inductor"), steps=4), run("AdamW", eagerly, steps=4)
     assert_equal_steps(compiled, eager)

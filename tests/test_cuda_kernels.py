@@ -111,8 +111,11 @@ def test_occupancy_is_what_the_registers_leave_room_for():
     assert small.occupancy(86) == 16 * 64 / 1536 and small.occupancy(80) == 1
 
 
-@pytest.mark.parametrize("architecture", (80, 120))
-def test_aligned_tensors_are_loaded_and_stored_16_bytes_at_a_time(architecture):
+@pytest.mark.parametrize("architecture", (80, 90, 120))
+def test_aligned_tensors_are_loaded_and_stored_16_bytes_at_a_time(architecture, request):
+    if architecture not in request.config.getoption("--architectures"):
+        pytest.skip("not among --architectures")
+
     def words(ptx: str) -> tuple[int, int]:
         loads, stores = (len(re.findall(rf"\b{what}\.global(\.cs)?\.v4\.\w32\b", ptx)) for what in ("ld", "st"))
         return loads, stores

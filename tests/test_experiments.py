@@ -252,6 +252,7 @@ def test_a_sample_is_the_same_for_a_seed_and_longer_than_the_context():
     assert texts[0].startswith("def ") and len(texts[0]) == 34
 
 
+@pytest.mark.slow
 def test_charlm_learns_and_writes(capsys, few_sources):
     arguments = [*SMALL, "--steps=200", "--warmup=5", "--lr=0.01", "--validate-every=100", "--sample=80"]
     assert main(["train", "charlm", "--name=a", *arguments, "--temperature=0.3"]) == 0

@@ -647,6 +647,7 @@ def test_inference_tensors_are_written_to_only_in_inference_mode(name, what, war
     assert outcomes[0][2] is outcomes[1][2] is None
 
 
+@pytest.mark.slow
 def test_imported_in_inference_mode():
     """What an ordinary tensor is must not be learnt from one that is not."""
     program = (

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "inference mode": "torch.inference_mode()",
     "no gradients": "torch.no_grad()",

@@ -27,6 +27,8 @@ from builds import (
 import trainopt
 from trainopt import _build
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(trainopt.__file__).parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 RELEASE = ".".join(torch.__version__.split(".")[:2])
@@ -104,7 +106,6 @@ def test_a_build_that_cannot_be_is_told_in_one_line(source_tree, environment, to
 
 
 @needs_source_tree
-@pytest.mark.slow
 def test_wheel(built_tree, tmp_path):
     [wheel] = built_tree.glob("dist/*.whl")
     installed = tmp_path / "installed"
@@ -138,7 +139,6 @@ def test_wheel(built_tree, tmp_path):
 
 
 @needs_source_tree
-@pytest.mark.slow
 def test_second_build_compiles_nothing(built_tree):
     result = python("setup.py", "-q", "build_ext", "--inplace", cwd=built_tree)
     assert result.returncode == 0, result.stderr
@@ -147,7 +147,6 @@ def test_second_build_compiles_nothing(built_tree):
 
 
 @needs_source_tree
-@pytest.mark.slow
 def test_simd_objects_share_no_code(built_tree):
     """A weak symbol is one copy for the whole binary: compiled for AVX-512, it would crash every older processor."""
     if sys.platform != "linux" or not shutil.which("nm"):
@@ -160,7 +159,6 @@ def test_simd_objects_share_no_code(built_tree):
 
 
 @needs_source_tree
-@pytest.mark.slow
 def test_nothing_is_compiled_for_the_machine_that_builds(built_tree):
     commands = [path.read_text() for path in built_tree.glob("build/*/*.command")]
     assert commands

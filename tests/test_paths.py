@@ -105,6 +105,7 @@ print({row.path == "torch" for row in told} | set(done))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forced", ["1", "", "0"])
 def test_the_reference_is_asked_for_once_and_holds_for_everything(forced):
     environment = {**os.environ, "TRAINOPT_REFERENCE": forced}

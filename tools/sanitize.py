@@ -3,10 +3,12 @@
 The losses' operators are called with anything under the first two.
 
     python -m tools.sanitize
+    python -m tools.sanitize --parameter-bytes 32764
 
 Environment: TRAINOPT_FUZZ_EXAMPLES (200: how many examples each property is called with).
 """
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -20,12 +22,14 @@ from csrc.module import (
     BINDINGS,
     KERNEL_SOURCES,
     KERNELS,
+    SIMD_FLAGS,
     binding_flags,
     import_torch,
     kernel_flags,
     module_flags,
     sources,
     units,
+    variant_of,
 )
 from tools.emulate import SIMT_FLAGS, make_package, module_name
 
@@ -42,21 +46,28 @@ MEMORY_OF_KERNELS = [*MEMORY, "-fno-sanitize=null,object-size,alignment,pointer-
 THREADS = shlex.split("-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread")
 
 #: The kernels' parameters are larger from CUDA 13 on, which matters only to those that take tables of tensors: their
-#: tests run as for old and for new drivers. By the bytes of a kernel's parameters: what the program is told to run.
-PARAMETER_BYTES = {4096: ["cross-entropy", "large-rows", "pointwise", "norms", "steps"], 32764: ["norms", "steps"]}
+#: tests run as for old and for new drivers.
+PARAMETER_BYTES = (4096, 32764)
 WITH_TABLES = ("gather", "norm", "prepare", "update")
+#: What the program is told to run: of these kernels, and of the others.
+PARTS_WITH_TABLES, OTHER_PARTS = ["norms", "steps"], ["cross-entropy", "large-rows", "pointwise"]
 
 Job = tuple[Compiler, Path, list[str]]  # compiles a file with these flags
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.sanitize", description=__doc__.partition("\n")[0])
+    said = "of the kernels' parameters, to test with these alone"
+    parser.add_argument("--parameter-bytes", type=int, choices=PARAMETER_BYTES, help=said)
+    given = parser.parse_args().parameter_bytes
+    sizes = PARAMETER_BYTES if given is None else (given,)
     cpu = sources(*KERNEL_SOURCES)
     engine_jobs = jobs_into("cpu", cpu, sanitizer=MEMORY_OF_KERNELS)
     # What takes minutes, all at once: else a core waits for each program's last file.
-    tables = [job for size in PARAMETER_BYTES for job in jobs_of_tables(size)]
-    compile_all([*engine_jobs, *tables, *jobs_of_threads(cpu)])
+    tables = [job for size in sizes for job in jobs_of_tables(size)]
+    compile_all([*engine_jobs, *tables, *jobs_of_threads()])
     engine = compile_all(engine_jobs)
-    run_all([*programs_of_threads(cpu), *programs_of_cpu(engine), *programs_of_cuda(engine)])
+    run_all([*programs_of_threads(), *programs_of_cpu(engine), *programs_of_cuda(engine, sizes)])
     fuzz([made for source, made in zip(cpu, engine, strict=True) if "loss" in source.stem])
 
 
@@ -66,9 +77,11 @@ def jobs_into(name: str, files: list[Path], flags: Sequence[str] = (), sanitizer
     return [(compiler, file, [*rules, *kernel_flags(file), *sanitizer, *flags]) for file in files]
 
 
-def jobs_of_threads(cpu: list[Path]) -> list[Job]:
-    steps = [source for source in cpu if "loss" not in source.stem]
-    return jobs_into("threads", [*steps, Path("tests/cpp/threads_test.cpp")], sanitizer=THREADS)
+def jobs_of_threads() -> list[Job]:
+    """With the kernels of one SIMD variant: which it is makes no difference to what several threads do."""
+    steps = [source for source in sources(*KERNEL_SOURCES) if "loss" not in source.stem]
+    steps = [source for source in steps if variant_of(source) not in SIMD_FLAGS]
+    return jobs_into("threads", [*steps, Path("tests/cpp/threads_test.cpp")], ["-UTRAINOPT_X86"], THREADS)
 
 
 def jobs_of_tables(size: int) -> list[Job]:
@@ -81,8 +94,8 @@ def link(name: str, objects: list[Path], sanitizer: Sequence[str] = MEMORY) -> P
     return Compiler(FOLDER / name).link(objects, FOLDER / name / "test", [*sanitizer, "-pthread"])
 
 
-def programs_of_threads(cpu: list[Path]) -> list[list[Path | str]]:
-    return [[link("threads", compile_all(jobs_of_threads(cpu)), THREADS)]]
+def programs_of_threads() -> list[list[Path | str]]:
+    return [[link("threads", compile_all(jobs_of_threads()), THREADS)]]
 
 
 def programs_of_cpu(engine: list[Path]) -> list[list[Path | str]]:
@@ -90,16 +103,16 @@ def programs_of_cpu(engine: list[Path]) -> list[list[Path | str]]:
     return [[link(test.stem, engine + compile_all(jobs_into(test.stem, [test])))] for test in tests]
 
 
-def programs_of_cuda(engine: list[Path]) -> list[list[Path | str]]:
+def programs_of_cuda(engine: list[Path], sizes: Sequence[int]) -> list[list[Path | str]]:
     machine = [SIMT / "simt.cpp", SIMT / "queue.cpp"]
     faults = compile_all(jobs_into("simt", [SIMT / "faults_test.cpp", *machine], SIMT_FLAGS))
     runs: list[list[Path | str]] = [[link("simt", faults)]]
     apart = {SIMT / "faults_test.cpp", SIMT / "engine_test.cpp", *(CUDA / f"{name}.cu" for name in WITH_TABLES)}
     others = [*sorted({*CUDA.glob("*.cu"), *SIMT.glob("*_test.cpp")} - apart), *machine]
     common = engine + compile_all(jobs_into("cuda", others, SIMT_FLAGS))
-    for size, parts in PARAMETER_BYTES.items():
+    for size in sizes:
         program = link(f"cuda-{size}", common + compile_all(jobs_of_tables(size)))
-        runs += [[program, part] for part in parts]
+        runs += [[program, part] for part in (*(OTHER_PARTS if size == sizes[0] else ()), *PARTS_WITH_TABLES)]
     return runs
 
 
