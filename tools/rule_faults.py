@@ -72,6 +72,7 @@ CHANGES = (
 #: What stands in changed lines whose change is none beyond rounding, and why.
 EQUIVALENT = {
     "_is_small": "an average is the same from either end",
+    "static_cast<S>(one_minus_beta), beta": "an average is the same from either end",
     "sign_of(size) * sign_of(size)": "sizes are 0 in the first step, unless somebody puts others there (test_tools.py)",
     "k.step_size = static_cast<S>((info.lr * 1.5));": "`finish` writes it before it is read",
 }
@@ -131,20 +132,41 @@ class Fault:
     header: str
 
 
+#: What rules share, and what faults are seeded into beside their own arithmetic.
+SHARED = '#include "rules/moments.h"'
+
+
 def header_of(rule: str) -> str:
-    (found,) = [path for path in (ROOT / "csrc" / "rules").glob("*.h") if f'kName = "{rule}"' in path.read_text()]
-    return found.read_text().replace("#pragma once", "")
+    """The rule's header, with what it shares with others in its place."""
+    folder = ROOT / "csrc" / "rules"
+    (found,) = [path for path in folder.glob("*.h") if f'kName = "{rule}"' in path.read_text()]
+    return found.read_text().replace(SHARED, (folder / "moments.h").read_text()).replace("#pragma once", "")
+
+
+def lines_of_arithmetic(lines: Sequence[str]) -> Iterator[int]:
+    """The rule's own, from its facts on, and those of the shared functions that it calls."""
+    facts = next(i for i, line in enumerate(lines) if "kCountsSteps" in line)
+    own = "\n".join(lines[facts:])
+    refusing = called = False
+    for i, line in enumerate(lines):
+        if i < facts:
+            if function := re.match(r"TRAINOPT_FUNCTION .*?(\w+)\(", line):
+                called = function[1] != "are_betas" and re.search(rf"\b{function[1]}[(<]", own) is not None
+            if called:
+                yield i
+            called = called and line != "}"
+            continue
+        refusing = "bool takes(" in line or (refusing and line != "  }")
+        if not refusing:
+            yield i
 
 
 def faults_of(rule: str) -> Iterator[Fault]:
     """Every change of every line that has a rule's arithmetic in it."""
     lines = header_of(rule).split("\n")
-    begin = next(i for i, line in enumerate(lines) if "kCountsSteps" in line)
-    refusing = False
-    for i in range(begin + 1, len(lines)):
-        refusing = "bool takes(" in lines[i] or (refusing and lines[i] != "  }")
+    for i in lines_of_arithmetic(lines):
         code, slashes, comment = lines[i].partition("  //")
-        if refusing or code.strip().startswith(("//", "template", "#")):
+        if code.strip().startswith(("//", "template", "#")):
             continue
         for name, right, wrong in CHANGES:
             for found in re.finditer(right, code):
@@ -155,7 +177,7 @@ def faults_of(rule: str) -> Iterator[Fault]:
 
 def compiled(header: str, compiler: Compiler) -> ctypes.CDLL | None:
     """The rule alone; None if it does not compile."""
-    name = re.search(r"^struct (\w+) {", header, re.MULTILINE)
+    name = re.search(r"^struct (\w+) {\n.* kName =", header, re.MULTILINE)
     assert name is not None
     with tempfile.NamedTemporaryFile(suffix=".so", dir=compiler.folder, delete=False) as made:
         command = [*compiler.command, "-std=c++17", "-O0", "-w", "-ffp-contract=off", "-shared", "-fPIC"]

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/math.h"
+#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -21,22 +22,22 @@ struct Adadelta {
 
   template <class S>
   struct Scalars {
-    S lr, rho, one_minus_rho, eps;
+    AverageWeights<S> averages;
+    S lr, eps;
   };
 
   template <class S>
   TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
-    const double rho = options[kRho];
-    return {static_cast<S>(info.lr), static_cast<S>(rho), static_cast<S>(1 - rho), static_cast<S>(options[kEps])};
+    return {weights_of<S>(options[kRho]), static_cast<S>(info.lr), static_cast<S>(options[kEps])};
   }
 
   template <class T, class S>
   TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T* state) {
     T& squares = state[0];
     T& deltas = state[1];
-    squares = squares * T(k.rho) + g * T(k.one_minus_rho) * g;
+    squares = averaged_square(k.averages, squares, g);
     const T delta = square_root(deltas + T(k.eps)) / square_root(squares + T(k.eps)) * g;
-    deltas = deltas * T(k.rho) + delta * T(k.one_minus_rho) * delta;
+    deltas = averaged_square(k.averages, deltas, delta);
     return delta * T(k.lr);
   }
 };

@@ -3,6 +3,7 @@
 // correction, and amsgrad's maximum is taken of the uncorrected second moment.
 #pragma once
 
+#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -20,18 +21,16 @@ struct Adam {
   TRAINOPT_INLINE static StateSet states_needed(const double* options) {
     return options[kAmsgrad] != 0 ? 0b111 : 0b011;
   }
-  // Beyond this range torch's bias corrections are negative, or complex numbers, which it refuses.
-  TRAINOPT_INLINE static bool takes(const double* options) {
-    return options[kBeta1] >= 0 && options[kBeta1] < 1 && options[kBeta2] >= 0 && options[kBeta2] < 1;
-  }
+  TRAINOPT_INLINE static bool takes(const double* options) { return are_betas(options, kBeta1, kBeta2); }
   TRAINOPT_INLINE static Decay decay(const double* options) {
     return options[kDecoupled] != 0 ? Decay::kParameter : Decay::kGradient;
   }
 
   template <class S>
   struct Scalars {
-    S beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_sqrt_correction2, eps;
-    bool beta1_is_small, amsgrad;
+    AverageWeights<S> first, second;  // of the two moments
+    S step_size, inverse_sqrt_correction2, eps;
+    bool amsgrad;
   };
 
   template <class S>
@@ -40,14 +39,11 @@ struct Adam {
       return options[kBiasCorrection] != 0 ? bias_correction(beta, info.step) : 1.0;
     };
     Scalars<S> k;
-    k.beta1 = static_cast<S>(options[kBeta1]);
-    k.one_minus_beta1 = static_cast<S>(1 - options[kBeta1]);
-    k.beta2 = static_cast<S>(options[kBeta2]);
-    k.one_minus_beta2 = static_cast<S>(1 - options[kBeta2]);
+    k.first = weights_of<S>(options[kBeta1]);
+    k.second = weights_of<S>(options[kBeta2]);
     k.step_size = static_cast<S>(info.rounded(info.lr / info.rounded(correction(options[kBeta1]))));
     k.inverse_sqrt_correction2 = static_cast<S>(1 / __builtin_sqrt(correction(options[kBeta2])));
     k.eps = static_cast<S>(options[kEps]);
-    k.beta1_is_small = options[kBeta1] <= 0.5;
     k.amsgrad = options[kAmsgrad] != 0;
     return k;
   }
@@ -56,10 +52,8 @@ struct Adam {
   TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T* state) {
     T& m = state[0];
     T& v = state[1];
-    // Interpolate from the nearer end: with beta1 = 0 the average is the gradient exactly.
-    m = k.beta1_is_small ? g - (g - m) * T(k.beta1) : m + (g - m) * T(k.one_minus_beta1);
-    // The share times g first: g * g alone overflows where the product does not.
-    v = v * T(k.beta2) + g * T(k.one_minus_beta2) * g;
+    m = averaged(k.first, m, g);
+    v = averaged_square(k.second, v, g);
     T v_max = v;
     if (k.amsgrad) v_max = state[2] = maximum(state[2], v);
     return m * T(k.step_size) / (square_root(v_max) * T(k.inverse_sqrt_correction2) + T(k.eps));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/math.h"
+#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -17,26 +18,23 @@ struct Adamax {
   static constexpr bool kCountsSteps = true;
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b11; }
-  // Beyond this range torch's bias correction is negative, or a complex number, which it refuses.
-  TRAINOPT_INLINE static bool takes(const double* options) { return options[kBeta1] >= 0 && options[kBeta1] < 1; }
+  TRAINOPT_INLINE static bool takes(const double* options) { return are_betas(options, kBeta1, kBeta1); }
   TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kGradient; }
 
   template <class S>
   struct Scalars {
-    S beta1, one_minus_beta1, beta2, eps, step_size;
-    bool beta1_is_small;
+    AverageWeights<S> first;  // of the moment m
+    S beta2, eps, step_size;
   };
 
   template <class S>
   TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
     const double beta1 = options[kBeta1];
     Scalars<S> k;
-    k.beta1 = static_cast<S>(beta1);
-    k.one_minus_beta1 = static_cast<S>(1 - beta1);
+    k.first = weights_of<S>(beta1);
     k.beta2 = static_cast<S>(options[kBeta2]);
     k.eps = static_cast<S>(options[kEps]);
     k.step_size = static_cast<S>(info.rounded(info.lr / info.rounded(bias_correction(beta1, info.step))));
-    k.beta1_is_small = beta1 <= 0.5;
     return k;
   }
 
@@ -44,7 +42,7 @@ struct Adamax {
   TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T* state) {
     T& m = state[0];
     T& largest = state[1];
-    m = k.beta1_is_small ? g - (g - m) * T(k.beta1) : m + (g - m) * T(k.one_minus_beta1);
+    m = averaged(k.first, m, g);
     largest = maximum(largest * T(k.beta2), maximum(g, -g) + T(k.eps));
     return m * T(k.step_size) / largest;
   }

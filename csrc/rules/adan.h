@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/math.h"
+#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -17,18 +18,15 @@ struct Adan {
   static constexpr bool kCountsSteps = true;
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b1111; }
-  TRAINOPT_INLINE static bool takes(const double* options) {
-    for (int beta = kBeta1; beta <= kBeta3; ++beta)
-      if (!(options[beta] >= 0 && options[beta] < 1)) return false;
-    return true;
-  }
+  TRAINOPT_INLINE static bool takes(const double* options) { return are_betas(options, kBeta1, kBeta3); }
   TRAINOPT_INLINE static Decay decay(const double* options) {
     return options[kNoProx] != 0 ? Decay::kParameter : Decay::kUpdate;
   }
 
   template <class S>
   struct Scalars {
-    S beta1, one_minus_beta1, beta2, one_minus_beta2, beta3, one_minus_beta3, inverse_sqrt_correction3, eps;
+    AverageWeights<S> first, second, third;  // of the three averages
+    S inverse_sqrt_correction3, eps;
     S step_size, step_size_of_difference;  // lr over each average's bias correction
     S has_before;                          // 0 in the first step, where there is no gradient before
     S decay, shrinking;                    // lr * weight_decay, and the inverse of 1 + that
@@ -40,12 +38,9 @@ struct Adan {
     const double beta1 = options[kBeta1], beta2 = options[kBeta2], beta3 = options[kBeta3];
     const double decay = options[kNoProx] != 0 ? 0 : info.lr * info.weight_decay;
     Scalars<S> k;
-    k.beta1 = static_cast<S>(beta1);
-    k.one_minus_beta1 = static_cast<S>(1 - beta1);
-    k.beta2 = static_cast<S>(beta2);
-    k.one_minus_beta2 = static_cast<S>(1 - beta2);
-    k.beta3 = static_cast<S>(beta3);
-    k.one_minus_beta3 = static_cast<S>(1 - beta3);
+    k.first = weights_of<S>(beta1);
+    k.second = weights_of<S>(beta2);
+    k.third = weights_of<S>(beta3);
     k.inverse_sqrt_correction3 = static_cast<S>(1 / __builtin_sqrt(bias_correction(beta3, info.step)));
     k.eps = static_cast<S>(options[kEps]);
     k.step_size = static_cast<S>(info.lr / bias_correction(beta1, info.step));
@@ -63,10 +58,10 @@ struct Adan {
     T& d = state[1];
     T& v = state[2];
     const T difference = (g + state[3]) * T(k.has_before);
-    const T ahead = g + difference * T(k.beta2);
-    m = m * T(k.beta1) + g * T(k.one_minus_beta1);
-    d = d * T(k.beta2) + difference * T(k.one_minus_beta2);
-    v = v * T(k.beta3) + ahead * T(k.one_minus_beta3) * ahead;  // the weight first, lest the square overflow
+    const T ahead = g + difference * T(k.second.beta);
+    m = averaged_sum(k.first, m, g);
+    d = averaged_sum(k.second, d, difference);
+    v = averaged_square(k.third, v, ahead);
     state[3] = T(S(0)) - g;
     const T change = (m * T(k.step_size) + d * T(k.step_size_of_difference)) /
                      (square_root(v) * T(k.inverse_sqrt_correction3) + T(k.eps));

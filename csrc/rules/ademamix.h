@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/math.h"
+#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -18,11 +19,7 @@ struct AdEMAMix {
   static constexpr bool kCountsSteps = true;
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b111; }
-  TRAINOPT_INLINE static bool takes(const double* options) {
-    for (int beta = kBeta1; beta <= kBeta3; ++beta)
-      if (!(options[beta] >= 0 && options[beta] < 1)) return false;
-    return true;
-  }
+  TRAINOPT_INLINE static bool takes(const double* options) { return are_betas(options, kBeta1, kBeta3); }
   TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kParameter; }
 
   // How far a warm-up of so many steps has come.
@@ -41,8 +38,8 @@ struct AdEMAMix {
 
   template <class S>
   struct Scalars {
-    S lr, beta1, one_minus_beta1, beta2, one_minus_beta2, beta3, one_minus_beta3, alpha, eps;
-    S inverse_correction1, inverse_sqrt_correction2;
+    AverageWeights<S> fast, slow, squares;
+    S lr, alpha, eps, inverse_correction1, inverse_sqrt_correction2;
   };
 
   template <class S>
@@ -50,12 +47,9 @@ struct AdEMAMix {
     const double beta1 = options[kBeta1], beta2 = options[kBeta2], one_minus = one_minus_slow_beta(options, info.step);
     Scalars<S> k;
     k.lr = static_cast<S>(info.lr);
-    k.beta1 = static_cast<S>(beta1);
-    k.one_minus_beta1 = static_cast<S>(1 - beta1);
-    k.beta2 = static_cast<S>(beta2);
-    k.one_minus_beta2 = static_cast<S>(1 - beta2);
-    k.beta3 = static_cast<S>(1 - one_minus);
-    k.one_minus_beta3 = static_cast<S>(one_minus);
+    k.fast = weights_of<S>(beta1);
+    k.slow = weights_of<S>(1 - one_minus, one_minus);
+    k.squares = weights_of<S>(beta2);
     k.alpha = static_cast<S>(options[kAlpha] * share_of(options[kAlphaWarmup], info.step));
     k.eps = static_cast<S>(options[kEps]);
     k.inverse_correction1 = static_cast<S>(1 / bias_correction(beta1, info.step));
@@ -68,9 +62,9 @@ struct AdEMAMix {
     T& fast = state[0];
     T& slow = state[1];
     T& v = state[2];
-    fast = fast * T(k.beta1) + g * T(k.one_minus_beta1);
-    slow = slow * T(k.beta3) + g * T(k.one_minus_beta3);
-    v = v * T(k.beta2) + g * T(k.one_minus_beta2) * g;  // the weight first, lest the square overflow
+    fast = averaged_sum(k.fast, fast, g);
+    slow = averaged_sum(k.slow, slow, g);
+    v = averaged_square(k.squares, v, g);
     return (fast * T(k.inverse_correction1) + slow * T(k.alpha)) /
            (square_root(v) * T(k.inverse_sqrt_correction2) + T(k.eps)) * T(k.lr);
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/math.h"
+#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -19,16 +20,15 @@ struct Lamb {
   static constexpr bool kCountsSteps = true;
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b11; }
-  TRAINOPT_INLINE static bool takes(const double* options) {
-    return options[kBeta1] >= 0 && options[kBeta1] < 1 && options[kBeta2] >= 0 && options[kBeta2] < 1;
-  }
+  TRAINOPT_INLINE static bool takes(const double* options) { return are_betas(options, kBeta1, kBeta2); }
   TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kUpdate; }
 
   template <class S>
   struct Scalars {
-    S beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_correction1, inverse_sqrt_correction2, eps, weight_decay;
+    AverageWeights<S> first, second;  // of the two moments
+    S inverse_correction1, inverse_sqrt_correction2, eps, weight_decay;
     S step_size;  // lr, and from `finish` on lr times the trust ratio
-    bool beta1_is_small, decays, adapts, clips;
+    bool decays, adapts, clips;
     double lr;
   };
 
@@ -38,16 +38,13 @@ struct Lamb {
       return options[kBiasCorrection] != 0 ? bias_correction(beta, info.step) : 1.0;
     };
     Scalars<S> k;
-    k.beta1 = static_cast<S>(options[kBeta1]);
-    k.one_minus_beta1 = static_cast<S>(1 - options[kBeta1]);
-    k.beta2 = static_cast<S>(options[kBeta2]);
-    k.one_minus_beta2 = static_cast<S>(1 - options[kBeta2]);
+    k.first = weights_of<S>(options[kBeta1]);
+    k.second = weights_of<S>(options[kBeta2]);
     k.inverse_correction1 = static_cast<S>(1 / correction(options[kBeta1]));
     k.inverse_sqrt_correction2 = static_cast<S>(1 / __builtin_sqrt(correction(options[kBeta2])));
     k.eps = static_cast<S>(options[kEps]);
     k.weight_decay = static_cast<S>(info.weight_decay);
     k.step_size = static_cast<S>(info.lr);
-    k.beta1_is_small = options[kBeta1] <= 0.5;
     k.decays = info.weight_decay != 0;
     k.adapts = k.decays || options[kAlwaysAdapt] != 0;
     k.clips = options[kTrustClip] != 0;
@@ -60,9 +57,8 @@ struct Lamb {
   TRAINOPT_INLINE static T direction(const Scalars<S>& k, T p, T g, T* state) {
     T& m = state[0];
     T& v = state[1];
-    // As Adam's: interpolated from the nearer end, and the weight times g first, lest g * g overflow.
-    m = k.beta1_is_small ? g - (g - m) * T(k.beta1) : m + (g - m) * T(k.one_minus_beta1);
-    v = v * T(k.beta2) + g * T(k.one_minus_beta2) * g;
+    m = averaged(k.first, m, g);
+    v = averaged_square(k.second, v, g);
     T u = m * T(k.inverse_correction1) / (square_root(v) * T(k.inverse_sqrt_correction2) + T(k.eps));
     if (k.decays) u = u + p * T(k.weight_decay);  // 0 times an infinite p would be NaN
     return u;

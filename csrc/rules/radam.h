@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/math.h"
+#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -17,18 +18,16 @@ struct RAdam {
   static constexpr bool kCountsSteps = true;
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b11; }
-  // As Adam's.
-  TRAINOPT_INLINE static bool takes(const double* options) {
-    return options[kBeta1] >= 0 && options[kBeta1] < 1 && options[kBeta2] >= 0 && options[kBeta2] < 1;
-  }
+  TRAINOPT_INLINE static bool takes(const double* options) { return are_betas(options, kBeta1, kBeta2); }
   TRAINOPT_INLINE static Decay decay(const double* options) {
     return options[kDecoupled] != 0 ? Decay::kParameter : Decay::kGradient;
   }
 
   template <class S>
   struct Scalars {
-    S beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, eps;
-    bool beta1_is_small, adapts;
+    AverageWeights<S> first, second;  // of the two moments
+    S step_size, eps;
+    bool adapts;
   };
 
   template <class S>
@@ -46,13 +45,10 @@ struct RAdam {
       const double share = (now - 4) * (now - 2) * in_the_end / ((in_the_end - 4) * (in_the_end - 2) * now);
       step_size *= __builtin_sqrt(share) * __builtin_sqrt(correction2);
     }
-    k.beta1 = static_cast<S>(beta1);
-    k.one_minus_beta1 = static_cast<S>(1 - beta1);
-    k.beta2 = static_cast<S>(beta2);
-    k.one_minus_beta2 = static_cast<S>(1 - beta2);
+    k.first = weights_of<S>(beta1);
+    k.second = weights_of<S>(beta2);
     k.step_size = static_cast<S>(step_size);
     k.eps = static_cast<S>(options[kEps]);
-    k.beta1_is_small = beta1 <= 0.5;
     return k;
   }
 
@@ -60,8 +56,8 @@ struct RAdam {
   TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T* state) {
     T& m = state[0];
     T& v = state[1];
-    m = k.beta1_is_small ? g - (g - m) * T(k.beta1) : m + (g - m) * T(k.one_minus_beta1);
-    v = v * T(k.beta2) + g * T(k.one_minus_beta2) * g;
+    m = averaged(k.first, m, g);
+    v = averaged_square(k.second, v, g);
     const T change = m * T(k.step_size);
     return k.adapts ? change / (square_root(v) + T(k.eps)) : change;
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/math.h"
+#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -24,19 +25,18 @@ struct RmsProp {
 
   template <class S>
   struct Scalars {
-    S lr, alpha, one_minus_alpha, eps, momentum;
-    bool alpha_is_small, has_momentum, centered;
+    AverageWeights<S> averages;
+    S lr, eps, momentum;
+    bool has_momentum, centered;
   };
 
   template <class S>
   TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
     Scalars<S> k;
+    k.averages = weights_of<S>(options[kAlpha]);
     k.lr = static_cast<S>(info.lr);
-    k.alpha = static_cast<S>(options[kAlpha]);
-    k.one_minus_alpha = static_cast<S>(1 - options[kAlpha]);
     k.eps = static_cast<S>(options[kEps]);
     k.momentum = static_cast<S>(options[kMomentum]);
-    k.alpha_is_small = options[kAlpha] <= 0.5;
     k.has_momentum = options[kMomentum] > 0;
     k.centered = options[kCentered] != 0;
     return k;
@@ -45,11 +45,11 @@ struct RmsProp {
   template <class T, class S>
   TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T* state) {
     T& v = state[0];
-    v = v * T(k.alpha) + g * T(k.one_minus_alpha) * g;
+    v = averaged_square(k.averages, v, g);
     T variance = v;
     if (k.centered) {
       T& m = state[2];
-      m = k.alpha_is_small ? g - (g - m) * T(k.alpha) : m + (g - m) * T(k.one_minus_alpha);
+      m = averaged(k.averages, m, g);
       variance = v - m * m;
     }
     const T deviation = square_root(variance) + T(k.eps);
