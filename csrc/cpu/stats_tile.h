@@ -29,39 +29,35 @@ template <class S>
   }
 }
 
-TRAINOPT_FUNCTION bool add_squares(const double* x, const double* y, int count, double (&lanes)[kSumLanes]) {
-  add_squares_in_double(x, y, count, lanes);
-  return true;
-}
+// Eight squares at most are added in float first, a third of the work, which keeps seven digits of the norm.
+constexpr int kVectors = kSumLanes / Vec<float>::kSize;
+struct SquaresInFloat {
+  Vec<float> sum[kVectors];
 
-// Eight squares at most are added in float first, a third of the work, which keeps seven digits of the norm. Where the
-// sums would leave float's range, or what is lost below it could matter, all is done in double. Whether the block is
-// known to be finite.
-TRAINOPT_FUNCTION bool add_squares(const float* x, const float* y, int count, double (&lanes)[kSumLanes]) {
-  using T = Vec<float>;
-  constexpr int kVectors = kSumLanes / T::kSize;
-  T sum[kVectors];
-  for (int v = 0; v < kVectors; ++v) sum[v] = T(0.0f);
-  for (int i = 0; i < count; i += kSumLanes)
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = i + v * T::kSize;
-      const T term = y == nullptr ? load(x + at) : load(x + at) - load(y + at);
-      sum[v] = sum[v] + term * term;
+  TRAINOPT_INLINE SquaresInFloat() {
+    for (Vec<float>& each : sum) each = Vec<float>(0.0f);
+  }
+  TRAINOPT_INLINE void add_square(int v, Vec<float> term) { sum[v] = sum[v] + term * term; }
+
+  // Puts them into the sums of x, or of its difference from y. Where they would leave float's range, or what is lost
+  // below it could matter, all is done again in double. Whether the block is known to be finite.
+  TRAINOPT_INLINE bool finish(const float* x, const float* y, int count, double (&lanes)[kSumLanes]) const {
+    using T = Vec<float>;
+    T largest = sum[0], any = sum[0];  // the latter is NaN where one is
+    for (int v = 1; v < kVectors; ++v) {
+      largest = sum[v].lanes > largest.lanes ? sum[v].lanes : largest.lanes;
+      any = any + sum[v];
     }
-  T largest = sum[0], any = sum[0];  // the latter is NaN where one is
-  for (int v = 1; v < kVectors; ++v) {
-    largest = sum[v].lanes > largest.lanes ? sum[v].lanes : largest.lanes;
-    any = any + sum[v];
+    if (!all_in(largest, 0.0f, 1e36f) || all_in(largest, 0.0f, 1e-25f) || !all_in(any, 0.0f, 1e38f)) {
+      add_squares_in_double(x, y, count, lanes);
+      return false;
+    }
+    float of[kSumLanes];
+    for (int v = 0; v < kVectors; ++v) store(of + v * T::kSize, sum[v]);
+    for (int i = 0; i < kSumLanes; i += Vec<double>::kSize) store(lanes + i, load(lanes + i) + load_wide(of + i));
+    return true;
   }
-  if (!all_in(largest, 0.0f, 1e36f) || all_in(largest, 0.0f, 1e-25f) || !all_in(any, 0.0f, 1e38f)) {
-    add_squares_in_double(x, y, count, lanes);
-    return false;
-  }
-  float of[kSumLanes];
-  for (int v = 0; v < kVectors; ++v) store(of + v * T::kSize, sum[v]);
-  for (int i = 0; i < kSumLanes; i += Vec<double>::kSize) store(lanes + i, load(lanes + i) + load_wide(of + i));
-  return true;
-}
+};
 
 // A tile with zeros after its end, up to whole lanes: they add nothing.
 template <class S>
@@ -76,25 +72,63 @@ TRAINOPT_FUNCTION S* lanes_of(unsigned char (&bytes)[kBytes]) {
   return reinterpret_cast<S*>(bytes);
 }
 
+TRAINOPT_FUNCTION Vec<float> magnitude(Vec<float> x) { return float_of(bits_of(x) & 0x7fffffffu); }
+
+// Keeps the parameter as it is before the update, and finds the largest magnitude of the gradient; adds up the squares
+// of both. Whether the gradient is known to be finite.
+TRAINOPT_FUNCTION bool look_at(const float* p, const float* g, int count, ChunkStats& stats) {
+  SquaresInFloat param, gradient;
+  float* const before = lanes_of<float>(stats.before);
+  Vec<float> largest = load(lanes_of<float>(stats.largest));
+  for (int i = 0; i < count; i += kSumLanes)
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = i + v * Vec<float>::kSize;
+      const Vec<float> x = load(p + at), y = load(g + at);
+      store(before + at, x);
+      param.add_square(v, x);
+      gradient.add_square(v, y);
+      largest = larger(magnitude(y), largest);
+    }
+  store(lanes_of<float>(stats.largest), largest);
+  const float* none = nullptr;
+  param.finish(p, none, count, stats.param);
+  return gradient.finish(g, none, count, stats.gradient);
+}
+
+TRAINOPT_FUNCTION bool look_at(const double* p, const double* g, int count, ChunkStats& stats) {
+  using T = Vec<double>;
+  const double* none = nullptr;
+  add_squares_in_double(p, none, count, stats.param);
+  add_squares_in_double(g, none, count, stats.gradient);
+  T largest = load(lanes_of<double>(stats.largest));
+  for (int i = 0; i < count; i += T::kSize) {
+    largest = larger(magnitude(load(g + i)), largest);
+    store(lanes_of<double>(stats.before) + i, load(p + i));
+  }
+  store(lanes_of<double>(stats.largest), largest);
+  return false;
+}
+
+TRAINOPT_FUNCTION void add_differences(const float* x, const float* y, int count, double (&lanes)[kSumLanes]) {
+  SquaresInFloat of;
+  for (int i = 0; i < count; i += kSumLanes)
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = i + v * Vec<float>::kSize;
+      of.add_square(v, load(x + at) - load(y + at));
+    }
+  of.finish(x, y, count, lanes);
+}
+TRAINOPT_FUNCTION void add_differences(const double* x, const double* y, int count, double (&lanes)[kSumLanes]) {
+  add_squares_in_double(x, y, count, lanes);
+}
+
 template <class S>
 [[gnu::noinline]] void note_before(const TensorTask& task, int64_t at, int count) {
-  using T = Vec<S>;
   S buffer[2][kBlock], padded[2][kBlock];
   ChunkStats& stats = *task.stats;
   const S* p = whole_lanes(load_tile(task.param, at, count, buffer[0]), count, padded[0]);
   const S* g = whole_lanes(load_tile(task.gradient, at, count, buffer[1]), count, padded[1]);
-  const S* none = nullptr;
-  add_squares(p, none, count, stats.param);
-  const bool is_finite = add_squares(g, none, count, stats.gradient) && sizeof(S) == sizeof(float);
-  T largest = load(lanes_of<S>(stats.largest));
-  for (int i = 0; i < count; i += kSumLanes)
-    for (int v = i; v < i + kSumLanes; v += T::kSize) {
-      const T x = load(g + v), negated = -x, size = x.lanes > negated.lanes ? x.lanes : negated.lanes;
-      largest = size.lanes > largest.lanes ? size.lanes : largest.lanes;
-      store(lanes_of<S>(stats.before) + v, load(p + v));
-    }
-  store(lanes_of<S>(stats.largest), largest);
-  if (!is_finite)
+  if (!look_at(p, g, count, stats))
     for (int i = 0; i < count; ++i) stats.nonfinite += !(g[i] - g[i] == 0);
 }
 
@@ -102,7 +136,7 @@ template <class S>
 [[gnu::noinline]] void note_after(const TensorTask& task, int64_t at, int count) {
   S buffer[kBlock], padded[kBlock];
   const S* p = whole_lanes(load_tile(task.param, at, count, buffer), count, padded);
-  add_squares(p, lanes_of<S>(task.stats->before), count, task.stats->update);
+  add_differences(p, lanes_of<S>(task.stats->before), count, task.stats->update);
 }
 
 }  // namespace

@@ -235,6 +235,20 @@ TRAINOPT_OPERATOR(&)
 TRAINOPT_OPERATOR(|)
 #undef TRAINOPT_OPERATOR
 
+// The larger of two; b where either is NaN.
+TRAINOPT_FUNCTION Vec<float> larger(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (FloatLanes)_mm512_maskz_max_ps(-1, (__m512)a.lanes, (__m512)b.lanes);
+#elif defined(__AVX2__)
+  return (FloatLanes)_mm256_max_ps((__m256)a.lanes, (__m256)b.lanes);
+#elif defined(__SSE2__)
+  return (FloatLanes)_mm_max_ps((__m128)a.lanes, (__m128)b.lanes);
+#else
+  return a.lanes > b.lanes ? a.lanes : b.lanes;
+#endif
+}
+TRAINOPT_FUNCTION Vec<double> larger(Vec<double> a, Vec<double> b) { return a.lanes > b.lanes ? a.lanes : b.lanes; }
+
 // Overloads of the functions for numbers, which stay visible here.
 using trainopt::bits_of;
 using trainopt::float_like;
