@@ -2,6 +2,7 @@
 them. And what they do without: a file that imports an optional package which is not installed is skipped, and says so.
 """
 
+import gc
 from collections import defaultdict
 from zlib import crc32
 
@@ -59,6 +60,12 @@ def pytest_collection_modifyitems(config, items):
         kept.update([item for item in of_a_test if drawn[item] == 0] or [min(of_a_test, key=drawn.__getitem__)])
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def pytest_collection_finish():
+    """Leaves what there is by now out of the garbage collector's passes: with 30,000 tests each took seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 def mend_torchs_adagrad():
