@@ -9,9 +9,12 @@ import pytest
 import torch
 from helpers import OPTIONS, assert_same_bits, error_of, snapshot
 from optimizer_table import TABLE
+from ranks import mesh_of_one
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import trainopt
 from trainopt.optim import code8
+from trainopt.optim.stats import whole
 from trainopt.schedules import cosine
 
 NAMES = ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
@@ -233,6 +236,27 @@ def test_modes_are_not_changed_where_the_parameters_are_averages():
     optimizer.eval()
     with pytest.raises(RuntimeError, match="eval mode"):
         optimizer.step()
+
+
+def test_shards_change_modes_as_the_whole_does():
+    outcomes = []
+    with mesh_of_one() as mesh:
+        for spread in (torch.clone, lambda whole: distribute_tensor(whole, mesh, [Shard(0)])):
+            generator = torch.Generator().manual_seed(5)
+            shapes = ((33, 20), (7,))
+            params = [torch.nn.Parameter(spread(torch.randn(shape, generator=generator))) for shape in shapes]
+            optimizer = trainopt.AdamWScheduleFree(params, **OPTIONS["AdamWScheduleFree"])
+            optimizer.train()
+            for _ in range(3):
+                for p in params:
+                    p.grad = spread(torch.randn(p.shape, generator=generator))
+                optimizer.step()
+            seen = []
+            for act in (optimizer.eval, optimizer.train):
+                act()
+                seen += [whole(p.detach()).clone() for p in params]
+            outcomes.append(seen)
+    assert all(map(torch.equal, *outcomes)) and not torch.equal(outcomes[0][0], outcomes[0][2])
 
 
 def test_parameters_without_a_state_are_left_alone():
