@@ -61,6 +61,11 @@ class Row:
         return bool(_C.rules()[self.ours._rule].sums)
 
     @property
+    def needs_host(self) -> bool:
+        """Whether the host knows numbers of its steps, and waits where a device has a part in them."""
+        return self.ours._needs_host
+
+    @property
     def has_torchs_fused(self) -> bool:
         """Whether `fused` is an option of torch's class, or of ours that torch does not have."""
         return "fused" not in self.ours.EXTRAS
@@ -545,14 +550,17 @@ TABLE |= {
         settings={
             **{key: {**options, "silent_sgd_phase": False} for key, options in PLAIN.items()},
             **{key: {**options, "silent_sgd_phase": False} for key, options in ADAM_SCHEDULE_FREE.items()},
+            "beta2 0": {"lr": 0.02, "betas": (0.9, 0.0), "silent_sgd_phase": False},  # the second moment never counts
             "silent_sgd_phase": {"lr": 0.02, "betas": (0.9, 0.9)},
             "r": {"lr": 0.02, "betas": (0.9, 0.9), "r": 2.0},
             "weight_lr_power": {"lr": 0.02, "betas": (0.9, 0.9), "weight_lr_power": 0.5},
             "all": {"lr": 0.02, "betas": (0.6, 0.9), "eps": 1e-2, "weight_decay": 0.3, "r": 1.0, "maximize": True},
         },
         extras={
-            **{key: {**options, "silent_sgd_phase": False} for key, options in {**FLOAT32_BETAS, **L1}.items()},
-            **{key: {**options, "betas": (0.8, 0.9)} for key, options in CAUTIOUS.items()},
+            **{
+                key: {**options, "silent_sgd_phase": False}
+                for key, options in {**FLOAT32_BETAS, **L1, **CAUTIOUS}.items()
+            },
             "all": {**BETAS_AND_DECAY, "r": 1.0, "maximize": True, "l1": 0.4},
         },
         usual={**BETAS_AND_DECAY, "silent_sgd_phase": False},

@@ -23,7 +23,7 @@ struct AdamScheduleFree {
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b11; }
   TRAINOPT_INLINE static bool takes(const double* options) {
-    return options[kBeta1] > 0 && options[kBeta1] < 1 && options[kBeta2] >= 0 && options[kBeta2] < 1;
+    return options[kBeta1] >= 0 && options[kBeta1] < 1 && options[kBeta2] >= 0 && options[kBeta2] < 1;
   }
   TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kUpdate; }
 

@@ -16,7 +16,7 @@ struct SgdScheduleFree {
   static constexpr bool kCountsSteps = false;
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b1; }
-  TRAINOPT_INLINE static bool takes(const double* options) { return options[kMomentum] > 0 && options[kMomentum] < 1; }
+  TRAINOPT_INLINE static bool takes(const double* options) { return options[kMomentum] >= 0 && options[kMomentum] < 1; }
   TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kUpdate; }
 
   template <class S>
