@@ -216,7 +216,8 @@ def is_right(library: ctypes.CDLL, rule: str, row: Any, options: dict[str, Any],
         felt = sign * g + (decay * p if decay_is == 0 else 0)
         p = p * (1 - lr * decay) if decay_is == 1 else p
         info = numbers([lr, decay, step, step == 1])
-        group.update(k=step - 1, **optimizer._advanced(group))
+        group["k"] = step - 1
+        group |= optimizer._advanced(group)
         library.step(given(), info, ELEMENTS, pointer(p), pointer(felt), pointer(states), pointer(change))
         p = p - change
     pairs = [(p, truth), *((states[names.index(name)], value) for name, value in state.items())]
