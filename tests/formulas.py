@@ -1,6 +1,7 @@
 """The optimizers' formulas, written once more in the plainest way: one step of one whole tensor."""
 
 import functools
+import itertools
 import math
 
 import torch
@@ -167,6 +168,54 @@ def lars(p, g, state, options, step):
     return sgd(p, ratio * (g + decay * p), state, options, step)
 
 
+def schedule_free(p, u, state, options, step, momentum, rates):
+    """y's new value from the update u and the learning rates of the steps so far; x is told from y and z."""
+    z = state.get("z", p)
+    x = (p - (1 - momentum) * z) / momentum
+    largest = itertools.accumulate(rates, max)
+    weights = [(i + 1) ** options["r"] * lr ** options["weight_lr_power"] for i, lr in enumerate(largest)]
+    c = weights[-1] / sum(weights) if any(weights) else 0.0
+    state["z"] = z = z - rates[-1] * (u + options["weight_decay"] * p)
+    return (1 - momentum) * z + momentum * ((1 - c) * x + c * z)
+
+
+def warmed(options, steps):
+    """The learning rates of the first steps."""
+    return [float(options["lr"]) * min(1.0, i / max(options["warmup_steps"], 1)) for i in range(1, steps + 1)]
+
+
+def normalized(g, state, options, step):
+    """The gradient by the root of its average square."""
+    beta2 = options["betas"][1]
+    state["exp_avg_sq"] = v = beta2 * state.get("exp_avg_sq", torch.zeros_like(g)) + (1 - beta2) * g * g
+    return g / ((v / (1 - beta2**step)).sqrt() + options["eps"])
+
+
+def adamw_schedule_free(p, g, state, options, step):
+    """AdamWScheduleFree's new parameter, y."""
+    u = normalized(g, state, options, step)
+    return schedule_free(p, u, state, options, step, options["betas"][0], warmed(options, step))
+
+
+def radam_schedule_free(p, g, state, options, step):
+    """RAdamScheduleFree's new parameter, y."""
+    (beta1, beta2), rates = options["betas"], []
+    longest = 2 / (1 - beta2) - 1
+    for i in range(1, step + 1):
+        n = longest - 2 * i * beta2**i / (1 - beta2**i)
+        share = 0.0 if options["silent_sgd_phase"] else 1.0
+        if n > 4:
+            share = ((n - 4) * (n - 2) * longest / ((longest - 4) * (longest - 2) * n)) ** 0.5
+        rates.append(float(options["lr"]) * share)
+    u = normalized(g, state, options, step)
+    return schedule_free(p, u if n > 4 else g, state, options, step, beta1, rates)
+
+
+def sgd_schedule_free(p, g, state, options, step):
+    """SGDScheduleFree's new parameter, y."""
+    return schedule_free(p, g, state, options, step, options["momentum"], warmed(options, step))
+
+
 #: What the last formula has taken the sign of.
 signed: list[torch.Tensor] = []
 
@@ -204,7 +253,7 @@ def formula_step(row, p, g, state, options, step):
     kept = p * (1 - o["lr"] * o["weight_decay"]) if decoupled else p
     if o["cautious"] or o["cautious_weight_decay"]:
         # From 0, of which nothing is lost to rounding, where the update does not depend on the parameter.
-        by_parameter = decays_itself and (row.has_sums or o["weight_decay"] != 0)
+        by_parameter = row.averages or (decays_itself and (row.has_sums or o["weight_decay"] != 0))
         change = p - row.formula(p, g, state, o, step) if by_parameter else -row.formula(0 * p, g, state, o, step)
         # A change of exactly 0 is the formula's own: where Rprop waits, it is 0 in any arithmetic.
         signed.extend((torch.where(change == 0, change.square().mean().sqrt(), change), g))

@@ -21,6 +21,8 @@ from optimizer_table import Row
 
 from trainopt import switches
 from trainopt._extension import _C
+from trainopt.optim.state_dtype import DTYPES as DTYPES_OF_STATES
+from trainopt.optim.state_dtype import WEIGHTS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -80,6 +82,17 @@ def outcome(optimizer, params) -> dict[str, Tensors]:
     names = dict.fromkeys(name for p in params for name in optimizer.state.get(p, {}) if name != "step")
     held = {name: [optimizer.state[p][name] for p in params] for name in names}
     return {"param": [p.detach() for p in params], **{n: v for n, v in held.items() if v[0] is not None}}
+
+
+def progress_of(optimizer) -> dict[str, Any]:
+    """What a group remembers of its steps beside its parameters' states."""
+    group = optimizer.param_groups[0]
+    return {key: group[key] for key in ("k", "weight_sum", "lr_max") if key in group}
+
+
+def stored_in(name: str, stored: str) -> torch.dtype:
+    """What a state is stored in where one dtype is given for all."""
+    return torch.float32 if name in WEIGHTS else DTYPES_OF_STATES[stored]
 
 
 def result_of(make, start, gradients, dtype=None, **options) -> dict[str, Tensors]:

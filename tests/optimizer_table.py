@@ -38,6 +38,7 @@ class Row:
     everything: dict[str, Any]  # every stage and state at once
     decoupled: bool = False  # weight decay, of a class without an option for it
     decays_itself: bool = False  # the formula has weight decay in it
+    averages: bool = False  # a state is a weight, towards which the parameter goes without a gradient too
     # States of differences between gradients. Where gradients are rounded to 16 bits after clipping, errors cancel in
     # their sum; a step that clips has not rounded the later one.
     differences: tuple[str, ...] = ()
@@ -58,6 +59,11 @@ class Row:
     def has_sums(self) -> bool:
         """Whether an element's step depends on the whole tensor."""
         return bool(_C.rules()[self.ours._rule].sums)
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host knows numbers of its steps, and waits where a device has a part in them."""
+        return self.ours._needs_host
 
     @property
     def has_torchs_fused(self) -> bool:
@@ -111,6 +117,23 @@ def by_plain_step(cls):
     return Plain
 
 
+class InTrainMode:
+    """In front of an optimizer that has modes: in which it is to be from the beginning."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.train()
+
+
+class AdamWScheduleFree(InTrainMode, trainopt.AdamWScheduleFree): ...
+
+
+class RAdamScheduleFree(InTrainMode, trainopt.RAdamScheduleFree): ...
+
+
+class SGDScheduleFree(InTrainMode, trainopt.SGDScheduleFree): ...
+
+
 def float64(value):
     return torch.tensor(value, dtype=torch.float64)
 
@@ -161,6 +184,21 @@ CAUTIOUS_DECAY = {
 BETAS_AND_DECAY = {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.3}
 DECAY_AND_L1 = {"lr": 0.02, "weight_decay": 0.3, "l1": 0.5, "l1_proximal": True}
 NESTEROV_AND_L1 = {**DECAY_AND_L1, "momentum": 0.9, "nesterov": True, "maximize": True}
+
+AVERAGED = {
+    "warmup_steps": {"lr": 0.02, "warmup_steps": 4},
+    "r": {"lr": 0.02, "r": 2.0},
+    "weight_lr_power": {"lr": 0.02, "warmup_steps": 4, "weight_lr_power": 0.5},
+}
+ADAM_SCHEDULE_FREE = {
+    "beta1 0.3": {"lr": 0.02, "betas": (0.3, 0.95)},
+    "beta2 0": {"lr": 0.02, "betas": (0.9, 0.0), "eps": 0.1},
+    "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.8), float64(0.9))},
+    "eps": {"lr": 0.02, "betas": (0.9, 0.9), "eps": 0.3},
+    **DECAY,
+    "weight_decay, lr float32 tensor": {"lr": LR32, "weight_decay": 0.4},
+    "maximize": {"lr": 0.02, "maximize": True},
+}
 
 ADAM_SETTINGS = {
     **PLAIN,
@@ -483,5 +521,70 @@ TABLE |= {
         },
         usual={"lr": 0.02, "etas": (0.6, 1.3)},
         everything={"lr": 0.02, "l1": 0.5, "l1_proximal": True, "maximize": True},
+    ),
+    "AdamWScheduleFree": Row(
+        ours=AdamWScheduleFree,
+        formula=formulas.adamw_schedule_free,
+        decays_itself=True,
+        averages=True,
+        settings={
+            **PLAIN,
+            **ADAM_SCHEDULE_FREE,
+            **AVERAGED,
+            "all": {"lr": 0.02, "betas": (0.6, 0.7), "eps": 1e-2, "weight_decay": 0.3, "warmup_steps": 3, "r": 1.0},
+        },
+        extras={
+            **FLOAT32_BETAS,
+            **L1,
+            **CAUTIOUS,
+            "all": {**BETAS_AND_DECAY, "warmup_steps": 3, "r": 1.0, "maximize": True, "l1": 0.4},
+        },
+        usual={**BETAS_AND_DECAY, "warmup_steps": 2},
+        everything={**DECAY_AND_L1, "maximize": True, "warmup_steps": 4, "r": 0.5},
+    ),
+    "RAdamScheduleFree": Row(
+        ours=RAdamScheduleFree,
+        formula=formulas.radam_schedule_free,
+        decays_itself=True,
+        averages=True,
+        settings={
+            **{key: {**options, "silent_sgd_phase": False} for key, options in PLAIN.items()},
+            **{key: {**options, "silent_sgd_phase": False} for key, options in ADAM_SCHEDULE_FREE.items()},
+            "beta2 0": {"lr": 0.02, "betas": (0.9, 0.0), "silent_sgd_phase": False},  # the second moment never counts
+            "silent_sgd_phase": {"lr": 0.02, "betas": (0.9, 0.9)},
+            "r": {"lr": 0.02, "betas": (0.9, 0.9), "r": 2.0},
+            "weight_lr_power": {"lr": 0.02, "betas": (0.9, 0.9), "weight_lr_power": 0.5},
+            "all": {"lr": 0.02, "betas": (0.6, 0.9), "eps": 1e-2, "weight_decay": 0.3, "r": 1.0, "maximize": True},
+        },
+        extras={
+            **{
+                key: {**options, "silent_sgd_phase": False}
+                for key, options in {**FLOAT32_BETAS, **L1, **CAUTIOUS}.items()
+            },
+            "all": {**BETAS_AND_DECAY, "r": 1.0, "maximize": True, "l1": 0.4},
+        },
+        usual={**BETAS_AND_DECAY, "silent_sgd_phase": False},
+        everything={**DECAY_AND_L1, "maximize": True, "betas": (0.9, 0.9), "silent_sgd_phase": False, "r": 0.5},
+    ),
+    "SGDScheduleFree": Row(
+        ours=SGDScheduleFree,
+        formula=formulas.sgd_schedule_free,
+        decays_itself=True,
+        averages=True,
+        settings={
+            **PLAIN,
+            **DECAY,
+            **AVERAGED,
+            "momentum": {"lr": 0.02, "momentum": 0.4},
+            "maximize": {"lr": 0.02, "maximize": True},
+            "all": dict(lr=0.02, momentum=0.7, weight_decay=0.3, warmup_steps=3, r=1.0, maximize=True),
+        },
+        extras={
+            **L1,
+            **CAUTIOUS,
+            "all": {"lr": 0.02, "momentum": 0.7, "weight_decay": 0.3, "warmup_steps": 3, "l1": 0.4},
+        },
+        usual={"lr": 0.02, "momentum": 0.8, "weight_decay": 0.3, "warmup_steps": 2},
+        everything={**DECAY_AND_L1, "maximize": True, "warmup_steps": 4, "r": 0.5},
     ),
 }

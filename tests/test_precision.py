@@ -12,6 +12,7 @@ from judge import (
     assert_same_bits,
     bits,
     outcome,
+    progress_of,
     random_problem,
     run,
 )
@@ -78,6 +79,7 @@ def test_a_step_from_what_is_stored_is_rounded_once(name, way, device):
         before = values_of(optimizer, params)
         plain = [torch.nn.Parameter(value.clone()) for value in before]
         judge = row.make(plain, **row.usual)
+        judge.param_groups[0].update(progress_of(optimizer))
         for p, q, g in zip(params, plain, now, strict=True):
             p.grad, q.grad = g.to(device), g.float()
             state = optimizer.state.get(p, {})

@@ -227,8 +227,11 @@ EXTREMES = {
 
 
 def betas_of(row, options):
-    """As many as it has."""
-    return {"betas": options["betas"][:1] * len(row.defaults["betas"])} if "betas" in options else {}
+    """As many as it has; the first of them is not 0 where a parameter is a mean."""
+    if "betas" not in options:
+        return {}
+    first = (0.5,) if row.averages else options["betas"][:1]
+    return {"betas": first + options["betas"][:1] * (len(row.defaults["betas"]) - 1)}
 
 
 EXTREME_CASES = [

@@ -332,7 +332,22 @@ def test_the_authors_own_schedule_free_optimizer(tmp_path):
     assert_same(dict(model.state_dict()), dict(straight.state_dict()))
 
 
-def test_our_own_optimizers_have_no_modes():
+@pytest.mark.parametrize("choices", [{}, {"step_in_backward": True}, {"state_dtype": "8bit", "average": 0.9}], ids=str)
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"])
+def test_our_schedule_free_optimizers_train(name, choices, tmp_path):
+    """A run that was stopped comes to the bits of one that was not, which neither validated nor saved."""
+
+    def make(params):
+        return getattr(trainopt, name)(params, lr=0.05)
+
+    straight, optimizer, *_ = modal(optimizer_of=make, validate_every=1000, **choices)
+    modal(tmp_path, 5, make, **choices)
+    model, *_ = modal(tmp_path, -1, make, **choices)
+    assert_same(dict(model.state_dict()), dict(straight.state_dict()))
+    assert not optimizer.param_groups[0]["train_mode"] and optimizer.param_groups[0]["k"] == 12
+
+
+def test_our_other_optimizers_have_no_modes():
     from trainopt.training.average import Modes
 
     assert not Modes(trainopt.AdamW(network().parameters())).exist

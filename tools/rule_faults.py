@@ -211,18 +211,25 @@ def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 def is_right(library: ctypes.CDLL, rule: str, row: Any, options: dict[str, Any], from_zero: bool) -> bool:
     """Whether steps with these options, of a parameter that may be 0, come to the formula's parameters and states."""
-    group = {**row.defaults, **options}
-    given = numbers([float(option_at(group, place)) for place in places_of(rule)])
+    group = {"silent_sgd_phase": True, **row.defaults, **options}
     decay, lr, sign = float(group.get("weight_decay", 0)), float(group["lr"]), -1 if group["maximize"] else 1
-    decay_is = library.decay_of(given)  # in the gradient, on the parameter, in the update
+
+    def given() -> Any:
+        return numbers([float(option_at(group, place)) for place in places_of(rule)])
+
+    decay_is = library.decay_of(given())  # in the gradient, on the parameter, in the update
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(ELEMENTS, dtype=torch.float64, generator=generator)
     p[: ELEMENTS if from_zero else 3] = 0
     truth, state = p.clone(), {}
     names = _C.rules()[rule].states
     states, change = torch.zeros(len(names), ELEMENTS, dtype=torch.float64), torch.zeros_like(p)
-    for name, value in row.make([torch.nn.Parameter(p)], **options)._begin_at().items():
-        states[names.index(name)] = value
+    held = torch.nn.Parameter(p.clone())
+    optimizer = row.make([held], **options)
+    optimizer.init_state()
+    for name, value in optimizer.state[held].items():
+        if name in names:
+            states[names.index(name)] = value
     for step in range(1, STEPS + 1):
         g = torch.randn(ELEMENTS, dtype=torch.float64, generator=generator)
         g *= 10 ** (2 * torch.rand(ELEMENTS, dtype=torch.float64, generator=generator) - 1)
@@ -231,7 +238,9 @@ def is_right(library: ctypes.CDLL, rule: str, row: Any, options: dict[str, Any],
         felt = sign * g + (decay * p if decay_is == 0 else 0)
         p = p * (1 - lr * decay) if decay_is == 1 else p
         info = numbers([lr, decay, step, step == 1])
-        library.step(given, info, ELEMENTS, pointer(p), pointer(felt), pointer(states), pointer(change))
+        group["k"] = step - 1
+        group |= optimizer._advanced(group)
+        library.step(given(), info, ELEMENTS, pointer(p), pointer(felt), pointer(states), pointer(change))
         p = p - change
     pairs = [(p, truth), *((states[names.index(name)], value) for name, value in state.items())]
     return all(torch.allclose(found, value, rtol=1e-8, atol=1e-10, equal_nan=True) for found, value in pairs)

@@ -166,8 +166,9 @@ class Reader {
 
   // The rule's option `index`.
   double option(const OptionKey& key, int index) {
-    static PyObject* const kBiasCorrection = python::key("bias_correction");
-    if (key.name == kBiasCorrection) return own(key.name, 1);
+    // What not every class of a rule has is true where a group says nothing of it.
+    static PyObject* const kTrue[] = {python::key("bias_correction"), python::key("silent_sgd_phase")};
+    if (key.name == kTrue[0] || key.name == kTrue[1]) return own(key.name, 1);
     PyObject* value = require(key.name);
     if (key.element < 0) return number_or_device(value, index);
     if (!is_plain_sequence(value) || PySequence_Fast_GET_SIZE(value) != key.count) {

@@ -5,6 +5,7 @@
 #include "rules/adagrad.h"
 #include "rules/adam.h"
 #include "rules/adamax.h"
+#include "rules/adamschedulefree.h"
 #include "rules/adan.h"
 #include "rules/ademamix.h"
 #include "rules/lamb.h"
@@ -14,6 +15,7 @@
 #include "rules/rmsprop.h"
 #include "rules/rprop.h"
 #include "rules/sgd.h"
+#include "rules/sgdschedulefree.h"
 
 // The programs that test the engines have a list of their own.
 #if !defined(TRAINOPT_FOR_EACH_RULE)
@@ -30,5 +32,7 @@
   DO(Adan)                         \
   DO(AdEMAMix)                     \
   DO(Adagrad)                      \
-  DO(Rprop)
+  DO(Rprop)                        \
+  DO(AdamScheduleFree)             \
+  DO(SgdScheduleFree)
 #endif

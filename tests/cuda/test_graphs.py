@@ -9,7 +9,7 @@ from steps import assert_same_bits, counts_on_device, here
 
 from trainopt.optim import code8
 
-each_row = pytest.mark.parametrize("name", TABLE)
+each_row = pytest.mark.parametrize("name", [name for name, row in TABLE.items() if not row.needs_host])
 SHAPES = ((5,), (0, 3), (300,), (33, 20)) + ((40,),) * 600
 RATES = [0.05 / (step + 1) for step in range(4 if IS_EMULATED else 10)]
 

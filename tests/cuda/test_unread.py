@@ -1,6 +1,8 @@
 """What lies on the device stays there: a step waits for nothing, skips itself after an overflow, allocates nothing more
 and can be captured."""
 
+from contextlib import nullcontext
+
 import judge
 import pytest
 import torch
@@ -10,6 +12,8 @@ from steps import SHAPES, assert_near, assert_same_bits, counts_on_device, here,
 import trainopt
 
 each_row = pytest.mark.parametrize("name", TABLE)
+each_on_device = pytest.mark.parametrize("name", [name for name, row in TABLE.items() if not row.needs_host])
+each_on_host = pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.needs_host])
 each_adam = pytest.mark.parametrize("name", ["Adam", "AdamW"])
 PROBLEM = judge.random_problem(SHAPES, torch.float32, 4)
 
@@ -22,6 +26,11 @@ def make(name, device, **options):
 def set_gradients(params, gradients):
     for p, g in zip(params, gradients, strict=True):
         p.grad = g.to(p.device, p.dtype)
+
+
+def without_waiting(name, no_synchronisation):
+    """But for those whose steps' numbers are the host's."""
+    return nullcontext() if TABLE[name].needs_host else no_synchronisation()
 
 
 def with_device_numbers(name, device):
@@ -48,7 +57,10 @@ def kinds_of(name, device):
 
 @each_row
 def test_no_step_waits_for_the_device(device, name, no_synchronisation):
-    for kind, options in kinds_of(name, device).items():
+    kinds = kinds_of(name, device)
+    if TABLE[name].needs_host:
+        del kinds["numbers on the device"]
+    for kind, options in kinds.items():
         optimizer, params = make(name, device, **options)
         gradients = [moved(now, device) for now in PROBLEM[1]]
         with no_synchronisation():
@@ -67,7 +79,7 @@ def test_a_learning_rate_on_the_device_is_read_in_each_step(device, name, no_syn
         truth, peers = make(name, "cpu", lr=torch.tensor(0.0, dtype=dtype))
         for rate, now in zip(rates, PROBLEM[1], strict=True):
             set_gradients(params, now)
-            with no_synchronisation():
+            with without_waiting(name, no_synchronisation):
                 there.fill_(rate)
                 optimizer.step()
             truth.param_groups[0]["lr"].fill_(rate)
@@ -114,7 +126,7 @@ def test_a_fused_step_unscales_and_counts_without_waiting(device, name, no_synch
             set_gradients(params, gradients)
             optimizer.step()
         else:
-            with no_synchronisation():
+            with without_waiting(name, no_synchronisation):
                 set_gradients(params, gradients)
                 optimizer.step()
         set_gradients(peers, now)
@@ -185,7 +197,7 @@ def test_the_device_leaves_out_a_step_that_is_not_finite(device, name, at, value
             gradients[-1].view(-1)[3] = value
         before = copied(optimizer, params)
         set_gradients(params, gradients)
-        with no_synchronisation():
+        with without_waiting(name, no_synchronisation):
             optimizer.step()
         if i != at:
             set_gradients(peers, now)
@@ -277,7 +289,7 @@ def test_a_count_on_the_host_cannot_be_captured(device, name, request):
     assert optimizer.completed_steps == before
 
 
-@each_row
+@each_on_device
 def test_a_parameter_without_a_gradient_cannot_be_captured(device, name, request):
     optimizer, params = make(name, device, **counts_on_device(name))
     set_gradients(params, PROBLEM[1][0])
@@ -290,7 +302,7 @@ def test_a_parameter_without_a_gradient_cannot_be_captured(device, name, request
     optimizer.step()
 
 
-@each_row
+@each_on_device
 def test_what_counts_on_the_device_can_be_captured(device, name, request):
     optimizer, params = make(name, device, **with_device_numbers(name, device))
     set_gradients(params, PROBLEM[1][0])
@@ -298,3 +310,15 @@ def test_what_counts_on_the_device_can_be_captured(device, name, request):
     request.getfixturevalue("capturing")
     optimizer.step()
     assert trainopt.explain(optimizer)[0].path == f"fused ({device})"
+
+
+@each_on_host
+def test_numbers_of_the_host_cannot_be_captured(device, name, request):
+    optimizer, params = make(name, device, **with_device_numbers(name, device))
+    set_gradients(params, PROBLEM[1][0])
+    optimizer.step()
+    request.getfixturevalue("capturing")
+    before = judge.progress_of(optimizer)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        optimizer.step()
+    assert judge.progress_of(optimizer) == before

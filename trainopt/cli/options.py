@@ -42,10 +42,12 @@ class Optimizer:
 
     Args:
         optimizer: rule that trains: sgd, adam, adamw, adamax, radam, rmsprop, adagrad, adadelta, rprop, lion,
-            lamb or lars.
-        lr: learning rate. None: 0.1 for sgd, 0.001 for adam, adamw, radam and lamb, 0.002 for adamax, 0.01 for rmsprop,
-            adagrad and rprop, 0.0001 for lion, 1 for adadelta and lars.
-        momentum: momentum of sgd, rmsprop and lars; 0 with the full batch is gradient descent.
+            lamb, lars, adan, ademamix, adamwschedulefree, radamschedulefree or sgdschedulefree.
+        lr: learning rate. None: 0.1 for sgd, 0.001 for adam, adamw, radam, lamb, adan and ademamix, 0.002 for adamax,
+            0.01 for rmsprop, adagrad and rprop, 0.0001 for lion, 1 for adadelta, lars and sgdschedulefree, 0.0025 for
+            the other schedule-free ones.
+        momentum: momentum of sgd, rmsprop, lars and sgdschedulefree; 0 with the full batch is gradient descent, but
+            0.9 for sgdschedulefree.
         weight_decay: weight decay; biases and norms have none. None: 0.01 for adamw and lamb, else 0.
         l1: factor of the L1 regularisation.
         noise: standard deviation of the noise added to each weight in an update.

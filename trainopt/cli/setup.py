@@ -58,7 +58,7 @@ def problem_of(experiment: Experiment, settings: SimpleNamespace, parser: Parser
 def optimizer_of(problem: Problem, settings: SimpleNamespace, library: Any = trainopt) -> torch.optim.Optimizer:
     """The optimizer of a library, trainopt or torch.optim; what torch does not know is left out for it."""
     keywords = {"lr": settings.lr}
-    if settings.optimizer in WITH_MOMENTUM:
+    if settings.momentum:  # 0 is the default of all but the schedule-free SGD, which takes no 0
         keywords["momentum"] = settings.momentum
     if library is trainopt:
         keywords.update(l1=settings.l1, noise=settings.noise, seed=settings.seed)

@@ -26,6 +26,7 @@ from trainopt.optim.report import nonfinite_report
 from trainopt.optim.rmsprop import RMSprop
 from trainopt.optim.rprop import Rprop
 from trainopt.optim.schedule import Schedule
+from trainopt.optim.schedule_free import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 from trainopt.optim.sgd import SGD
 
 __all__ = [
@@ -40,14 +41,17 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "AdamWScheduleFree",
     "Adamax",
     "Adan",
     "Lion",
     "Muon",
     "NAdam",
     "RAdam",
+    "RAdamScheduleFree",
     "RMSprop",
     "Rprop",
+    "SGDScheduleFree",
     "Schedule",
     "SparseAdam",
     "convert_state",

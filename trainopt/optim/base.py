@@ -47,7 +47,7 @@ class Fused(States):
         if self._torch_class is not None:
             super().__init__(params, **options)
             return
-        super().__init__(params, defaults_of(type(self).__name__, self._rule, options))
+        super().__init__(params, defaults_of(type(self).__name__, self._rule, options, self._host_options))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as torch does."""
@@ -122,7 +122,7 @@ class Fused(States):
         record.names = None  # what the step before has told is not told of this one, should it raise an error
         if record.stats:
             record.stats = {}
-        record.check_parameters()
+        self._check_can_step()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -140,7 +140,7 @@ class Fused(States):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         scale = 1.0
         if found_inf is not None or grad_scale is not None:
-            can_stay = plan is not None and lie_on_device(found_inf, grad_scale)
+            can_stay = plan is not None and not self._needs_host and lie_on_device(found_inf, grad_scale)
             if can_stay and step_on_device(self, plan, grad_scale, found_inf):
                 return
             record.skipped = found_inf is not None and bool(found_inf)
@@ -176,7 +176,7 @@ class Fused(States):
                 scaling.norm = find_norm(self, scaling.scale, may_raise)
             if skips_nonfinite(self):
                 found_inf = found_nonfinite(self, norm=scaling.norm)
-                can_stay = plan is not None and scaling.scale == 1 and lie_on_device(found_inf)
+                can_stay = plan is not None and not self._needs_host and scaling.scale == 1 and lie_on_device(found_inf)
                 if can_stay and step_on_device(self, plan, None, found_inf, scaling.norm, gradients_seen=True):
                     return False
                 self._record.skipped = bool(found_inf)
@@ -278,6 +278,7 @@ def _compiled_step(optimizer: Fused, *args: Any, **kwargs: Any) -> Any:
         or getattr(optimizer, "grad_scale", None) is not None
         or getattr(optimizer, "found_inf", None) is not None
         or optimizer._has_hooks()
+        or optimizer._needs_host
         or optimizer.last_step_skipped  # to be set to False, which a graph cannot do
         or not traced.step(optimizer)
     ):

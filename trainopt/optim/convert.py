@@ -34,8 +34,12 @@ def convert_state(optimizer: Any, state_dtype: Any, *, precision: str | None = N
     check(state_dtype, optimizer._states)
     if optimizer._record.holds_averages:
         raise RuntimeError("convert_state: the parameters are their moving averages, inside averaged_parameters()")
+
+    def with_choices(group: dict[str, Any]) -> dict[str, Any]:
+        return {**group, "state_dtype": state_dtype, "precision": precision or extra(group, "precision")}
+
     for group in optimizer.param_groups:
-        wanted = {**group, "state_dtype": state_dtype, "precision": precision or extra(group, "precision")}
+        wanted = with_choices(group)
         check_params(wanted)
         precisions.check_params(wanted)
         if group.get("differentiable") and (state_dtype is not None or wanted["precision"] != "native"):
@@ -43,7 +47,7 @@ def convert_state(optimizer: Any, state_dtype: Any, *, precision: str | None = N
     made = []
     for _, group, param in optimizer._enumerate():
         state = dict(optimizer.state.get(param, {}))
-        cast_states(optimizer, state, {**group, "state_dtype": state_dtype}, param)
+        cast_states(optimizer, state, with_choices(group), param)
         made.append((param, state))
 
     for param, state in made:

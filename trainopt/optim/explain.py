@@ -125,6 +125,8 @@ def _notes(optimizer: States) -> Iterator[str]:
             notes.append("the step clears its gradient (zero_grad)")
         if stats.wanted(group):
             notes.append("norms of gradient, parameter and update are taken (stats)")
+        if "train_mode" in group:
+            notes.append(f"the parameter is {'y, as in training' if group['train_mode'] else 'x, the average'}")
         state = optimizer.state.get(param, {})
         if (chosen := precision.of(group, param)) != "native":
             notes.append(f"the parameter is stored {_STORED[chosen]} (precision={chosen!r})")

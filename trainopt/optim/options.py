@@ -53,14 +53,19 @@ class UnfusedExtras(Extras, total=False):
     fused: bool | None
 
 
-class PlainOptions(Extras, total=False):
-    """What an optimizer that torch does not have takes beyond its formula: all that torch's classes have in common."""
+class ForeachlessOptions(Extras, total=False):
+    """What an optimizer takes whose `foreach` has another place among the parameters than torch's."""
 
     maximize: bool
-    foreach: bool | None
     capturable: bool
     differentiable: bool
     fused: bool | None
+
+
+class PlainOptions(ForeachlessOptions, total=False):
+    """What an optimizer that torch does not have takes beyond its formula: all that torch's classes have in common."""
+
+    foreach: bool | None
 
 
 #: The defaults of trainopt's own options: first what only some have, then what all have.
@@ -142,9 +147,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def defaults_of(class_name: str, rule: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def defaults_of(class_name: str, rule: str, given: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
     """The defaults of an optimizer that torch does not have; errors are as those of torch's constructors."""
-    known = {"lr", "weight_decay", *STOCK_DEFAULTS, *(key for key, _ in places_of(rule))}
+    known = {"lr", "weight_decay", *STOCK_DEFAULTS, *others, *(key for key, _ in places_of(rule))}
     for name in given.keys() - known:
         raise TypeError(f"{class_name}.__init__() got an unexpected keyword argument {name!r}")
     for name in given.keys() & _NOT_NEGATIVE:

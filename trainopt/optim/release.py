@@ -85,7 +85,7 @@ class _Step:
 
     def __call__(self, param: Tensor) -> None:
         optimizer, view = self.whole._optimizer, self.view
-        optimizer._record.check_parameters()
+        optimizer._check_can_step()
         if self.last_pass == optimizer._record.steps:
             raise RuntimeError(
                 f"step_in_backward: {self.name} has been stepped since the optimizer's last step(): call"
@@ -93,7 +93,7 @@ class _Step:
             )
         group = self._group(param)
         check_group(group)
-        group = {**group, "params": self.params}
+        group = {**group, **optimizer._advanced(group), "params": self.params}
         norm = None
         if self.whole._limit is not None:
             self.whole._note_norm(param)

@@ -14,12 +14,17 @@ from trainopt.optim.options import extra
 #: codes, with scales beside them.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "8bit": torch.uint8}
 
+#: States that are weights, in which the small steps that they make must not be lost: float32 where one dtype is given
+#: for all states, or where the parameter has more than its own 16 bits.
+WEIGHTS = frozenset({"z"})
+
 
 def dtype_of(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype:
     """The dtype that a group calls for in a state of a parameter's."""
     chosen = _chosen(group, name)
     if chosen is None:
-        return param.dtype
+        is_wider = param.dtype.itemsize == 2 and extra(group, "precision") != "native"
+        return torch.float32 if is_wider and name in WEIGHTS else param.dtype
     dtype: torch.dtype = DTYPES[chosen] if isinstance(chosen, str) else chosen
     is_small = dtype is torch.uint8 and param.numel() < code8.LEAST_ELEMENTS
     return torch.float32 if is_small else dtype
@@ -40,7 +45,9 @@ def has_codes(state: Mapping[str, Any], names: Iterable[str]) -> bool:
 
 def _chosen(group: Mapping[str, Any], name: str) -> Any:
     chosen = extra(group, "state_dtype")
-    return chosen.get(name) if isinstance(chosen, Mapping) else chosen
+    if isinstance(chosen, Mapping):
+        return chosen.get(name)
+    return "float32" if chosen is not None and name in WEIGHTS else chosen
 
 
 def check(chosen: Any, states: Iterable[str]) -> None:
@@ -54,6 +61,10 @@ def check(chosen: Any, states: Iterable[str]) -> None:
         if not is_known and dtype is not None:
             raise ValueError(
                 f"Invalid state_dtype value: {dtype!r} ({', '.join(map(repr, DTYPES))}, or the torch.dtype)"
+            )
+        if name in WEIGHTS and isinstance(chosen, Mapping) and dtype not in (None, "float32", torch.float32):
+            raise ValueError(
+                f"Invalid state_dtype of {name!r}: {dtype!r} (small steps of a weight would be lost: 'float32')"
             )
 
 

@@ -38,6 +38,8 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     _unsigned: ClassVar[tuple[str, ...]]  # those of them that are never below 0
     _counts_steps: ClassVar[bool]  # whether every parameter has a "step" in it
     _torch_class: ClassVar[type | None] = None  # whose step it makes, if torch has one
+    _needs_host: ClassVar[bool] = False  # whether a step begins with numbers that the host moves on: see `_advanced`
+    _host_options: ClassVar[frozenset[str]] = frozenset()  # of groups, which the class reads and the rule does not
     #: Options beyond torch's, with their defaults. They are in param_groups where they are not at these.
     EXTRAS: ClassVar[dict[str, Any]]
 
@@ -151,6 +153,14 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
 
     def _begin_first_step(self, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Puts into states of zeros what torch puts there where its first step makes them."""
+
+    def _check_can_step(self) -> None:
+        """RuntimeError where the parameters are not what a step steps."""
+        self._record.check_parameters()
+
+    def _advanced(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What the next step begins with, of what a group remembers of its steps. Changes nothing."""
+        return {}
 
     def _has_partial_state(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
         """Whether a parameter that lacks states has others, which is an error of torch's where a class counts steps."""
