@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from formulas import formula_step, take_undecided
+from formulas import DECOUPLING, formula_step, take_undecided
 from judge import (
     DTYPES,
     LARGE_SIZES,
@@ -95,7 +95,7 @@ def test_option_changes_something(row, options):
         without = {key: value for key, value in options.items() if key != name}
         if name == "momentum":
             without.pop("nesterov", None)  # has no sense alone
-        if name in ("decoupled_weight_decay", "no_prox"):
+        if name in DECOUPLING:
             without.pop("cautious_weight_decay", None)  # nor has this
         other = result_of(row.make, start, gradients, **without)["param"][0]
         assert (other - found).abs().max() > 1e-5, f"{name} changes nothing"
@@ -153,7 +153,8 @@ def test_ties_go_to_the_even_neighbour(dtype, layout, variant):
 
 
 def state_of(optimizer, param, row):
-    return {name: value.double() for name, value in optimizer.state.get(param, {}).items() if name in row.states}
+    names = (*row.states, *row.ours._numbers)
+    return {name: value.double() for name, value in optimizer.state.get(param, {}).items() if name in names}
 
 
 # Groups ---------------------------------------------------------------------------------------------------------------

@@ -41,10 +41,10 @@ class Optimizer:
     """What trains, and the course of its learning rate.
 
     Args:
-        optimizer: rule that trains: sgd, adam, adamw, adamax, radam, rmsprop, adagrad, adadelta, rprop, lion,
-            lamb or lars.
-        lr: learning rate. None: 0.1 for sgd, 0.001 for adam, adamw, radam and lamb, 0.002 for adamax, 0.01 for rmsprop,
-            adagrad and rprop, 0.0001 for lion, 1 for adadelta and lars.
+        optimizer: rule that trains: sgd, adam, adamw, adamax, radam, nadam, rmsprop, adagrad, adadelta, rprop, asgd,
+            lion, lamb, lars or novograd.
+        lr: learning rate. None: 0.1 for sgd, 0.001 for adam, adamw, radam, lamb and novograd, 0.002 for adamax and
+            nadam, 0.01 for rmsprop, adagrad, rprop and asgd, 0.0001 for lion, 1 for adadelta and lars.
         momentum: momentum of sgd, rmsprop and lars; 0 with the full batch is gradient descent.
         weight_decay: weight decay; biases and norms have none. None: 0.01 for adamw and lamb, else 0.
         l1: factor of the L1 regularisation.
