@@ -42,6 +42,9 @@ class Row:
     # States of differences between gradients. Where gradients are rounded to 16 bits after clipping, errors cancel in
     # their sum; a step that clips has not rounded the later one.
     differences: tuple[str, ...] = ()
+    roundings: int = 1  # of the parameter and what is made of it, in a step of torch's plain loop
+    # The update has a decay in it of which an infinite parameter makes NaN, as torch's foreach and not its plain loop.
+    decays_by_update: bool = False
     hides_nan: bool = False  # a NaN in the gradient moves nothing, as in torch's class
     takes_shards: bool = True  # torch's plain loop does, of DTensors
     unread_in_groups: tuple[str, ...] = ()  # options that torch's class reads where it is made, once for all groups
@@ -446,6 +449,7 @@ TABLE |= {
     "NAdam": Row(
         ours=trainopt.NAdam,
         formula=formulas.nadam,
+        roundings=3,
         settings={
             **PLAIN,
             **BETAS,
@@ -471,6 +475,8 @@ TABLE |= {
         formula=formulas.asgd,
         settle=formulas.asgd_average,
         decays_itself=True,
+        decays_by_update=True,
+        roundings=3,
         changes_nothing=("foreach", "fused", "t0"),  # of the parameter
         settings={
             **PLAIN,
@@ -497,6 +503,7 @@ TABLE |= {
         settings={
             **PLAIN,
             **MOMENTS,
+            "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.5), float64(0.9))},
             **DECAY,
             "weight_decay, lr float32 tensor": {"lr": LR32, "weight_decay": 0.4},
             "grad_averaging": {"lr": 0.02, "grad_averaging": True},

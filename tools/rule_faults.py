@@ -147,9 +147,10 @@ def faults_of(rule: str) -> Iterator[Fault]:
     begin = next(i for i, line in enumerate(lines) if "kCountsSteps" in line)
     refusing = False
     for i in range(begin + 1, len(lines)):
-        refusing = "bool takes(" in lines[i] or (refusing and lines[i] != "  }")
+        is_takes = "bool takes(" in lines[i]
+        refusing = (is_takes and not lines[i].endswith("}")) or (refusing and lines[i] != "  }")
         code, slashes, comment = lines[i].partition("  //")
-        if refusing or code.strip().startswith(("//", "template", "#")):
+        if is_takes or refusing or code.strip().startswith(("//", "template", "#")):
             continue
         for name, right, wrong in CHANGES:
             for found in re.finditer(right, code):

@@ -28,7 +28,7 @@ struct NAdam {
 
   template <class S>
   struct Scalars {
-    S beta1, one_minus_beta1, beta2, one_minus_beta2, gradient_size, average_size, inverse_sqrt_correction2, eps;
+    S beta1, one_minus_beta1, beta2, one_minus_beta2, gradient_size, average_size, inverse_correction2, eps;
     bool beta1_is_small;
   };
 
@@ -48,7 +48,7 @@ struct NAdam {
     k.one_minus_beta2 = static_cast<S>(1 - options[kBeta2]);
     k.gradient_size = static_cast<S>(info.rounded(info.lr * (1 - now) / (1 - product)));
     k.average_size = static_cast<S>(info.rounded(info.lr * next / (1 - product * next)));
-    k.inverse_sqrt_correction2 = static_cast<S>(1 / __builtin_sqrt(bias_correction(options[kBeta2], info.step)));
+    k.inverse_correction2 = static_cast<S>(1 / bias_correction(options[kBeta2], info.step));
     k.eps = static_cast<S>(options[kEps]);
     k.beta1_is_small = options[kBeta1] <= 0.5;
     return k;
@@ -61,7 +61,7 @@ struct NAdam {
     m = k.beta1_is_small ? g - (g - m) * T(k.beta1) : m + (g - m) * T(k.one_minus_beta1);
     v = v * T(k.beta2) + g * T(k.one_minus_beta2) * g;
     const T ahead = g * T(k.gradient_size) + m * T(k.average_size);
-    return ahead / (square_root(v) * T(k.inverse_sqrt_correction2) + T(k.eps));
+    return ahead / (square_root(v * T(k.inverse_correction2)) + T(k.eps));
   }
 };
 

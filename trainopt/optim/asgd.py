@@ -68,6 +68,9 @@ class ASGD(Fused, originals.ASGD, rule="asgd"):
     def _begin_at(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"eta": group["lr"], "mu": 1.0}
 
+    def _dtype_of_loaded(self, number: torch.Tensor, param: torch.Tensor) -> torch.dtype:
+        return number.dtype  # whatever the tensor's type is, torch puts float32 numbers into it
+
     def _begin_first_step(self, state: dict[str, Any], group: dict[str, Any]) -> None:
         state["eta"].fill_(float(group["lr"]))
 

@@ -56,7 +56,9 @@ def _put_back(optimizer: States, state: dict[str, Any]) -> None:
     for param, name, value in optimizer.__dict__.get("_uncast", ()):
         dtype = average.dtype_of(param) if name == average.KEY else None
         own = state["state"].setdefault(param, {})
-        device = optimizer._device_of_number(name, param, own) if name in optimizer._numbers else param.device
+        device = param.device
+        if name in optimizer._numbers:  # as torch casts it, but for what that would lose
+            device, dtype = optimizer._device_of_number(name, param, own), optimizer._dtype_of_loaded(value, param)
         own[name] = value.to(device, dtype, copy=True)
     for group in state["param_groups"]:
         for param in group["params"]:

@@ -215,6 +215,10 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         made = value.detach().reshape(()) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype)
         return made.to(self._device_of_number(name, param, self.state[param]), dtype, copy=True)
 
+    def _dtype_of_loaded(self, number: torch.Tensor, param: torch.Tensor) -> torch.dtype:
+        """The type of a number that is loaded: the parameter's, as in torch, where that is no narrower."""
+        return torch.promote_types(number.dtype, param.dtype) if param.is_floating_point() else number.dtype
+
     def _device_of_number(self, name: str, param: torch.Tensor, state: dict[str, Any]) -> torch.device:
         count = state.get("step")
         return count.device if isinstance(count, torch.Tensor) and name not in self._beside else param.device
