@@ -91,8 +91,12 @@ def nadam(p, g, state, options, step):
 
 def asgd(p, g, state, options, step):
     """ASGD's new parameter, by the step size that the step before has left."""
-    eta = state.get("eta", torch.tensor(float(options["lr"])))
-    return p - eta * (g + (options["lambd"] + options["weight_decay"]) * p)
+    return p - state.get("eta", torch.tensor(float(options["lr"]))) * g
+
+
+def asgd_factor(state, options):
+    """What ASGD multiplies its parameter by first."""
+    return 1 - options["lambd"] * state.get("eta", torch.tensor(float(options["lr"]))).item()
 
 
 def asgd_average(p, state, options, step):
@@ -241,9 +245,11 @@ def formula_step(row, p, g, state, options, step):
     if not o["l1_proximal"]:
         g = g + o["l1"] * p.sign()
     kept = p * (1 - o["lr"] * o["weight_decay"]) if decoupled else p
+    if row.factor is not None:
+        kept = kept * row.factor(state, o)
     if o["cautious"] or o["cautious_weight_decay"]:
         # From 0, of which nothing is lost to rounding, where the update does not depend on the parameter.
-        by_parameter = decays_itself and (row.has_sums or row.settle is not None or o["weight_decay"] != 0)
+        by_parameter = decays_itself and (row.has_sums or o["weight_decay"] != 0)
         change = p - row.formula(p, g, state, o, step) if by_parameter else -row.formula(0 * p, g, state, o, step)
         # A change of exactly 0 is the formula's own: where Rprop waits, it is 0 in any arithmetic.
         signed.extend((torch.where(change == 0, change.square().mean().sqrt(), change), g))

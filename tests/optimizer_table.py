@@ -38,13 +38,12 @@ class Row:
     everything: dict[str, Any]  # every stage and state at once
     decoupled: bool = False  # weight decay, of a class without an option for it
     decays_itself: bool = False  # the formula has weight decay in it
+    factor: Callable[..., float] | None = None  # what the parameter is multiplied by before the formula
     settle: Callable[..., None] | None = None  # what the states take from the parameter as the formula leaves it
     # States of differences between gradients. Where gradients are rounded to 16 bits after clipping, errors cancel in
     # their sum; a step that clips has not rounded the later one.
     differences: tuple[str, ...] = ()
     roundings: int = 1  # of the parameter and what is made of it, in a step of torch's plain loop
-    # The update has a decay in it of which an infinite parameter makes NaN, as torch's foreach and not its plain loop.
-    decays_by_update: bool = False
     hides_nan: bool = False  # a NaN in the gradient moves nothing, as in torch's class
     takes_shards: bool = True  # torch's plain loop does, of DTensors
     unread_in_groups: tuple[str, ...] = ()  # options that torch's class reads where it is made, once for all groups
@@ -473,10 +472,8 @@ TABLE |= {
     "ASGD": Row(
         ours=trainopt.ASGD,
         formula=formulas.asgd,
+        factor=formulas.asgd_factor,
         settle=formulas.asgd_average,
-        decays_itself=True,
-        decays_by_update=True,
-        roundings=3,
         changes_nothing=("foreach", "fused", "t0"),  # of the parameter
         settings={
             **PLAIN,

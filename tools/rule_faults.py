@@ -107,6 +107,7 @@ void step_of(const double* options, const double* info, long count, double* p, c
   for (int n = 0; n < kMaxNumbers; ++n) held[n] = numbers.at[n];
   for (long i = 0; i < count; ++i) {{
     read(i);
+    if constexpr (kHasDecayFactor<Rule, double>) p[i] *= Rule::decay_factor(k);
     p[i] = p[i] - Rule::update(k, p[i], g[i], own);
     if constexpr (kSettles<Rule, double, double>) Rule::settle(k, p[i], own);
     for (int s = 0; s < kStateCount<Rule>; ++s)

@@ -23,10 +23,11 @@ const bool kAsksAhead = [] {
 namespace {
 
 template <class S, class R>
-void prepare_as(const double* options, const StepInfo& info, unsigned char* bytes, Numbers* numbers) {
+void prepare_as(const double* options, const StepInfo& info, Scalars* out, Numbers* numbers) {
   const typename R::template Scalars<S> scalars = prepared_by<R, S>(options, info, *numbers);
   static_assert(sizeof scalars <= kRuleScalarBytes);
-  std::memcpy(bytes, &scalars, sizeof scalars);
+  std::memcpy(out->rule, &scalars, sizeof scalars);
+  complete_stages<R>(stages_of(*out, S()), scalars);
 }
 
 template <class S, class Pass>
@@ -72,8 +73,8 @@ constexpr Rule describe(int index) {
             takes<R>,
             R::decay,
             [](const double* options, const StepInfo& info, bool is_float64, Scalars* out, Numbers* numbers) {
-              is_float64 ? prepare_as<double, R>(options, info, out->rule, numbers)
-                         : prepare_as<float, R>(options, info, out->rule, numbers);
+              is_float64 ? prepare_as<double, R>(options, info, out, numbers)
+                         : prepare_as<float, R>(options, info, out, numbers);
             },
             {nullptr, finish<Agreement<R>>},
             index};

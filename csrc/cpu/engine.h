@@ -61,7 +61,7 @@ struct Rule {
   StateSet (*states_needed)(const double* options);
   bool (*takes)(const double* options);
   Decay (*decay)(const double* options);
-  // Moves the numbers on as well, of a rule that has any; here and below.
+  // After the stages. Moves the numbers on as well, of a rule that has any; here and below.
   void (*prepare)(const double* options, const StepInfo&, bool is_float64, Scalars*, Numbers*);
   // Puts what follows from a pass's sums into the scalars; null for sums that the rule has not.
   void (*finish[kPasses])(const Sum* sums, bool is_float64, Scalars*, Numbers*);

@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareT
   const typename Rule::template Scalars<S> scalars = prepared_by<Rule, S>(options, info, numbers);
   if (!are_values) store_numbers<kNumbers>(count.numbers, numbers);
   __builtin_memcpy(out.scalars.rule, &scalars, sizeof scalars);
+  complete_stages<Rule>(stages_of(out.scalars, S()), scalars);
   out.step = random_key(settings.seed, step).step;
 }
 

@@ -20,31 +20,37 @@ struct Asgd {
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b1; }
   // Else 1 + lambd * lr * step may be below 0, which has no power that is a number.
   TRAINOPT_INLINE static bool takes(const double* options) { return options[kLambd] >= 0; }
-  // Beside lambd, which is one more decay.
-  TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kUpdate; }
+  TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kGradient; }
 
   template <class S>
   struct Scalars {
-    S eta, decay, mu;
+    S eta, mu, factor;
     bool copies;
   };
+
+  // torch makes these numbers as float32 ones, whatever tensor it then puts them into.
+  TRAINOPT_INLINE static double single(double x) { return static_cast<double>(static_cast<float>(x)); }
 
   template <class S>
   TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info, Numbers& numbers) {
     double &eta = numbers.at[kEta], &mu = numbers.at[kMu];
-    if (info.first) eta = numbers.rounded(info.lr);  // whatever it was when the states were made
-    const Scalars<S> k{static_cast<S>(eta), static_cast<S>(options[kLambd] + info.weight_decay), static_cast<S>(mu),
-                       mu == 1};
+    if (info.first) eta = single(info.lr);  // whatever it was when the states were made
+    const Scalars<S> k{static_cast<S>(eta), static_cast<S>(mu), static_cast<S>(1 - options[kLambd] * eta), mu == 1};
     const double growth = info.rounded(1 + info.rounded(options[kLambd] * info.lr) * info.step);
     const double since = info.step - options[kT0];
-    eta = numbers.rounded(info.lr / __builtin_pow(growth, options[kAlpha]));
-    mu = numbers.rounded(1 / (since > 1 ? since : 1.0));
+    eta = single(info.lr / __builtin_pow(growth, options[kAlpha]));
+    mu = single(1 / (since > 1 ? since : 1.0));
     return k;
   }
 
+  template <class S>
+  TRAINOPT_INLINE static S decay_factor(const Scalars<S>& k) {
+    return k.factor;
+  }
+
   template <class T, class S>
-  TRAINOPT_INLINE static T update(const Scalars<S>& k, T p, T g, T*) {
-    return (g + p * T(k.decay)) * T(k.eta);
+  TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T*) {
+    return g * T(k.eta);
   }
 
   // Copied, the average has none of what was there before, which may not be finite.

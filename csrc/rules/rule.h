@@ -20,6 +20,8 @@
 //                            parameter p. s[i] is the state kStates[i]; one that is not in the set is 0, and what is
 //                            written to it is dropped. T is float or double, or a vector of these whose lanes are
 //                            elements.
+//   decay_factor(scalars)    if it is there: what the parameter is multiplied by before the update, once its decay is in
+//                            the gradient
 //   settle(scalars, p, s)    if it is there: what the states s take from the parameter as the rule's step leaves it
 //   (the
 //                            average of ASGD), before what is done to it after the rule: the proximal form of L1, noise

@@ -143,6 +143,17 @@ constexpr bool kSettles<Rule, T, S,
                         decltype(Rule::settle(std::declval<const typename Rule::template Scalars<S>&>(),
                                               std::declval<T>(), std::declval<T*>()))> = true;
 
+// What the group's stages have from the rule's scalars.
+template <class Rule, class S, class = void>
+constexpr bool kHasDecayFactor = false;
+template <class Rule, class S>
+constexpr bool kHasDecayFactor<
+    Rule, S, decltype(void(Rule::decay_factor(std::declval<const typename Rule::template Scalars<S>&>())))> = true;
+template <class Rule, class S>
+TRAINOPT_FUNCTION void complete_stages(Stages<S>& stages, const typename Rule::template Scalars<S>& scalars) {
+  if constexpr (kHasDecayFactor<Rule, S>) stages.decay_factor = Rule::decay_factor(scalars);
+}
+
 // One register of elements, from load to store. `noise` holds standard normal values, and is read if stages.noisy.
 template <class Rule, bool kPlain, class T, class S>
 TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T& p,

@@ -16,7 +16,7 @@ class ASGD(Fused, originals.ASGD, rule="asgd"):
     Every argument, default, error and state key is that of `torch.optim.ASGD`. With gradient g, at a parameter's step
     t, and eta and mu as the step before has left them (at first lr and 1)::
 
-        p = p - eta * (g + lambd * p)
+        p = (1 - lambd * eta) * p - eta * g
         ax = ax + mu * (p - ax)
         eta = lr / (1 + lambd * lr * t)**alpha
         mu = 1 / max(1, t - t0)
@@ -68,19 +68,19 @@ class ASGD(Fused, originals.ASGD, rule="asgd"):
     def _begin_at(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"eta": group["lr"], "mu": 1.0}
 
-    def _dtype_of_loaded(self, number: torch.Tensor, param: torch.Tensor) -> torch.dtype:
-        return number.dtype  # whatever the tensor's type is, torch puts float32 numbers into it
-
     def _begin_first_step(self, state: dict[str, Any], group: dict[str, Any]) -> None:
-        state["eta"].fill_(float(group["lr"]))
+        state["eta"].copy_(torch.tensor(float(group["lr"])))
 
     @staticmethod
     def plain_step(param: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """One parameter's step in plain torch, in place, before `_settle`: where torch's own leaves no update."""
-        param.sub_((gradient + param * (group["lambd"] + group["weight_decay"])) * state["eta"])
+        """The update alone, in plain torch and in place: where torch's step would average what it makes of it."""
+        param.sub_(gradient * state["eta"])
+
+    def _decay_share(self, state: dict[str, Any], group: dict[str, Any]) -> float:
+        return float(group["lambd"]) * float(state["eta"])
 
     def _settle(self, param: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         average, lr, step = reals_of(state["ax"]), float(group["lr"]), float(state["step"])
         average.copy_(param if state["mu"] == 1 else average + (param - average) * state["mu"])
-        state["eta"].fill_(lr / (1 + group["lambd"] * lr * step) ** group["alpha"])
-        state["mu"].fill_(1 / max(1, step - group["t0"]))
+        state["eta"].copy_(torch.tensor(lr / (1 + group["lambd"] * lr * step) ** group["alpha"]))
+        state["mu"].copy_(torch.tensor(1 / max(1.0, step - group["t0"])))

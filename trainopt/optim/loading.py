@@ -58,7 +58,8 @@ def _put_back(optimizer: States, state: dict[str, Any]) -> None:
         own = state["state"].setdefault(param, {})
         device = param.device
         if name in optimizer._numbers:  # as torch casts it, but for what that would lose
-            device, dtype = optimizer._device_of_number(name, param, own), optimizer._dtype_of_loaded(value, param)
+            device, dtype = optimizer._device_of_number(name, param, own), value.dtype
+            dtype = torch.promote_types(dtype, param.dtype) if param.is_floating_point() else dtype
         own[name] = value.to(device, dtype, copy=True)
     for group in state["param_groups"]:
         for param in group["params"]:

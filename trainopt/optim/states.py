@@ -149,8 +149,12 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         """What the states begin at, in every element, that do not begin at 0; and the numbers."""
         return {}
 
+    def _decay_share(self, state: dict[str, Any], group: dict[str, Any]) -> float:
+        """How much of a parameter is taken away before its update."""
+        return float(group["lr"]) * float(group["weight_decay"]) if self._decay_of(group) == "parameter" else 0.0
+
     def _settle(self, param: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """What the states take from a parameter, as reals, where its `plain_step` has left it, or a part of that."""
+        """What the states take from a parameter, as reals, where a part of its `plain_step` has left it."""
 
     def _first_step_differs(self, group: dict[str, Any]) -> bool:
         """Whether a first step does something else with states of zeros than a later one, by no count in the state."""
@@ -214,10 +218,6 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
             dtype = torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
         made = value.detach().reshape(()) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype)
         return made.to(self._device_of_number(name, param, self.state[param]), dtype, copy=True)
-
-    def _dtype_of_loaded(self, number: torch.Tensor, param: torch.Tensor) -> torch.dtype:
-        """The type of a number that is loaded: the parameter's, as in torch, where that is no narrower."""
-        return torch.promote_types(number.dtype, param.dtype) if param.is_floating_point() else number.dtype
 
     def _device_of_number(self, name: str, param: torch.Tensor, state: dict[str, Any]) -> torch.device:
         count = state.get("step")

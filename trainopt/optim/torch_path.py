@@ -325,7 +325,7 @@ def _chosen_update(optimizer: States, param: torch.Tensor, group: dict[str, Any]
         agrees = (change.sign() * direction.sign() > 0).to(change.dtype)
         part = stats.whole(agrees.mean(dtype=torch.float64)) if agrees.numel() else 1.0
         change = change * (agrees / max(float(part), 1e-3))
-    share = float(group["lr"]) * float(weight_decay) if kind == "parameter" else 0.0
+    share = optimizer._decay_share(optimizer.state[param], group)
     own.copy_(before)
     if share and extra(group, "cautious_weight_decay"):
         own.sub_(torch.where(change.sign() * before.sign() >= 0, before * share, 0.0))
