@@ -52,6 +52,8 @@ RULES = {
     "sgd": Rule("SGD", "SGD with momentum 0.9", {"lr": 1e-3, "momentum": 0.9}, 3 + 2),
     "adamax": Rule("Adamax", "Adamax", {"lr": 1e-3}, 4 + 3),
     "radam": Rule("RAdam", "RAdam", {"lr": 1e-3}, 4 + 3),
+    "nadam": Rule("NAdam", "NAdam", {"lr": 1e-3}, 4 + 3),
+    "asgd": Rule("ASGD", "ASGD", {"lr": 1e-3}, 3 + 2),
     "rmsprop": Rule("RMSprop", "RMSprop with momentum 0.9", {"lr": 1e-3, "momentum": 0.9}, 4 + 3),
     "adagrad": Rule("Adagrad", "Adagrad", {"lr": 1e-3}, 3 + 2),
     "adadelta": Rule("Adadelta", "Adadelta", {"lr": 1e-3}, 4 + 3),

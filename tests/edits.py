@@ -280,7 +280,7 @@ def states_of(name):
     """(key, what) of every row for a state of the class."""
     cls = CLASSES[name][0]
     counts = [("step", what) for what in STATE_VALUES | COUNTS] if cls._counts_steps else []
-    return [*counts, *((key, what) for key in cls._states for what in STATE_VALUES)]
+    return [*counts, *((key, what) for key in (*cls._numbers, *cls._states) for what in STATE_VALUES)]
 
 
 # Containers -----------------------------------------------------------------------------------------------------------
@@ -368,6 +368,7 @@ def state_of(optimizer, param):
     cls = CLASSES[type(optimizer).__name__][0]
     if not state:
         state.update({"step": torch.zeros(())} if cls._counts_steps else {})
+        state.update({key: torch.tensor(0.5) for key in cls._numbers})
         state.update({key: torch.full_like(param, 0.25 if key in cls._unsigned else 0.0) for key in cls._states})
     return state, cls._states[0]
 

@@ -80,6 +80,47 @@ def adamax(p, g, state, options, step):
     return p - options["lr"] * state["exp_avg"] / (1 - beta1**step) / state["exp_inf"]
 
 
+def nadam(p, g, state, options, step):
+    """NAdam's new parameter. The product of momenta is a float32 number, as torch has it."""
+    (beta1, beta2), (m, v) = options["betas"], moments(p, g, state, options)
+    now, then = (beta1 * (1 - 0.96 ** (t * options["momentum_decay"]) / 2) for t in (step, step + 1))
+    state["mu_product"] = state.get("mu_product", torch.ones(())) * now
+    product = state["mu_product"].item()
+    ahead = (1 - now) * g / (1 - product) + then * m / (1 - product * then)
+    return p - options["lr"] * ahead / ((v / (1 - beta2**step)).sqrt() + options["eps"])
+
+
+def asgd(p, g, state, options, step):
+    """ASGD's new parameter, by the step size that the step before has left."""
+    return p - state.get("eta", torch.tensor(float(options["lr"]))) * g
+
+
+def asgd_factor(state, options):
+    """What ASGD multiplies its parameter by first."""
+    return 1 - options["lambd"] * state.get("eta", torch.tensor(float(options["lr"]))).item()
+
+
+def asgd_average(p, state, options, step):
+    """What ASGD makes of its new parameter, and the step size and the weight in the average of the next step."""
+    lr, mu, ax = float(options["lr"]), state.get("mu", torch.ones(())), state.get("ax", torch.zeros_like(p))
+    state["ax"] = p.clone() if mu == 1 else ax + mu * (p - ax)
+    state["eta"] = torch.tensor(lr / (1 + options["lambd"] * lr * step) ** options["alpha"])
+    state["mu"] = torch.tensor(1 / max(1.0, step - options["t0"]))
+
+
+def novograd(p, g, state, options, step):
+    """NovoGrad's new parameter."""
+    (beta1, beta2), before = options["betas"], state.get("exp_avg_sq", torch.zeros(()))
+    squares = g.square().sum()
+    state["exp_avg_sq"] = squares if before == 0 else beta2 * before + (1 - beta2) * squares
+    u = g / (state["exp_avg_sq"].sqrt() + options["eps"])
+    if not options["decoupled_decay"]:
+        u = u + options["weight_decay"] * p
+    share = 1 - beta1 if options["grad_averaging"] else 1.0
+    state["exp_avg"] = beta1 * state.get("exp_avg", torch.zeros_like(p)) + share * u
+    return p - options["lr"] * state["exp_avg"]
+
+
 def radam(p, g, state, options, step):
     """RAdam's new parameter."""
     (beta1, beta2), (m, v) = options["betas"], moments(p, g, state, options)
@@ -216,6 +257,8 @@ def sgd_schedule_free(p, g, state, options, step):
     return schedule_free(p, g, state, options, step, options["momentum"], warmed(options, step))
 
 
+#: Options that decouple weight decay from the gradient.
+DECOUPLING = ("decoupled_weight_decay", "no_prox", "decoupled_decay")
 #: What the last formula has taken the sign of.
 signed: list[torch.Tensor] = []
 
@@ -242,7 +285,7 @@ def formula_step(row, p, g, state, options, step):
     signed.clear()
     o = {**row.defaults, **options}
     o = {name: tuple(map(float, value)) if isinstance(value, tuple) else value for name, value in o.items()}
-    decoupled = o.get("decoupled_weight_decay", o.get("no_prox", row.decoupled))
+    decoupled = next((o[name] for name in DECOUPLING if name in o), row.decoupled)
     decays_itself = row.decays_itself and not decoupled
     if o["maximize"]:
         g = -g
@@ -251,6 +294,8 @@ def formula_step(row, p, g, state, options, step):
     if not o["l1_proximal"]:
         g = g + o["l1"] * p.sign()
     kept = p * (1 - o["lr"] * o["weight_decay"]) if decoupled else p
+    if row.factor is not None:
+        kept = kept * row.factor(state, o)
     if o["cautious"] or o["cautious_weight_decay"]:
         # From 0, of which nothing is lost to rounding, where the update does not depend on the parameter.
         by_parameter = row.averages or (decays_itself and (row.has_sums or o["weight_decay"] != 0))
@@ -265,6 +310,8 @@ def formula_step(row, p, g, state, options, step):
         p = kept - change
     else:
         p = row.formula(kept, g, state, o, step)
+    if row.settle is not None:
+        row.settle(p, state, o, step)
     if o["l1_proximal"]:
         p = p.sign() * (p.abs() - o["lr"] * o["l1"]).clamp(min=0)
     return p

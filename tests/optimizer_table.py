@@ -39,9 +39,12 @@ class Row:
     decoupled: bool = False  # weight decay, of a class without an option for it
     decays_itself: bool = False  # the formula has weight decay in it
     averages: bool = False  # a state is a weight, towards which the parameter goes without a gradient too
+    factor: Callable[..., float] | None = None  # what the parameter is multiplied by before the formula
+    settle: Callable[..., None] | None = None  # what the states take from the parameter as the formula leaves it
     # States of differences between gradients. Where gradients are rounded to 16 bits after clipping, errors cancel in
     # their sum; a step that clips has not rounded the later one.
     differences: tuple[str, ...] = ()
+    roundings: int = 1  # of the parameter and what is made of it, in a step of torch's plain loop
     hides_nan: bool = False  # a NaN in the gradient moves nothing, as in torch's class
     takes_shards: bool = True  # torch's plain loop does, of DTensors
     unread_in_groups: tuple[str, ...] = ()  # options that torch's class reads where it is made, once for all groups
@@ -479,6 +482,77 @@ TABLE |= {
         },
         usual={"lr": 0.02, "betas": (0.8, 0.9, 0.95), "weight_decay": 0.3},
         everything={**DECAY_AND_L1, "beta3_warmup": 3, "alpha_warmup": 2, "maximize": True},
+    ),
+    "NAdam": Row(
+        ours=trainopt.NAdam,
+        formula=formulas.nadam,
+        roundings=3,
+        settings={
+            **PLAIN,
+            **BETAS,
+            **DECAY,
+            "eps": {"lr": 0.02, "eps": 0.3},
+            "momentum_decay": {"lr": 0.02, "momentum_decay": 4.0},
+            "maximize": {"lr": 0.02, "maximize": True},
+            "decoupled_weight_decay": {"lr": 0.02, "weight_decay": 0.4, "decoupled_weight_decay": True},
+            "decoupled_weight_decay, lr float32 tensor": dict(lr=LR32, weight_decay=0.4, decoupled_weight_decay=True),
+            "all": dict(lr=0.02, betas=(0.6, 0.7), eps=1e-2, weight_decay=0.3, momentum_decay=0.5, maximize=True),
+        },
+        extras={
+            **L1,
+            **CAUTIOUS,
+            **{key: {**options, "decoupled_weight_decay": True} for key, options in CAUTIOUS_DECAY.items()},
+            "all": {**BETAS_AND_DECAY, "eps": 1e-2, "momentum_decay": 2.0, "l1": 0.4},
+        },
+        usual={**BETAS_AND_DECAY, "decoupled_weight_decay": True},
+        everything={**DECAY_AND_L1, "maximize": True, "momentum_decay": 0.5, "decoupled_weight_decay": True},
+    ),
+    "ASGD": Row(
+        ours=trainopt.ASGD,
+        formula=formulas.asgd,
+        factor=formulas.asgd_factor,
+        settle=formulas.asgd_average,
+        changes_nothing=("foreach", "fused", "t0"),  # of the parameter
+        settings={
+            **PLAIN,
+            **DECAY,
+            "lambd": {"lr": 0.02, "lambd": 0.3},
+            "lambd, lr float32 tensor": {"lr": LR32, "lambd": 0.3},
+            "alpha": {"lr": 0.2, "lambd": 0.5, "alpha": 2.0},
+            "t0": {"lr": 0.02, "t0": 3},
+            "maximize": {"lr": 0.02, "maximize": True},
+            "all": dict(lr=0.1, lambd=0.2, alpha=0.9, t0=2, weight_decay=0.3, maximize=True),
+        },
+        extras={
+            **L1,
+            **{key: {**options, "lambd": 0.5, "t0": 2} for key, options in CAUTIOUS.items()},
+            "all": dict(lr=0.1, lambd=0.2, alpha=0.9, t0=2, weight_decay=0.3, l1=0.4),
+        },
+        usual={"lr": 0.05, "lambd": 0.1, "t0": 2, "weight_decay": 0.3},
+        everything={**DECAY_AND_L1, "maximize": True, "lambd": 0.1, "t0": 2},
+    ),
+    "NovoGrad": Row(
+        ours=trainopt.NovoGrad,
+        formula=formulas.novograd,
+        decays_itself=True,
+        settings={
+            **PLAIN,
+            **MOMENTS,
+            "betas float64 tensors": {"lr": 0.02, "betas": (float64(0.5), float64(0.9))},
+            **DECAY,
+            "weight_decay, lr float32 tensor": {"lr": LR32, "weight_decay": 0.4},
+            "grad_averaging": {"lr": 0.02, "grad_averaging": True},
+            "decoupled_decay": {"lr": 0.02, "weight_decay": 0.4, "decoupled_decay": True},
+            "all": dict(lr=0.02, betas=(0.6, 0.7), eps=0.1, weight_decay=0.3, grad_averaging=True, maximize=True),
+        },
+        extras={
+            **L1,
+            **CAUTIOUS,
+            **{key: {**options, "decoupled_decay": True} for key, options in CAUTIOUS_DECAY.items()},
+            "all": {**BETAS_AND_DECAY, "grad_averaging": True, "l1": 0.4},
+        },
+        usual=BETAS_AND_DECAY,
+        everything={**DECAY_AND_L1, "maximize": True, "grad_averaging": True},
     ),
     "Adagrad": Row(
         ours=trainopt.Adagrad,

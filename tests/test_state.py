@@ -319,6 +319,8 @@ NEWER_KEYS = {
     "AdamW": ["foreach", "fused", "differentiable", "maximize", "capturable", "amsgrad", "decoupled_weight_decay"],
     "Adamax": ["foreach", "differentiable", "maximize", "capturable"],
     "RAdam": ["foreach", "differentiable", "maximize", "capturable", "decoupled_weight_decay"],
+    "NAdam": ["foreach", "differentiable", "maximize", "capturable", "decoupled_weight_decay"],
+    "ASGD": ["foreach", "differentiable", "maximize", "capturable"],
     "RMSprop": ["foreach", "differentiable", "maximize", "capturable"],
     "Adagrad": ["foreach", "fused", "differentiable", "maximize"],
     "Adadelta": ["foreach", "differentiable", "maximize", "capturable"],

@@ -80,13 +80,16 @@ EQUIVALENT = {
 SOURCE = """
 #include "core/math.h"
 #include "rules/rule.h"
+#include "rules/stages.h"
 {header}
 using namespace trainopt;
 
 template <class Rule>
-void step_of(const double* options, const double* info, long count, const double* p, const double* g, double* states,
-             double* change) {{
-  auto k = Rule::template prepare<double>(options, StepInfo{{info[0], false, info[1], info[2], info[3] != 0}});
+void step_of(const double* options, const double* info, long count, double* p, const double* g, double* states,
+             double* held) {{
+  Numbers numbers{{{{held[0], held[1]}}, info[4] != 0}};
+  const StepInfo step_info{{info[0], false, info[1], info[2], info[3] != 0}};
+  auto k = prepared_by<Rule, double>(options, step_info, numbers);
   const StateSet set = Rule::states_needed(options);
   double own[kMaxStates];
   const auto read = [&](long i) {{
@@ -100,11 +103,14 @@ void step_of(const double* options, const double* info, long count, const double
       Rule::gather(k, p[i], g[i], own, terms);
       for (int s = 0; s < kSumCount<Rule>; ++s) sums[s] += terms[s].a * terms[s].b;
     }}
-    Rule::finish(k, sums);
+    finish_by<Rule>(k, sums, numbers);
   }}
+  for (int n = 0; n < kMaxNumbers; ++n) held[n] = numbers.at[n];
   for (long i = 0; i < count; ++i) {{
     read(i);
-    change[i] = Rule::update(k, p[i], g[i], own);
+    if constexpr (kHasDecayFactor<Rule, double>) p[i] *= Rule::decay_factor(k);
+    p[i] = p[i] - Rule::update(k, p[i], g[i], own);
+    if constexpr (kSettles<Rule, double, double>) Rule::settle(k, p[i], own);
     for (int s = 0; s < kStateCount<Rule>; ++s)
       if (contains(set, s)) states[s * count + i] = own[s];
   }}
@@ -112,9 +118,9 @@ void step_of(const double* options, const double* info, long count, const double
 
 extern "C" int decay_of(const double* options) {{ return static_cast<int>({name}::decay(options)); }}
 
-extern "C" void step(const double* options, const double* info, long count, const double* p, const double* g,
-                     double* states, double* change) {{
-  step_of<{name}>(options, info, count, p, g, states, change);
+extern "C" void step(const double* options, const double* info, long count, double* p, const double* g,
+                     double* states, double* held) {{
+  step_of<{name}>(options, info, count, p, g, states, held);
 }}
 """
 
@@ -156,8 +162,9 @@ def lines_of_arithmetic(lines: Sequence[str]) -> Iterator[int]:
                 yield i
             called = called and line != "}"
             continue
-        refusing = "bool takes(" in line or (refusing and line != "  }")
-        if not refusing:
+        is_takes = "bool takes(" in line
+        refusing = (is_takes and not line.endswith("}")) or (refusing and line != "  }")
+        if not (is_takes or refusing):
             yield i
 
 
@@ -222,27 +229,28 @@ def is_right(library: ctypes.CDLL, rule: str, row: Any, options: dict[str, Any],
     p = torch.randn(ELEMENTS, dtype=torch.float64, generator=generator)
     p[: ELEMENTS if from_zero else 3] = 0
     truth, state = p.clone(), {}
-    names = _C.rules()[rule].states
-    states, change = torch.zeros(len(names), ELEMENTS, dtype=torch.float64), torch.zeros_like(p)
-    held = torch.nn.Parameter(p.clone())
-    optimizer = row.make([held], **options)
+    names, own = _C.rules()[rule].states, _C.rules()[rule].numbers
+    states, held = torch.zeros(len(names), ELEMENTS, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    places = {**dict(zip(names, states, strict=True)), **dict(zip(own, held, strict=False))}
+    as_torchs = row.ours._torch_class is not None  # whose numbers are float32
+    param = torch.nn.Parameter(p.clone())
+    optimizer = row.make([param], **options)
     optimizer.init_state()
-    for name, value in optimizer.state[held].items():
-        if name in names:
-            states[names.index(name)] = value
+    for name, value in optimizer.state[param].items():
+        if name in places:
+            places[name].copy_(value)
     for step in range(1, STEPS + 1):
         g = torch.randn(ELEMENTS, dtype=torch.float64, generator=generator)
         g *= 10 ** (2 * torch.rand(ELEMENTS, dtype=torch.float64, generator=generator) - 1)
         g[2:8], g[8:12] = 0, g[8:12] if step > 3 else 0
         truth = formula_step(row, truth, g, state, options, step)
         felt = sign * g + (decay * p if decay_is == 0 else 0)
-        p = p * (1 - lr * decay) if decay_is == 1 else p
-        info = numbers([lr, decay, step, step == 1])
+        p = p * (1 - lr * decay) if decay_is == 1 else p.clone()
+        info = numbers([lr, decay, step, step == 1, as_torchs])
         group["k"] = step - 1
         group |= optimizer._advanced(group)
-        library.step(given(), info, ELEMENTS, pointer(p), pointer(felt), pointer(states), pointer(change))
-        p = p - change
-    pairs = [(p, truth), *((states[names.index(name)], value) for name, value in state.items())]
+        library.step(given(), info, ELEMENTS, pointer(p), pointer(felt), pointer(states), pointer(held))
+    pairs = [(p, truth), *((places[name], value.double()) for name, value in state.items())]
     return all(torch.allclose(found, value, rtol=1e-8, atol=1e-10, equal_nan=True) for found, value in pairs)
 
 

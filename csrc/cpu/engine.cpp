@@ -23,25 +23,26 @@ const bool kAsksAhead = [] {
 namespace {
 
 template <class S, class R>
-void prepare_as(const double* options, const StepInfo& info, unsigned char* bytes) {
-  const typename R::template Scalars<S> scalars = R::template prepare<S>(options, info);
+void prepare_as(const double* options, const StepInfo& info, Scalars* out, Numbers* numbers) {
+  const typename R::template Scalars<S> scalars = prepared_by<R, S>(options, info, *numbers);
   static_assert(sizeof scalars <= kRuleScalarBytes);
-  std::memcpy(bytes, &scalars, sizeof scalars);
+  std::memcpy(out->rule, &scalars, sizeof scalars);
+  complete_stages<R>(stages_of(*out, S()), scalars);
 }
 
 template <class S, class Pass>
-void finish_as(const Sum* sums, Scalars* out) {
+void finish_as(const Sum* sums, Scalars* out, Numbers* numbers) {
   double values[kMaxSums];
   for (int s = 0; s < Pass::kCount; ++s) values[s] = value_of(sums[s]);
   typename Pass::Rule::template Scalars<S> scalars;
   std::memcpy(&scalars, out->rule, sizeof scalars);
-  Pass::finish(stages_of(*out, S()), scalars, values);
+  Pass::finish(stages_of(*out, S()), scalars, values, *numbers);
   std::memcpy(out->rule, &scalars, sizeof scalars);
 }
 
 template <class Pass>
-void finish(const Sum* sums, bool is_float64, Scalars* out) {
-  is_float64 ? finish_as<double, Pass>(sums, out) : finish_as<float, Pass>(sums, out);
+void finish(const Sum* sums, bool is_float64, Scalars* out, Numbers* numbers) {
+  is_float64 ? finish_as<double, Pass>(sums, out, numbers) : finish_as<float, Pass>(sums, out, numbers);
 }
 
 // Options that call for states for which there is no kernel are not taken.
@@ -55,7 +56,7 @@ bool takes(const double* options) {
 template <class R>
 constexpr Rule describe(int index) {
   static_assert(sizeof(R::kOptions) / sizeof(R::kOptions[0]) <= kMaxOptions);
-  static_assert(kStateCount<R> <= kMaxStates && kSumCount<R> <= kMaxSums);
+  static_assert(kStateCount<R> <= kMaxStates && kSumCount<R> <= kMaxSums && kNumberCount<R> <= kMaxNumbers);
   Rule rule{R::kName,
             R::kOptions,
             sizeof(R::kOptions) / sizeof(R::kOptions[0]),
@@ -64,14 +65,16 @@ constexpr Rule describe(int index) {
             kUnsignedStates<R>,
             nullptr,
             kSumCount<R>,
+            nullptr,
+            kNumberCount<R>,
             R::kCountsSteps,
             kAlwaysNeedsLr<R>,
             R::states_needed,
             takes<R>,
             R::decay,
-            [](const double* options, const StepInfo& info, bool is_float64, Scalars* out) {
-              is_float64 ? prepare_as<double, R>(options, info, out->rule)
-                         : prepare_as<float, R>(options, info, out->rule);
+            [](const double* options, const StepInfo& info, bool is_float64, Scalars* out, Numbers* numbers) {
+              is_float64 ? prepare_as<double, R>(options, info, out, numbers)
+                         : prepare_as<float, R>(options, info, out, numbers);
             },
             {nullptr, finish<Agreement<R>>},
             index};
@@ -79,6 +82,7 @@ constexpr Rule describe(int index) {
     rule.sums = R::kSums;
     rule.finish[kOwnSums] = finish<OwnSums<R>>;
   }
+  if constexpr (kNumberCount<R> > 0) rule.numbers = R::kNumbers;
   return rule;
 }
 
@@ -172,16 +176,18 @@ void for_each_chunk(const Update& update, size_t t, int64_t from, int64_t to, Us
   }
 }
 
-// A task with scalars that have in them what the passes so far have found.
+// A task with scalars and numbers that have in them what the passes so far have found.
 struct Finished {
   TensorTask task;
   Scalars scalars;
+  Numbers numbers{};
 
   Finished(const Update& update, size_t t) : task(update.tasks[t]), scalars(*task.scalars) {
+    if (task.numbers != nullptr) numbers = *task.numbers;
     for (const Pass pass : {kOwnSums, kAgreement})
       if (const Sum* sums = update.sums[pass])
         update.rule->finish[pass](sums + t * static_cast<size_t>(update.rule->sums_in(pass)), update.is_float64,
-                                  &scalars);
+                                  &scalars, &numbers);
     task.scalars = &scalars;
   }
   Finished(const Finished&) = delete;
@@ -265,6 +271,8 @@ void sums_of(const Update& update, Pass pass, size_t task, const Sum* partials, 
     sums[s] = combine_lanes(lanes, static_cast<int>(chunks < kSumLanes ? chunks : kSumLanes));
   }
 }
+
+Numbers numbers_of(const Update& update, size_t task) { return Finished(update, task).numbers; }
 
 void gaussian(float* out, int64_t begin, int64_t count, const TensorKey& key) {
   table_in_use().gaussian(out, begin, count, key);

@@ -32,8 +32,9 @@ struct ChunkStats {
 
 struct TensorTask : trainopt::TensorTask {
   const Scalars* scalars;
-  bool is_measured = false;     // the step finds out what StepStats has
-  ChunkStats* stats = nullptr;  // where a kernel leaves it, of a task that is measured
+  const Numbers* numbers = nullptr;  // as `prepare` has left them, of a rule that has any
+  bool is_measured = false;          // the step finds out what StepStats has
+  ChunkStats* stats = nullptr;       // where a kernel leaves it, of a task that is measured
 };
 
 // Runs a rule over elements [begin, end) of a task; begin is a multiple of kBlock.
@@ -54,13 +55,16 @@ struct Rule {
   const char* const* sums;
   int sum_count;  // 0 without sums of its own
   int sums_in(Pass pass) const { return pass == kOwnSums ? sum_count : 2; }
+  const char* const* numbers;
+  int number_count;
   bool counts_steps, needs_lr;
   StateSet (*states_needed)(const double* options);
   bool (*takes)(const double* options);
   Decay (*decay)(const double* options);
-  void (*prepare)(const double* options, const StepInfo&, bool is_float64, Scalars*);
+  // After the stages. Moves the numbers on as well, of a rule that has any; here and below.
+  void (*prepare)(const double* options, const StepInfo&, bool is_float64, Scalars*, Numbers*);
   // Puts what follows from a pass's sums into the scalars; null for sums that the rule has not.
-  void (*finish[kPasses])(const Sum* sums, bool is_float64, Scalars*);
+  void (*finish[kPasses])(const Sum* sums, bool is_float64, Scalars*, Numbers*);
   int index;  // in the kernel tables
 };
 
@@ -88,6 +92,8 @@ StepStats stats_of(const Update& update, size_t task, const StepStats* stats);
 // task.
 void gather_blocks(const Update& update, Pass pass, int64_t first, int64_t last, Sum* partials);
 void sums_of(const Update& update, Pass pass, size_t task, const Sum* partials, Sum* sums);
+// The numbers of a task as the step leaves them, once its own sums, if the rule has any, are in `update`.
+Numbers numbers_of(const Update& update, size_t task);
 size_t places_of(const Update& update);
 
 inline int64_t blocks_of(int64_t numel) { return (numel + kBlock - 1) / kBlock; }

@@ -28,10 +28,19 @@ struct Prepared {
   uint32_t step;  // for the random numbers
 };
 
+// One of a parameter's numbers: where it lies on the device, or what the host knows it to be.
+union Number {
+  void* data;
+  double value;
+};
+
 // Data lie on the device, layouts on the host.
 struct TensorTask : trainopt::TensorTask {
   uint32_t prepared;              // which of the update's is its
   bool rounds_at_random = false;  // its parameter, if that is of 16 bits; as its scalars say
+  // The numbers, on the device, of a rule whose sums move them.
+  Number numbers[kMaxNumbers] = {};
+  bool numbers_are_float32 = false;
 };
 
 struct Update {
@@ -91,6 +100,9 @@ struct Count {
   uint8_t is_double;  // the type of `steps`: float64 or float32
   uint8_t first;      // its states were made in this very step; so is it where the count becomes 1
   uint8_t counts;     // the host's count goes up with each step
+  // The parameter's numbers, of a rule that has any. Those on the device are moved on there.
+  uint8_t numbers_are_float32, numbers_are_values;
+  Number numbers[kMaxNumbers];
 };
 
 struct Preparation {
@@ -107,7 +119,7 @@ struct Preparation {
   Prepared* out;                // on the device, one for each count
 };
 
-// Counts the steps and computes the scalars of each parameter.
+// Counts the steps, moves the numbers on and computes the scalars of each parameter.
 void prepare(const Preparation&, Stream);
 
 }  // namespace trainopt::cuda

@@ -1,5 +1,6 @@
 // The passes of the reduce phase: what the elements of each tensor add to its sums, in the order of
 // core/sum.h, which is the CPU engine's too, and the scalars that follow from them. Nothing waits for the device.
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -7,6 +8,7 @@
 #include "cuda/access.h"
 #include "cuda/engine.h"
 #include "cuda/launch.h"
+#include "cuda/numbers.h"
 #include "cuda/reduce.h"
 #include "cuda/step_table.h"
 #include "cuda/table.h"
@@ -136,16 +138,28 @@ struct WithSums : Base {
   const Sum* sums;  // of the first row
   Prepared* out;    // likewise
 };
-struct FinishRow {
+struct PlainFinishRow {
   uint32_t prepared;
 };
-using FinishTable = Table<WithSums<Header<kPreparedSets>>, FinishRow, kParameterBytes>;
+struct NumbersFinishRow : PlainFinishRow {
+  bool are_float32;
+  Number numbers[kMaxNumbers];
+};
+// Of a rule whose sums move its numbers on; the passes after its own leave them.
+template <class Pass>
+constexpr int kMovedNumbers = 0;
+template <class Rule>
+constexpr int kMovedNumbers<OwnSums<Rule>> = kNumberCount<Rule>;
+template <class Pass>
+using FinishRow = std::conditional_t<(kMovedNumbers<Pass> > 0), NumbersFinishRow, PlainFinishRow>;
+template <class Pass>
+using FinishTable = Table<WithSums<Header<kPreparedSets>>, FinishRow<Pass>, kParameterBytes>;
 
 constexpr int kFinishThreads = 64;
 
 // One thread, one tensor.
 template <class Pass, class S>
-__global__ void __launch_bounds__(kFinishThreads) apply_sums_kernel(const FinishTable __grid_constant__ table) {
+__global__ void __launch_bounds__(kFinishThreads) apply_sums_kernel(const FinishTable<Pass> __grid_constant__ table) {
   const int i = static_cast<int>(blockIdx.x) * kFinishThreads + static_cast<int>(threadIdx.x);
   if (i >= table.count || (table.header.found_inf != nullptr && *table.header.found_inf != 0)) return;
   const Prepared* on_device = table.header.on_device;
@@ -157,7 +171,11 @@ __global__ void __launch_bounds__(kFinishThreads) apply_sums_kernel(const Finish
   double values[Pass::kCount];
 #pragma unroll
   for (int s = 0; s < Pass::kCount; ++s) values[s] = value_of(table.header.sums[i * Pass::kCount + s]);
-  Pass::finish(stages, scalars, values);  // tests break this: sums that nothing follows from
+  Numbers numbers{};
+  if constexpr (kMovedNumbers<Pass> > 0)
+    numbers = load_numbers<kMovedNumbers<Pass>>(table.rows[i].numbers, table.rows[i].are_float32);
+  Pass::finish(stages, scalars, values, numbers);  // tests break this: sums that nothing follows from
+  if constexpr (kMovedNumbers<Pass> > 0) store_numbers<kMovedNumbers<Pass>>(table.rows[i].numbers, numbers);
   Prepared& out = table.header.out[i];
   stages_of(out.scalars, S()) = stages;
   __builtin_memcpy(out.scalars.rule, &scalars, sizeof scalars);
@@ -223,13 +241,21 @@ void gather_all(const Update& work, Sum* partials, Sum* sums, Stream stream) {
 
 template <class Pass, class S>
 void finish_all(const Update& work, const Sum* sums, Prepared* out, Stream stream) {
-  static_assert(sizeof(FinishTable) <= kParameterBytes);
-  FinishTable table;
+  using Row = FinishRow<Pass>;
+  using Table = FinishTable<Pass>;
+  static_assert(sizeof(Table) <= kParameterBytes);
+  Table table;
   table.header.sums = sums;
   table.header.out = out;
   fill_tables(
-      work, table, [](size_t) { return int64_t{1}; }, [](FinishRow&, size_t) {},
-      [&](const FinishTable& full, int64_t tensors, const std::vector<uint32_t>&) {
+      work, table, [](size_t) { return int64_t{1}; },
+      [&]([[maybe_unused]] Row& row, [[maybe_unused]] size_t t) {
+        if constexpr (kMovedNumbers<Pass> > 0) {
+          row.are_float32 = work.tasks[t].numbers_are_float32;
+          std::copy_n(work.tasks[t].numbers, kMaxNumbers, row.numbers);
+        }
+      },
+      [&](const Table& full, int64_t tensors, const std::vector<uint32_t>&) {
         const int64_t blocks = (tensors + kFinishThreads - 1) / kFinishThreads;
         launch("apply_sums", apply_sums_kernel<Pass, S>, {blocks, kFinishThreads}, stream, full);
         table.header.sums += tensors * Pass::kCount;

@@ -1,5 +1,6 @@
 #include "cuda/engine.h"
 #include "cuda/launch.h"
+#include "cuda/numbers.h"
 #include "rules/rules.h"
 
 namespace trainopt::cuda {
@@ -67,8 +68,13 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareT
                       count.first != 0 || step == 1};
   Prepared& out = table.header.out[i];
   stages_of(out.scalars, S()) = prepare_stages<S>(settings, info, Rule::decay(options), scale, norm);
-  const typename Rule::template Scalars<S> scalars = Rule::template prepare<S>(options, info);
+  constexpr int kNumbers = kNumberCount<Rule>;
+  const bool are_values = count.numbers_are_values != 0;
+  Numbers numbers = load_numbers<kNumbers>(count.numbers, count.numbers_are_float32 != 0, are_values);
+  const typename Rule::template Scalars<S> scalars = prepared_by<Rule, S>(options, info, numbers);
+  if (!are_values) store_numbers<kNumbers>(count.numbers, numbers);
   __builtin_memcpy(out.scalars.rule, &scalars, sizeof scalars);
+  complete_stages<Rule>(stages_of(out.scalars, S()), scalars);
   out.step = random_key(settings.seed, step).step;
 }
 

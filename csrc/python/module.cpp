@@ -73,10 +73,10 @@ pybind11::tuple names(const char* const* first, int count) {
   return pybind11::tuple(pybind11::cast(std::vector<std::string>(first, first + count)));
 }
 
-// What each rule's header says of it: for every name (options, states, counts_steps, sums, unsigned).
+// What each rule's header says of it: for every name (options, states, counts_steps, sums, unsigned, numbers).
 pybind11::dict rules() {
-  const auto facts =
-      pybind11::module_::import("collections").attr("namedtuple")("Rule", "options states counts_steps sums unsigned");
+  const auto facts = pybind11::module_::import("collections")
+                         .attr("namedtuple")("Rule", "options states counts_steps sums unsigned numbers");
   pybind11::dict result;
   for (int i = 0; const cpu::Rule* rule = cpu::rule_at(i); ++i) {
     std::vector<std::string> unsigned_states;
@@ -84,7 +84,8 @@ pybind11::dict rules() {
       if (trainopt::contains(rule->unsigned_states, s)) unsigned_states.emplace_back(rule->states[s]);
     result[rule->name] =
         facts(names(rule->options, rule->option_count), names(rule->states, rule->state_count), rule->counts_steps,
-              names(rule->sums, rule->sum_count), pybind11::tuple(pybind11::cast(unsigned_states)));
+              names(rule->sums, rule->sum_count), pybind11::tuple(pybind11::cast(unsigned_states)),
+              names(rule->numbers, rule->number_count));
   }
   return result;
 }
@@ -158,7 +159,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_variants", variants);
   m.def("set_cpu_variant", [](const std::string& name) { cpu::set_variant(parse_variant(name)); });
   m.def("rules", rules,
-        "What the header of each rule says of it: its options and states, if it counts steps, and its sums.");
+        "What the header of each rule says of it: its options and states, if it counts steps, its sums and numbers.");
   m.def("states_needed", states_needed, pybind11::arg("rule"), pybind11::arg("group"),
         "The names of the states that a parameter group's options call for.");
   m.def("decay_of", decay_of, pybind11::arg("rule"), pybind11::arg("group"),

@@ -149,6 +149,7 @@ Plan::Plan(const std::string& rule, uint32_t first_tensor)
   name("master");
   for (int s = 0; s < rule_.state_count; ++s) name(std::string(rule_.states[s]) + "_scale");
   name("step");
+  for (int n = 0; n < rule_.number_count; ++n) name(rule_.numbers[n]);
 }
 
 // Reads the groups. False where a container answers by code of its own.
@@ -167,6 +168,8 @@ bool Plan::refresh(PyObject* groups, PyObject* state) {
 bool Plan::lacks_states(const Operands& operands, const Group& group) const {
   for (int s = 0; s <= rule_.slots().average(); ++s)
     if (contains(group.states_needed, s) && operands.states[s] == nullptr) return true;
+  for (int n = 0; n < rule_.number_count; ++n)
+    if (operands.numbers[n] == nullptr) return true;
   const bool is_16_bit = operands.param->dtype().itemsize() == 2;
   if (group.has_master() && is_16_bit && operands.states[rule_.slots().master()] == nullptr) return true;
   const bool is_random = group.is_random(is_16_bit);
@@ -224,7 +227,7 @@ Unfinished Plan::walk(PyObject* state, bool is_scaled, const Indices& new_states
       Operands operands;
       const bool is_tensor = THPVariable_Check(object);
       const bool is_stepped =
-          is_tensor && snapshot.see(object, param_state, state_names_, group.slots(rule_), &specs_, &operands);
+          is_tensor && snapshot.see(object, param_state, state_names_, rule_, group.slots(rule_), &specs_, &operands);
       if (!is_stepped || mode) {
         if (is_tensor) batch_.note_operands(operands, tensor, writes_gradient);
         snapshot.set_idle(object);
@@ -232,7 +235,8 @@ Unfinished Plan::walk(PyObject* state, bool is_scaled, const Indices& new_states
         continue;
       }
       has_dtensors_ = has_dtensors_ || operands.shard != nullptr;
-      if (!host_knows && !is_plain_cuda(operands.param)) {
+      const bool has_host_numbers = operands.numbers[0] != nullptr && is_plain_cpu(operands.numbers[0]);
+      if (!host_knows && (has_host_numbers || !is_plain_cuda(operands.param))) {
         group.read_device_numbers(rule_);
         host_knows = true;
       }
@@ -277,7 +281,7 @@ bool Plan::same_places(PyObject* state) const {
   for (size_t g = 0; g < groups_.size(); ++g) {
     const Group& group = groups_[g];
     if (!(GroupForm(group) == forms_[g])) return false;
-    if (group.on_device[0].tensor != nullptr && !batch_.lies_on_devices()) return false;  // the host must read it
+    if (group.on_device[0].tensor != nullptr && batch_.host_must_know()) return false;
     for (Py_ssize_t i = 0; i < forms_[g].count; ++i, ++place)
       if (PySequence_Fast_GET_ITEM(group.params, i) != place->object) return false;
   }
@@ -440,7 +444,7 @@ std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& grou
         Operands operands;
         TensorTask task;
         Entry entry;
-        if (Snapshot().see(object, cursor.find(object), state_names_, group.slots(rule_), &specs_, &operands))
+        if (Snapshot().see(object, cursor.find(object), state_names_, rule_, group.slots(rule_), &specs_, &operands))
           path = batch_.look(operands, group, group.writes_gradient(false), &task, &entry);
       }
       if (path == Path::kFused && has_index(batch_.sharing(), tensor)) path = Path::kMemory;

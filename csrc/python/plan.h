@@ -116,7 +116,7 @@ class Plan {
 
   const cpu::Rule& rule_;
   const uint32_t first_tensor_;
-  std::vector<pybind11::str> state_names_;  // of the rule's slots, then "step"
+  std::vector<pybind11::str> state_names_;  // of the rule's slots, then "step", then the rule's numbers
   std::vector<Group> groups_;
   std::vector<GroupForm> forms_;                          // of the last walk
   std::vector<Place> places_;                             // of every parameter, in order

@@ -130,8 +130,8 @@ const c10::TensorImpl* Snapshot::see_state(PyObject* value, bool is_plain, Specs
   return leaf.local;
 }
 
-bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, SlotSet wanted,
-                   Specs* specs, Operands* operands) {
+bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, const cpu::Rule& rule,
+                   SlotSet wanted, Specs* specs, Operands* operands) {
   set_idle(param);
   state_ = state;
   items_.clear();
@@ -139,8 +139,8 @@ bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11:
   if (state == nullptr) return is_known;
   operands->states_are_tensors = is_plain_dict(state);
   if (!operands->states_are_tensors) return is_known;
-  const int count_name = static_cast<int>(names.size()) - 1;
-  const int first_scale = Slots{count_name / 2 - 1}.scale(0);
+  const int count_name = rule.slots().count(), first_scale = rule.slots().scale(0);
+  const int past_names = static_cast<int>(names.size());
   Py_ssize_t position = 0;
   PyObject *key, *value;
   while (PyDict_Next(state, &position, &key, &value)) {
@@ -148,11 +148,17 @@ bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11:
     if (!operands->states_are_tensors) break;
     const int name = find_name(names, key);
     Role role = Role::kIgnored;
-    if (value != Py_None && (name == count_name || contains(wanted, name))) {
-      role = name == count_name ? Role::kCount : name >= first_scale ? Role::kScale : Role::kState;
+    const bool is_of_one = name >= count_name && name < past_names;
+    if (value != Py_None && (is_of_one || (name < count_name && contains(wanted, name)))) {
+      role = name > count_name     ? Role::kNumber
+             : name == count_name  ? Role::kCount
+             : name >= first_scale ? Role::kScale
+                                   : Role::kState;
       const c10::TensorImpl* tensor = see_state(value, role != Role::kState, specs, operands);
       if (tensor == nullptr) break;
-      (role == Role::kCount ? operands->steps : operands->states[name]) = tensor;
+      (name > count_name    ? operands->numbers[name - count_name - 1]
+       : name == count_name ? operands->steps
+                            : operands->states[name]) = tensor;
     }
     items_.push_back({pybind11::reinterpret_borrow<pybind11::object>(key), value, role, {}});
   }
@@ -276,6 +282,9 @@ bool Snapshot::items_match(const c10::TensorImpl* param, Entry& entry, bool* all
       if (requires_grad(tensor) || !same_elements(param, tensor)) return false;
     } else if (item.role == Role::kScale) {
       if (tensor->numel() != scales_of(param->numel()) || !tensor->is_contiguous()) return false;
+    } else if (item.role == Role::kNumber) {
+      if (tensor->numel() != 1) return false;
+      *all_next = *all_next && !entry.numbers.on_host;
     } else {
       if (tensor->numel() != 1) return false;
       if (entry.steps == nullptr) continue;  // a CUDA device counts
@@ -283,6 +292,7 @@ bool Snapshot::items_match(const c10::TensorImpl* param, Entry& entry, bool* all
       if (!(entry.step >= 1)) return false;
     }
   }
+  if (entry.numbers.on_host) entry.numbers.read();
   return true;
 }
 

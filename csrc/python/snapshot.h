@@ -33,11 +33,11 @@ class Snapshot {
   // A parameter that takes no part in the step.
   void set_idle(PyObject* param);
 
-  // Unpacks a parameter, a tensor. `names` are those of the rule's slots, then "step"; of the slots `wanted` count.
-  // False if the parameter is of a class that the engine knows nothing of; then its own tensors are unpacked all the
-  // same.
-  bool see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, SlotSet wanted, Specs* specs,
-           Operands* operands);
+  // Unpacks a parameter, a tensor. `names` are those of the rule's slots, then "step", then those of its numbers; of
+  // the slots `wanted` count. False if the parameter is of a class that the engine knows nothing of; then its own
+  // tensors are unpacked all the same.
+  bool see(PyObject* param, PyObject* state, const std::vector<pybind11::str>& names, const cpu::Rule& rule,
+           SlotSet wanted, Specs* specs, Operands* operands);
 
   // Notes where the memory is, once the batch has taken the parameter as its last entry. False if the next step cannot
   // be compared with this one.
@@ -47,9 +47,9 @@ class Snapshot {
   bool unwrap() { return distributed_ == nullptr || look_into_dtensors(); }
 
   // Whether everything that a step asks of these objects has the same answer as when they were noted, but for the
-  // gradient's memory, which is put into the task, and the count of steps, which is put into the entry; `all_next`
-  // turns false if that is not the next one. Touches no reference count: several threads may ask at once, each for its
-  // own, while the caller holds the interpreter.
+  // gradient's memory, which is put into the task, and the count of steps and the numbers, which are put into the
+  // entry; `all_next` turns false if that is not the next one, or the host has numbers. Touches no reference count:
+  // several threads may ask at once, each for its own, while the caller holds the interpreter.
   bool matches(Batch& batch, bool* all_next);
 
   // Asks for the memory that `matches` will read.
@@ -68,7 +68,7 @@ class Snapshot {
   }
 
  private:
-  enum class Role { kState, kScale, kCount, kIgnored };  // kScale: of a state of 8 bits
+  enum class Role { kState, kScale, kCount, kNumber, kIgnored };  // kScale: of a state of 8 bits
 
   // Of the parameter's state dict.
   struct Item {

@@ -20,13 +20,23 @@
 //                            parameter p. s[i] is the state kStates[i]; one that is not in the set is 0, and what is
 //                            written to it is dropped. T is float or double, or a vector of these whose lanes are
 //                            elements.
+//   decay_factor(scalars)    if it is there: what the parameter is multiplied by before the update, once its decay is in
+//                            the gradient
+//   settle(scalars, p, s)    if it is there: what the states s take from the parameter as the rule's step leaves it
+//   (the
+//                            average of ASGD), before what is done to it after the rule: the proximal form of L1, noise
+// where a state is one number for the whole parameter, as the count of its steps is (the products of NAdam's momenta):
+//   kNumbers                 the names of these numbers in torch's state dict, kMaxNumbers at most. Then
+//                            prepare<S>(options, info, numbers) is given them as the step before left them, and moves
+//                            them on
 // and, where an element's step depends on the whole tensor (the norms of LAMB and LARS), a reduce phase:
 //   kSums                    the names of the tensor's sums, kMaxSums at most
 //   gather(scalars, p, g, s, terms)
 //                            what one element adds to each sum, as a product of two numbers; p, g and s are what
 //                            `update` will be given, and nothing is written
-//   finish(scalars, sums)    puts what follows from the tensor's sums into its scalars, before any of its updates
-// A rule without kSums has one pass over its tensors, and costs what it did.
+//   finish(scalars, sums)    puts what follows from the tensor's sums into its scalars, before any of its updates; with
+//                            kNumbers finish(scalars, sums, numbers), which may move these on as well
+// A rule without kSums has one pass over its tensors, and costs what it did; so does one without kNumbers.
 // Its functions are TRAINOPT_INLINE, which lets them run on a GPU too.
 #pragma once
 
@@ -40,6 +50,7 @@ constexpr int kMaxStates = 8;
 constexpr int kMaxViews = kMaxStates + 1;  // of a parameter: its states, then its moving average, which is the engine's
 constexpr int kMaxOptions = 12;
 constexpr int kMaxSums = 4;
+constexpr int kMaxNumbers = 2;
 
 // A set of a rule's states: bit i stands for kStates[i].
 using StateSet = uint8_t;
@@ -78,6 +89,12 @@ template <class Rule, class = void>
 constexpr int kSumCount = 0;
 template <class Rule>
 constexpr int kSumCount<Rule, decltype(void(Rule::kSums))> = sizeof(Rule::kSums) / sizeof(Rule::kSums[0]);
+
+// The number of a rule's numbers.
+template <class Rule, class = void>
+constexpr int kNumberCount = 0;
+template <class Rule>
+constexpr int kNumberCount<Rule, decltype(void(Rule::kNumbers))> = sizeof(Rule::kNumbers) / sizeof(Rule::kNumbers[0]);
 
 // What an element adds to a sum: the product, taken in double, where that of two floats is exact and overflows nowhere.
 template <class T>
@@ -128,6 +145,42 @@ struct StepInfo {
 
   TRAINOPT_INLINE double rounded(double x) const { return single_lr ? static_cast<double>(static_cast<float>(x)) : x; }
 };
+
+// The numbers of a parameter, in the order of kNumbers.
+struct Numbers {
+  double at[kMaxNumbers];
+  bool are_float32;  // as the state holds them, in which case torch computes them in float32
+
+  TRAINOPT_INLINE double rounded(double x) const {
+    return are_float32 ? static_cast<double>(static_cast<float>(x)) : x;
+  }
+  bool operator==(const Numbers& other) const {
+    bool same = are_float32 == other.are_float32;
+    for (int n = 0; n < kMaxNumbers; ++n) same = same && at[n] == other.at[n];
+    return same;
+  }
+};
+
+// A rule's own scalars, of which only one with numbers is given them.
+template <class Rule, class S>
+TRAINOPT_INLINE typename Rule::template Scalars<S> prepared_by(const double* options, const StepInfo& info,
+                                                               Numbers& numbers) {
+  if constexpr (kNumberCount<Rule> > 0) {
+    return Rule::template prepare<S>(options, info, numbers);
+  } else {
+    return Rule::template prepare<S>(options, info);
+  }
+}
+
+// Likewise what follows from its sums.
+template <class Rule, class S>
+TRAINOPT_INLINE void finish_by(typename Rule::template Scalars<S>& scalars, const double* sums, Numbers& numbers) {
+  if constexpr (kNumberCount<Rule> > 0) {
+    Rule::finish(scalars, sums, numbers);
+  } else {
+    Rule::finish(scalars, sums);
+  }
+}
 
 // 1 - beta^step, without the cancellation that few steps bring.
 TRAINOPT_FUNCTION double bias_correction(double beta, double step) {

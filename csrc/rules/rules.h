@@ -8,9 +8,12 @@
 #include "rules/adamschedulefree.h"
 #include "rules/adan.h"
 #include "rules/ademamix.h"
+#include "rules/asgd.h"
 #include "rules/lamb.h"
 #include "rules/lars.h"
 #include "rules/lion.h"
+#include "rules/nadam.h"
+#include "rules/novograd.h"
 #include "rules/radam.h"
 #include "rules/rmsprop.h"
 #include "rules/rprop.h"
@@ -31,6 +34,9 @@
   DO(RAdam)                        \
   DO(Adan)                         \
   DO(AdEMAMix)                     \
+  DO(NAdam)                        \
+  DO(Asgd)                         \
+  DO(NovoGrad)                     \
   DO(Adagrad)                      \
   DO(Rprop)                        \
   DO(AdamScheduleFree)             \

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "core/code8.h"
 #include "core/macros.h"
@@ -134,6 +135,25 @@ TRAINOPT_FUNCTION T before_rule(const Stages<S>& stages, T& p, T& g) {
   return direction;
 }
 
+// Whether a rule's states take something from the parameter as its step leaves it.
+template <class Rule, class T, class S, class = void>
+constexpr bool kSettles = false;
+template <class Rule, class T, class S>
+constexpr bool kSettles<Rule, T, S,
+                        decltype(Rule::settle(std::declval<const typename Rule::template Scalars<S>&>(),
+                                              std::declval<T>(), std::declval<T*>()))> = true;
+
+// What the group's stages have from the rule's scalars.
+template <class Rule, class S, class = void>
+constexpr bool kHasDecayFactor = false;
+template <class Rule, class S>
+constexpr bool kHasDecayFactor<
+    Rule, S, decltype(void(Rule::decay_factor(std::declval<const typename Rule::template Scalars<S>&>())))> = true;
+template <class Rule, class S>
+TRAINOPT_FUNCTION void complete_stages(Stages<S>& stages, const typename Rule::template Scalars<S>& scalars) {
+  if constexpr (kHasDecayFactor<Rule, S>) stages.decay_factor = Rule::decay_factor(scalars);
+}
+
 // One register of elements, from load to store. `noise` holds standard normal values, and is read if stages.noisy.
 template <class Rule, bool kPlain, class T, class S>
 TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T& p,
@@ -142,6 +162,7 @@ TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rul
   T change = Rule::update(scalars, p, direction, state);
   if constexpr (kPlain) {
     p = p - change;
+    if constexpr (kSettles<Rule, T, S>) Rule::settle(scalars, p, state);
   } else {
     // As a factor: a NaN in the gradient stays one.
     if (stages.cautious) change = change * where_same_sign(change, direction, T(stages.cautious_scale));
@@ -149,6 +170,7 @@ TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rul
     if (stages.cautious_decay) decay = where_signs_agree(change, p, p * T(stages.cautious_share));
     p = p - change;
     if (stages.cautious_decay) p = p - decay;
+    if constexpr (kSettles<Rule, T, S>) Rule::settle(scalars, p, state);
     if (stages.l1_proximal) p = soft_threshold(p, T(stages.threshold));
     if (stages.noisy) p = p + noise * T(stages.noise);
   }
@@ -169,8 +191,9 @@ struct OwnSums {
   }
 
   template <class S>
-  TRAINOPT_INLINE static void finish(Stages<S>&, typename Rule::template Scalars<S>& scalars, const double* sums) {
-    Rule::finish(scalars, sums);
+  TRAINOPT_INLINE static void finish(Stages<S>&, typename Rule::template Scalars<S>& scalars, const double* sums,
+                                     Numbers& numbers) {
+    finish_by<Rule>(scalars, sums, numbers);
   }
 };
 
@@ -190,7 +213,8 @@ struct Agreement {
   }
 
   template <class S>
-  TRAINOPT_INLINE static void finish(Stages<S>& stages, typename Rule::template Scalars<S>&, const double* sums) {
+  TRAINOPT_INLINE static void finish(Stages<S>& stages, typename Rule::template Scalars<S>&, const double* sums,
+                                     Numbers&) {
     if (stages.cautious)
       stages.cautious_scale = static_cast<S>(sums[1] / (sums[0] > 1e-3 * sums[1] ? sums[0] : 1e-3 * sums[1]));
   }

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from timm.optim import Adan, Lamb, Lars, Lion
+from timm.optim import Adan, Lamb, Lars, Lion, NvNovoGrad
 from timm.utils import adaptive_clip_grad
 
 import trainopt
@@ -52,6 +52,19 @@ PEERS = {
             "no_prox": [False, True],
         },
     ),
+    "NovoGrad": (
+        trainopt.NovoGrad,
+        NvNovoGrad,
+        {},
+        {
+            "lr": [0.01],
+            "betas": [(0.95, 0.98), (0.7, 0.4)],
+            "eps": [1e-8, 1e-2],
+            "weight_decay": [0.0, 0.05],
+            "grad_averaging": [False, True],
+            "decoupled_decay": [False, True],
+        },
+    ),
     "Lion": (
         trainopt.Lion,
         Lion,
@@ -85,7 +98,16 @@ def trained(cls, steps, **options):
     return [p.detach() for p in params]
 
 
+@pytest.fixture
+def float64_numbers():
+    """timm's NovoGrad has its average of squares in torch's default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(("name", "options"), cases())
+@pytest.mark.usefixtures("float64_numbers")
 def test_the_weights_are_those_of_the_field(name, options):
     ours, theirs, agreed, _ = PEERS[name]
     start = trained(ours, 0, **options)

@@ -132,7 +132,8 @@ inline Scalars scalars_of(const Setting& s, bool is_float64) {
   } else {
     result.stages32 = prepare_stages<float>(settings, info, decay, s.gradient_scale, s.tail.norm);
   }
-  rule->prepare(s.options.data(), info, is_float64, &result);
+  Numbers numbers{};
+  rule->prepare(s.options.data(), info, is_float64, &result, &numbers);
   return result;
 }
 

@@ -278,7 +278,7 @@ void test_groups() {
     steps[i] = static_cast<float>(i % 7);
     // Every third was counted by the host.
     void* on_device = i % 3 == 0 ? nullptr : &steps[i];
-    counts.push_back({on_device, i % 7 + 1.0, i * 13 / 50 % kGroups, 0, 0, 0});
+    counts.push_back({on_device, i % 7 + 1.0, i * 13 / 50 % kGroups, 0, 0, 0, 0, 0, {}});
   }
   std::vector<cuda::Prepared> prepared(kCount);
   const cpu::Rule* rule = cpu::find_rule("adam");
@@ -289,8 +289,10 @@ void test_groups() {
   for (uint32_t i = 0; i < kCount; ++i) {
     Scalars expected;
     std::memset(static_cast<void*>(&expected), 0, sizeof expected);
+    Numbers none{};
     const cuda::GroupSource& source = sources[counts[i].group];
-    rule->prepare(source.options, StepInfo{source.settings.lr, false, 0, i % 7 + 1.0, i % 7 == 0}, false, &expected);
+    rule->prepare(source.options, StepInfo{source.settings.lr, false, 0, i % 7 + 1.0, i % 7 == 0}, false, &expected,
+                  &none);
     Adam::Scalars<float> a, b;
     std::memcpy(&a, expected.rule, sizeof a);
     std::memcpy(&b, prepared[i].scalars.rule, sizeof b);

@@ -41,11 +41,11 @@ class Optimizer:
     """What trains, and the course of its learning rate.
 
     Args:
-        optimizer: rule that trains: sgd, adam, adamw, adamax, radam, rmsprop, adagrad, adadelta, rprop, lion,
-            lamb, lars, adan, ademamix, adamwschedulefree, radamschedulefree or sgdschedulefree.
-        lr: learning rate. None: 0.1 for sgd, 0.001 for adam, adamw, radam, lamb, adan and ademamix, 0.002 for adamax,
-            0.01 for rmsprop, adagrad and rprop, 0.0001 for lion, 1 for adadelta, lars and sgdschedulefree, 0.0025 for
-            the other schedule-free ones.
+        optimizer: rule that trains: sgd, adam, adamw, adamax, radam, nadam, rmsprop, adagrad, adadelta, rprop, asgd,
+            lion, lamb, lars, novograd, adan, ademamix, adamwschedulefree, radamschedulefree or sgdschedulefree.
+        lr: learning rate. None: 0.1 for sgd, 0.001 for adam, adamw, radam, lamb, novograd, adan and ademamix, 0.002 for
+            adamax and nadam, 0.01 for rmsprop, adagrad, rprop and asgd, 0.0001 for lion, 1 for adadelta, lars and
+            sgdschedulefree, 0.0025 for the other schedule-free ones.
         momentum: momentum of sgd, rmsprop, lars and sgdschedulefree; 0 with the full batch is gradient descent, but
             0.9 for sgdschedulefree.
         weight_decay: weight decay; biases and norms have none. None: 0.01 for adamw and lamb, else 0.

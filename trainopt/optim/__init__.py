@@ -1,8 +1,8 @@
 """The optimizers. A new one is imported here; `trainopt` exports what this module does."""
 
-# As they are. LBFGS and SparseAdam make no single pass over the parameters; the others have states that are numbers, or
-# of rows and columns, which no rule has yet.
-from torch.optim import ASGD, LBFGS, Adafactor, NAdam, SparseAdam
+# As they are. LBFGS and SparseAdam make no single pass over the parameters; Adafactor has states of rows and columns,
+# which no rule has yet.
+from torch.optim import LBFGS, Adafactor, SparseAdam
 
 from trainopt.optim.adadelta import Adadelta
 from trainopt.optim.adagrad import Adagrad
@@ -11,6 +11,7 @@ from trainopt.optim.adamax import Adamax
 from trainopt.optim.adamw import AdamW
 from trainopt.optim.adan import Adan
 from trainopt.optim.ademamix import AdEMAMix
+from trainopt.optim.asgd import ASGD
 from trainopt.optim.convert import convert_state
 from trainopt.optim.explain import explain as explain  # `trainopt.explain` takes losses too
 from trainopt.optim.fuse import fuse
@@ -20,6 +21,8 @@ from trainopt.optim.lars import LARS
 from trainopt.optim.lion import Lion
 from trainopt.optim.matrix.muon import Muon
 from trainopt.optim.matrix.split import muon_groups
+from trainopt.optim.nadam import NAdam
+from trainopt.optim.novograd import NovoGrad
 from trainopt.optim.radam import RAdam
 from trainopt.optim.release import step_in_backward
 from trainopt.optim.report import nonfinite_report
@@ -47,6 +50,7 @@ __all__ = [
     "Lion",
     "Muon",
     "NAdam",
+    "NovoGrad",
     "RAdam",
     "RAdamScheduleFree",
     "RMSprop",

@@ -9,7 +9,6 @@ from trainopt.optim import traced
 from trainopt.optim.base import Fused
 from trainopt.optim.options import Extras, extra
 from trainopt.optim.state_dtype import cast_states
-from trainopt.optim.states import new_step_count
 
 
 class Adagrad(Fused, originals.Adagrad, rule="adagrad"):
@@ -64,9 +63,9 @@ class Adagrad(Fused, originals.Adagrad, rule="adagrad"):
             if extra(group, "state_dtype") is not None:
                 cast_states(self, self.state[param], group, param)
             if extra(group, "skip_nonfinite"):  # a device that decides on steps counts them
-                self.state[param]["step"] = new_step_count(param, group)
+                self.state[param]["step"] = self._new_count(param, group)
 
-    def _begin_at(self) -> dict[str, float]:
+    def _begin_at(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"sum": self.defaults["initial_accumulator_value"]}
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:

@@ -32,7 +32,8 @@ class Fused(States):
     """
 
     #: Of an optimizer that torch does not have: ``plain_step(param, gradient, state, group)``, one parameter's step in
-    #: plain torch, in place. It is what torch's own step is to the other classes.
+    #: plain torch, in place. It is what torch's own step is to the other classes; one whose states take in what is made
+    #: of the parameter has one as well, of its update alone, for cautious groups.
     plain_step: ClassVar[Any]
     _plan: Any = None
 

@@ -49,7 +49,7 @@ def fuse(optimizer: AnyOptimizer) -> AnyOptimizer:
     inner.__class__ = cls
     if isinstance(inner, States):
         inner._start_recording()
-        widen_counts(inner.state)
+        widen_counts(inner.state, inner._numbers)
     if step is not None:
         if _called_by(step) is stock.step:
             del inner.__dict__["step"]  # a scheduler's, to see that it is called: ours tells by itself

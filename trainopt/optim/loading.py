@@ -26,6 +26,8 @@ def adapted(optimizer: States) -> Iterator[None]:
         saved.update({**given, "param_groups": [*groups, *saved_groups[len(groups) :]]})
         own = list(_in_own_dtypes(optimizer, saved))  # states that torch is not to cast
         for key, name, param in own:
+            if name in optimizer._numbers:
+                continue
             _check_shape(name, saved["state"][key][name], param, "a parameter")
             if name + code8.SUFFIX in saved["state"][key] or saved["state"][key][name].dtype is torch.uint8:
                 code8.scale_of(saved["state"][key], name)
@@ -53,7 +55,12 @@ def _put_back(optimizer: States, state: dict[str, Any]) -> None:
     """Puts what torch was not to cast into what it has loaded, in the dtypes that the groups call for."""
     for param, name, value in optimizer.__dict__.get("_uncast", ()):
         dtype = average.dtype_of(param) if name == average.KEY else None
-        state["state"].setdefault(param, {})[name] = value.to(param.device, dtype, copy=True)
+        own = state["state"].setdefault(param, {})
+        device = param.device
+        if name in optimizer._numbers:  # as torch casts it, but for what that would lose
+            device, dtype = optimizer._device_of_number(name, param, own), value.dtype
+            dtype = torch.promote_types(dtype, param.dtype) if param.is_floating_point() else dtype
+        own[name] = value.to(device, dtype, copy=True)
     for group in state["param_groups"]:
         for param in group["params"]:
             own = state["state"].get(param)
@@ -93,7 +100,7 @@ def _in_own_dtypes(optimizer: States, saved: dict[str, Any]) -> Iterator[tuple[A
             state = saved["state"].get(key)
             if not isinstance(state, dict):
                 continue
-            names = [average.KEY, precision.KEY]
+            names = [average.KEY, precision.KEY, *optimizer._numbers]
             if _are_apart(saved_group, param) or has_codes(state, optimizer._states):
                 names += keys_of(optimizer._states)
             for name in names:
@@ -151,7 +158,7 @@ def _check_shape(name: str, value: Any, param: torch.Tensor, whose: str) -> None
 
 def complete(optimizer: States) -> None:
     """Completes what was loaded or unpickled, as torch's classes do in `__setstate__`."""
-    widen_counts(optimizer.state)
+    widen_counts(optimizer.state, optimizer._numbers)
     if optimizer._torch_class is None:  # a file of another library's
         for group in optimizer.param_groups:
             group.update({name: value for name, value in STOCK_DEFAULTS.items() if name not in group})

@@ -139,14 +139,19 @@ def _is_not_finite(number: float | Tensor) -> bool | Tensor:
 
 
 def _move_counts(optimizer: States) -> bool:
-    """Moves counts of steps to the devices that decide on them (`skip_nonfinite`); whether there were any.
+    """Moves counts of steps, and numbers beside them, to the devices that decide on them (`skip_nonfinite`); whether
+    there were any.
 
     Counts loaded from torch's class lie on the host, which would have to wait at every step.
     """
     moved = False
     for _, group, param in optimizer._enumerate():
-        count = optimizer.state.get(param, {}).get("step") if extra(group, "skip_nonfinite") else None
-        if isinstance(count, Tensor) and count.is_cpu and param.device.type in DEVICE_TYPES:
-            optimizer.state[param]["step"] = count.to(param.device, torch.float32, non_blocking=True)
-            moved = True
+        if not extra(group, "skip_nonfinite") or param.device.type not in DEVICE_TYPES:
+            continue
+        state = optimizer.state.get(param, {})
+        for name in ("step", *optimizer._numbers):
+            if isinstance(number := state.get(name), Tensor) and number.is_cpu:
+                dtype = torch.float32 if name == "step" else number.dtype
+                state[name] = number.to(param.device, dtype, non_blocking=True)
+                moved = True
     return moved

@@ -36,7 +36,11 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     _rule: ClassVar[str]  # the engine's rule
     _states: ClassVar[tuple[str, ...]]  # the names of the param-shaped states in the state dict
     _unsigned: ClassVar[tuple[str, ...]]  # those of them that are never below 0
+    _numbers: ClassVar[tuple[str, ...]]  # the names of those that are one number for a parameter
     _counts_steps: ClassVar[bool]  # whether every parameter has a "step" in it
+    #: Of the numbers and "step", those that lie beside their parameter whatever its options. Else a device has the
+    #: count where it is to know it, and the numbers are where the count is.
+    _beside: ClassVar[tuple[str, ...]] = ()
     _torch_class: ClassVar[type | None] = None  # whose step it makes, if torch has one
     _needs_host: ClassVar[bool] = False  # whether a step begins with numbers that the host moves on: see `_advanced`
     _host_options: ClassVar[frozenset[str]] = frozenset()  # of groups, which the class reads and the rule does not
@@ -143,9 +147,16 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         """Where a group's weight decay goes: into the "gradient", the "update", onto the "parameter", or "none"."""
         return _C.decay_of(self._rule, {key: group[key] for key in group if type(key) is str})
 
-    def _begin_at(self) -> dict[str, float]:
-        """What the states begin at, in every element, that do not begin at 0."""
+    def _begin_at(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What the states begin at, in every element, that do not begin at 0; and the numbers."""
         return {}
+
+    def _decay_share(self, state: dict[str, Any], group: dict[str, Any]) -> float:
+        """How much of a parameter is taken away before its update."""
+        return float(group["lr"]) * float(group["weight_decay"]) if self._decay_of(group) == "parameter" else 0.0
+
+    def _settle(self, param: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """What the states take from a parameter, as reals, where a part of its `plain_step` has left it."""
 
     def _first_step_differs(self, group: dict[str, Any]) -> bool:
         """Whether a first step does something else with states of zeros than a later one, by no count in the state."""
@@ -167,7 +178,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         state = self.state.get(param)
         if not state or not self._counts_steps or self._torch_class is None:
             return False
-        return any(state.get(name) is None for name in ("step", *self._states_needed(group)))
+        return any(state.get(name) is None for name in ("step", *self._numbers, *self._states_needed(group)))
 
     def _start(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
         """Makes what `param` lacks of states for its next step; whether it had none, so that it is the first."""
@@ -177,7 +188,10 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         with torch.no_grad():
             if self._counts_steps or precision.is_random(group, param) or average.averages(group):
                 self._start_count(param, group)
-            begin = self._begin_at() if missing else {}
+            begin = self._begin_at(group) if missing or self._numbers else {}
+            for name in self._numbers:
+                if self.state[param].get(name) is None:
+                    self.state[param][name] = self._new_number(name, begin.get(name, 0.0), param)
             for name in missing:
                 state_dtype.start(self.state[param], group, param, name, begin.get(name, 0.0), name in self._unsigned)
             if precision.lacks_master(group, param, self.state.get(param, {})):
@@ -201,14 +215,29 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         state = self.state[param]
         if state.get("step") is None:
             made = any(state.get(name) is not None for name in self._states)
-            state["step"] = new_step_count(param, group) + float(made)
+            state["step"] = self._new_count(param, group) + float(made)
         widen_count(state, group, param)
+
+    def _new_count(self, param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        return new_step_count(param, group, "step" in self._beside)
+
+    def _new_number(self, name: str, value: float | torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+        """One of a parameter's numbers, in the type and where its class keeps it."""
+        dtype = torch_optimizer._get_scalar_dtype()
+        if self._torch_class is None:
+            dtype = torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
+        made = value.detach().reshape(()) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype)
+        return made.to(self._device_of_number(name, param, self.state[param]), dtype, copy=True)
+
+    def _device_of_number(self, name: str, param: torch.Tensor, state: dict[str, Any]) -> torch.device:
+        count = state.get("step")
+        return count.device if isinstance(count, torch.Tensor) and name not in self._beside else param.device
 
     def _count_unstarted(self) -> None:
         """Tells by a count of 0 which states are those of no step yet, where only the state can tell."""
         for _, group, param in self._enumerate() if self._unstarted else ():
             if param in self._unstarted and self.state.get(param):
-                self.state[param].setdefault("step", new_step_count(param, group))
+                self.state[param].setdefault("step", self._new_count(param, group))
         self._unstarted.clear()
 
     def _indices_unstarted(self) -> list[int]:
@@ -299,9 +328,9 @@ def numbered(groups: Iterable[dict[str, Any]]) -> Iterator[Numbered]:
 # Counts of steps ------------------------------------------------------------------------------------------------------
 
 
-def new_step_count(param: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+def new_step_count(param: torch.Tensor, group: dict[str, Any], beside: bool = False) -> torch.Tensor:
     """A step count of 0 where and as torch's optimizers keep it; where a device decides on steps, it counts them."""
-    on_device = group.get("capturable") or group.get("fused") or extra(group, "skip_nonfinite")
+    on_device = beside or group.get("capturable") or group.get("fused") or extra(group, "skip_nonfinite")
     dtype = torch_optimizer._get_scalar_dtype(is_fused=group.get("fused"))
     return torch.zeros((), dtype=dtype, device=param.device if on_device else "cpu")
 
@@ -312,10 +341,11 @@ def widen_count(state: dict[str, Any], group: dict[str, Any], param: torch.Tenso
         state["step"] = state["step"].double()
 
 
-def widen_counts(states: Any) -> None:
+def widen_counts(states: Any, names: Iterable[str]) -> None:
     """Gives 16-bit counts of steps, of a state that somebody cast as a whole, the type in which they go on counting:
-    in bfloat16, 256 + 1 is 256."""
+    in bfloat16, 256 + 1 is 256. Likewise numbers of these names, which torch casts when it loads them."""
     for state in states.values():
-        count = state.get("step") if isinstance(state, dict) else None
-        if isinstance(count, torch.Tensor) and count.is_floating_point() and count.element_size() < 4:
-            state["step"] = count.to(torch_optimizer._get_scalar_dtype())
+        for name in ("step", *names) if isinstance(state, dict) else ():
+            number = state.get(name)
+            if isinstance(number, torch.Tensor) and number.is_floating_point() and number.element_size() < 4:
+                state[name] = number.to(torch_optimizer._get_scalar_dtype())

@@ -192,15 +192,16 @@ def _rehearse(optimizer: States, numbered: Numbered) -> None:
     view = _view(optimizer, list(_narrowed(optimizer, [(index, plain, stand_in)], True)))
     if _is_stored_apart(optimizer, index, group, param):
         cast_states(optimizer, state, {"state_dtype": None}, param)
-    view.state = {stand_in: {key: _first_element(key, value, param) for key, value in state.items()}}
+    whole = ("step", *optimizer._numbers)
+    view.state = {stand_in: {key: _first_element(value, param, key in whole) for key, value in state.items()}}
     with torch.no_grad():
         _make_step(view)
 
 
-def _first_element(key: str, value: Any, param: torch.Tensor) -> Any:
+def _first_element(value: Any, param: torch.Tensor, is_whole: bool) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    if key != "step" and value.shape == param.shape:  # a count has the shape of a parameter of no dimensions, too
+    if not is_whole and value.shape == param.shape:  # a count has the shape of a parameter of no dimensions, too
         return torch.zeros(1, dtype=value.dtype, device=value.device)
     return value.clone()
 
@@ -214,14 +215,15 @@ def _view(optimizer: States, groups: list[dict[str, Any]]) -> Any:
 
 
 def _make_step(view: Any) -> None:
-    if view._torch_class is None:
+    chosen = hasattr(view, "plain_step") and any(map(chooses, view.param_groups))
+    if view._torch_class is None or chosen:
         _make_plain_step(view)
     else:
         step_of(type(view))(view)
 
 
 def _make_plain_step(optimizer: Any) -> None:
-    """The step of an optimizer that torch does not have, one parameter after the other.
+    """The step of an optimizer that torch does not have, or does not leave the update of, one parameter after another.
 
     As in the engine, arithmetic is float32 (float64 for float64 parameters), and complex numbers are pairs of reals. In
     a first step without states of its own, ``state["first_step"]`` is true.
@@ -323,13 +325,14 @@ def _chosen_update(optimizer: States, param: torch.Tensor, group: dict[str, Any]
         agrees = (change.sign() * direction.sign() > 0).to(change.dtype)
         part = stats.whole(agrees.mean(dtype=torch.float64)) if agrees.numel() else 1.0
         change = change * (agrees / max(float(part), 1e-3))
-    share = float(group["lr"]) * float(weight_decay) if kind == "parameter" else 0.0
+    share = optimizer._decay_share(optimizer.state[param], group)
     own.copy_(before)
     if share and extra(group, "cautious_weight_decay"):
         own.sub_(torch.where(change.sign() * before.sign() >= 0, before * share, 0.0))
     else:
         own.mul_(1 - share)
     own.sub_(change)
+    optimizer._settle(own, optimizer.state[param], group)
 
 
 @contextmanager

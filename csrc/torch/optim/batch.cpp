@@ -72,6 +72,21 @@ bool read_master(const c10::TensorImpl* master, Precision precision, TensorView*
 
 }  // namespace
 
+void HeldNumbers::read() {
+  for (int n = 0; n < count; ++n)
+    values.at[n] = values.are_float32 ? *static_cast<float*>(data[n]) : *static_cast<double*>(data[n]);
+}
+
+void HeldNumbers::write(const Numbers& moved) const {
+  for (int n = 0; n < count; ++n) {
+    if (values.are_float32) {
+      *static_cast<float*>(data[n]) = static_cast<float>(moved.at[n]);
+    } else {
+      *static_cast<double*>(data[n]) = moved.at[n];
+    }
+  }
+}
+
 bool Entry::recount() {
   const double last = step;
   step = next_count(*this);
@@ -87,6 +102,7 @@ void Batch::clear() {
   entries.clear();
   cuda.clear();
   cuda_entries_ = 0;
+  has_host_numbers_ = false;
   layouts_.clear();
   shard_layouts_.clear();
   outer_written_.clear();
@@ -107,6 +123,8 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   if (!is_there(param) || !is_there(gradient) || !is_there(operands.steps)) return Path::kNoMemory;
   for (const c10::TensorImpl* state : operands.states)
     if (!is_there(state)) return Path::kNoMemory;
+  for (const c10::TensorImpl* number : operands.numbers)
+    if (!is_there(number)) return Path::kNoMemory;
   if (group.differentiable != 0) return Path::kDifferentiable;
   if (group.unreadable != 0) return Path::kOptions;
   if (operands.shard != nullptr && operands.shard->is_pending) return Path::kPending;
@@ -193,6 +211,9 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
     }
     writes(steps);
   }
+  if (!look_at_numbers(operands, &entry->numbers)) return Path::kStateForm;
+  for (const c10::TensorImpl* number : operands.numbers)
+    if (number != nullptr) writes(number);
   *written = nullptr;
   if (!writable) return Path::kInference;
 
@@ -215,6 +236,33 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   return arrange(arranged, logical_order, &layouts_) ? Path::kFused : Path::kMemory;
 }
 
+// False if the numbers are not in a form that the engines take. One that is missing is still to be made.
+bool Batch::look_at_numbers(const Operands& operands, HeldNumbers* numbers) const {
+  *numbers = {};
+  if (rule_.number_count == 0) return true;
+  HeldNumbers held;
+  held.count = rule_.number_count;
+  const c10::TensorImpl* first = operands.numbers[0];
+  for (int n = 0; n < held.count; ++n) {
+    const c10::TensorImpl* number = operands.numbers[n];
+    if (number == nullptr || first == nullptr) return true;
+    const bool on_host = is_plain_cpu(number);
+    TensorView view;
+    if (!on_host && !(is_plain_cuda(number) && number->device() == operands.param->device())) return false;
+    if (!read_view(number, true, &view) || number->numel() != 1 || size_of(view.dtype) == 2) return false;
+    if (number->device() != first->device() || number->dtype() != first->dtype()) return false;
+    held.data[n] = view.data;
+    held.values.are_float32 = view.dtype == DType::kFloat32;
+  }
+  (is_plain_cpu(first) ? held.on_host : held.on_device) = true;
+  if (held.on_host) held.read();
+  *numbers = held;
+  if (held.on_device) return true;
+  // What the device finds out, the count of steps or a sum, moves numbers that lie there.
+  const bool is_known = operands.steps == nullptr || is_plain_cpu(operands.steps);
+  return is_plain_cpu(operands.param) || (is_known && rule_.sum_count == 0);
+}
+
 Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t tensor, bool first, bool writes_gradient) {
   const bool is_float64 = operands.param->dtype() == caffe2::TypeMeta::Make<double>();
   cpu::TensorTask& task = tasks[is_float64].emplace_back();
@@ -230,6 +278,7 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
     if (VersionCounter* counter = counter_of(outer)) outer_written_.push_back(counter);
   if (writes_gradient && operands.outer_gradient != nullptr)
     if (VersionCounter* counter = counter_of(operands.outer_gradient)) outer_written_.push_back(counter);
+  has_host_numbers_ = has_host_numbers_ || entry.numbers.on_host;
   entry.group = group;
   entry.task = -1;
   entry.on_cuda = {};
@@ -242,14 +291,14 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
   if (is_plain_cuda(operands.param)) {
     const c10::Device device = operands.param->device();
     cuda.visit(device);
-    entry.on_cuda =
-        cuda.add(task, group, device, is_float64, first,
-                 {entry.device_steps, entry.steps_are_double, entry.step, entry.steps != nullptr}, operands.shard);
+    entry.on_cuda = cuda.add(task, group, device, is_float64, first,
+                             {entry.device_steps, entry.steps_are_double, entry.step, entry.steps != nullptr},
+                             entry.numbers, operands.shard);
     ++cuda_entries_;
     tasks[is_float64].pop_back();
     return path;
   }
-  if (task.numel == 0) {
+  if (task.numel == 0 && rule_.number_count == 0) {
     tasks[is_float64].pop_back();
   } else {
     entry.task = static_cast<int64_t>(tasks[is_float64].size()) - 1;
@@ -274,13 +323,15 @@ void Batch::note_operands(const Operands& operands, uint32_t tensor, bool writes
   memory_.note_written(operands.param, tensor);
   for (int s = 0; s < rule_.slots().count(); ++s) memory_.note_written(operands.states[s], tensor);
   memory_.note_written(operands.steps, tensor);
+  for (const c10::TensorImpl* number : operands.numbers) memory_.note_written(number, tensor);
   writes_gradient ? memory_.note_written(operands.gradient, tensor) : memory_.note_read(operands.gradient, tensor);
 }
 
 // The step ------------------------------------------------------------------------------------------------------------
 
-cpu::Scalars Batch::scalars_of(const ScalarsKey& key) const {
-  return key.group->scalars(rule_, key.step, key.first, key.is_float64, scaling_);
+cpu::Scalars Batch::scalars_of(const ScalarsKey& key, Numbers* numbers) const {
+  *numbers = key.numbers;
+  return key.group->scalars(rule_, key.step, key.first, key.is_float64, scaling_, numbers);
 }
 
 // A graph repeats what the host has said once.
@@ -298,29 +349,35 @@ void Batch::prepare(const GradientScaling& scaling, const DeviceScaling& on_devi
   scalars_.clear();
   scalars_.reserve(entries.size());  // tasks point into it
   equal_groups_.clear();
+  Numbers moved{};
   for (Entry& entry : entries) {
-    if (entry.task < 0) continue;
-    const ScalarsKey key{entry.group, entry.step, entry.steps != nullptr, entry.first || entry.step == 1,
-                         entry.is_float64};
+    if (entry.task < 0 && !entry.numbers.on_host) continue;
+    const ScalarsKey key{entry.group,      entry.step,          entry.steps != nullptr, entry.first || entry.step == 1,
+                         entry.is_float64, entry.numbers.values};
     const ScalarsKey* last = scalars_keys_.empty() ? nullptr : &scalars_keys_.back();
     const bool joins = last != nullptr && last->step == key.step && last->counts == key.counts &&
-                       last->first == key.first && last->is_float64 == key.is_float64 &&
+                       last->first == key.first && last->is_float64 == key.is_float64 && last->numbers == key.numbers &&
                        (last->group == key.group || *last->group == *key.group);
     if (!joins) {
       scalars_keys_.push_back(key);
-      scalars_.push_back(scalars_of(key));
+      scalars_.push_back(scalars_of(key, &moved));
     } else if (last->group != key.group && (equal_groups_.empty() || equal_groups_.back().second != key.group)) {
       equal_groups_.emplace_back(last->group, key.group);
     }
-    tasks[entry.is_float64][entry.task].scalars = &scalars_.back();
+    entry.moved = moved;
+    if (entry.task < 0) continue;
+    cpu::TensorTask& task = tasks[entry.is_float64][entry.task];
+    task.scalars = &scalars_.back();
+    task.numbers = &entry.moved;
   }
 }
 
-// The entries and the tasks need not be touched if the runs stay what they were.
+// The entries and the tasks need not be touched if the runs stay what they were. Those of the host's numbers do not:
+// `all_next` is false then.
 void Batch::prepare_again(const GradientScaling& scaling, bool all_next, const DeviceScaling& on_device) {
   if (cuda_entries_ != 0 && !(all_next && cuda.advance(on_device.changes_scalars())))
     for (const Entry& entry : entries)
-      if (entry.on_cuda.part >= 0) cuda.recount(entry.on_cuda, entry.step);
+      if (entry.on_cuda.part >= 0) cuda.recount(entry.on_cuda, entry.step, entry.numbers);
   for (const auto& [group, other] : equal_groups_) all_next = all_next && *group == *other;
   for (const ScalarsKey& key : scalars_keys_) all_next = all_next && !key.first && !(key.counts && key.step == 0);
   if (!all_next) {
@@ -332,7 +389,8 @@ void Batch::prepare_again(const GradientScaling& scaling, bool all_next, const D
   on_device_ = on_device;
   for (size_t i = 0; i < scalars_keys_.size(); ++i) {
     scalars_keys_[i].step += scalars_keys_[i].counts ? 1 : 0;
-    scalars_[i] = scalars_of(scalars_keys_[i]);
+    Numbers none;
+    scalars_[i] = scalars_of(scalars_keys_[i], &none);
   }
 }
 
@@ -401,6 +459,17 @@ void Batch::gather(Pass pass, cpu::Update (&updates)[2], const AddShards& add_sh
   for_each_row([&](Sum* row, Sum* own) { std::copy(row, row + count, own); });
 }
 
+// Once the sums are there, which may have moved them. Their memory is that of the step's other tensors, and kept.
+void Batch::write_numbers(const cpu::Update (&updates)[2]) const {
+  for (const Entry& entry : entries) {
+    if (!entry.numbers.on_host) continue;
+    const bool is_summed = rule_.sum_count > 0;
+    const Numbers moved =
+        is_summed ? cpu::numbers_of(updates[entry.is_float64], static_cast<size_t>(entry.task)) : entry.moved;
+    entry.numbers.write(moved);
+  }
+}
+
 void Batch::work(bool counts, bool updates, const AddShards& add_shards) {
   cpu::Update each[2] = {update_of(false), update_of(true)};
   if (updates && rule_.sum_count > 0) gather(kOwnSums, each, add_shards);
@@ -423,6 +492,7 @@ void Batch::work(bool counts, bool updates, const AddShards& add_shards) {
                       is_measured_ ? chunk_stats_[update.is_float64].data() : nullptr);
     }
   });
+  if (updates && rule_.number_count > 0) write_numbers(each);
   if (!updates || !is_measured_) return;
   for (const Entry& entry : entries) {
     if (entry.group->stats == 0) continue;

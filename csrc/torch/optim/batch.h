@@ -19,14 +19,15 @@
 
 namespace trainopt::aten {
 
-constexpr int kMaxOperands = kMaxSlots + 3;  // parameter, gradient, states, step count
-constexpr int kGradientCounter = 1;          // which of an entry's counters is the gradient's, where it is written to
+constexpr int kMaxOperands = kMaxSlots + 3 + kMaxNumbers;  // parameter, gradient, states, step count, numbers
+constexpr int kGradientCounter = 1;  // which of an entry's counters is the gradient's, where it is written to
 
 // The tensors of one parameter; null where there is none. Those of a DTensor are its local tensors.
 struct Operands {
   const c10::TensorImpl* param = nullptr;
   const c10::TensorImpl* gradient = nullptr;
   const c10::TensorImpl* steps = nullptr;
+  const c10::TensorImpl* numbers[kMaxNumbers] = {};
   const c10::TensorImpl* states[kMaxSlots] = {};       // by slot
   bool states_are_tensors = true;                      // else there is a state that is a subclass of one
   bool states_are_known = true;                        // else there is a state that is something else
@@ -46,6 +47,8 @@ struct Entry {
   double step;         // that count with this step
   void* device_steps;  // the count of its steps where a CUDA device keeps it, else null
   bool steps_are_double, first, is_float64;
+  HeldNumbers numbers;
+  Numbers moved;                              // as `prepare` leaves those of the host
   VersionCounter* written[kMaxOperands + 1];  // those of the tensors that the step writes; null after the last
 
   // Reads the count of steps again. Whether this step is the one after that of before.
@@ -105,6 +108,9 @@ class Batch {
   // Whether every parameter lies on a CUDA device.
   bool lies_on_devices() const { return cuda_entries_ == entries.size(); }
 
+  // Whether the host must read what a group has on a device: for a parameter, or for numbers that it moves on.
+  bool host_must_know() const { return !lies_on_devices() || has_host_numbers_; }
+
   // Whether a step can be made with what is left on the device. Where it may be skipped, the count of its steps has to
   // lie there too.
   bool can_apply(const DeviceScaling& scaling) const {
@@ -138,6 +144,7 @@ class Batch {
     const GroupValues* group;
     double step;
     bool counts, first, is_float64;
+    Numbers numbers;
   };
 
   // A DTensor on the CPU; task is -1 where this process holds no elements of it.
@@ -164,6 +171,7 @@ class Batch {
 
   StepMemory memory_;
   size_t cuda_entries_ = 0;
+  bool has_host_numbers_ = false;
   GradientScaling scaling_;  // with which `prepare` was called
   DeviceScaling on_device_;  // likewise
 
@@ -171,8 +179,10 @@ class Batch {
   cpu::Update update_of(bool is_float64) const;
   void gather(Pass pass, cpu::Update (&updates)[2], const AddShards& add_shards);
   void work(bool counts, bool updates, const AddShards& add_shards);
+  bool look_at_numbers(const Operands&, HeldNumbers*) const;
+  void write_numbers(const cpu::Update (&updates)[2]) const;
   void check_counts() const;
-  cpu::Scalars scalars_of(const ScalarsKey& key) const;
+  cpu::Scalars scalars_of(const ScalarsKey& key, Numbers* numbers) const;
 };
 
 // How many threads of torch's pool are worth waking for this many elements.

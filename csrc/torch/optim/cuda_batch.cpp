@@ -56,19 +56,21 @@ void CudaBatch::visit(c10::Device device) {
 }
 
 CudaPlace CudaBatch::add(const TensorTask& task, const GroupValues* group, c10::Device device, bool is_float64,
-                         bool first, const StepCount& count, const Shard* shard) {
+                         bool first, const StepCount& count, const HeldNumbers& numbers, const Shard* shard) {
   const bool is_summed_by_all = (rule_.sum_count > 0 || group->cautious != 0) && shard != nullptr;
-  counts_on_host_ = counts_on_host_ || count.on_host;
+  counts_on_host_ = counts_on_host_ || count.on_host || numbers.on_host;
   sums_over_shards_ = sums_over_shards_ || is_summed_by_all;
-  // Without elements, its steps may still be counted there, or other processes ask for its sums.
-  if (task.numel == 0 && count.on_device == nullptr && !is_summed_by_all) return {};
+  // Without elements, its steps may still be counted there, or its numbers moved, or other processes ask for its sums.
+  if (task.numel == 0 && count.on_device == nullptr && !numbers.on_device && !is_summed_by_all) return {};
   const auto is_its = [&](const Part& part) { return part.device == device && part.is_float64 == is_float64; };
   auto part = std::find_if(parts_.begin(), parts_.end(), is_its);
   if (part == parts_.end()) part = parts_.insert(part, Part(device, is_float64));
   cuda::TensorTask& added = part->tasks.emplace_back();
   static_cast<TensorTask&>(added) = task;
   added.rounds_at_random = group->round_at_random != 0;
-  part->sources.push_back({group, first, count, shard});
+  added.numbers_are_float32 = numbers.values.are_float32;
+  for (int n = 0; n < numbers.count; ++n) added.numbers[n].data = numbers.data[n];
+  part->sources.push_back({group, first, count, numbers, shard});
   return {static_cast<int>(part - parts_.begin()), static_cast<int64_t>(part->tasks.size()) - 1};
 }
 
@@ -102,10 +104,11 @@ bool CudaBatch::advance(bool is_scaled) {
   return true;
 }
 
-void CudaBatch::recount(CudaPlace place, double step) {
+void CudaBatch::recount(CudaPlace place, double step, const HeldNumbers& numbers) {
   Part& part = parts_[place.part];
   part.forget();
   part.sources[place.index].count.step = step;
+  part.sources[place.index].numbers = numbers;
   part.sources[place.index].first = false;
 }
 
@@ -124,7 +127,8 @@ void CudaBatch::run_part(Part& part, const Step& step) const {
   using By = Part::By;
   const bool is_scaled = step.on_device.changes_scalars();
   const auto is_by_host = [&](const Source& source) {
-    return source.count.on_device == nullptr && source.group->on_device[0].tensor == nullptr && !is_scaled;
+    return source.count.on_device == nullptr && !source.numbers.on_device &&
+           source.group->on_device[0].tensor == nullptr && !is_scaled;
   };
   if (part.by == By::kUnknown || part.was_scaled != is_scaled) {
     part.forget();
@@ -155,9 +159,10 @@ void CudaBatch::Part::find_runs() {
   for (size_t i = 0; i < tasks.size(); ++i) {
     const Source& source = sources[i];
     const bool first = source.is_first();
+    const Numbers& numbers = source.numbers.values;
     if (runs.empty() || runs.back().group != source.group || runs.back().step != source.count.step ||
-        runs.back().counts != source.count.on_host || runs.back().first != first)
-      runs.push_back({source.group, source.count.step, source.count.on_host, first});
+        runs.back().counts != source.count.on_host || runs.back().first != first || !(runs.back().numbers == numbers))
+      runs.push_back({source.group, source.count.step, source.count.on_host, first, numbers});
     tasks[i].prepared = static_cast<uint32_t>(runs.size() - 1);
   }
 }
@@ -171,8 +176,23 @@ void CudaBatch::Part::find_counts() {
     const Source& source = sources[i];
     if (groups.empty() || groups.back() != source.group) groups.push_back(source.group);
     tasks[i].prepared = static_cast<uint32_t>(i);
-    counts.push_back({source.count.on_device, source.count.step, static_cast<uint32_t>(groups.size() - 1),
-                      source.count.is_double, source.is_first(), source.count.on_host});
+    const HeldNumbers& numbers = source.numbers;
+    cuda::Count& count = counts.emplace_back(cuda::Count{source.count.on_device,
+                                                         source.count.step,
+                                                         static_cast<uint32_t>(groups.size() - 1),
+                                                         source.count.is_double,
+                                                         source.is_first(),
+                                                         source.count.on_host,
+                                                         numbers.values.are_float32,
+                                                         numbers.on_host,
+                                                         {}});
+    for (int n = 0; n < numbers.count; ++n) {
+      if (numbers.on_host) {
+        count.numbers[n].value = numbers.values.at[n];
+      } else {
+        count.numbers[n].data = numbers.data[n];
+      }
+    }
     has_first = has_first || source.is_first();
   }
 }
@@ -180,9 +200,11 @@ void CudaBatch::Part::find_counts() {
 void CudaBatch::run_by_host(Part& part, const Step& step) const {
   std::vector<cuda::Prepared> prepared;
   prepared.reserve(part.runs.size());
-  for (const Run& run : part.runs)
-    prepared.push_back({run.group->scalars(rule_, run.step, run.first, part.is_float64, step.scaling),
+  for (const Run& run : part.runs) {
+    Numbers numbers = run.numbers;
+    prepared.push_back({run.group->scalars(rule_, run.step, run.first, part.is_float64, step.scaling, &numbers),
                         random_key(run.group->seed, run.step).step});
+  }
   std::vector<at::Tensor> kept;
   const OnDevice on(part.device);
   update(part, prepared.data(), false, float_on(step.on_device.found_inf, part.device, &kept), step, on.stream);

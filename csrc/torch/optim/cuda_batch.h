@@ -29,6 +29,17 @@ struct DeviceScaling {
   bool changes_scalars() const { return gradient_scale.defined() || norm.defined(); }
 };
 
+// A parameter's numbers in its state: all on the host or all on its device, and of one type.
+struct HeldNumbers {
+  int count = 0;
+  void* data[kMaxNumbers] = {};
+  bool on_host = false, on_device = false;  // neither where there are none
+  Numbers values{};                         // on the host: as the step before has left them
+
+  void read();
+  void write(const Numbers& moved) const;
+};
+
 // The count of a parameter's steps.
 struct StepCount {
   void* on_device = nullptr;  // null: the host has counted, or the rule counts none
@@ -57,7 +68,7 @@ class CudaBatch {
   // Where it has its place then; none for a tensor without elements of which nothing is to be done on the device.
   // `group` and `shard`, of a DTensor or null, must live as long as the step.
   CudaPlace add(const TensorTask&, const GroupValues* group, c10::Device, bool is_float64, bool first, const StepCount&,
-                const Shard* shard);
+                const HeldNumbers&, const Shard* shard);
 
   // For a step of the same parameters as the last: what has been added.
   const TensorTask& task(CudaPlace place) const { return parts_[place.part].tasks[place.index]; }
@@ -66,10 +77,10 @@ class CudaBatch {
   // Likewise: each parameter's step is the one after its last. False if `recount` must be told of each all the same.
   // `is_scaled`: by what lies on the device.
   bool advance(bool is_scaled);
-  // Likewise: the count with this step where the host keeps it. The states are no longer new.
-  void recount(CudaPlace place, double step);
+  // Likewise: the count with this step and the numbers where the host keeps them. The states are no longer new.
+  void recount(CudaPlace place, double step, const HeldNumbers& numbers);
 
-  // Whether any count of steps is kept by the host, which must know then whether this step is skipped.
+  // Whether any count of steps or number is kept by the host, which must know then whether this step is skipped.
   bool counts_on_host() const { return counts_on_host_; }
   // Whether one of the devices' streams is being captured into a CUDA graph.
   bool is_captured() const;
@@ -86,6 +97,7 @@ class CudaBatch {
     const GroupValues* group;
     bool first;
     StepCount count;
+    HeldNumbers numbers;
     const Shard* shard;
 
     bool is_first() const { return first || (count.on_host && count.step == 1); }
@@ -96,6 +108,7 @@ class CudaBatch {
     const GroupValues* group;
     double step;
     bool counts, first;
+    Numbers numbers;
   };
 
   // The parameters of one device and one arithmetic.
@@ -150,13 +163,14 @@ class CudaBatch {
   void clear() {}
   bool empty() const { return true; }
   void visit(c10::Device) {}
-  CudaPlace add(const TensorTask&, const GroupValues*, c10::Device, bool, bool, const StepCount&, const Shard*) {
+  CudaPlace add(const TensorTask&, const GroupValues*, c10::Device, bool, bool, const StepCount&, const HeldNumbers&,
+                const Shard*) {
     return {};
   }
   const TensorTask& task(CudaPlace) const { return none_; }
   void set_gradient(CudaPlace, void*) {}
   bool advance(bool) { return true; }
-  void recount(CudaPlace, double) {}
+  void recount(CudaPlace, double, const HeldNumbers&) {}
   bool counts_on_host() const { return false; }
   bool is_captured() const { return false; }
   bool sums_over_shards() const { return false; }

@@ -39,7 +39,7 @@ SlotSet GroupValues::slots(const cpu::Rule& rule) const {
 }
 
 cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first, bool is_float64,
-                                  const GradientScaling& scaling) const {
+                                  const GradientScaling& scaling, Numbers* numbers) const {
   cpu::Scalars result;
   const StepInfo info{lr, lr_is_float32 != 0, weight_decay, step, first};
   const Decay decay = rule.decay(options);
@@ -48,7 +48,7 @@ cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first
   } else {
     result.stages32 = prepare_stages<float>(*this, info, decay, scaling.scale, scaling.norm);
   }
-  rule.prepare(options, info, is_float64, &result);
+  rule.prepare(options, info, is_float64, &result, numbers);
   return result;
 }
 

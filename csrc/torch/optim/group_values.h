@@ -41,8 +41,9 @@ struct GroupValues : Settings {
   // The slots that matter: those needed, and what completes them where they are stored in two parts.
   SlotSet slots(const cpu::Rule& rule) const;
   bool operator==(const GroupValues& other) const { return std::memcmp(this, &other, sizeof other) == 0; }
-  cpu::Scalars scalars(const cpu::Rule& rule, double step, bool first, bool is_float64,
-                       const GradientScaling& scaling) const;
+  // `numbers` are moved on, of a rule that has any.
+  cpu::Scalars scalars(const cpu::Rule& rule, double step, bool first, bool is_float64, const GradientScaling& scaling,
+                       Numbers* numbers) const;
 
   // Leaves a number on its device if it can stay there; false if the host must read it.
   bool leave_on_device(const at::Tensor& number, int64_t option);
