@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import re
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from trainopt.optim.options import option_at, places_of
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from formulas import formula_step  # noqa: E402
+from formulas import formula_step, numbers_after  # noqa: E402
 from optimizer_table import TABLE  # noqa: E402
 
 #: What a fault is called, what it changes, and into what.
@@ -83,9 +84,10 @@ SOURCE = """
 using namespace trainopt;
 
 template <class Rule>
-void step_of(const double* options, const double* info, long count, const double* p, const double* g, double* states,
-             double* change) {{
-  auto k = Rule::template prepare<double>(options, StepInfo{{info[0], false, info[1], info[2], info[3] != 0}});
+void step_of(const double* options, const double* info, long count, const double* p, const double* kept,
+             const double* g, double* states, double* change) {{
+  const double lr = info[0] * rate_of<Rule>(options);
+  auto k = Rule::template prepare<double>(options, StepInfo{{lr, false, info[1], info[2], info[3] != 0}});
   const StateSet set = Rule::states_needed(options);
   double own[kMaxStates];
   const auto read = [&](long i) {{
@@ -103,7 +105,7 @@ void step_of(const double* options, const double* info, long count, const double
   }}
   for (long i = 0; i < count; ++i) {{
     read(i);
-    change[i] = Rule::update(k, p[i], g[i], own);
+    change[i] = Rule::update(k, kept[i], g[i], own);
     for (int s = 0; s < kStateCount<Rule>; ++s)
       if (contains(set, s)) states[s * count + i] = own[s];
   }}
@@ -111,9 +113,11 @@ void step_of(const double* options, const double* info, long count, const double
 
 extern "C" int decay_of(const double* options) {{ return static_cast<int>({name}::decay(options)); }}
 
-extern "C" void step(const double* options, const double* info, long count, const double* p, const double* g,
-                     double* states, double* change) {{
-  step_of<{name}>(options, info, count, p, g, states, change);
+extern "C" double rate(const double* options) {{ return rate_of<{name}>(options); }}
+
+extern "C" void step(const double* options, const double* info, long count, const double* p, const double* kept,
+                     const double* g, double* states, double* change) {{
+  step_of<{name}>(options, info, count, p, kept, g, states, change);
 }}
 """
 
@@ -162,7 +166,11 @@ def compiled(header: str, compiler: Compiler) -> ctypes.CDLL | None:
         command += [f"-I{ROOT / 'csrc'}", "-x", "c++", "-", "-o", made.name]
     source = SOURCE.format(header=header, name=name[1])
     done = subprocess.run(command, input=source, text=True, capture_output=True)
-    return ctypes.CDLL(made.name) if done.returncode == 0 else None
+    if done.returncode != 0:
+        return None
+    library = ctypes.CDLL(made.name)
+    library.rate.restype = ctypes.c_double
+    return library
 
 
 def as_number(value: Any) -> Any:
@@ -183,6 +191,12 @@ def numbers(values: Sequence[float]) -> Any:
     return (ctypes.c_double * len(values))(*values)
 
 
+def given_in(group: dict[str, Any], rule: str) -> Any:
+    """A rule's options as the engine has them: None as NaN."""
+    values = [option_at(group, place) for place in places_of(rule)]
+    return numbers([math.nan if value is None else float(value) for value in values])
+
+
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
@@ -190,27 +204,33 @@ def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
 def is_right(library: ctypes.CDLL, rule: str, row: Any, options: dict[str, Any], from_zero: bool) -> bool:
     """Whether steps with these options, of a parameter that may be 0, come to the formula's parameters and states."""
     group = {**row.defaults, **options}
-    given = numbers([float(option_at(group, place)) for place in places_of(rule)])
+    group.update(row.make([torch.nn.Parameter(torch.ones(1))], **options).param_groups[0])
+    given = given_in(group, rule)
     decay, lr, sign = float(group.get("weight_decay", 0)), float(group["lr"]), -1 if group["maximize"] else 1
     decay_is = library.decay_of(given)  # in the gradient, on the parameter, in the update
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(ELEMENTS, dtype=torch.float64, generator=generator)
     p[: ELEMENTS if from_zero else 3] = 0
-    truth, state = p.clone(), {}
+    truth, state, found = p.clone(), {}, {}
     names = _C.rules()[rule].states
     states, change = torch.zeros(len(names), ELEMENTS, dtype=torch.float64), torch.zeros_like(p)
     for name, value in row.make([torch.nn.Parameter(p)], **options)._begin_at().items():
         states[names.index(name)] = value
+    for name in row.ours._begin_as_parameter:
+        states[names.index(name)] = p
     for step in range(1, STEPS + 1):
         g = torch.randn(ELEMENTS, dtype=torch.float64, generator=generator)
         g *= 10 ** (2 * torch.rand(ELEMENTS, dtype=torch.float64, generator=generator) - 1)
         g[2:8], g[8:12] = 0, g[8:12] if step > 3 else 0
-        truth = formula_step(row, truth, g, state, options, step)
+        given = given_in({**group, **found}, rule)
+        found = numbers_after(row, [(truth, g, state)], options, found)
+        truth = formula_step(row, truth, g, state, {**options, **found}, step)
         felt = sign * g + (decay * p if decay_is == 0 else 0)
-        p = p * (1 - lr * decay) if decay_is == 1 else p
+        kept = p * (1 - lr * library.rate(given) * decay) if decay_is == 1 else p
         info = numbers([lr, decay, step, step == 1])
-        library.step(given, info, ELEMENTS, pointer(p), pointer(felt), pointer(states), pointer(change))
-        p = p - change
+        tensors = map(pointer, (p, kept, felt, states, change))
+        library.step(given, info, ELEMENTS, *tensors)
+        p = kept - change
     pairs = [(p, truth), *((states[names.index(name)], value) for name, value in state.items())]
     return all(torch.allclose(found, value, rtol=1e-8, atol=1e-10, equal_nan=True) for found, value in pairs)
 

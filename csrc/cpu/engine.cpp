@@ -64,11 +64,13 @@ constexpr Rule describe(int index) {
             kUnsignedStates<R>,
             nullptr,
             kSumCount<R>,
+            kSumsAreOverAll<R>,
             R::kCountsSteps,
             kAlwaysNeedsLr<R>,
             R::states_needed,
             takes<R>,
             R::decay,
+            rate_of<R>,
             [](const double* options, const StepInfo& info, bool is_float64, Scalars* out) {
               is_float64 ? prepare_as<double, R>(options, info, out->rule)
                          : prepare_as<float, R>(options, info, out->rule);

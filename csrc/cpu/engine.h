@@ -53,11 +53,13 @@ struct Rule {
   Slots slots() const { return {state_count}; }
   const char* const* sums;
   int sum_count;  // 0 without sums of its own
+  bool sums_over_all;
   int sums_in(Pass pass) const { return pass == kOwnSums ? sum_count : 2; }
   bool counts_steps, needs_lr;
   StateSet (*states_needed)(const double* options);
   bool (*takes)(const double* options);
   Decay (*decay)(const double* options);
+  double (*rate)(const double* options);
   void (*prepare)(const double* options, const StepInfo&, bool is_float64, Scalars*);
   // Puts what follows from a pass's sums into the scalars; null for sums that the rule has not.
   void (*finish[kPasses])(const Sum* sums, bool is_float64, Scalars*);

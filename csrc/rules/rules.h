@@ -10,6 +10,7 @@
 #include "rules/lamb.h"
 #include "rules/lars.h"
 #include "rules/lion.h"
+#include "rules/prodigy.h"
 #include "rules/radam.h"
 #include "rules/rmsprop.h"
 #include "rules/rprop.h"
@@ -23,6 +24,7 @@
   DO(Lion)                         \
   DO(Lamb)                         \
   DO(Lars)                         \
+  DO(Prodigy)                      \
   DO(RmsProp)                      \
   DO(Adadelta)                     \
   DO(Adamax)                       \

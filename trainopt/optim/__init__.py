@@ -20,6 +20,7 @@ from trainopt.optim.lars import LARS
 from trainopt.optim.lion import Lion
 from trainopt.optim.matrix.muon import Muon
 from trainopt.optim.matrix.split import muon_groups
+from trainopt.optim.prodigy import Prodigy
 from trainopt.optim.radam import RAdam
 from trainopt.optim.release import step_in_backward
 from trainopt.optim.report import nonfinite_report
@@ -45,6 +46,7 @@ __all__ = [
     "Lion",
     "Muon",
     "NAdam",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "Rprop",

@@ -29,6 +29,8 @@ _SHARED_OPTIONS = {"weight_decay": 0.0, "maximize": False, "l1": 0.0, "l1_proxim
 
 def step(optimizer: Any) -> bool:
     """The whole step, traced; False if it must run uncompiled, and then nothing is done."""
+    if optimizer._sums_over_all:
+        return False  # the host goes on with them
     batches = []
     for group in optimizer.param_groups:
         # Noise depends on a parameter's index and step; what depends on all gradients, the host must see to before it

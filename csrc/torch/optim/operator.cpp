@@ -27,6 +27,8 @@ const cpu::Rule& check(std::string_view name, at::TensorList params, at::TensorL
                        at::TensorList steps, const at::Tensor& lr, c10::ArrayRef<double> options) {
   const cpu::Rule* rule = cpu::find_rule(std::string(name).c_str());
   TORCH_CHECK_VALUE(rule != nullptr, "optimizer_step_: there is no rule '", name, "'");
+  TORCH_CHECK_VALUE(!rule->sums_over_all, "optimizer_step_: the step of ", name,
+                    " depends on the parameters of all groups, of which the operator knows those of one");
   TORCH_CHECK_VALUE(options.size() == static_cast<size_t>(rule->option_count), "optimizer_step_: options: ", name,
                     " has ", rule->option_count, ", not ", options.size());
   TORCH_CHECK_VALUE(rule->takes(options.data()), "optimizer_step_: options: ", options, " is beyond the range of ",
