@@ -43,7 +43,7 @@ OPTIONS = {
     "Rprop": {"lr": 0.02, "etas": (0.6, 1.3)},
     "LAMB": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},
     "LARS": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "trust_coeff": 0.1},
-    "Prodigy": {"lr": 20.0, "d0": 1e-3, "betas": (0.7, 0.9), "weight_decay": 0.1},
+    "Prodigy": {"lr": 2.0, "d0": 0.01, "d_coef": 10.0, "betas": (0.7, 0.9), "weight_decay": 0.1},
     "Lion": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},
     "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
     "Adam": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1, "amsgrad": True},

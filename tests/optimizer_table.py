@@ -310,7 +310,7 @@ TABLE = {
     ),
 }
 
-FOUND = {"lr": 20.0, "d0": 1e-3}  # with which d grows in a few steps
+FOUND = {"lr": 2.0, "d0": 0.01, "d_coef": 10.0, "betas": (0.9, 0.9)}  # with which d grows in a few steps
 PRODIGY = {"betas": (0.6, 0.8), "beta3": 0.7, "eps": 0.3, "weight_decay": 0.3, "use_bias_correction": True}
 TABLE |= {
     "Prodigy": Row(
@@ -318,17 +318,16 @@ TABLE |= {
         formula=formulas.prodigy,
         numbers=formulas.prodigy_numbers,
         settings={
-            "default": {},
-            **{key: {"d0": 0.5, **options} for key, options in {**PLAIN, **MOMENTS, **DECAY}.items() if options},
+            **{key: {"d0": 0.5, **options} for key, options in {**PLAIN, **MOMENTS, **DECAY}.items()},
             "d0": FOUND,
             "beta1 0, d0": {**FOUND, "betas": (0.0, 0.95)},
             "beta3": {**FOUND, "beta3": 0.5, "eps": 0.3},
             "eps, d0": {**FOUND, "eps": 0.3},
-            "d_coef": {**FOUND, "d_coef": 3.0},
+            "d_coef": {**FOUND, "d_coef": 20.0},
             "growth_rate": {**FOUND, "growth_rate": 1.1},
             "use_bias_correction": {**FOUND, "use_bias_correction": True},
-            "safeguard_warmup": {**FOUND, "safeguard_warmup": True},
-            "decouple": {**FOUND, "weight_decay": 0.4, "decouple": False},
+            "safeguard_warmup": {**FOUND, "d_coef": 4.0, "safeguard_warmup": True},
+            "decouple": {**FOUND, "d_coef": 4.0, "weight_decay": 0.4, "decouple": False},
             "maximize": {**FOUND, "maximize": True},
             "all": {**FOUND, **PRODIGY, "growth_rate": 1.5, "maximize": True},
             "all, decouple, safeguard_warmup": {**FOUND, **PRODIGY, "safeguard_warmup": True, "decouple": False},
@@ -338,7 +337,7 @@ TABLE |= {
             "all": {**FOUND, **PRODIGY, "l1": 0.4},
             "l1_proximal, d0": {**FOUND, **PRODIGY, "l1": 0.4, "l1_proximal": True},
         },
-        usual={**FOUND, "betas": (0.8, 0.9), "weight_decay": 0.3},
+        usual={**FOUND, "weight_decay": 0.3},
         everything={**FOUND, "eps": 0.3, "weight_decay": 0.3, "l1": 0.5, "l1_proximal": True, "maximize": True},
     ),
     "RMSprop": Row(

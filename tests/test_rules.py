@@ -40,6 +40,7 @@ def judge(row, peer, dtype, options, sizes, steps, seeds):
         result_of(peer, start, gradients, torch.float64, **options),
         dtype,
         undecided,
+        row.numbers is not None,
     )
 
 
@@ -165,6 +166,8 @@ def state_of(optimizer, param, row):
 @ROWS
 def test_groups_have_values_of_their_own(row):
     """Groups of one optimizer step as optimizers of their own do, whatever the neighbour's options are."""
+    if row.numbers is not None:
+        pytest.skip("its groups have numbers in common: test_prodigy.py")
     choices = [*row.settings.values(), *row.extras.values()]
     choices = [options for options in choices if not options.keys() & {*row.unread_in_groups}]
     sizes = [size for size in (1, 17, 300) for _ in choices]
@@ -275,7 +278,7 @@ def test_late_steps(name, late, dtype):
         assert optimizer.state[q]["step"].isfinite()
         states = [name for name in row.states[:2] if name in saved["state"][0]]
         found[kind] = {"param": [q.detach()], **{name: [optimizer.state[q][name]] for name in states}}
-    assert_no_worse(found["ours"], found["torchs"], found["truth"], dtype)
+    assert_no_worse(found["ours"], found["torchs"], found["truth"], dtype, in_common=row.numbers is not None)
 
 
 @ROWS
