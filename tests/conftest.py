@@ -15,7 +15,7 @@ from trainopt._extension import _C
 
 #: Packages of the extras in pyproject.toml. Any other module that is missing is an error.
 OPTIONAL = {"expecttest", "hypothesis", "matplotlib", "mlxtend", "numpy", "rich", "tensorboard"}
-OPTIONAL |= {"accelerate", "ignite", "lightning", "peft", "timm", "transformers", "trl"}
+OPTIONAL |= {"accelerate", "ignite", "lightning", "peft", "prodigyopt", "timm", "transformers", "trl"}
 
 
 def pytest_addoption(parser):

@@ -257,8 +257,41 @@ def sgd_schedule_free(p, g, state, options, step):
     return schedule_free(p, g, state, options, step, options["momentum"], warmed(options, step))
 
 
+def prodigy_numbers(operands, o, numbers):
+    """What Prodigy's numbers are after a step of these (parameter, gradient, state): `numbers` is what they were."""
+    (beta1, beta2), d0, k = o["betas"], o["d0"], numbers.get("k", 0)
+    d, d_max = numbers.get("d", d0), numbers.get("d_max", d0)
+    beta3 = beta2**0.5 if o["beta3"] is None else o["beta3"]
+    correction = (1 - beta2 ** (k + 1)) ** 0.5 / (1 - beta1 ** (k + 1)) if o["use_bias_correction"] else 1.0
+    rate = d * correction
+    numerator, denominator = beta3 * numbers.get("d_numerator", 0.0), 0.0
+    for p, g, state in operands:
+        way = (state.setdefault("p0", p.clone()) - p) * rate * float(o["lr"])
+        numerator += d / d0 * torch.dot(g.flatten(), way.flatten()).item()
+        share = d if o["safeguard_warmup"] else rate * float(o["lr"])
+        state["s"] = beta3 * state.get("s", torch.zeros_like(p)) + d / d0 * share * g
+        denominator += state["s"].abs().sum().item()
+    found = {"d_before": d, "rate": rate, "d": d, "d_max": d_max, "d_numerator": numerator, "k": k + 1}
+    if denominator != 0:
+        estimate = o["d_coef"] * numerator / denominator
+        grown = max(d, estimate) if d == d0 else d
+        found["d_max"] = max(d_max, estimate)
+        found["d"] = min(found["d_max"], grown * o["growth_rate"])
+    return found
+
+
+def prodigy(p, g, state, options, step):
+    """Prodigy's new parameter, once `prodigy_numbers` has moved s on."""
+    (beta1, beta2), d, zero = options["betas"], options["d_before"], torch.zeros_like(p)
+    m = beta1 * state.get("exp_avg", zero) + (1 - beta1) * d * g
+    if beta1:
+        state["exp_avg"] = m
+    state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * (d * g) ** 2
+    return p - options["lr"] * options["rate"] * m / (state["exp_avg_sq"].sqrt() + options["d"] * options["eps"])
+
+
 #: Options that decouple weight decay from the gradient.
-DECOUPLING = ("decoupled_weight_decay", "no_prox", "decoupled_decay")
+DECOUPLING = ("decoupled_weight_decay", "no_prox", "decoupled_decay", "decouple")
 #: What the last formula has taken the sign of.
 signed: list[torch.Tensor] = []
 
@@ -280,20 +313,42 @@ def take_undecided(eps: float, gradient: torch.Tensor) -> torch.Tensor | None:
     return functools.reduce(torch.logical_or, near) if near else None
 
 
+def all_options(row, options):
+    o = {**row.defaults, **options}
+    return {name: tuple(map(float, value)) if isinstance(value, tuple) else value for name, value in o.items()}
+
+
+def is_decoupled(row, o):
+    return next((o[name] for name in DECOUPLING if name in o), row.decoupled)
+
+
+def felt(row, o, p, g):
+    """The gradient that the formula is given."""
+    if o["maximize"]:
+        g = -g
+    if not is_decoupled(row, o) and not row.decays_itself:
+        g = g + o.get("weight_decay", 0.0) * p
+    return g if o["l1_proximal"] else g + o["l1"] * p.sign()
+
+
+def numbers_after(row, operands, options, numbers):
+    """What a row's numbers that are not of one parameter are, before `formula_step` of each (parameter, gradient,
+    state); they are options of it."""
+    if row.numbers is None:
+        return {}
+    o = all_options(row, options)
+    return row.numbers([(p, felt(row, o, p, g), state) for p, g, state in operands], o, numbers)
+
+
 def formula_step(row, p, g, state, options, step):
     """The whole of a step for one parameter, by the formula; returns the new parameter and changes `state`."""
     signed.clear()
-    o = {**row.defaults, **options}
-    o = {name: tuple(map(float, value)) if isinstance(value, tuple) else value for name, value in o.items()}
-    decoupled = next((o[name] for name in DECOUPLING if name in o), row.decoupled)
+    o = all_options(row, options)
+    decoupled = is_decoupled(row, o)
     decays_itself = row.decays_itself and not decoupled
-    if o["maximize"]:
-        g = -g
-    if not decoupled and not decays_itself:
-        g = g + o.get("weight_decay", 0.0) * p
-    if not o["l1_proximal"]:
-        g = g + o["l1"] * p.sign()
-    kept = p * (1 - o["lr"] * o["weight_decay"]) if decoupled else p
+    g = felt(row, o, p, g)
+    lr = o["lr"] * o.get("rate", 1.0)
+    kept = p * (1 - lr * o["weight_decay"]) if decoupled else p
     if row.factor is not None:
         kept = kept * row.factor(state, o)
     if o["cautious"] or o["cautious_weight_decay"]:
@@ -313,7 +368,7 @@ def formula_step(row, p, g, state, options, step):
     if row.settle is not None:
         row.settle(p, state, o, step)
     if o["l1_proximal"]:
-        p = p.sign() * (p.abs() - o["lr"] * o["l1"]).clamp(min=0)
+        p = p.sign() * (p.abs() - lr * o["l1"]).clamp(min=0)
     return p
 
 
@@ -326,13 +381,16 @@ class FormulaOptimizer:
         self.row, self.options, self.params = row, options, list(params)
         self.state = {p: {} for p in self.params}
         self.undecided = {p: torch.zeros_like(p, dtype=torch.bool) for p in self.params}
-        self.steps = 0
+        self.steps, self.numbers = 0, {}
 
     @torch.no_grad()
     def step(self):
         self.steps += 1
+        operands = [(p, p.grad, self.state[p]) for p in self.params]
+        self.numbers = numbers_after(self.row, operands, self.options, self.numbers)
+        options = {**self.options, **self.numbers}
         for p in self.params:
-            p.copy_(formula_step(self.row, p.clone(), p.grad, self.state[p], self.options, self.steps))
+            p.copy_(formula_step(self.row, p.clone(), p.grad, self.state[p], options, self.steps))
             if (undecided := take_undecided(self.eps, p.grad)) is not None:
                 self.undecided[p] |= undecided
 

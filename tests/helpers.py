@@ -46,6 +46,7 @@ OPTIONS = {
     "Rprop": {"lr": 0.02, "etas": (0.6, 1.3)},
     "LAMB": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},
     "LARS": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "trust_coeff": 0.1},
+    "Prodigy": {"lr": 2.0, "d0": 0.01, "d_coef": 10.0, "betas": (0.7, 0.9), "weight_decay": 0.1},
     "Lion": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},
     "AdamWScheduleFree": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1, "warmup_steps": 2},
     "RAdamScheduleFree": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1, "silent_sgd_phase": False},

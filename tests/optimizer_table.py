@@ -12,7 +12,7 @@ from unittest import mock
 
 import formulas
 import torch
-from formulas import FormulaOptimizer, formula_step, take_undecided
+from formulas import FormulaOptimizer, formula_step, numbers_after, take_undecided
 
 import trainopt
 from trainopt import switches
@@ -46,6 +46,7 @@ class Row:
     differences: tuple[str, ...] = ()
     roundings: int = 1  # of the parameter and what is made of it, in a step of torch's plain loop
     hides_nan: bool = False  # a NaN in the gradient moves nothing, as in torch's class
+    numbers: Any = None  # what the formula has that is not of one parameter: see formulas.numbers_after
     takes_shards: bool = True  # torch's plain loop does, of DTensors
     unread_in_groups: tuple[str, ...] = ()  # options that torch's class reads where it is made, once for all groups
     changes_nothing: tuple[str, ...] = field(default=("foreach", "fused"))
@@ -90,7 +91,7 @@ class Row:
     def takes_signs(self, options: dict[str, Any]) -> bool:
         """Whether the formula calls `sign` with these options."""
         one = torch.ones(1, dtype=torch.float64)
-        formula_step(self, one, one, {}, options, 1)
+        formula_step(self, one, one, {}, {**options, **numbers_after(self, [(one, one, {})], options, {})}, 1)
         return take_undecided(0.0, one) is not None
 
     @functools.cached_property
@@ -350,7 +351,36 @@ TABLE = {
     ),
 }
 
+FOUND = {"lr": 2.0, "d0": 0.01, "d_coef": 10.0, "betas": (0.9, 0.9)}  # with which d grows in a few steps
+PRODIGY = {"betas": (0.6, 0.8), "beta3": 0.7, "eps": 0.3, "weight_decay": 0.3, "use_bias_correction": True}
 TABLE |= {
+    "Prodigy": Row(
+        ours=trainopt.Prodigy,
+        formula=formulas.prodigy,
+        numbers=formulas.prodigy_numbers,
+        settings={
+            **{key: {"d0": 0.5, **options} for key, options in {**PLAIN, **MOMENTS, **DECAY}.items()},
+            "d0": FOUND,
+            "beta1 0, d0": {**FOUND, "betas": (0.0, 0.95)},
+            "beta3": {**FOUND, "beta3": 0.5, "eps": 0.3},
+            "eps, d0": {**FOUND, "eps": 0.3},
+            "d_coef": {**FOUND, "d_coef": 20.0},
+            "growth_rate": {**FOUND, "growth_rate": 1.1},
+            "use_bias_correction": {**FOUND, "use_bias_correction": True},
+            "safeguard_warmup": {**FOUND, "d_coef": 4.0, "safeguard_warmup": True},
+            "decouple": {**FOUND, "d_coef": 4.0, "weight_decay": 0.4, "decouple": False},
+            "maximize": {**FOUND, "maximize": True},
+            "all": {**FOUND, **PRODIGY, "growth_rate": 1.5, "maximize": True},
+            "all, decouple, safeguard_warmup": {**FOUND, **PRODIGY, "safeguard_warmup": True, "decouple": False},
+        },
+        extras={
+            **{key: {"d0": 0.5, **options} for key, options in {**L1, **CAUTIOUS, **CAUTIOUS_DECAY}.items()},
+            "all": {**FOUND, **PRODIGY, "l1": 0.4},
+            "l1_proximal, d0": {**FOUND, **PRODIGY, "l1": 0.4, "l1_proximal": True},
+        },
+        usual={**FOUND, "weight_decay": 0.3},
+        everything={**FOUND, "eps": 0.3, "weight_decay": 0.3, "l1": 0.5, "l1_proximal": True, "maximize": True},
+    ),
     "RMSprop": Row(
         ours=trainopt.RMSprop,
         formula=formulas.rmsprop,

@@ -123,7 +123,7 @@ def test_a_nan_is_not_hidden(row, make):
     start, gradients = torch.ones(1000), torch.ones(1000)
     gradients[7] = float("nan")
     _, (p,) = run(getattr(row, make), [start], [[gradients]], **row.usual)
-    assert p.isnan().all()
+    assert (p if row.numbers is None else p[7]).isnan().all()  # of a common number, that of the steps before is kept
 
 
 def test_norms_of_numbers_whose_squares_a_float_does_not_hold():
@@ -146,7 +146,7 @@ def test_the_plain_step_and_the_engine_agree(row, dtype):
         found = result_of(row.make, start, gradients, **options)
         plain = result_of(row.make_plain_loop, start, gradients, **options)
         truth = result_of(row.make_plain_loop, start, gradients, torch.float64, **options)
-        assert_no_worse(found, plain, truth, dtype)
+        assert_no_worse(found, plain, truth, dtype, in_common=row.numbers is not None)
 
 
 @each_path
@@ -166,10 +166,11 @@ def test_caution_looks_at_updates_and_not_at_what_a_parameter_shows_of_them(row,
 def test_compiled(row):
     start, gradients = random_problem((300, 7), torch.float32, 3, 5)
     plain = result_of(row.make, start, gradients, **row.usual)
+    fullgraph = row.numbers is None  # the host goes on with others
 
     def compiled(params, **options):
         optimizer = row.make(params, **options)
-        optimizer.step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+        optimizer.step = torch.compile(optimizer.step, backend="eager", fullgraph=fullgraph)
         return optimizer
 
     assert_same_bits(plain, result_of(compiled, start, gradients, **row.usual))
@@ -206,7 +207,9 @@ def test_steps_that_are_not_finite_are_left_out(row):
     assert_same_bits(plain, found)
 
 
-@each_row
+@pytest.mark.parametrize(
+    "row", [row for row in SUMMING.values() if row.numbers is None], ids=lambda row: row.ours.__name__
+)
 def test_a_differentiable_step(row):
     def step(p, g):
         moved = p.clone()

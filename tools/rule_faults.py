@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import re
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from trainopt.optim.options import option_at, places_of
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from formulas import formula_step  # noqa: E402
+from formulas import formula_step, numbers_after  # noqa: E402
 from optimizer_table import TABLE  # noqa: E402
 
 #: What a fault is called, what it changes, and into what.
@@ -85,10 +86,10 @@ SOURCE = """
 using namespace trainopt;
 
 template <class Rule>
-void step_of(const double* options, const double* info, long count, double* p, const double* g, double* states,
-             double* held) {{
+void step_of(const double* options, const double* info, long count, double* p, const double* kept, const double* g,
+             double* states, double* held) {{
   Numbers numbers{{{{held[0], held[1]}}, info[4] != 0}};
-  const StepInfo step_info{{info[0], false, info[1], info[2], info[3] != 0}};
+  const StepInfo step_info{{info[0] * rate_of<Rule>(options), false, info[1], info[2], info[3] != 0}};
   auto k = prepared_by<Rule, double>(options, step_info, numbers);
   const StateSet set = Rule::states_needed(options);
   double own[kMaxStates];
@@ -108,9 +109,11 @@ void step_of(const double* options, const double* info, long count, double* p, c
   for (int n = 0; n < kMaxNumbers; ++n) held[n] = numbers.at[n];
   for (long i = 0; i < count; ++i) {{
     read(i);
-    if constexpr (kHasDecayFactor<Rule, double>) p[i] *= Rule::decay_factor(k);
-    p[i] = p[i] - Rule::update(k, p[i], g[i], own);
-    if constexpr (kSettles<Rule, double, double>) Rule::settle(k, p[i], own);
+    double moved = kept[i];
+    if constexpr (kHasDecayFactor<Rule, double>) moved *= Rule::decay_factor(k);
+    moved = moved - Rule::update(k, moved, g[i], own);
+    if constexpr (kSettles<Rule, double, double>) Rule::settle(k, moved, own);
+    p[i] = moved;
     for (int s = 0; s < kStateCount<Rule>; ++s)
       if (contains(set, s)) states[s * count + i] = own[s];
   }}
@@ -118,9 +121,11 @@ void step_of(const double* options, const double* info, long count, double* p, c
 
 extern "C" int decay_of(const double* options) {{ return static_cast<int>({name}::decay(options)); }}
 
-extern "C" void step(const double* options, const double* info, long count, double* p, const double* g,
-                     double* states, double* held) {{
-  step_of<{name}>(options, info, count, p, g, states, held);
+extern "C" double rate(const double* options) {{ return rate_of<{name}>(options); }}
+
+extern "C" void step(const double* options, const double* info, long count, double* p, const double* kept,
+                     const double* g, double* states, double* held) {{
+  step_of<{name}>(options, info, count, p, kept, g, states, held);
 }}
 """
 
@@ -191,7 +196,11 @@ def compiled(header: str, compiler: Compiler) -> ctypes.CDLL | None:
         command += [f"-I{ROOT / 'csrc'}", "-x", "c++", "-", "-o", made.name]
     source = SOURCE.format(header=header, name=name[1])
     done = subprocess.run(command, input=source, text=True, capture_output=True)
-    return ctypes.CDLL(made.name) if done.returncode == 0 else None
+    if done.returncode != 0:
+        return None
+    library = ctypes.CDLL(made.name)
+    library.rate.restype = ctypes.c_double
+    return library
 
 
 def as_number(value: Any) -> Any:
@@ -212,44 +221,48 @@ def numbers(values: Sequence[float]) -> Any:
     return (ctypes.c_double * len(values))(*values)
 
 
+def given_in(group: dict[str, Any], rule: str) -> Any:
+    """A rule's options as the engine has them: None as NaN."""
+    values = [option_at(group, place) for place in places_of(rule)]
+    return numbers([math.nan if value is None else float(value) for value in values])
+
+
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
 def is_right(library: ctypes.CDLL, rule: str, row: Any, options: dict[str, Any], from_zero: bool) -> bool:
     """Whether steps with these options, of a parameter that may be 0, come to the formula's parameters and states."""
-    group = {"silent_sgd_phase": True, **row.defaults, **options}
-    decay, lr, sign = float(group.get("weight_decay", 0)), float(group["lr"]), -1 if group["maximize"] else 1
-
-    def given() -> Any:
-        return numbers([float(option_at(group, place)) for place in places_of(rule)])
-
-    decay_is = library.decay_of(given())  # in the gradient, on the parameter, in the update
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(ELEMENTS, dtype=torch.float64, generator=generator)
     p[: ELEMENTS if from_zero else 3] = 0
-    truth, state = p.clone(), {}
+    param = torch.nn.Parameter(p.clone())
+    optimizer = row.make([param], **options)
+    optimizer.init_state()
+    group = {"silent_sgd_phase": True, **row.defaults, **options, **optimizer.param_groups[0]}
+    decay, lr, sign = float(group.get("weight_decay", 0)), float(group["lr"]), -1 if group["maximize"] else 1
+    decay_is = library.decay_of(given_in(group, rule))  # in the gradient, on the parameter, in the update
     names, own = _C.rules()[rule].states, _C.rules()[rule].numbers
     states, held = torch.zeros(len(names), ELEMENTS, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     places = {**dict(zip(names, states, strict=True)), **dict(zip(own, held, strict=False))}
     as_torchs = row.ours._torch_class is not None  # whose numbers are float32
-    param = torch.nn.Parameter(p.clone())
-    optimizer = row.make([param], **options)
-    optimizer.init_state()
     for name, value in optimizer.state[param].items():
         if name in places:
             places[name].copy_(value)
+    truth, state, found = p.clone(), {}, {}
     for step in range(1, STEPS + 1):
         g = torch.randn(ELEMENTS, dtype=torch.float64, generator=generator)
         g *= 10 ** (2 * torch.rand(ELEMENTS, dtype=torch.float64, generator=generator) - 1)
         g[2:8], g[8:12] = 0, g[8:12] if step > 3 else 0
-        truth = formula_step(row, truth, g, state, options, step)
-        felt = sign * g + (decay * p if decay_is == 0 else 0)
-        p = p * (1 - lr * decay) if decay_is == 1 else p.clone()
-        info = numbers([lr, decay, step, step == 1, as_torchs])
-        group["k"] = step - 1
+        group |= {"k": step - 1, **found}
         group |= optimizer._advanced(group)
-        library.step(given(), info, ELEMENTS, pointer(p), pointer(felt), pointer(states), pointer(held))
+        given = given_in(group, rule)
+        found = numbers_after(row, [(truth, g, state)], options, found)
+        truth = formula_step(row, truth, g, state, {**options, **found}, step)
+        felt = sign * g + (decay * p if decay_is == 0 else 0)
+        kept = p * (1 - lr * library.rate(given) * decay) if decay_is == 1 else p.clone()
+        info = numbers([lr, decay, step, step == 1, as_torchs])
+        library.step(given, info, ELEMENTS, *map(pointer, (p, kept, felt, states, held)))
     pairs = [(p, truth), *((places[name], value.double()) for name, value in state.items())]
     return all(torch.allclose(found, value, rtol=1e-8, atol=1e-10, equal_nan=True) for found, value in pairs)
 

@@ -65,6 +65,7 @@ constexpr Rule describe(int index) {
             kUnsignedStates<R>,
             nullptr,
             kSumCount<R>,
+            kSumsAreOverAll<R>,
             nullptr,
             kNumberCount<R>,
             R::kCountsSteps,
@@ -72,6 +73,7 @@ constexpr Rule describe(int index) {
             R::states_needed,
             takes<R>,
             R::decay,
+            rate_of<R>,
             [](const double* options, const StepInfo& info, bool is_float64, Scalars* out, Numbers* numbers) {
               is_float64 ? prepare_as<double, R>(options, info, out, numbers)
                          : prepare_as<float, R>(options, info, out, numbers);

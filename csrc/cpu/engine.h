@@ -54,6 +54,7 @@ struct Rule {
   Slots slots() const { return {state_count}; }
   const char* const* sums;
   int sum_count;  // 0 without sums of its own
+  bool sums_over_all;
   int sums_in(Pass pass) const { return pass == kOwnSums ? sum_count : 2; }
   const char* const* numbers;
   int number_count;
@@ -61,6 +62,7 @@ struct Rule {
   StateSet (*states_needed)(const double* options);
   bool (*takes)(const double* options);
   Decay (*decay)(const double* options);
+  double (*rate)(const double* options);
   // After the stages. Moves the numbers on as well, of a rule that has any; here and below.
   void (*prepare)(const double* options, const StepInfo&, bool is_float64, Scalars*, Numbers*);
   // Puts what follows from a pass's sums into the scalars; null for sums that the rule has not.

@@ -73,8 +73,12 @@ std::unique_ptr<StepTables> tables_of(const Update&);
 void gather(const Update&, Pass, Sum* partials, Sum* sums, Stream);
 size_t partial_sums(const Update&, int sum_count);
 
-// Writes each task's scalars, with what follows from its sums, to out[its index]. All memory is the device's.
-void finish(const Update&, Pass, const Sum* sums, Prepared* out, Stream);
+// Adds up the sums of all tasks.
+void add_over_all(const Update&, int sum_count, const Sum* sums, Sum* total, Stream);
+
+// Writes each task's scalars, with what follows from its sums, to out[its index]; or from the same sums for each, those
+// over all tasks. All memory is the device's.
+void finish(const Update&, Pass, const Sum* sums, bool of_all, Prepared* out, Stream);
 
 // Numbers of a parameter group that lie on the device, as tensors of one element.
 struct DeviceNumber {

@@ -137,6 +137,7 @@ template <class Base>
 struct WithSums : Base {
   const Sum* sums;  // of the first row
   Prepared* out;    // likewise
+  int32_t stride;   // between rows' sums; 0 where all have the same
 };
 struct PlainFinishRow {
   uint32_t prepared;
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kFinishThreads) apply_sums_kernel(const Finish
   __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
   double values[Pass::kCount];
 #pragma unroll
-  for (int s = 0; s < Pass::kCount; ++s) values[s] = value_of(table.header.sums[i * Pass::kCount + s]);
+  for (int s = 0; s < Pass::kCount; ++s) values[s] = value_of(table.header.sums[i * table.header.stride + s]);
   Numbers numbers{};
   if constexpr (kMovedNumbers<Pass> > 0)
     numbers = load_numbers<kMovedNumbers<Pass>>(table.rows[i].numbers, table.rows[i].are_float32);
@@ -240,11 +241,12 @@ void gather_all(const Update& work, Sum* partials, Sum* sums, Stream stream) {
 }
 
 template <class Pass, class S>
-void finish_all(const Update& work, const Sum* sums, Prepared* out, Stream stream) {
+void finish_all(const Update& work, const Sum* sums, bool of_all, Prepared* out, Stream stream) {
   using Row = FinishRow<Pass>;
   using Table = FinishTable<Pass>;
   static_assert(sizeof(Table) <= kParameterBytes);
   Table table;
+  table.header.stride = of_all ? 0 : Pass::kCount;
   table.header.sums = sums;
   table.header.out = out;
   fill_tables(
@@ -258,14 +260,14 @@ void finish_all(const Update& work, const Sum* sums, Prepared* out, Stream strea
       [&](const Table& full, int64_t tensors, const std::vector<uint32_t>&) {
         const int64_t blocks = (tensors + kFinishThreads - 1) / kFinishThreads;
         launch("apply_sums", apply_sums_kernel<Pass, S>, {blocks, kFinishThreads}, stream, full);
-        table.header.sums += tensors * Pass::kCount;
+        table.header.sums += tensors * table.header.stride;
         table.header.out += tensors;
       });
 }
 
 struct Reduction {
   void (*gather)(const Update&, Sum*, Sum*, Stream);
-  void (*finish)(const Update&, const Sum*, Prepared*, Stream);
+  void (*finish)(const Update&, const Sum*, bool, Prepared*, Stream);
 };
 
 template <class Pass, class S>
@@ -295,8 +297,17 @@ void gather(const Update& work, Pass pass, Sum* partials, Sum* sums, Stream stre
   reduction_of(work, pass).gather(work, partials, sums, stream);
 }
 
-void finish(const Update& work, Pass pass, const Sum* sums, Prepared* out, Stream stream) {
-  reduction_of(work, pass).finish(work, sums, out, stream);
+void add_over_all(const Update& work, int sum_count, const Sum* sums, Sum* total, Stream stream) {
+  // As if the tasks were chunks of one.
+  ChunksTable table;
+  table.header = {sums, total, work.found_inf, sum_count};
+  table.count = 1;
+  table.rows[0] = {0, static_cast<int64_t>(work.count)};
+  launch("combine_sums", combine_sums_kernel, {1, 32}, stream, table);
+}
+
+void finish(const Update& work, Pass pass, const Sum* sums, bool of_all, Prepared* out, Stream stream) {
+  reduction_of(work, pass).finish(work, sums, of_all, out, stream);
 }
 
 }  // namespace trainopt::cuda

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const PrepareT
   const PrepareHeader& header = table.header;
   const double scale = header.gradient_scale != nullptr ? static_cast<double>(*header.gradient_scale) : header.scale;
   const double norm = header.gradient_norm != nullptr ? *header.gradient_norm : header.norm;
-  const StepInfo info{settings.lr, settings.lr_is_float32 != 0, settings.weight_decay, step,
+  const StepInfo info{settings.lr * rate_of<Rule>(options), settings.lr_is_float32 != 0, settings.weight_decay, step,
                       count.first != 0 || step == 1};
   Prepared& out = table.header.out[i];
   stages_of(out.scalars, S()) = prepare_stages<S>(settings, info, Rule::decay(options), scale, norm);

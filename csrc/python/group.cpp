@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <optional>
 #include <string>
@@ -170,6 +171,8 @@ class Reader {
     static PyObject* const kTrue[] = {python::key("bias_correction"), python::key("silent_sgd_phase")};
     if (key.name == kTrue[0] || key.name == kTrue[1]) return own(key.name, 1);
     PyObject* value = require(key.name);
+    static PyObject* const kBeta3 = python::key("beta3");
+    if (key.name == kBeta3 && value == Py_None) return std::numeric_limits<double>::quiet_NaN();  // what betas imply
     if (key.element < 0) return number_or_device(value, index);
     if (!is_plain_sequence(value) || PySequence_Fast_GET_SIZE(value) != key.count) {
       group_->unreadable = 1;

@@ -73,10 +73,11 @@ pybind11::tuple names(const char* const* first, int count) {
   return pybind11::tuple(pybind11::cast(std::vector<std::string>(first, first + count)));
 }
 
-// What each rule's header says of it: for every name (options, states, counts_steps, sums, unsigned, numbers).
+// What each rule's header says of it: for every name (options, states, counts_steps, sums, sums_over_all, unsigned,
+// numbers).
 pybind11::dict rules() {
   const auto facts = pybind11::module_::import("collections")
-                         .attr("namedtuple")("Rule", "options states counts_steps sums unsigned numbers");
+                         .attr("namedtuple")("Rule", "options states counts_steps sums sums_over_all unsigned numbers");
   pybind11::dict result;
   for (int i = 0; const cpu::Rule* rule = cpu::rule_at(i); ++i) {
     std::vector<std::string> unsigned_states;
@@ -84,7 +85,7 @@ pybind11::dict rules() {
       if (trainopt::contains(rule->unsigned_states, s)) unsigned_states.emplace_back(rule->states[s]);
     result[rule->name] =
         facts(names(rule->options, rule->option_count), names(rule->states, rule->state_count), rule->counts_steps,
-              names(rule->sums, rule->sum_count), pybind11::tuple(pybind11::cast(unsigned_states)),
+              names(rule->sums, rule->sum_count), rule->sums_over_all, pybind11::tuple(pybind11::cast(unsigned_states)),
               names(rule->numbers, rule->number_count));
   }
   return result;
@@ -207,6 +208,7 @@ PYBIND11_MODULE(_C, m) {
           pybind11::arg("new_states") = Indices(), pybind11::arg("stepped") = Indices(),
           pybind11::arg("device_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
           pybind11::arg("gradient_norm") = pybind11::none(), pybind11::arg("gradients_seen") = false)
+      .def("sums_over_all", [](const pybind11::object& plan) { return plan_in(plan).sums_over_all(); })
       .def("stats", [](const pybind11::object& plan) { return plan_in(plan).stats(); })
       .def(
           "paths",

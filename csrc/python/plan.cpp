@@ -264,6 +264,14 @@ Unfinished Plan::walk(PyObject* state, bool is_scaled, const Indices& new_states
     const auto shares = [&](int64_t index) { return has_index(found.sharing, index); };
     found.missing.erase(std::remove_if(found.missing.begin(), found.missing.end(), shares), found.missing.end());
   }
+  if (rule_.sums_over_all && (!found.rest.empty() || !batch_.is_in_one_place())) {
+    // All go one way, in one step.
+    found.rest.clear();
+    for (uint32_t i = 0; i < tensor; ++i)
+      if (places_[i].has_gradient && !has_index(stepped, i)) found.rest.push_back(i);
+    found.missing.clear();
+    found.sharing.clear();
+  }
   // Of a DTensor, the whole's gradient is written to as well, which no snapshot knows.
   can_recall_ = can_recall && found.empty() && !found.refused && !(writes_any_gradient && has_dtensors_);
   is_scaled_ = is_scaled;
@@ -423,6 +431,12 @@ pybind11::list Plan::stats() const {
   return found;
 }
 
+std::optional<std::vector<double>> Plan::sums_over_all() const {
+  if (is_running_) return std::nullopt;  // another thread's step is writing them
+  const pybind11::gil_scoped_release release;
+  return batch_.sums_over_all();
+}
+
 std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& groups, const pybind11::object& state) {
   if (is_running_) return Plan(rule_.name).paths(groups, state);
   can_recall_ = false;
@@ -430,7 +444,9 @@ std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& grou
   walk(state.ptr(), false, {}, {});
   can_recall_ = false;
   if (learn()) return paths(groups, state);
-  std::vector<std::string> result;
+  std::vector<Path> found;
+  std::optional<std::pair<c10::Device, bool>> place;  // of the first that is fused: where it lies, and its arithmetic
+  bool are_together = true;
   StateCursor cursor(entries_);
   uint32_t tensor = 0;
   const bool mode = c10::impl::TorchDispatchModeTLS::any_modes_set();
@@ -448,9 +464,20 @@ std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& grou
           path = batch_.look(operands, group, group.writes_gradient(false), &task, &entry);
       }
       if (path == Path::kFused && has_index(batch_.sharing(), tensor)) path = Path::kMemory;
-      result.emplace_back(describe(path));
+      found.push_back(path);
+      if (path == Path::kFused) {
+        const c10::TensorImpl* param = impl_of(is_dtensor(object) ? local_of(object) : object);
+        const bool is_double = is_plain_cuda(param) && param->dtype() == caffe2::TypeMeta::Make<double>();
+        if (!place) place.emplace(param->device(), is_double);
+        are_together = are_together && *place == std::pair(param->device(), is_double);
+      }
     }
   }
+  const auto is_fused = [](Path path) { return path == Path::kFused; };
+  are_together = are_together && std::all_of(found.begin(), found.end(), is_fused);
+  std::vector<std::string> result;
+  for (const Path path : found)
+    result.emplace_back(describe(is_fused(path) && rule_.sums_over_all && !are_together ? Path::kTogether : path));
   return result;
 }
 

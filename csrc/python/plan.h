@@ -83,6 +83,10 @@ class Plan {
   // that is not NaN, and how many of its elements are not finite.
   pybind11::list stats() const;
 
+  // The sums over all parameters that the last step went by, of a rule that has such, for the numbers that follow from
+  // them; nothing where the engine has stepped no parameter. Waits for a device.
+  std::optional<std::vector<double>> sums_over_all() const;
+
   // The path of every parameter, were it to have an ordinary gradient now. Nothing for containers as above.
   std::optional<std::vector<std::string>> paths(const pybind11::object& groups, const pybind11::object& state);
 

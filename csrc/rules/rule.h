@@ -11,6 +11,8 @@
 //   kCountsSteps             whether it needs the number of steps of each parameter
 //   states_needed(options)   the set of states that these options call for, one of kStateSets
 //   kUnsigned                if it is there: the states that are never below 0, which tells how 8 bits hold them
+//   kConstant                if it is there: the states that `update` leaves as they are, which are not written
+//   rate(options)            if it is there: what the learning rate is multiplied by, wherever it is used
 //   kNeedsLr                 if it is there, it is false: the learning rate is read in a parameter's first step alone
 //   takes(options)           whether the arithmetic is torch's for these options; where it is not, torch's own path has
 //                            to find the result, or the error
@@ -20,7 +22,8 @@
 //                            parameter p. s[i] is the state kStates[i]; one that is not in the set is 0, and what is
 //                            written to it is dropped. T is float or double, or a vector of these whose lanes are
 //                            elements.
-//   decay_factor(scalars)    if it is there: what the parameter is multiplied by before the update, once its decay is in
+//   decay_factor(scalars)    if it is there: what the parameter is multiplied by before the update, once its decay is
+//   in
 //                            the gradient
 //   settle(scalars, p, s)    if it is there: what the states s take from the parameter as the rule's step leaves it
 //   (the
@@ -32,10 +35,11 @@
 // and, where an element's step depends on the whole tensor (the norms of LAMB and LARS), a reduce phase:
 //   kSums                    the names of the tensor's sums, kMaxSums at most
 //   gather(scalars, p, g, s, terms)
-//                            what one element adds to each sum, as a product of two numbers; p, g and s are what
-//                            `update` will be given, and nothing is written
+//                            what one element adds to each sum, as a product of two numbers; g and s are what `update`
+//                            will be given, p is the parameter before any decay, and nothing is written
 //   finish(scalars, sums)    puts what follows from the tensor's sums into its scalars, before any of its updates; with
 //                            kNumbers finish(scalars, sums, numbers), which may move these on as well
+//   kSumsOverAll             if it is there, it is true: the sums are those over all tensors of the step
 // A rule without kSums has one pass over its tensors, and costs what it did; so does one without kNumbers.
 // Its functions are TRAINOPT_INLINE, which lets them run on a GPU too.
 #pragma once
@@ -48,7 +52,7 @@ namespace trainopt {
 
 constexpr int kMaxStates = 8;
 constexpr int kMaxViews = kMaxStates + 1;  // of a parameter: its states, then its moving average, which is the engine's
-constexpr int kMaxOptions = 12;
+constexpr int kMaxOptions = 14;
 constexpr int kMaxSums = 4;
 constexpr int kMaxNumbers = 2;
 
@@ -78,6 +82,12 @@ constexpr StateSet kUnsignedStates = 0;
 template <class Rule>
 constexpr StateSet kUnsignedStates<Rule, decltype(void(Rule::kUnsigned))> = Rule::kUnsigned;
 
+// The states of a rule that its updates only read.
+template <class Rule, class = void>
+constexpr StateSet kConstantStates = 0;
+template <class Rule>
+constexpr StateSet kConstantStates<Rule, decltype(void(Rule::kConstant))> = Rule::kConstant;
+
 // Whether every step needs a learning rate.
 template <class Rule, class = void>
 constexpr bool kAlwaysNeedsLr = true;
@@ -95,6 +105,25 @@ template <class Rule, class = void>
 constexpr int kNumberCount = 0;
 template <class Rule>
 constexpr int kNumberCount<Rule, decltype(void(Rule::kNumbers))> = sizeof(Rule::kNumbers) / sizeof(Rule::kNumbers[0]);
+// Whether they are over all tensors of a step.
+template <class Rule, class = void>
+constexpr bool kSumsAreOverAll = false;
+template <class Rule>
+constexpr bool kSumsAreOverAll<Rule, decltype(void(Rule::kSumsOverAll))> = Rule::kSumsOverAll;
+
+// What the learning rate is multiplied by.
+template <class Rule, class = void>
+constexpr bool kHasRate = false;
+template <class Rule>
+constexpr bool kHasRate<Rule, decltype(void(Rule::rate(nullptr)))> = true;
+template <class Rule>
+TRAINOPT_FUNCTION double rate_of(const double* options) {
+  if constexpr (kHasRate<Rule>) {
+    return Rule::rate(options);
+  } else {
+    return 1;
+  }
+}
 
 // What an element adds to a sum: the product, taken in double, where that of two floats is exact and overflows nowhere.
 template <class T>
@@ -137,7 +166,7 @@ enum class Decay { kGradient, kParameter, kUpdate, kNone };
 
 // Which step of a parameter it is, and the group's values that `prepare` may need.
 struct StepInfo {
-  double lr;
+  double lr;       // times the rule's rate, if it has one
   bool single_lr;  // the learning rate is a float32 tensor: torch rounds what it makes of it to float32
   double weight_decay;
   double step;  // 1 in the first step

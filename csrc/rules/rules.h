@@ -14,6 +14,7 @@
 #include "rules/lion.h"
 #include "rules/nadam.h"
 #include "rules/novograd.h"
+#include "rules/prodigy.h"
 #include "rules/radam.h"
 #include "rules/rmsprop.h"
 #include "rules/rprop.h"
@@ -28,6 +29,7 @@
   DO(Lion)                         \
   DO(Lamb)                         \
   DO(Lars)                         \
+  DO(Prodigy)                      \
   DO(RmsProp)                      \
   DO(Adadelta)                     \
   DO(Adamax)                       \

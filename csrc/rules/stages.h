@@ -177,7 +177,7 @@ TRAINOPT_FUNCTION void step_elements(const Stages<S>& stages, const typename Rul
 }
 
 // The passes of a reduce phase, in their order: what each sums up over a tensor, of which nothing is written, and what
-// follows from it. First a rule's own sums, if it has any.
+// follows from it. First a rule's own sums, if it has any; then, of some rules, they are added up over all tensors.
 template <class R>
 struct OwnSums {
   using Rule = R;
@@ -186,7 +186,8 @@ struct OwnSums {
   template <class T, class S>
   TRAINOPT_INLINE static void gather(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T p,
                                      T g, T* state, Term<T>* terms) {
-    const T direction = before_rule<false>(stages, p, g);
+    T decayed = p;
+    const T direction = before_rule<false>(stages, decayed, g);
     Rule::gather(scalars, p, direction, state, terms);
   }
 

@@ -1,9 +1,11 @@
-"""Optimizers that torch does not have, beside timm's, which people take them from: the same weights in float64."""
+"""Optimizers that torch does not have, beside those that people take them from, timm's and the authors': the same
+weights in float64."""
 
 from itertools import product
 
 import pytest
 import torch
+from prodigyopt import Prodigy
 from timm.optim import Adan, Lamb, Lars, Lion, NvNovoGrad
 from timm.utils import adaptive_clip_grad
 
@@ -65,6 +67,22 @@ PEERS = {
             "decoupled_decay": [False, True],
         },
     ),
+    "Prodigy": (
+        trainopt.Prodigy,
+        Prodigy,
+        {},
+        {
+            "lr": [0.5],
+            "betas": [(0.9, 0.999), (0.0, 0.9)],
+            "beta3": [None, 0.9],
+            "weight_decay": [0.0, 0.05],
+            "decouple": [True, False],
+            "use_bias_correction": [False, True],
+            "safeguard_warmup": [False, True],
+            "growth_rate": [float("inf"), 1.05],
+            "d_coef": [1.5],
+        },
+    ),
     "Lion": (
         trainopt.Lion,
         Lion,
@@ -90,12 +108,15 @@ def trained(cls, steps, **options):
     shapes = ((3, 5), (7,), (), (4, 3, 2))
     params = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
     params.append(torch.zeros(6, dtype=torch.float64, requires_grad=True))
-    optimizer = cls([{"params": params[:2]}, {"params": params[2:], "lr": options["lr"] / 2}], **options)
+    other = {"eps": 1e-3} if "d_coef" in options else {"lr": options["lr"] / 2}  # Prodigy has one lr for all groups
+    optimizer = cls([{"params": params[:2]}, {"params": params[2:], **other}], **options)
     for _ in range(steps):
         for p in params:
             p.grad = p.detach() + torch.randn(p.shape, dtype=torch.float64, generator=generator)
         optimizer.step()
-    return [p.detach() for p in params]
+    numbers = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
+    found = {name: group[name] for group in optimizer.param_groups for name in numbers if name in group}
+    return [*(p.detach() for p in params), *torch.tensor(list(found.values()), dtype=torch.float64)]
 
 
 @pytest.fixture
@@ -112,8 +133,9 @@ def test_the_weights_are_those_of_the_field(name, options):
     ours, theirs, agreed, _ = PEERS[name]
     start = trained(ours, 0, **options)
     mine, others = trained(ours, 200, **options), trained(theirs, 200, **options, **agreed)
-    for before, found, expected in zip(start, mine, others, strict=True):
+    for found, expected in zip(mine, others, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    for before, found in zip(start[:5], mine, strict=False):
         assert not torch.equal(before, found)
 
 

@@ -37,7 +37,7 @@ inline void step(const Setting& s, cuda::Update work, std::vector<cuda::TensorTa
     finished[pass].resize(tasks.size());
     std::memset(static_cast<void*>(finished[pass].data()), 0xff, tasks.size() * sizeof(cuda::Prepared));
     cuda::gather(work, pass, partials.data(), sums.data(), nullptr);
-    cuda::finish(work, pass, sums.data(), finished[pass].data(), nullptr);
+    cuda::finish(work, pass, sums.data(), false, finished[pass].data(), nullptr);
     for (size_t t = 0; t < tasks.size(); ++t) tasks[t].prepared = static_cast<uint32_t>(t);
     work.prepared = finished[pass].data();
     work.prepared_on_device = true;

@@ -23,6 +23,7 @@ from trainopt.optim.matrix.muon import Muon
 from trainopt.optim.matrix.split import muon_groups
 from trainopt.optim.nadam import NAdam
 from trainopt.optim.novograd import NovoGrad
+from trainopt.optim.prodigy import Prodigy
 from trainopt.optim.radam import RAdam
 from trainopt.optim.release import step_in_backward
 from trainopt.optim.report import nonfinite_report
@@ -51,6 +52,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "NovoGrad",
+    "Prodigy",
     "RAdam",
     "RAdamScheduleFree",
     "RMSprop",

@@ -138,6 +138,8 @@ class Fused(States):
         plan = self._plan
         if plan is None and not switches.REFERENCE_FORCED:
             plan = self._plan = _C.Plan(self._rule, self._first_index)
+        if self._sums_over_all:
+            self._agree()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         scale = 1.0
         if found_inf is not None or grad_scale is not None:
@@ -160,6 +162,8 @@ class Fused(States):
         if (answer is not None and answer.status == "done") or self._complete_step(
             plan, answer, GradientScaling(scale), found_inf is None
         ):
+            if self._sums_over_all and plan is not None and (sums := plan.sums_over_all()) is not None:
+                self._take_sums(sums)
             record.steps += 1
             if self._unstarted:
                 self._unstarted = {param for param in self._unstarted if param.grad is None}

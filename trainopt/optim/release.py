@@ -177,6 +177,11 @@ def step_in_backward(model: nn.Module, optimizer: Any, *, clip_by_last_norm: flo
             f"step_in_backward: {type(inner).__module__}.{type(inner).__qualname__} is not one of trainopt's"
             " optimizers; trainopt.fuse makes one of torch's such a one"
         )
+    if inner._sums_over_all:
+        raise ValueError(
+            f"step_in_backward: the step of {type(inner).__name__} depends on all gradients at once, which are there"
+            " only when backward has ended: make ordinary steps"
+        )
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "step_in_backward: the model is under DistributedDataParallel, which averages gradients over the processes"

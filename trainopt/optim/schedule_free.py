@@ -31,6 +31,7 @@ class ScheduleFree(Fused):
 
     _needs_host = True
     _host_options = frozenset({*_PROGRESS, "warmup_steps", "r", "weight_lr_power"})
+    _begin_as_parameter = ("z",)
     _momentum: ClassVar[str] = "betas"  # the option that says where y lies between z and x
 
     #: The parameters as they were in train mode, while they are the averages.
@@ -169,14 +170,6 @@ class ScheduleFree(Fused):
         finally:
             for group, old in zip(groups, before, strict=True):
                 group.update({"k": old["k"] + 1} if record.steps > steps else old)
-
-    def _start(self, param: Tensor, group: dict[str, Any]) -> bool:
-        is_new = self.state.get(param, {}).get("z") is None
-        is_first = super()._start(param, group)
-        if is_new:
-            with torch.no_grad():
-                self.state[param]["z"].copy_(param)
-        return is_first
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._trained = {}

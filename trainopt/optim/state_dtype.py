@@ -19,6 +19,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 WEIGHTS = frozenset({"z"})
 
 
+#: States that are differences to a parameter, or averages so long that a step changes their last digits alone: they are
+#: kept in no fewer bits than the parameter.
+_AS_PRECISE = ("p0", "s")
+
+
 def dtype_of(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype:
     """The dtype that a group calls for in a state of a parameter's."""
     chosen = _chosen(group, name)
@@ -26,6 +31,8 @@ def dtype_of(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype:
         is_wider = param.dtype.itemsize == 2 and extra(group, "precision") != "native"
         return torch.float32 if is_wider and name in WEIGHTS else param.dtype
     dtype: torch.dtype = DTYPES[chosen] if isinstance(chosen, str) else chosen
+    if name in _AS_PRECISE and dtype.itemsize <= param.dtype.itemsize:
+        return param.dtype
     is_small = dtype is torch.uint8 and param.numel() < code8.LEAST_ELEMENTS
     return torch.float32 if is_small else dtype
 
@@ -57,6 +64,8 @@ def check(chosen: Any, states: Iterable[str]) -> None:
     for name, dtype in parts.items():
         if name not in names and isinstance(chosen, Mapping):
             raise ValueError(f"Invalid state_dtype: there is no state {name!r} ({', '.join(map(repr, names))})")
+        if name in _AS_PRECISE and isinstance(chosen, Mapping) and dtype is not None:
+            raise ValueError(f"Invalid state_dtype: {name!r} is kept in no fewer bits than its parameter, leave it out")
         is_known = dtype in DTYPES if isinstance(dtype, str) else dtype in DTYPES.values()
         if not is_known and dtype is not None:
             raise ValueError(
@@ -99,6 +108,12 @@ def start(
         state[name], state[name + code8.SUFFIX] = code8.encode(made, is_unsigned)
     else:
         state[name] = made
+
+
+def start_as_copy(state: dict[str, Any], group: Mapping[str, Any], param: Tensor, name: str) -> None:
+    """Makes a state that begins as the parameter."""
+    dtype = dtype_of(group, name, param)
+    state[name] = param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
 
 
 def keys_of(names: Iterable[str]) -> Iterator[str]:

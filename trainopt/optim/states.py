@@ -37,6 +37,11 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     _states: ClassVar[tuple[str, ...]]  # the names of the param-shaped states in the state dict
     _unsigned: ClassVar[tuple[str, ...]]  # those of them that are never below 0
     _numbers: ClassVar[tuple[str, ...]]  # the names of those that are one number for a parameter
+    _begin_as_parameter: ClassVar[tuple[str, ...]] = ()  # those that begin as a copy of it
+    #: Whether a step depends on sums over all parameters, to which ``plain_sums(param, gradient, state, group)`` says
+    #: what one adds; the plain step finds them in its group.
+    _sums_over_all: ClassVar[bool]
+    plain_sums: ClassVar[Any]
     _counts_steps: ClassVar[bool]  # whether every parameter has a "step" in it
     #: Of the numbers and "step", those that lie beside their parameter whatever its options. Else a device has the
     #: count where it is to know it, and the numbers are where the count is.
@@ -147,6 +152,16 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         """Where a group's weight decay goes: into the "gradient", the "update", onto the "parameter", or "none"."""
         return _C.decay_of(self._rule, {key: group[key] for key in group if type(key) is str})
 
+    def _lr_of(self, group: dict[str, Any]) -> float:
+        """A group's learning rate, times the rule's rate if it has one."""
+        return float(group["lr"])
+
+    def _agree(self) -> None:
+        """Before a step that depends on sums over all parameters: brings what groups share in line."""
+
+    def _take_sums(self, sums: Sequence[float]) -> None:
+        """After such a step: puts into the groups what follows from the sums that it went by."""
+
     def _begin_at(self, group: dict[str, Any]) -> dict[str, Any]:
         """What the states begin at, in every element, that do not begin at 0; and the numbers."""
         return {}
@@ -193,6 +208,9 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
                 if self.state[param].get(name) is None:
                     self.state[param][name] = self._new_number(name, begin.get(name, 0.0), param)
             for name in missing:
+                if name in self._begin_as_parameter:
+                    state_dtype.start_as_copy(self.state[param], group, param, name)
+                    continue
                 state_dtype.start(self.state[param], group, param, name, begin.get(name, 0.0), name in self._unsigned)
             if precision.lacks_master(group, param, self.state.get(param, {})):
                 self.state[param][precision.KEY] = precision.new_master(group, param)

@@ -16,7 +16,7 @@ from trainopt._extension import _C
 from trainopt.optim import average, precision, stats
 from trainopt.optim.distributed import like, reals_of
 from trainopt.optim.gradients import GradientScaling, clears, clips
-from trainopt.optim.options import extra
+from trainopt.optim.options import DEFAULTS, extra
 from trainopt.optim.state_dtype import cast_states, dtype_of, has_codes
 from trainopt.optim.states import Numbered, States, widen_count
 from trainopt.originals import step_of
@@ -46,6 +46,9 @@ def step(
         return
     for each in chosen:
         _check(optimizer, each)
+    if optimizer._sums_over_all and "sums" not in chosen[0][1]:
+        _step_by_sums(optimizer, chosen, scaling, plain)
+        return
     with stats.measured(optimizer, chosen, scaling.scale):
         ways: dict[bool, list[Numbered]] = {True: [], False: []}
         for each in chosen:
@@ -58,6 +61,31 @@ def step(
             _step_in_place(optimizer, part, scaling, plain)
         if together:
             _step_in_place(optimizer, together, scaling, plain)
+
+
+def _step_by_sums(optimizer: States, chosen: Sequence[Numbered], scaling: GradientScaling, plain: bool) -> None:
+    """Steps all parameters of a class whose step depends on sums over them, which copies of them are made to tell."""
+    for _, group, param in chosen:
+        optimizer._start(param, group)
+    terms: list[list[float]] = []
+    view = _view(optimizer, [])
+    view.state, view._unstarted = defaultdict(dict), set()
+    view.plain_step = lambda *operands: terms.append([float(term) for term in optimizer.plain_sums(*operands)])
+    inert = {name: DEFAULTS[name] for name in ("cautious", "cautious_weight_decay", "stats", "ema_decay", "zero_grad")}
+    for index, group, param in chosen:
+        assert param.grad is not None
+        copy = torch.nn.Parameter(param.detach().clone())
+        copy.grad = param.grad.detach().clone()
+        view.state[copy] = {
+            key: value.clone() if isinstance(value, torch.Tensor) else value
+            for key, value in optimizer.state[param].items()
+            if key != average.KEY
+        }
+        step(view, [(index, {**group, **inert, "params": [copy], "sums": ()}, copy)], None, scaling, plain=plain)
+    sums = torch.tensor(terms, dtype=torch.float64).sum(0).tolist()
+    groups = {id(group): {**group, "sums": sums} for _, group, _ in chosen}
+    step(optimizer, [(index, groups[id(group)], param) for index, group, param in chosen], None, scaling, plain=plain)
+    optimizer._take_sums(sums)
 
 
 def _check(optimizer: States, numbered: Numbered) -> None:
@@ -105,7 +133,7 @@ def _step_in_place(optimizer: States, chosen: Sequence[Numbered], scaling: Gradi
     with torch.no_grad():
         for index, group, param in chosen:
             if extra(group, "l1") and extra(group, "l1_proximal"):
-                _soft_threshold_(param, float(group["lr"]) * float(group["l1"]))
+                _soft_threshold_(param, optimizer._lr_of(group) * float(group["l1"]))
             if extra(group, "noise"):
                 _add_noise_(param, optimizer._first_index + index, group, optimizer.state[param])
             if average.averages(group):
@@ -189,6 +217,8 @@ def _rehearse(optimizer: States, numbered: Numbered) -> None:
         stand_in.grad = stand_in.grad.to_sparse()
     state = dict(optimizer.state.get(param) or {})  # as it is now: another thread may be making it
     plain = {**group, "cautious": False, "cautious_weight_decay": False}  # with the weight decay in torch's hands
+    if optimizer._sums_over_all:
+        plain["sums"] = [0.0] * len(_C.rules()[optimizer._rule].sums)
     view = _view(optimizer, list(_narrowed(optimizer, [(index, plain, stand_in)], True)))
     if _is_stored_apart(optimizer, index, group, param):
         cast_states(optimizer, state, {"state_dtype": None}, param)

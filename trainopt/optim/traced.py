@@ -31,6 +31,8 @@ def step(optimizer: Any) -> bool:
     """The whole step, traced; False if it must run uncompiled, and then nothing is done."""
     if optimizer._numbers:  # of which the operator knows none
         return False
+    if optimizer._sums_over_all:  # which the host goes on with
+        return False
     batches = []
     for group in optimizer.param_groups:
         # Noise depends on a parameter's index and step; what depends on all gradients, the host must see to before it

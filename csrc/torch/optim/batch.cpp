@@ -284,6 +284,7 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
   entry.on_cuda = {};
   entry.first = first;
   entry.tensor = tensor;
+  entry.shard = -1;
   entry.is_float64 = is_float64;
   task.tensor = first_tensor_ + tensor;
   task.is_measured = group->stats != 0;
@@ -306,7 +307,10 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
     starts_[is_float64].push_back(starts_[is_float64].back() + cpu::blocks_of(task.numel));
   }
   is_cautious_ = is_cautious_ || group->cautious != 0;
-  if (operands.shard != nullptr) shards_.push_back({operands.shard, entry.task, is_float64});
+  if (operands.shard != nullptr) {
+    entry.shard = static_cast<int64_t>(shards_.size());
+    shards_.push_back({operands.shard, entry.task, is_float64});
+  }
   return path;
 }
 
@@ -334,8 +338,10 @@ cpu::Scalars Batch::scalars_of(const ScalarsKey& key, Numbers* numbers) const {
   return key.group->scalars(rule_, key.step, key.first, key.is_float64, scaling_, numbers);
 }
 
-// A graph repeats what the host has said once.
+// A graph repeats what the host has said once, and the host reads nothing of it.
 void Batch::check_counts() const {
+  TORCH_CHECK(!rule_.sums_over_all || !cuda.is_captured(), "a step of ", rule_.name,
+              " cannot be captured into a CUDA graph: the host reads its sums over all parameters in each step");
   TORCH_CHECK(!cuda.counts_on_host() || !cuda.is_captured(),
               "a step that is captured into a CUDA graph must count on the device, and a step count lies on the host:"
               " give the optimizer capturable=True");
@@ -440,8 +446,12 @@ void Batch::gather(Pass pass, cpu::Update (&updates)[2], const AddShards& add_sh
       cpu::sums_of(updates[is_float64], pass, t, partials_[is_float64].data(), sums + t * count);
     updates[is_float64].sums[pass] = sums;
   }
-  if (shards_.empty()) return;
+  if (!shards_.empty()) share_sums(pass, count, add_shards);
+  if (pass == kOwnSums && rule_.sums_over_all) add_over_all();
+}
 
+// Makes the sums of DTensors' shards those of the whole tensors.
+void Batch::share_sums(Pass pass, size_t count, const AddShards& add_shards) {
   static_assert(sizeof(Sum) == 2 * sizeof(double));
   const auto rows = static_cast<int64_t>(shards_.size());
   const at::Tensor shared = at::zeros({rows, static_cast<int64_t>(count), 2}, at::kDouble);
@@ -457,6 +467,35 @@ void Batch::gather(Pass pass, cpu::Update (&updates)[2], const AddShards& add_sh
   for_each_row([&](Sum* row, Sum* own) { std::copy(own, own + count, row); });
   add_shards(shared, shards);
   for_each_row([&](Sum* row, Sum* own) { std::copy(row, row + count, own); });
+  shared_.assign(values, values + shards_.size() * count);
+}
+
+// Makes each tensor's sums those over all tensors. A DTensor counts on every process, whoever holds elements of it.
+void Batch::add_over_all() {
+  const auto count = static_cast<size_t>(rule_.sum_count);
+  over_all_.resize(count);
+  for (size_t s = 0; s < count; ++s) {
+    Sum lanes[kSumLanes] = {};
+    for (size_t i = 0; i < entries.size(); ++i) {
+      const Entry& entry = entries[i];
+      Sum& lane = lanes[i % kSumLanes];
+      if (entry.shard >= 0) {
+        lane = trainopt::add(lane, shared_[static_cast<size_t>(entry.shard) * count + s]);
+      } else if (entry.task >= 0) {
+        lane = trainopt::add(lane, sums_[kOwnSums][entry.is_float64][static_cast<size_t>(entry.task) * count + s]);
+      }
+    }
+    over_all_[s] = combine_lanes(lanes, kSumLanes);
+  }
+  for (std::vector<Sum>& sums : sums_[kOwnSums])
+    for (size_t i = 0; i < sums.size(); ++i) sums[i] = over_all_[i % count];
+}
+
+std::optional<std::vector<double>> Batch::sums_over_all() const {
+  if (!rule_.sums_over_all || entries.empty()) return std::nullopt;
+  std::vector<double> values;
+  for (const Sum& sum : cuda_entries_ != 0 ? cuda.sums_over_all() : over_all_) values.push_back(value_of(sum));
+  return values;
 }
 
 // Once the sums are there, which may have moved them. Their memory is that of the step's other tensors, and kept.

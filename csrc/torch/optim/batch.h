@@ -6,6 +6,7 @@
 
 #include <deque>
 #include <functional>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -49,6 +50,7 @@ struct Entry {
   bool steps_are_double, first, is_float64;
   HeldNumbers numbers;
   Numbers moved;                              // as `prepare` leaves those of the host
+  int64_t shard;                              // of a DTensor on the CPU: its place among such; else -1
   VersionCounter* written[kMaxOperands + 1];  // those of the tensors that the step writes; null after the last
 
   // Reads the count of steps again. Whether this step is the one after that of before.
@@ -96,6 +98,11 @@ class Batch {
     return (!shards_.empty() && (rule_.sum_count > 0 || is_cautious_)) || cuda.sums_over_shards();
   }
 
+  // Whether sums over all parameters can be taken: on the CPU, or on one device in one arithmetic.
+  bool is_in_one_place() const { return cuda_entries_ == 0 || (lies_on_devices() && cuda.part_count() <= 1); }
+  // Those of the last step, of a rule that has such; nothing where no parameter had a gradient. Waits for a device.
+  std::optional<std::vector<double>> sums_over_all() const;
+
   // What the step has found out about the parameters on the CPU whose groups ask for it, until it is forgotten.
   struct Found {
     uint32_t tensor;
@@ -112,9 +119,10 @@ class Batch {
   bool host_must_know() const { return !lies_on_devices() || has_host_numbers_; }
 
   // Whether a step can be made with what is left on the device. Where it may be skipped, the count of its steps has to
-  // lie there too.
+  // lie there too, and nothing that the host goes on with.
   bool can_apply(const DeviceScaling& scaling) const {
-    return !scaling.exists() || (lies_on_devices() && !(scaling.found_inf.defined() && cuda.counts_on_host()));
+    return !scaling.exists() ||
+           (lies_on_devices() && !(scaling.found_inf.defined() && (cuda.counts_on_host() || rule_.sums_over_all)));
   }
 
   // In place of `prepare` where the entries are those of the last step, recounted. `all_next`: each one's step is the
@@ -159,6 +167,8 @@ class Batch {
   std::vector<int64_t> starts_[2];
   std::vector<ShardedTask> shards_;
   std::vector<Sum> partials_[2], sums_[kPasses][2];  // of the reduce phase
+  std::vector<Sum> shared_;                          // of each DTensor, likewise: over all its shards
+  std::vector<Sum> over_all_;                        // likewise: over all tensors
   std::vector<StepStats> chunk_stats_[2];
   std::vector<Found> stats_;
   bool is_cautious_ = false, is_measured_ = false;  // a group with tensors on the CPU
@@ -178,6 +188,8 @@ class Batch {
   int64_t parts() const;
   cpu::Update update_of(bool is_float64) const;
   void gather(Pass pass, cpu::Update (&updates)[2], const AddShards& add_shards);
+  void share_sums(Pass pass, size_t count, const AddShards& add_shards);
+  void add_over_all();
   void work(bool counts, bool updates, const AddShards& add_shards);
   bool look_at_numbers(const Operands&, HeldNumbers*) const;
   void write_numbers(const cpu::Update (&updates)[2]) const;

@@ -119,7 +119,15 @@ bool CudaBatch::is_captured() const {
 void CudaBatch::run(const GradientScaling& scaling, const DeviceScaling& on_device, const AddShards& add_shards) {
   if (!gradients_stay_aligned_.exchange(true))
     for (Part& part : parts_) part.tables.reset();
-  for (Part& part : parts_) run_part(part, {scaling, on_device, add_shards});
+  for (Part& part : parts_) run_part(part, {scaling, on_device, add_shards, &over_all_});
+}
+
+std::vector<Sum> CudaBatch::sums_over_all() const {
+  std::vector<Sum> sums(static_cast<size_t>(rule_.sum_count));
+  if (parts_.empty()) return sums;  // of no elements
+  const at::Tensor read = over_all_.cpu();
+  std::copy_n(static_cast<const Sum*>(read.const_data_ptr()), sums.size(), sums.begin());
+  return sums;
 }
 
 // The scalars are prepared by the host where it knows all that they are made of, else on the device.
@@ -134,8 +142,9 @@ void CudaBatch::run_part(Part& part, const Step& step) const {
     part.forget();
     part.was_scaled = is_scaled;
     const auto by_host = std::count_if(part.sources.begin(), part.sources.end(), is_by_host);
+    // The device can prepare what the host knows, too, where all have to be in one step.
     part.by = by_host == static_cast<std::ptrdiff_t>(part.sources.size()) ? By::kHost
-              : by_host == 0                                              ? By::kDevice
+              : by_host == 0 || rule_.sums_over_all                       ? By::kDevice
                                                                           : By::kBoth;
     if (part.by == By::kHost) part.find_runs();
     if (part.by == By::kDevice) part.find_counts();
@@ -269,8 +278,14 @@ void CudaBatch::update(Part& part, const cuda::Prepared* prepared, bool on_devic
     const size_t partial_bytes = cuda::partial_sums(work, sum_count) * sizeof(Sum);
     cuda::gather(work, pass, static_cast<Sum*>(memory_on(part.device, partial_bytes, &kept)), own, stream);
     if (has_shards) step.add_shards(sums, shards);
+    const bool of_all = pass == kOwnSums && rule_.sums_over_all;
+    if (of_all) {
+      *step.over_all = at::empty({sum_count, 2}, sums.options());
+      cuda::add_over_all(work, sum_count, own, static_cast<Sum*>(step.over_all->mutable_data_ptr()), stream);
+    }
     auto* const finished = static_cast<cuda::Prepared*>(memory_on(part.device, count * sizeof(cuda::Prepared), &kept));
-    cuda::finish(work, pass, own, finished, stream);
+    const auto* const found = of_all ? static_cast<const Sum*>(step.over_all->const_data_ptr()) : own;
+    cuda::finish(work, pass, found, of_all, finished, stream);
     for (size_t t = 0; t < count; ++t) part.tasks[t].prepared = static_cast<uint32_t>(t);
     work.prepared = finished;
     work.prepared_on_device = true;

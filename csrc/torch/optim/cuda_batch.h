@@ -85,6 +85,11 @@ class CudaBatch {
   // Whether one of the devices' streams is being captured into a CUDA graph.
   bool is_captured() const;
 
+  // How many devices there are to step on, each arithmetic counted.
+  size_t part_count() const { return parts_.size(); }
+  // The last step's sums over all tensors, of a rule that has such, if there is one part. Waits for the device.
+  std::vector<Sum> sums_over_all() const;
+
   // Whether the rule's sums are over tensors of which other processes hold parts.
   bool sums_over_shards() const { return sums_over_shards_; }
 
@@ -140,11 +145,13 @@ class CudaBatch {
     const GradientScaling& scaling;
     const DeviceScaling& on_device;
     const AddShards& add_shards;
+    at::Tensor* over_all;  // where sums over all tensors are to be kept
   };
 
   const cpu::Rule& rule_;
   std::vector<Part> parts_;
   std::vector<c10::Device> devices_;
+  at::Tensor over_all_;
   bool counts_on_host_ = false, sums_over_shards_ = false;
   std::atomic<bool> gradients_stay_aligned_ = true;  // as they were when the tables were filled
 
@@ -173,6 +180,8 @@ class CudaBatch {
   void recount(CudaPlace, double, const HeldNumbers&) {}
   bool counts_on_host() const { return false; }
   bool is_captured() const { return false; }
+  size_t part_count() const { return 0; }
+  std::vector<Sum> sums_over_all() const { return {}; }
   bool sums_over_shards() const { return false; }
   void run(const GradientScaling&, const DeviceScaling&, const AddShards&) {}
 

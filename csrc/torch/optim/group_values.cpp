@@ -41,7 +41,7 @@ SlotSet GroupValues::slots(const cpu::Rule& rule) const {
 cpu::Scalars GroupValues::scalars(const cpu::Rule& rule, double step, bool first, bool is_float64,
                                   const GradientScaling& scaling, Numbers* numbers) const {
   cpu::Scalars result;
-  const StepInfo info{lr, lr_is_float32 != 0, weight_decay, step, first};
+  const StepInfo info{lr * rule.rate(options), lr_is_float32 != 0, weight_decay, step, first};
   const Decay decay = rule.decay(options);
   if (is_float64) {
     result.stages64 = prepare_stages<double>(*this, info, decay, scaling.scale, scaling.norm);

@@ -21,6 +21,9 @@ const char* describe(Path path) {
     case Path::kMemory:
       return "memory that is not dense, that another parameter, gradient, state or option shares, or of over 8 "
              "dimensions";
+    case Path::kTogether:
+      return "its step depends on all parameters, of which the engine does not take one, or which lie on several "
+             "devices";
     case Path::kInference: return "made in inference mode, outside of which torch does not write to it";
     case Path::kMode: return "a torch dispatch mode is active";
     case Path::kNoMemory: return "the storage of the parameter, its gradient or a state is smaller than the tensor";

@@ -17,6 +17,7 @@ enum class Path {
   kPlacement,
   kPending,  // none: there is no step of a sum that is still to be taken
   kMemory,
+  kTogether,
   kInference,
   kMode,
   kNoMemory,  // none: torch's kernels would end the process
