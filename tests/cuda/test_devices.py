@@ -82,7 +82,7 @@ def test_a_step_on_a_side_stream_is_ordered_with_what_is_there(device, name):
     row, module = TABLE[name], torch.get_device_module(device)
     param = torch.nn.Parameter(torch.zeros(2**20 if device == "cuda" else 300, device=device))
     param.grad = torch.zeros_like(param)
-    optimizer = row.make([param], lr=1.0)
+    optimizer = row.make([param], lr=1.0, **row.kept({"silent_sgd_phase": False}))
     optimizer.step()
     module.synchronize()
     stream = module.Stream()
