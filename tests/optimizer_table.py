@@ -79,7 +79,7 @@ class Row:
     @property
     def still(self) -> dict[str, Any]:
         """Options with which gradients move nothing."""
-        return self.kept({"lr": 0.0, "weight_decay": 0.0, "step_sizes": (0.0, 0.0)})
+        return self.kept({"lr": 0.0, "weight_decay": 0.0, "lambd": 0.0, "step_sizes": (0.0, 0.0)})
 
     def takes_signs(self, options: dict[str, Any]) -> bool:
         """Whether the formula calls `sign` with these options."""
