@@ -53,6 +53,16 @@ class Row:
     def states(self) -> tuple[str, ...]:
         return self.ours._states
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Those that are one number for a parameter."""
+        return self.ours._numbers
+
+    def held(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """A parameter's states in float64, and its numbers as they are."""
+        numbers = {name: state[name].cpu() for name in self.numbers if name in state}
+        return numbers | {name: state[name].cpu().double() for name in self.states if torch.is_tensor(state.get(name))}
+
     @functools.cached_property
     def defaults(self) -> dict[str, Any]:
         return {**self.ours.EXTRAS, **self.ours([torch.nn.Parameter(torch.ones(1))]).defaults}

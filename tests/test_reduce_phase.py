@@ -169,7 +169,8 @@ def test_compiled(row):
 
     def compiled(params, **options):
         optimizer = row.make(params, **options)
-        optimizer.step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+        # A step that moves numbers runs uncompiled.
+        optimizer.step = torch.compile(optimizer.step, backend="eager", fullgraph=not row.numbers)
         return optimizer
 
     assert_same_bits(plain, result_of(compiled, start, gradients, **row.usual))
@@ -226,7 +227,7 @@ def test_complex_numbers_are_pairs_of_reals(row):
     pairs = [[torch.view_as_complex(g) for g in now] for now in gradients]
     found = result_of(row.make, [torch.view_as_complex(p) for p in start], pairs, **row.usual)
     for name, (tensor,) in found.items():
-        torch.testing.assert_close(torch.view_as_real(tensor), real[name][0])
+        torch.testing.assert_close(torch.view_as_real(tensor) if tensor.is_complex() else tensor, real[name][0])
 
 
 # Options --------------------------------------------------------------------------------------------------------------

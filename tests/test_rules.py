@@ -154,8 +154,7 @@ def test_ties_go_to_the_even_neighbour(dtype, layout, variant):
 
 
 def state_of(optimizer, param, row):
-    names = (*row.states, *row.ours._numbers)
-    return {name: value.double() for name, value in optimizer.state.get(param, {}).items() if name in names}
+    return row.held(copy.deepcopy(optimizer.state.get(param, {})))
 
 
 # Groups ---------------------------------------------------------------------------------------------------------------

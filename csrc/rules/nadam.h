@@ -46,8 +46,11 @@ struct NAdam {
     k.one_minus_beta1 = static_cast<S>(1 - options[kBeta1]);
     k.beta2 = static_cast<S>(options[kBeta2]);
     k.one_minus_beta2 = static_cast<S>(1 - options[kBeta2]);
-    k.gradient_size = static_cast<S>(info.rounded(info.lr * (1 - now) / (1 - product)));
-    k.average_size = static_cast<S>(info.rounded(info.lr * next / (1 - product * next)));
+    const auto size = [&](double share, double rest) {
+      return static_cast<S>(info.rounded(info.rounded(info.lr * info.rounded(share)) / info.rounded(rest)));
+    };
+    k.gradient_size = size(1 - now, 1 - product);
+    k.average_size = size(next, 1 - product * next);
     k.inverse_correction2 = static_cast<S>(1 / bias_correction(options[kBeta2], info.step));
     k.eps = static_cast<S>(options[kEps]);
     k.beta1_is_small = options[kBeta1] <= 0.5;
