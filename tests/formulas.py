@@ -334,10 +334,10 @@ def felt(row, o, p, g):
 def numbers_after(row, operands, options, numbers):
     """What a row's numbers that are not of one parameter are, before `formula_step` of each (parameter, gradient,
     state); they are options of it."""
-    if row.numbers is None:
+    if row.in_common is None:
         return {}
     o = all_options(row, options)
-    return row.numbers([(p, felt(row, o, p, g), state) for p, g, state in operands], o, numbers)
+    return row.in_common([(p, felt(row, o, p, g), state) for p, g, state in operands], o, numbers)
 
 
 def formula_step(row, p, g, state, options, step):

@@ -23,6 +23,19 @@ def skip_without_fused(name, flags):
         pytest.skip(f"torch's {name} has no fused step")
 
 
+def skip_where_torchs_differ(name, flags):
+    """torch's foreach makes ASGD's step size in float32 arithmetic, and its loop in float64."""
+    if name == "ASGD" and flags.get("foreach"):
+        pytest.skip("torch's foreach and its loop differ")
+
+
+def as_loaded(optimizer):
+    """The optimizer, with numbers of the type that torch gives them when it loads them for float64 parameters."""
+    if CLASSES[type(optimizer).__name__][0]._numbers:
+        optimizer.load_state_dict(optimizer.state_dict())
+    return optimizer
+
+
 def skip_without_momentum(name):
     """torch's schedulers that cycle the momentum too refuse an optimizer that has none."""
     if not {"momentum", "betas"} & OPTIONS[name].keys():

@@ -46,7 +46,7 @@ class Row:
     differences: tuple[str, ...] = ()
     roundings: int = 1  # of the parameter and what is made of it, in a step of torch's plain loop
     hides_nan: bool = False  # a NaN in the gradient moves nothing, as in torch's class
-    numbers: Any = None  # what the formula has that is not of one parameter: see formulas.numbers_after
+    in_common: Any = None  # what the formula has that is not of one parameter: see formulas.numbers_after
     takes_shards: bool = True  # torch's plain loop does, of DTensors
     unread_in_groups: tuple[str, ...] = ()  # options that torch's class reads where it is made, once for all groups
     changes_nothing: tuple[str, ...] = field(default=("foreach", "fused"))
@@ -54,6 +54,16 @@ class Row:
     @property
     def states(self) -> tuple[str, ...]:
         return self.ours._states
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Those that are one number for a parameter."""
+        return self.ours._numbers
+
+    def held(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """A parameter's states in float64, and its numbers as they are."""
+        numbers = {name: state[name].cpu() for name in self.numbers if name in state}
+        return numbers | {name: state[name].cpu().double() for name in self.states if torch.is_tensor(state.get(name))}
 
     @functools.cached_property
     def defaults(self) -> dict[str, Any]:
@@ -86,7 +96,7 @@ class Row:
     @property
     def still(self) -> dict[str, Any]:
         """Options with which gradients move nothing."""
-        return self.kept({"lr": 0.0, "weight_decay": 0.0, "step_sizes": (0.0, 0.0)})
+        return self.kept({"lr": 0.0, "weight_decay": 0.0, "lambd": 0.0, "step_sizes": (0.0, 0.0)})
 
     def takes_signs(self, options: dict[str, Any]) -> bool:
         """Whether the formula calls `sign` with these options."""
@@ -357,7 +367,7 @@ TABLE |= {
     "Prodigy": Row(
         ours=trainopt.Prodigy,
         formula=formulas.prodigy,
-        numbers=formulas.prodigy_numbers,
+        in_common=formulas.prodigy_numbers,
         settings={
             **{key: {"d0": 0.5, **options} for key, options in {**PLAIN, **MOMENTS, **DECAY}.items()},
             "d0": FOUND,

@@ -187,9 +187,13 @@ SEQUENCES = {
 }
 
 
+#: NAdam's float32 product is moved in float32 by a number, and in float64 by what torch makes of betas in tensors.
+NOT_THESE = {("momentum", "RMSprop"), ("betas", "NAdam")}
+
+
 @pytest.mark.parametrize(
     "name, key",
-    [(n, key) for n in NAMES for key in SEQUENCES if key in defaults_of(n) and (key, n) != ("momentum", "RMSprop")],
+    [(n, key) for n in NAMES for key in SEQUENCES if key in defaults_of(n) and (key, n) not in NOT_THESE],
 )
 def test_an_option_changed_again_and_again(name, key):
     twins = Twins(name, **({"dampening": 0.25, "momentum": 0.0} if name == "SGD" else {}))

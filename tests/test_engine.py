@@ -67,7 +67,9 @@ def test_any_cut_of_a_tensor(row, options, dtype):
             [list(g.split(lengths)) for (g,) in gradients],
             **options,
         )
-        assert_same_bits(whole, {name: [torch.cat(tensors)] for name, tensors in pieces.items()})
+        assert all(n == whole[name][0] for name in row.numbers for n in pieces[name])
+        joined = {name: [torch.cat(tensors)] for name, tensors in pieces.items() if name not in row.numbers}
+        assert_same_bits({name: whole[name] for name in joined}, joined)
 
 
 @each_dtype
@@ -150,7 +152,8 @@ def test_every_element_is_stored(row, dtype, variant):
     # Each parameter between guards in one piece of memory.
     storages = [torch.full((size + 32,), 2.0, dtype=dtype) for size in sizes]
     params = [s[16 : 16 + n].requires_grad_() for s, n in zip(storages, sizes, strict=True)]
-    optimizer = row.make(params, lr=0.1, **options)
+    lr = 100.0 if row.numbers and row.has_sums else 0.1  # an element's share in the norm of many is small
+    optimizer = row.make(params, lr=lr, **options)
     for size in (1, 2):
         for p in params:
             p.grad = torch.full_like(p, size)
@@ -412,18 +415,18 @@ def test_gradient_of_another_dtype(row, param_dtype, grad_dtype, layout):
     optimizer = row.make([p], **options)
     for step, (g,) in enumerate(gradients, start=1):
         old = p.detach().double().clone()
-        state = {name: t.double().clone() for name, t in optimizer.state.get(p, {}).items() if name in row.states}
+        state = row.held(copy.deepcopy(optimizer.state.get(p, {})))
         p.grad = layout(g)
         assert p.grad.dtype == grad_dtype
         optimizer.step()
         new = formula_step(row, old, g.to(wide).double(), state, options, step)
         for name, exact in {"param": new, **state}.items():
             found = p.detach() if name == "param" else optimizer.state[p][name]
-            assert found.dtype == param_dtype
+            assert found.dtype == param_dtype or name in row.numbers
             scale = torch.finfo(wide).eps * 16 * (1 + exact.abs() + old.abs() + g.double().abs().square())
             if name == "param" and (undecided := take_undecided(torch.finfo(wide).eps, g)) is not None:
                 scale[undecided] = float("inf")
-            allowed = spacing(exact, param_dtype) / 2 + scale
+            allowed = spacing(exact, found.dtype) / 2 + scale
             assert ((found.double() - exact).abs() <= allowed).all(), (name, step)
     assert path_of(optimizer)[0].startswith("fused")
 
@@ -547,5 +550,5 @@ def test_every_variant_is_right(row, dtype, variant):
         result_of(row.make_plain_loop, start, gradients, **options),
         result_of(row.make_plain_loop, start, gradients, torch.float64, **options),
         dtype,
-        in_common=row.numbers is not None,
+        in_common=row.in_common is not None,
     )

@@ -83,7 +83,11 @@ def test_a_step_from_what_is_stored_is_rounded_once(name, way, device):
         for p, q, g in zip(params, plain, now, strict=True):
             p.grad, q.grad = g.to(device), g.float()
             state = optimizer.state.get(p, {})
-            held = {k: state[k].to("cpu", copy=True) for k in (*row.states, "step") if state.get(k) is not None}
+            held = {
+                k: state[k].to("cpu", copy=True)
+                for k in (*row.states, *row.numbers, "step")
+                if state.get(k) is not None
+            }
             if held:
                 judge.state[q].update(held if row.ours._counts_steps else {k: held[k] for k in held if k != "step"})
         optimizer.step()

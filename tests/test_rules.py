@@ -41,7 +41,7 @@ def judge(row, peer, dtype, options, sizes, steps, seeds):
         dtype,
         undecided,
         row.roundings,
-        row.numbers is not None,
+        row.in_common is not None,
     )
 
 
@@ -158,8 +158,7 @@ def test_ties_go_to_the_even_neighbour(dtype, layout, variant):
 
 
 def state_of(optimizer, param, row):
-    names = (*row.states, *row.ours._numbers)
-    return {name: value.double() for name, value in optimizer.state.get(param, {}).items() if name in names}
+    return row.held(copy.deepcopy(optimizer.state.get(param, {})))
 
 
 # Groups ---------------------------------------------------------------------------------------------------------------
@@ -168,7 +167,7 @@ def state_of(optimizer, param, row):
 @ROWS
 def test_groups_have_values_of_their_own(row):
     """Groups of one optimizer step as optimizers of their own do, whatever the neighbour's options are."""
-    if row.numbers is not None:
+    if row.in_common is not None:
         pytest.skip("its groups have numbers in common: test_prodigy.py")
     choices = [*row.settings.values(), *row.extras.values()]
     choices = [options for options in choices if not options.keys() & {*row.unread_in_groups}]
@@ -283,7 +282,7 @@ def test_late_steps(name, late, dtype):
         assert optimizer.state[q]["step"].isfinite()
         states = [name for name in row.states[:2] if name in saved["state"][0]]
         found[kind] = {"param": [q.detach()], **{name: [optimizer.state[q][name]] for name in states}}
-    in_common = row.numbers is not None
+    in_common = row.in_common is not None
     assert_no_worse(found["ours"], found["torchs"], found["truth"], dtype, None, row.roundings, in_common)
 
 

@@ -72,7 +72,7 @@ def test_as_separate_passes(name, dtype, warmup, device):
         found, peer, truth = (
             {key: tensors[key] for key in truth if key not in row.differences} for tensors in (found, peer, truth)
         )
-        assert_no_worse(found, peer, truth, dtype, undecided, row.numbers is not None)
+        assert_no_worse(found, peer, truth, dtype, undecided, row.in_common is not None)
     assert all(not p.grad.any() for p in params)
     assert {p.path for p in trainopt.explain(optimizer)} <= {f"fused ({device})", f"fused (cpu, {_C.cpu_variant()})"}
 

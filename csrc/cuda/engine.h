@@ -105,7 +105,7 @@ struct Count {
   uint8_t first;      // its states were made in this very step; so is it where the count becomes 1
   uint8_t counts;     // the host's count goes up with each step
   // The parameter's numbers, of a rule that has any. Those on the device are moved on there.
-  uint8_t numbers_are_float32, numbers_are_values;
+  uint8_t numbers_are_float32 : 1, numbers_are_values : 1;
   Number numbers[kMaxNumbers];
 };
 

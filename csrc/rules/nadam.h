@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/math.h"
+#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -18,18 +19,15 @@ struct NAdam {
   static constexpr bool kCountsSteps = true;
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b11; }
-  // As Adam's.
-  TRAINOPT_INLINE static bool takes(const double* options) {
-    return options[kBeta1] >= 0 && options[kBeta1] < 1 && options[kBeta2] >= 0 && options[kBeta2] < 1;
-  }
+  TRAINOPT_INLINE static bool takes(const double* options) { return are_betas(options, kBeta1, kBeta2); }
   TRAINOPT_INLINE static Decay decay(const double* options) {
     return options[kDecoupled] != 0 ? Decay::kParameter : Decay::kGradient;
   }
 
   template <class S>
   struct Scalars {
-    S beta1, one_minus_beta1, beta2, one_minus_beta2, gradient_size, average_size, inverse_correction2, eps;
-    bool beta1_is_small;
+    AverageWeights<S> first, second;  // of the two moments
+    S gradient_size, average_size, inverse_correction2, eps;
   };
 
   TRAINOPT_INLINE static double momentum(const double* options, double step) {
@@ -42,15 +40,15 @@ struct NAdam {
     double& product = numbers.at[0];
     product = numbers.rounded(product * numbers.rounded(now));
     Scalars<S> k;
-    k.beta1 = static_cast<S>(options[kBeta1]);
-    k.one_minus_beta1 = static_cast<S>(1 - options[kBeta1]);
-    k.beta2 = static_cast<S>(options[kBeta2]);
-    k.one_minus_beta2 = static_cast<S>(1 - options[kBeta2]);
-    k.gradient_size = static_cast<S>(info.rounded(info.lr * (1 - now) / (1 - product)));
-    k.average_size = static_cast<S>(info.rounded(info.lr * next / (1 - product * next)));
+    k.first = weights_of<S>(options[kBeta1]);
+    k.second = weights_of<S>(options[kBeta2]);
+    const auto size = [&](double share, double rest) {
+      return static_cast<S>(info.rounded(info.rounded(info.lr * info.rounded(share)) / info.rounded(rest)));
+    };
+    k.gradient_size = size(1 - now, 1 - product);
+    k.average_size = size(next, 1 - product * next);
     k.inverse_correction2 = static_cast<S>(1 / bias_correction(options[kBeta2], info.step));
     k.eps = static_cast<S>(options[kEps]);
-    k.beta1_is_small = options[kBeta1] <= 0.5;
     return k;
   }
 
@@ -58,8 +56,8 @@ struct NAdam {
   TRAINOPT_INLINE static T update(const Scalars<S>& k, T, T g, T* state) {
     T& m = state[0];
     T& v = state[1];
-    m = k.beta1_is_small ? g - (g - m) * T(k.beta1) : m + (g - m) * T(k.one_minus_beta1);
-    v = v * T(k.beta2) + g * T(k.one_minus_beta2) * g;
+    m = averaged(k.first, m, g);
+    v = averaged_square(k.second, v, g);
     const T ahead = g * T(k.gradient_size) + m * T(k.average_size);
     return ahead / (square_root(v * T(k.inverse_correction2)) + T(k.eps));
   }

@@ -32,7 +32,9 @@ def adapted(optimizer: States) -> Iterator[None]:
             if name + code8.SUFFIX in saved["state"][key] or saved["state"][key][name].dtype is torch.uint8:
                 code8.scale_of(saved["state"][key], name)
         optimizer._uncast = [(param, name, saved["state"][key][name]) for key, name, param in own]
-        return {**saved, "state": _without(saved["state"], [(key, name) for key, name, _ in own])}
+        # Numbers stay, so that they have their place among the keys, and are put over what torch makes of them.
+        left_out = [(key, name) for key, name, _ in own if name not in optimizer._numbers]
+        return {**saved, "state": _without(saved["state"], left_out)}
 
     # The last of the pre-hooks: whatever form the state dict came in, it has torch's form by then.
     adapting = optimizer.register_load_state_dict_pre_hook(adapt)
