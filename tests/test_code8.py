@@ -133,7 +133,7 @@ def test_a_step_decodes_computes_in_float32_and_encodes(name, dtype, device):
     for p, q in zip(params, others, strict=True):
         assert ours.state[p].keys() == plain.state[q].keys()
         torch.testing.assert_close(p.cpu(), q, rtol=3 * torch.finfo(dtype).eps, atol=1e-5)
-        for key in row.states:
+        for key in row.coarse_states:
             if ours.state[p].get(key) is None:
                 continue
             assert ours.state[p][key].dtype is torch.uint8
@@ -152,7 +152,7 @@ def test_converted_from_a_file_of_torchs_and_back(name):
     other = row.make([torch.nn.Parameter(p.detach().clone()) for p in params], **row.usual, state_dtype="8bit")
     other.load_state_dict(optimizer.state_dict())
     for p, q in zip(params, other.param_groups[0]["params"], strict=True):
-        for key in row.states:
+        for key in row.coarse_states:
             if (value := optimizer.state[p].get(key)) is None:
                 continue
             codes, scale = code8.encode(value, key in row.ours._unsigned)

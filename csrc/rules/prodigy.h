@@ -76,7 +76,7 @@ struct Prodigy {
     k.squares_share = static_cast<S>(d * d * (1 - options[kBeta2]));
     k.beta3 = static_cast<S>(beta3(options));
     k.s_share = static_cast<S>(by_start * (options[kSafeguardWarmup] != 0 ? d : info.lr));
-    k.eps = static_cast<S>(d * options[kEps]);
+    k.eps = 0;
     k.rests = info.lr == 0;
     k.starts = d == options[kD0];
     k.d = d;
@@ -114,6 +114,7 @@ struct Prodigy {
       k.lr = 0;  // no gradient so far says where to go
     }
     k.eps = static_cast<S>(d * k.exact_eps);
+    if (k.beta1 == 0) k.g_share = static_cast<S>(d);  // the authors' code takes no average then, and the new d
   }
 
   template <class T, class S>

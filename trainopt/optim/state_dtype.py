@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 #: States that are differences to a parameter, or averages so long that a step changes their last digits alone: they are
 #: kept in no fewer bits than the parameter.
-_AS_PRECISE = ("p0", "s")
+AS_PRECISE = ("p0", "s")
 
 
 def dtype_of(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype:
@@ -26,7 +26,7 @@ def dtype_of(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype:
     if chosen is None:
         return param.dtype
     dtype: torch.dtype = DTYPES[chosen] if isinstance(chosen, str) else chosen
-    if name in _AS_PRECISE and dtype.itemsize <= param.dtype.itemsize:
+    if name in AS_PRECISE and dtype.itemsize <= param.dtype.itemsize:
         return param.dtype
     is_small = dtype is torch.uint8 and param.numel() < code8.LEAST_ELEMENTS
     return torch.float32 if is_small else dtype
@@ -57,7 +57,7 @@ def check(chosen: Any, states: Iterable[str]) -> None:
     for name, dtype in parts.items():
         if name not in names and isinstance(chosen, Mapping):
             raise ValueError(f"Invalid state_dtype: there is no state {name!r} ({', '.join(map(repr, names))})")
-        if name in _AS_PRECISE and isinstance(chosen, Mapping) and dtype is not None:
+        if name in AS_PRECISE and isinstance(chosen, Mapping) and dtype is not None:
             raise ValueError(f"Invalid state_dtype: {name!r} is kept in no fewer bits than its parameter, leave it out")
         is_known = dtype in DTYPES if isinstance(dtype, str) else dtype in DTYPES.values()
         if not is_known and dtype is not None:
