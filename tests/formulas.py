@@ -283,9 +283,9 @@ def prodigy_numbers(operands, o, numbers):
 def prodigy(p, g, state, options, step):
     """Prodigy's new parameter, once `prodigy_numbers` has moved s on."""
     (beta1, beta2), d, zero = options["betas"], options["d_before"], torch.zeros_like(p)
-    m = beta1 * state.get("exp_avg", zero) + (1 - beta1) * d * g
     if beta1:
-        state["exp_avg"] = m
+        state["exp_avg"] = beta1 * state.get("exp_avg", zero) + (1 - beta1) * d * g
+    m = state["exp_avg"] if beta1 else options["d"] * g
     state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * (d * g) ** 2
     return p - options["lr"] * options["rate"] * m / (state["exp_avg_sq"].sqrt() + options["d"] * options["eps"])
 
@@ -338,6 +338,12 @@ def numbers_after(row, operands, options, numbers):
         return {}
     o = all_options(row, options)
     return row.in_common([(p, felt(row, o, p, g), state) for p, g, state in operands], o, numbers)
+
+
+def options_now(row, operands, options, optimizer):
+    """Options for `formula_step` of these parameters, from where this optimizer is before its step."""
+    numbers = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    return {**options, **numbers_after(row, operands, options, numbers)}
 
 
 def formula_step(row, p, g, state, options, step):

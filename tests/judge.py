@@ -22,7 +22,7 @@ from optimizer_table import Row
 from trainopt import switches
 from trainopt._extension import _C
 from trainopt.optim.state_dtype import DTYPES as DTYPES_OF_STATES
-from trainopt.optim.state_dtype import WEIGHTS
+from trainopt.optim.state_dtype import AS_PRECISE
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -92,7 +92,7 @@ def progress_of(optimizer) -> dict[str, Any]:
 
 def stored_in(name: str, stored: str) -> torch.dtype:
     """What a state is stored in where one dtype is given for all."""
-    return torch.float32 if name in WEIGHTS else DTYPES_OF_STATES[stored]
+    return torch.float32 if name in AS_PRECISE else DTYPES_OF_STATES[stored]
 
 
 def result_of(make, start, gradients, dtype=None, **options) -> dict[str, Tensors]:

@@ -17,6 +17,7 @@ from formulas import FormulaOptimizer, formula_step, numbers_after, take_undecid
 import trainopt
 from trainopt import switches
 from trainopt._extension import _C
+from trainopt.optim.state_dtype import AS_PRECISE
 
 Formula = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, Any], int], torch.Tensor]
 
@@ -64,6 +65,11 @@ class Row:
         """A parameter's states in float64, and its numbers as they are."""
         numbers = {name: state[name].cpu() for name in self.numbers if name in state}
         return numbers | {name: state[name].cpu().double() for name in self.states if torch.is_tensor(state.get(name))}
+
+    @property
+    def coarse_states(self) -> tuple[str, ...]:
+        """Those that may be stored in fewer bits than the parameter."""
+        return tuple(name for name in self.states if name not in AS_PRECISE)
 
     @functools.cached_property
     def defaults(self) -> dict[str, Any]:
@@ -388,7 +394,7 @@ TABLE |= {
             "all": {**FOUND, **PRODIGY, "l1": 0.4},
             "l1_proximal, d0": {**FOUND, **PRODIGY, "l1": 0.4, "l1_proximal": True},
         },
-        usual={**FOUND, "weight_decay": 0.3},
+        usual={**FOUND, "eps": 0.1, "weight_decay": 0.3},  # so much that float16 can hold its squares
         everything={**FOUND, "eps": 0.3, "weight_decay": 0.3, "l1": 0.5, "l1_proximal": True, "maximize": True},
     ),
     "RMSprop": Row(

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from formulas import DECOUPLING, formula_step, numbers_after, take_undecided
+from formulas import DECOUPLING, formula_step, options_now, take_undecided
 from judge import (
     DTYPES,
     LARGE_SIZES,
@@ -123,12 +123,11 @@ def test_sixteen_bits_are_rounded_once(row, options, dtype):
         before = [(p.detach().double(), state_of(optimizer, p, row)) for p in params]
         for p, g in zip(params, now, strict=True):
             p.grad = g
-        numbers = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
         operands = [(old, g.double(), state) for (old, state), g in zip(before, now, strict=True)]
-        all_options = {**options, **numbers_after(row, operands, options, numbers)}
+        with_numbers = options_now(row, operands, options, optimizer)
         optimizer.step()
         for (old, state), p, g in zip(before, params, now, strict=True):
-            new = formula_step(row, old, g.double(), state, all_options, step)
+            new = formula_step(row, old, g.double(), state, with_numbers, step)
             # float32 arithmetic comes close to, not upon, the middle between two 16-bit numbers.
             slack = 4e-6 * (old.abs() + new.abs() + 0.1)
             if (undecided := take_undecided(torch.finfo(torch.float32).eps, g)) is not None:

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "core/math.h"
+#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -22,9 +23,7 @@ struct AdamScheduleFree {
   static constexpr bool kCountsSteps = false;
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b11; }
-  TRAINOPT_INLINE static bool takes(const double* options) {
-    return options[kBeta1] >= 0 && options[kBeta1] < 1 && options[kBeta2] >= 0 && options[kBeta2] < 1;
-  }
+  TRAINOPT_INLINE static bool takes(const double* options) { return are_betas(options, kBeta1, kBeta2); }
   TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kUpdate; }
 
   // The part of this step's z in the average, whose weights add up to `sum` with this one's.
@@ -37,7 +36,8 @@ struct AdamScheduleFree {
 
   template <class S>
   struct Scalars {
-    S lr, share, step_of_y, beta2, one_minus_beta2, inverse_sqrt_correction2, eps, weight_decay;
+    AverageWeights<S> second;  // of the gradient's squares
+    S lr, share, step_of_y, inverse_sqrt_correction2, eps, weight_decay;
     bool decays;
   };
 
@@ -52,8 +52,7 @@ struct AdamScheduleFree {
     k.lr = static_cast<S>(options[kLr]);
     k.share = static_cast<S>(share);
     k.step_of_y = static_cast<S>(options[kLr] * part_of(options[kBeta1], share));
-    k.beta2 = static_cast<S>(beta2);
-    k.one_minus_beta2 = static_cast<S>(1 - beta2);
+    k.second = weights_of<S>(beta2);
     k.inverse_sqrt_correction2 = static_cast<S>(adapts ? 1 / __builtin_sqrt(bias_correction(beta2, step)) : 0);
     k.eps = static_cast<S>(adapts ? options[kEps] : 1);
     k.weight_decay = static_cast<S>(info.weight_decay);
@@ -65,7 +64,7 @@ struct AdamScheduleFree {
   TRAINOPT_INLINE static T update(const Scalars<S>& k, T p, T g, T* state) {
     T& z = state[0];
     T& v = state[1];
-    v = v * T(k.beta2) + g * T(k.one_minus_beta2) * g;  // the weight first, lest the square overflow
+    v = averaged_square(k.second, v, g);
     T u = g / (square_root(v) * T(k.inverse_sqrt_correction2) + T(k.eps));
     if (k.decays) u = u + p * T(k.weight_decay);  // 0 times an infinite p would be NaN
     const T change = (p - z) * T(k.share) + u * T(k.step_of_y);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/math.h"
+#include "rules/moments.h"
 #include "rules/rule.h"
 
 namespace trainopt {
@@ -44,8 +45,8 @@ struct Prodigy {
     return options[kBeta3] == options[kBeta3] ? options[kBeta3] : __builtin_sqrt(options[kBeta2]);
   }
   TRAINOPT_INLINE static bool takes(const double* options) {
-    return options[kBeta1] >= 0 && options[kBeta1] < 1 && options[kBeta2] >= 0 && options[kBeta2] < 1 &&
-           beta3(options) >= 0 && beta3(options) < 1 && options[kD] > 0 && options[kD0] > 0;
+    return are_betas(options, kBeta1, kBeta2) && beta3(options) >= 0 && beta3(options) < 1 && options[kD] > 0 &&
+           options[kD0] > 0;
   }
   TRAINOPT_INLINE static Decay decay(const double* options) {
     return options[kDecouple] != 0 ? Decay::kParameter : Decay::kGradient;
@@ -76,7 +77,7 @@ struct Prodigy {
     k.squares_share = static_cast<S>(d * d * (1 - options[kBeta2]));
     k.beta3 = static_cast<S>(beta3(options));
     k.s_share = static_cast<S>(by_start * (options[kSafeguardWarmup] != 0 ? d : info.lr));
-    k.eps = static_cast<S>(d * options[kEps]);
+    k.eps = 0;
     k.rests = info.lr == 0;
     k.starts = d == options[kD0];
     k.d = d;
@@ -114,6 +115,7 @@ struct Prodigy {
       k.lr = 0;  // no gradient so far says where to go
     }
     k.eps = static_cast<S>(d * k.exact_eps);
+    if (k.beta1 == 0) k.g_share = static_cast<S>(d);  // the authors' code takes no average then, and the new d
   }
 
   template <class T, class S>

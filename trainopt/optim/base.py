@@ -57,7 +57,7 @@ class Fused(States):
             options = {**self.EXTRAS, **self.defaults, **param_group}
             check_extras(options)
             state_dtype.check(options["state_dtype"], self._states)
-            self._check_decay(options)
+            self._check_options(options)
             apply_depth(param_group, self.defaults)
         super().add_param_group(param_group)
         try:  # of the parameters, whatever form they came in, torch has made a list

@@ -108,10 +108,8 @@ class Prodigy(Fused, rule="prodigy"):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as torch does; from the next step on it has the d of the others."""
-        if isinstance(param_group, dict):
-            _check({**self.defaults, **param_group})
-            if "d0" in param_group:
-                param_group = {"d": param_group["d0"], "d_max": param_group["d0"], **param_group}
+        if isinstance(param_group, dict) and "d0" in param_group:
+            param_group = {"d": param_group["d0"], "d_max": param_group["d0"], **param_group}
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -125,6 +123,10 @@ class Prodigy(Fused, rule="prodigy"):
             if key in state:
                 state[key] = dict(_reshaped(state[key], param))
         super().load_state_dict({**state_dict, "state": state})
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        _check(options)
 
     # One d for all ----------------------------------------------------------------------------------------------------
 
@@ -172,19 +174,20 @@ class Prodigy(Fused, rule="prodigy"):
         """One parameter's step in plain torch, in place: what the engine does, for whatever it does not take."""
         if group["lr"] == 0:
             return
-        (beta1, beta2), d, lr = map(float, group["betas"]), group["d"], lr_of(group)
+        (beta1, beta2), d, lr, sums = map(float, group["betas"]), group["d"], lr_of(group), group["sums"]
+        new_d = estimate(group, sums)["d"] if sums[1] != 0 else d
         v = state["exp_avg_sq"]
         gradient = _decayed(param, gradient, group)
-        m = gradient * (d * (1 - beta1))
-        if beta1 != 0:
-            m = state["exp_avg"].copy_(state["exp_avg"] * beta1 + m)
         v.copy_(v * beta2 + gradient * (d * d * (1 - beta2)) * gradient)
         state["s"].copy_(_new_s(gradient, state, group))
+        if beta1 == 0:
+            m = gradient * new_d  # as the authors' code has it
+        else:
+            m = state["exp_avg"].copy_(state["exp_avg"] * beta1 + gradient * (d * (1 - beta1)))
         if group["decouple"]:
             param.mul_(1 - lr * group["weight_decay"])
-        sums = group["sums"]
         if sums[1] != 0:
-            param.sub_(m * lr / (v.sqrt() + estimate(group, sums)["d"] * group["eps"]))
+            param.sub_(m * lr / (v.sqrt() + new_d * group["eps"]))
 
 
 def estimate(group: dict[str, Any], sums: Sequence[float]) -> dict[str, float]:

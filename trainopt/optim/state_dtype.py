@@ -14,14 +14,10 @@ from trainopt.optim.options import extra
 #: codes, with scales beside them.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "8bit": torch.uint8}
 
-#: States that are weights, in which the small steps that they make must not be lost: float32 where one dtype is given
-#: for all states, or where the parameter has more than its own 16 bits.
-WEIGHTS = frozenset({"z"})
-
-
-#: States that are differences to a parameter, or averages so long that a step changes their last digits alone: they are
-#: kept in no fewer bits than the parameter.
-_AS_PRECISE = ("p0", "s")
+#: States in which small steps must not be lost: weights of their own, where a parameter began, sums so long that a step
+#: changes their last digits alone. They are float32 where one dtype is given for all states, or where the parameter has
+#: more than its own 16 bits.
+AS_PRECISE = frozenset({"z", "p0", "s"})
 
 
 def dtype_of(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype:
@@ -29,10 +25,8 @@ def dtype_of(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype:
     chosen = _chosen(group, name)
     if chosen is None:
         is_wider = param.dtype.itemsize == 2 and extra(group, "precision") != "native"
-        return torch.float32 if is_wider and name in WEIGHTS else param.dtype
+        return torch.float32 if is_wider and name in AS_PRECISE else param.dtype
     dtype: torch.dtype = DTYPES[chosen] if isinstance(chosen, str) else chosen
-    if name in _AS_PRECISE and dtype.itemsize <= param.dtype.itemsize:
-        return param.dtype
     is_small = dtype is torch.uint8 and param.numel() < code8.LEAST_ELEMENTS
     return torch.float32 if is_small else dtype
 
@@ -54,7 +48,7 @@ def _chosen(group: Mapping[str, Any], name: str) -> Any:
     chosen = extra(group, "state_dtype")
     if isinstance(chosen, Mapping):
         return chosen.get(name)
-    return "float32" if chosen is not None and name in WEIGHTS else chosen
+    return "float32" if chosen is not None and name in AS_PRECISE else chosen
 
 
 def check(chosen: Any, states: Iterable[str]) -> None:
@@ -64,17 +58,13 @@ def check(chosen: Any, states: Iterable[str]) -> None:
     for name, dtype in parts.items():
         if name not in names and isinstance(chosen, Mapping):
             raise ValueError(f"Invalid state_dtype: there is no state {name!r} ({', '.join(map(repr, names))})")
-        if name in _AS_PRECISE and isinstance(chosen, Mapping) and dtype is not None:
-            raise ValueError(f"Invalid state_dtype: {name!r} is kept in no fewer bits than its parameter, leave it out")
         is_known = dtype in DTYPES if isinstance(dtype, str) else dtype in DTYPES.values()
         if not is_known and dtype is not None:
             raise ValueError(
                 f"Invalid state_dtype value: {dtype!r} ({', '.join(map(repr, DTYPES))}, or the torch.dtype)"
             )
-        if name in WEIGHTS and isinstance(chosen, Mapping) and dtype not in (None, "float32", torch.float32):
-            raise ValueError(
-                f"Invalid state_dtype of {name!r}: {dtype!r} (small steps of a weight would be lost: 'float32')"
-            )
+        if name in AS_PRECISE and isinstance(chosen, Mapping) and dtype not in (None, "float32", torch.float32):
+            raise ValueError(f"Invalid state_dtype of {name!r}: {dtype!r} (its small steps would be lost: 'float32')")
 
 
 def check_params(group: Mapping[str, Any]) -> None:

@@ -140,8 +140,8 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         """The param-shaped states that a group's options call for."""
         return tuple(_C.states_needed(self._rule, {key: group[key] for key in group if type(key) is str}))
 
-    def _check_decay(self, options: dict[str, Any]) -> None:
-        """ValueError for cautious weight decay where the decay is not decoupled from the gradient."""
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """ValueError for options that do not go together: cautious weight decay where the decay is in the gradient."""
         if options["cautious_weight_decay"] and self._decay_of(options) != "parameter":
             raise ValueError(
                 f"cautious_weight_decay=True is for weight decay that is decoupled from the gradient, as AdamW's and"
