@@ -14,7 +14,7 @@ from judge import (
 )
 
 import trainopt
-from trainopt.optim.state_dtype import AS_PRECISE, DTYPES, cast_states, dtype_of
+from trainopt.optim.state_dtype import DTYPES, cast_states
 
 NAMES = [name for name, row in TABLE.items() if row.states]
 PARAMS = [torch.float32, torch.bfloat16, torch.float16]
