@@ -193,6 +193,7 @@ EDITS = {
     "the group split": split_the_group,
     "a group without our options": without_our_options,
     "states doubled": each_state(lambda value: value * 2, 2),
+    "states written to": each_state(lambda value: value.mul_(0.5)),
     "states cloned": each_state(torch.clone, 1),
     "states in other tensors of the same memory": each_state(lambda value: value.view(value.shape), 1),
     "states over other memory": each_state(set_storage, 1),

@@ -189,9 +189,9 @@ def assert_no_worse(ours, peers, truth, dtype, undecided=None, roundings=1, in_c
     The slack is for the order of roundings: the engine uses no fused multiply-add, torch does here and there. In units
     of the arithmetic's rounding error it is an eighth in the mean over all elements (more over a few), and two at the
     single worst one (with storage in 16 bits chance adds a factor there); in float64, where torch's loop is the truth
-    itself, a few. Elements that the peer loses altogether (torch's Adam in float16
-    turns a gradient of 0 into NaN) need only be finite, as those need which are `undecided`, and then numbers, which
-    follow from them all. torch's loop rounds the parameter `roundings` times in a step, and the engine once. Where
+    itself, a few. torch's loop rounds the parameter `roundings` times in a step, and the engine once. Elements that the
+    peer loses altogether (torch's Adam in float16 turns a gradient of 0 into NaN) need only be finite, as those need
+    which are `undecided`, and then numbers, which follow from them all. Where
     elements have a number `in_common`, as Prodigy's d, its error is that of all of them: chance is not averaged over
     them, and the error grows with d.
     """

@@ -62,9 +62,11 @@ class Row:
         return self.ours._numbers
 
     def held(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """A parameter's states in float64, and its numbers as they are."""
-        numbers = {name: state[name].cpu() for name in self.numbers if name in state}
-        return numbers | {name: state[name].cpu().double() for name in self.states if torch.is_tensor(state.get(name))}
+        """A copy of a parameter's states in float64, and of its numbers as they are."""
+        numbers = {name: state[name].cpu().clone() for name in self.numbers if name in state}
+        return numbers | {
+            name: state[name].cpu().double().clone() for name in self.states if torch.is_tensor(state.get(name))
+        }
 
     @property
     def coarse_states(self) -> tuple[str, ...]:

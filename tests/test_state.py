@@ -391,6 +391,33 @@ def test_state_dtypes_at_load_are_torchs(name, saved_dtype, dtype, flags):
         assert all(mine[k].dtype == torch.float32 and torch.equal(mine[k].bfloat16(), theirs[k]) for k in numbers)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if CLASSES[name][0]._numbers])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_are_not_rounded_to_16_bits(name, dtype):
+    """torch casts them to their parameter's dtype where it loads them; what it has saved so goes on in float32."""
+    ours, torchs = CLASSES[name]
+    first, params = after(ours, start(dtype), range(3), **OPTIONS[name])
+
+    def loaded(cls, saved):
+        optimizer = cls(twin_of(params), **OPTIONS[name])
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        return optimizer
+
+    def numbers_of(optimizer):
+        states = [optimizer.state[p] for p in optimizer.param_groups[0]["params"]]
+        return [state[key] for state in states for key in ours._numbers]
+
+    before, by_torch = numbers_of(first), loaded(torchs, first.state_dict())
+    rounded = numbers_of(by_torch)
+    assert all(map(torch.equal, before, numbers_of(loaded(ours, first.state_dict()))))
+    assert {number.dtype for number in rounded} == {dtype}
+    resumed = loaded(ours, by_torch.state_dict())
+    assert all(torch.equal(mine, theirs.float()) for mine, theirs in zip(numbers_of(resumed), rounded, strict=True))
+    steps(resumed, resumed.param_groups[0]["params"], range(3, 5))
+    assert {number.dtype for number in numbers_of(resumed)} == {torch.float32}
+    assert all(row.path.startswith("fused") for row in trainopt.explain(resumed))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_our_options_keep_their_values_when_torchs_state_is_loaded(name):
     mine = {"l1": 0.25, "l1_proximal": True, "noise": 0.5, "seed": 7}
