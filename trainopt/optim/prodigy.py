@@ -120,7 +120,7 @@ class Prodigy(Fused, rule="prodigy"):
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         state = {**state_dict["state"]}
         for key, param in zip(keys, params, strict=False):
-            if key in state:
+            if isinstance(state.get(key), dict):
                 state[key] = dict(_reshaped(state[key], param))
         super().load_state_dict({**state_dict, "state": state})
 
@@ -131,20 +131,20 @@ class Prodigy(Fused, rule="prodigy"):
     # One d for all ----------------------------------------------------------------------------------------------------
 
     def _agree(self) -> None:
-        first, *others = self.param_groups
-        _check_one_way(first)
-        for group in others:
+        groups = list(self.param_groups)
+        for group in groups:
             _check_one_way(group)
+        for group in groups[1:]:
             for name in _SHARED:
-                if group[name] is not first[name] and group[name] != first[name]:
+                if (value := group[name]) is not (of_first := groups[0][name]) and value != of_first:
                     raise RuntimeError(
-                        f"Prodigy has one d for all groups, and {name} is {first[name]!r} in one and {group[name]!r} in"
-                        " another"
+                        f"Prodigy has one d for all groups, and {name} is {of_first!r} in one and {value!r} in another"
                     )
-            for name in _FOUND:
-                group[name] = first[name]
-        if others and len(rates := {float(group["lr"]) for group in self.param_groups} - {0.0}) > 1:
+        if len(groups) > 1 and len(rates := {float(group["lr"]) for group in groups} - {0.0}) > 1:
             raise RuntimeError(f"Prodigy has one lr for all groups that have not 0, and they have {sorted(rates)}")
+        for group in groups[1:]:
+            for name in _FOUND:
+                group[name] = groups[0][name]
 
     def _take_sums(self, sums: Sequence[float]) -> None:
         if sums[1] == 0:  # no gradient so far
