@@ -110,9 +110,9 @@ def asgd_average(p, state, options, step):
 
 def novograd(p, g, state, options, step):
     """NovoGrad's new parameter."""
-    (beta1, beta2), before = options["betas"], state.get("exp_avg_sq", torch.zeros(()))
+    (beta1, beta2), before = options["betas"], state.get("exp_avg_sq", torch.zeros(())).double()
     squares = g.square().sum()
-    state["exp_avg_sq"] = squares if before == 0 else beta2 * before + (1 - beta2) * squares
+    state["exp_avg_sq"] = (squares if before == 0 else beta2 * before + (1 - beta2) * squares).to(p.dtype)
     u = g / (state["exp_avg_sq"].sqrt() + options["eps"])
     if not options["decoupled_decay"]:
         u = u + options["weight_decay"] * p

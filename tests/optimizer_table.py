@@ -534,7 +534,7 @@ TABLE |= {
     "NAdam": Row(
         ours=trainopt.NAdam,
         formula=formulas.nadam,
-        roundings=3,
+        roundings=4,
         settings={
             **PLAIN,
             **BETAS,
@@ -544,7 +544,7 @@ TABLE |= {
             "maximize": {"lr": 0.02, "maximize": True},
             "decoupled_weight_decay": {"lr": 0.02, "weight_decay": 0.4, "decoupled_weight_decay": True},
             "decoupled_weight_decay, lr float32 tensor": dict(lr=LR32, weight_decay=0.4, decoupled_weight_decay=True),
-            "all": dict(lr=0.02, betas=(0.6, 0.7), eps=1e-2, weight_decay=0.3, momentum_decay=0.5, maximize=True),
+            "all": dict(lr=0.02, betas=(0.6, 0.9), eps=1e-2, weight_decay=0.3, momentum_decay=0.5, maximize=True),
         },
         extras={
             **L1,
@@ -573,7 +573,7 @@ TABLE |= {
         },
         extras={
             **L1,
-            **{key: {**options, "lambd": 0.5, "t0": 2} for key, options in CAUTIOUS.items()},
+            "cautious": {"lr": 0.02, "cautious": True, "lambd": 0.5, "t0": 2},
             "all": dict(lr=0.1, lambd=0.2, alpha=0.9, t0=2, weight_decay=0.3, l1=0.4),
         },
         usual={"lr": 0.05, "lambd": 0.1, "t0": 2, "weight_decay": 0.3},

@@ -240,11 +240,14 @@ def betas_of(row, options):
     return {"betas": first + options["betas"][:1] * (len(row.defaults["betas"]) - 1)}
 
 
+#: Where infinities of both signs meet, or not, by the order of operations: torch adds NAdam's two quotients by a root
+#: of 0, and multiplies and adds at once what overflows in ASGD.
+BY_ORDER = {("NAdam", "eps 0"), ("ASGD", "lr 3e30")}
 EXTREME_CASES = [
     pytest.param(row, {**options, **betas_of(row, options)}, id=f"{name}-{key}")
     for name, row in TABLE.items()
     for key, options in EXTREMES.items()
-    if options.keys() <= row.defaults.keys()
+    if options.keys() <= row.defaults.keys() and (name, key) not in BY_ORDER
 ]
 
 

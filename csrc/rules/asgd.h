@@ -31,14 +31,20 @@ struct Asgd {
   // torch makes these numbers as float32 ones, whatever tensor it then puts them into.
   TRAINOPT_INLINE static double single(double x) { return static_cast<double>(static_cast<float>(x)); }
 
+  TRAINOPT_INLINE static double next_size(const double* options, const StepInfo& info) {
+    if (!info.single_lr) return info.lr / __builtin_pow(1 + options[kLambd] * info.lr * info.step, options[kAlpha]);
+    const auto lr = static_cast<float>(info.lr);
+    const float growth = 1 + static_cast<float>(options[kLambd]) * lr * static_cast<float>(info.step);
+    return lr / static_cast<float>(__builtin_pow(growth, static_cast<float>(options[kAlpha])));
+  }
+
   template <class S>
   TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info, Numbers& numbers) {
     double &eta = numbers.at[kEta], &mu = numbers.at[kMu];
     if (info.first) eta = single(info.lr);  // whatever it was when the states were made
     const Scalars<S> k{static_cast<S>(eta), static_cast<S>(mu), static_cast<S>(1 - options[kLambd] * eta), mu == 1};
-    const double growth = info.rounded(1 + info.rounded(options[kLambd] * info.lr) * info.step);
     const double since = info.step - options[kT0];
-    eta = single(info.lr / __builtin_pow(growth, options[kAlpha]));
+    eta = single(next_size(options, info));
     mu = single(1 / (since > 1 ? since : 1.0));
     return k;
   }

@@ -34,6 +34,12 @@ struct NAdam {
     return options[kBeta1] * (1 - 0.5 * __builtin_pow(0.96, step * options[kMomentumDecay]));
   }
 
+  // In float32 where the learning rate is, as torch has it.
+  TRAINOPT_INLINE static double size(const StepInfo& info, double share, double rest) {
+    if (info.single_lr) return static_cast<float>(info.lr) * static_cast<float>(share) / static_cast<float>(rest);
+    return info.lr * share / rest;
+  }
+
   template <class S>
   TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info, Numbers& numbers) {
     const double now = momentum(options, info.step), next = momentum(options, info.step + 1);
@@ -42,11 +48,8 @@ struct NAdam {
     Scalars<S> k;
     k.first = weights_of<S>(options[kBeta1]);
     k.second = weights_of<S>(options[kBeta2]);
-    const auto size = [&](double share, double rest) {
-      return static_cast<S>(info.rounded(info.rounded(info.lr * info.rounded(share)) / info.rounded(rest)));
-    };
-    k.gradient_size = size(1 - now, 1 - product);
-    k.average_size = size(next, 1 - product * next);
+    k.gradient_size = static_cast<S>(size(info, 1 - now, 1 - product));
+    k.average_size = static_cast<S>(size(info, next, 1 - product * next));
     k.inverse_correction2 = static_cast<S>(1 / bias_correction(options[kBeta2], info.step));
     k.eps = static_cast<S>(options[kEps]);
     return k;

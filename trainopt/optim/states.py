@@ -244,8 +244,10 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         dtype = torch_optimizer._get_scalar_dtype()
         if self._torch_class is None:
             dtype = torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
-        made = value.detach().reshape(()) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype)
-        return made.to(self._device_of_number(name, param, self.state[param]), dtype, copy=True)
+        device = self._device_of_number(name, param, self.state[param])
+        if isinstance(value, torch.Tensor) and value.device == device:
+            return value.detach().reshape(()).to(dtype, copy=True)
+        return torch.full((), float(value), dtype=dtype, device=device)  # without a copy, which would wait
 
     def _device_of_number(self, name: str, param: torch.Tensor, state: dict[str, Any]) -> torch.device:
         count = state.get("step")
