@@ -165,8 +165,10 @@ def test_few_tensors_take_one_launch(device, name):
         _C.simt.take_launches()
         optimizer.step()
         chunks = 4  # of 16,384 elements
-        # Before the update: sums of chunks, one block a tensor that combines them, and what follows from them.
-        assert _C.simt.take_launches() == ([chunks, 3, 1] if row.has_sums else []) + [chunks]
+        # Before the update: sums of chunks, one block a tensor that combines them, one that adds those up where they
+        # are over all, and what follows from them.
+        of_all = [1] if row.numbers is not None else []
+        assert _C.simt.take_launches() == ([chunks, 3, *of_all, 1] if row.has_sums else []) + [chunks]
 
 
 @each_row
