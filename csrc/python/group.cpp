@@ -269,6 +269,7 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   tensors.clear();
   unreadable = 0;
   for (int i = 0; i < rule.option_count; ++i) options[i] = reader.option(rule_keys[i], i);
+  if (rule.sums_over_all) read_device_numbers(rule);  // the host goes by them in each step all the same
   if (!rule.takes(options)) unreadable = 1;
   averages = reader.is_given(keys.ema_decay);
   ema_decay = averages != 0 ? reader.own(keys.ema_decay, 0) : 0;

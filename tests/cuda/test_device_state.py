@@ -8,9 +8,10 @@ import judge
 import pytest
 import torch
 from judge import TABLE
-from steps import counts_on_device
+from steps import UNREAD, counts_on_device
 
 each_row = pytest.mark.parametrize("name", TABLE)
+each_unread = pytest.mark.parametrize("name", UNREAD)
 SHAPES = ((5,), (300,), (33, 20))
 PROBLEM = judge.random_problem(SHAPES, torch.float32, 6)
 
@@ -81,7 +82,7 @@ def test_state_keys_and_places_are_torchs(device, name):
 
 
 @pytest.mark.parametrize("where", ["cpu", "device"])
-@each_row
+@each_unread
 def test_a_file_loaded_to_either_side(device, name, where, tmp_path, no_synchronisation):
     row, truth = TABLE[name], torchs_six_steps(name)
 
@@ -101,7 +102,7 @@ def test_a_file_loaded_to_either_side(device, name, where, tmp_path, no_synchron
             optimizer.step()
 
 
-@each_row
+@each_unread
 def test_from_counts_on_the_host_to_counts_on_the_device_and_back(device, name, no_synchronisation):
     row, truth = TABLE[name], torchs_six_steps(name)
     counting = [{}, counts_on_device(name)]

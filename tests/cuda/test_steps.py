@@ -165,10 +165,17 @@ def test_few_tensors_take_one_launch(device, name):
         _C.simt.take_launches()
         optimizer.step()
         chunks = 4  # of 16,384 elements
+<<<<<<< HEAD
         # Before the update: numbers that lie there are moved on; sums of chunks, one block a tensor that combines them,
         # and what follows from them.
         before = ([1] if row.ours._beside else []) + ([chunks, 3, 1] if row.has_sums else [])
         assert _C.simt.take_launches() == [*before, chunks]
+=======
+        # Before the update: sums of chunks, one block a tensor that combines them, one that adds those up where they
+        # are over all, and what follows from them.
+        of_all = [1] if row.numbers is not None else []
+        assert _C.simt.take_launches() == ([chunks, 3, *of_all, 1] if row.has_sums else []) + [chunks]
+>>>>>>> c
 
 
 @each_row

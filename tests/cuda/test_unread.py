@@ -7,13 +7,17 @@ import judge
 import pytest
 import torch
 from judge import TABLE
-from steps import SHAPES, assert_near, assert_same_bits, counts_on_device, here, moved
+from steps import SHAPES, UNREAD, assert_near, assert_same_bits, counts_on_device, here, moved
 
 import trainopt
 
 each_row = pytest.mark.parametrize("name", TABLE)
+<<<<<<< HEAD
 each_on_device = pytest.mark.parametrize("name", [name for name, row in TABLE.items() if not row.needs_host])
 each_on_host = pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.needs_host])
+=======
+each_unread = pytest.mark.parametrize("name", UNREAD)
+>>>>>>> c
 each_adam = pytest.mark.parametrize("name", ["Adam", "AdamW"])
 PROBLEM = judge.random_problem(SHAPES, torch.float32, 4)
 
@@ -55,7 +59,7 @@ def kinds_of(name, device):
     }
 
 
-@each_row
+@each_unread
 def test_no_step_waits_for_the_device(device, name, no_synchronisation):
     kinds = kinds_of(name, device)
     if TABLE[name].needs_host:
@@ -70,7 +74,7 @@ def test_no_step_waits_for_the_device(device, name, no_synchronisation):
         assert optimizer.completed_steps == len(gradients), kind
 
 
-@each_row
+@each_unread
 def test_a_learning_rate_on_the_device_is_read_in_each_step(device, name, no_synchronisation):
     rates = (0.05, 0.02, 0.0, 0.1)
     for dtype in (torch.float32, torch.float64):
@@ -114,7 +118,7 @@ def copied(optimizer, params):
     return [t.detach().clone() for t in (*params, *(v for p in params for v in optimizer.state[p].values()))]
 
 
-@each_row
+@each_unread
 def test_a_fused_step_unscales_and_counts_without_waiting(device, name, no_synchronisation):
     optimizer, params = make(name, device, fused=True)
     truth, peers = make(name, "cpu")
@@ -186,7 +190,7 @@ def test_under_torchs_gradscaler(device, name, fused):
 @pytest.mark.parametrize("kind", ["default", "fused", "counts on the device", "numbers on the device", "noise"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("at", [0, 2])
-@each_row
+@each_unread
 def test_the_device_leaves_out_a_step_that_is_not_finite(device, name, at, value, kind, no_synchronisation):
     options = {**kinds_of(name, device)[kind], "skip_nonfinite": True}
     optimizer, params = make(name, device, **options)
@@ -249,7 +253,7 @@ def test_a_step_that_is_not_finite_on_two_kinds_of_devices(device, name):
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-@each_row
+@each_unread
 def test_a_step_keeps_no_memory(device, name, allocations, allocated):
     for kind, options in kinds_of(name, device).items():
         optimizer, params = make(name, device, **options)
@@ -289,7 +293,11 @@ def test_a_count_on_the_host_cannot_be_captured(device, name, request):
     assert optimizer.completed_steps == before
 
 
+<<<<<<< HEAD
 @each_on_device
+=======
+@each_unread
+>>>>>>> c
 def test_a_parameter_without_a_gradient_cannot_be_captured(device, name, request):
     optimizer, params = make(name, device, **counts_on_device(name))
     set_gradients(params, PROBLEM[1][0])
@@ -302,7 +310,11 @@ def test_a_parameter_without_a_gradient_cannot_be_captured(device, name, request
     optimizer.step()
 
 
+<<<<<<< HEAD
 @each_on_device
+=======
+@each_unread
+>>>>>>> c
 def test_what_counts_on_the_device_can_be_captured(device, name, request):
     optimizer, params = make(name, device, **with_device_numbers(name, device))
     set_gradients(params, PROBLEM[1][0])
