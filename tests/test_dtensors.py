@@ -165,7 +165,7 @@ def tensor_parallel(mesh, name):
             optimizer.step()
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         assert_equal(whole(p.detach()), q)
-    others = "fused" if TABLE[name].numbers is None else "torch"  # what has numbers in common goes one way
+    others = "fused" if TABLE[name].in_common is None else "torch"  # what has numbers in common goes one way
     assert paths_of(optimizers[0]) == ["torch", "torch", *[others] * 4]
 
 

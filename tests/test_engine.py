@@ -434,7 +434,7 @@ def test_gradient_of_another_dtype(row, param_dtype, grad_dtype, layout):
 
 @each_combination
 def test_parameters_of_all_dtypes_in_one_optimizer(row, options):
-    if row.numbers is not None:
+    if row.in_common is not None:
         pytest.skip("alone, a parameter has other numbers: test_prodigy.py")
     start, gradients = [], [[], [], []]
     for seed, dtype in enumerate([*DTYPES, *DTYPES[::-1]]):

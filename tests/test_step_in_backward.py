@@ -50,7 +50,7 @@ def run(make, in_backward, steps=4, dtype=torch.float32, schedule=None):
 
 @pytest.mark.parametrize("path", ["engine", "torch's path"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.numbers is None])
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.in_common is None])
 def test_the_results_of_ordinary_steps(name, dtype, path, monkeypatch):
     monkeypatch.setattr(switches, "REFERENCE_FORCED", path != "engine")
     row = TABLE[name]

@@ -8,7 +8,7 @@ import torch
 Outcome = dict[str, judge.Tensors]
 
 #: The rows of which the host reads nothing in a step: no number that parameters have in common.
-UNREAD = [name for name, row in judge.TABLE.items() if row.numbers is None]
+UNREAD = [name for name, row in judge.TABLE.items() if row.in_common is None and not row.needs_host]
 
 # Nothing, less than a thread's eight, around a warp's 256 and a block's 2,048; a scalar and a matrix.
 SHAPES = ((5,), (0, 3), (), (257,), (33, 20), (2049,), (8,))

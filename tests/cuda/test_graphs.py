@@ -9,12 +9,7 @@ from steps import UNREAD, assert_same_bits, counts_on_device, here
 
 from trainopt.optim import code8
 
-<<<<<<< HEAD
-each_row = pytest.mark.parametrize("name", [name for name, row in TABLE.items() if not row.needs_host])
-=======
-each_row = pytest.mark.parametrize("name", TABLE)
-each_unread = pytest.mark.parametrize("name", UNREAD)
->>>>>>> c
+each_row = pytest.mark.parametrize("name", UNREAD)
 SHAPES = ((5,), (0, 3), (300,), (33, 20)) + ((40,),) * 600
 RATES = [0.05 / (step + 1) for step in range(4 if IS_EMULATED else 10)]
 
@@ -58,7 +53,7 @@ def captured(step, device):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@each_unread
+@each_row
 def test_replays_with_a_changing_learning_rate(device, name, way, monkeypatch):
     monkeypatch.setattr(code8, "LEAST_ELEMENTS", 0)
     outcomes = []
@@ -76,7 +71,7 @@ def test_replays_with_a_changing_learning_rate(device, name, way, monkeypatch):
     assert_same_bits(*outcomes)
 
 
-@each_unread
+@each_row
 def test_a_scaled_step_skips_in_the_graph(device, name):
     optimizer, params, _, gradients = prepared(name, device, fused=True)
     optimizer.grad_scale = torch.tensor(64.0, device=device)

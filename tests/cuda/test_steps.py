@@ -57,7 +57,7 @@ def test_no_further_from_float64_than_torchs_loop(device, name, dtype):
     peer = judge.result_of(row.make_plain_loop, *work, **row.usual)
     for extra in ({}, counts_on_device(name)):
         found = outcome_on(device, row.make, work, **row.usual, **extra)
-        judge.assert_no_worse(found, peer, truth, dtype, in_common=row.numbers is not None)
+        judge.assert_no_worse(found, peer, truth, dtype, in_common=row.in_common is not None)
 
 
 @each_row
@@ -165,17 +165,11 @@ def test_few_tensors_take_one_launch(device, name):
         _C.simt.take_launches()
         optimizer.step()
         chunks = 4  # of 16,384 elements
-<<<<<<< HEAD
         # Before the update: numbers that lie there are moved on; sums of chunks, one block a tensor that combines them,
-        # and what follows from them.
-        before = ([1] if row.ours._beside else []) + ([chunks, 3, 1] if row.has_sums else [])
+        # one that adds those up where they are over all, and what follows from them.
+        of_all = [1] if row.in_common is not None else []
+        before = ([1] if row.ours._beside else []) + ([chunks, 3, *of_all, 1] if row.has_sums else [])
         assert _C.simt.take_launches() == [*before, chunks]
-=======
-        # Before the update: sums of chunks, one block a tensor that combines them, one that adds those up where they
-        # are over all, and what follows from them.
-        of_all = [1] if row.numbers is not None else []
-        assert _C.simt.take_launches() == ([chunks, 3, *of_all, 1] if row.has_sums else []) + [chunks]
->>>>>>> c
 
 
 @each_row

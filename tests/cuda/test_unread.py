@@ -12,12 +12,8 @@ from steps import SHAPES, UNREAD, assert_near, assert_same_bits, counts_on_devic
 import trainopt
 
 each_row = pytest.mark.parametrize("name", TABLE)
-<<<<<<< HEAD
-each_on_device = pytest.mark.parametrize("name", [name for name, row in TABLE.items() if not row.needs_host])
-each_on_host = pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.needs_host])
-=======
 each_unread = pytest.mark.parametrize("name", UNREAD)
->>>>>>> c
+each_on_host = pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.needs_host])
 each_adam = pytest.mark.parametrize("name", ["Adam", "AdamW"])
 PROBLEM = judge.random_problem(SHAPES, torch.float32, 4)
 
@@ -293,11 +289,7 @@ def test_a_count_on_the_host_cannot_be_captured(device, name, request):
     assert optimizer.completed_steps == before
 
 
-<<<<<<< HEAD
-@each_on_device
-=======
 @each_unread
->>>>>>> c
 def test_a_parameter_without_a_gradient_cannot_be_captured(device, name, request):
     optimizer, params = make(name, device, **counts_on_device(name))
     set_gradients(params, PROBLEM[1][0])
@@ -310,11 +302,7 @@ def test_a_parameter_without_a_gradient_cannot_be_captured(device, name, request
     optimizer.step()
 
 
-<<<<<<< HEAD
-@each_on_device
-=======
 @each_unread
->>>>>>> c
 def test_what_counts_on_the_device_can_be_captured(device, name, request):
     optimizer, params = make(name, device, **with_device_numbers(name, device))
     set_gradients(params, PROBLEM[1][0])
