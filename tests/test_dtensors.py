@@ -42,6 +42,12 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_number(optimizer, key):
+    """Whether a state is one number for a parameter, and no DTensor."""
+    ours = optimizer if hasattr(optimizer, "_numbers") else CLASSES[type(optimizer).__name__][0]
+    return key in ("step", *ours._numbers)
+
+
 def check_same(ours, alone, **tolerance):
     """Parameters and states of two optimizers, the one of DTensors put together."""
     for i, (p, q) in enumerate(zip(*(o.param_groups[0]["params"] for o in (ours, alone)), strict=True)):
@@ -49,7 +55,7 @@ def check_same(ours, alone, **tolerance):
         assert set(ours.state[p]) == set(alone.state[q])
         for key, value in alone.state[q].items():
             mine = ours.state[p][key]
-            assert isinstance(mine, DTensor) == (isinstance(p, DTensor) and key != "step"), key
+            assert isinstance(mine, DTensor) == (isinstance(p, DTensor) and not is_number(ours, key)), key
             if isinstance(mine, DTensor):
                 assert mine.placements == p.placements and mine.device_mesh == p.device_mesh
             assert_equal(whole(mine), value, f"{key} of parameter {i}", **tolerance)
@@ -397,7 +403,7 @@ def replace_local(tensor, local):
 def edit_state(change):
     def edit(optimizer, params):
         state = optimizer.state[params[1]]
-        key = next(key for key in state if key != "step")
+        key = next(key for key in state if not is_number(optimizer, key))
         state[key] = change(state[key])
 
     return edit

@@ -261,6 +261,7 @@ def test_differentiable_lets_gradients_through_as_torch_does(name, maximize):
         for key in CLASSES[name][0]._states:
             if not key.startswith("max_"):
                 optimizer.state[p][key] = torch.rand(4, 5, dtype=torch.float64)
+        optimizer.state[p].update({key: torch.tensor(0.5) for key in CLASSES[name][0]._numbers})
         if name != "SGD":
             optimizer.state[p]["step"] = torch.tensor(3.0)
         optimizer.step()
@@ -390,6 +391,8 @@ def test_a_dispatch_mode_sees_the_step(name):
 def test_fake_tensors(name):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    if name == "ASGD":
+        pytest.skip("torch's asks what its average's weight is")
     with FakeTensorMode():
         p = torch.nn.Parameter(torch.randn(3, 4))
         optimizer = CLASSES[name][0]([p], **OPTIONS[name])

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import CLASSES, OPTIONS, TABLE, assert_same_outcome, each_class, model_and, train
+from helpers import CLASSES, OPTIONS, TABLE, as_loaded, assert_same_outcome, each_class, model_and, train
 from ranks import run_ranks
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -47,7 +47,7 @@ def made(cls, options, split=False):
 def assert_goes_on(first, second, steps=3):
     """The second optimizer's next steps are those of the first."""
     second[0].load_state_dict(first[0].state_dict())
-    for model, optimizer in (first, second):
+    for model, optimizer in (first[0], as_loaded(first[1])), second:
         train(model, optimizer, steps, start=3)
     assert_same_outcome((second[1], list(second[0].parameters())), (first[1], list(first[0].parameters())))
 

@@ -298,7 +298,7 @@ def test_no_gradients_no_step(name):
 @pytest.mark.parametrize("name, kind", [*((name, "dense") for name in CLASSES), ("SGD", "sparse")])
 def test_zero_gradients_without_decay_leave_the_values(name, kind):
     p = torch.nn.Parameter(torch.randn(5, 7))
-    optimizer = CLASSES[name][0]([p], **TABLE[name].kept({"lr": 0.5, "weight_decay": 0.0}))
+    optimizer = CLASSES[name][0]([p], **TABLE[name].kept({"lr": 0.5, "weight_decay": 0.0, "lambd": 0.0}))
     before = p.detach().clone()
     p.grad = torch.zeros_like(p) if kind == "dense" else torch.zeros(5, 7).to_sparse()
     optimizer.step()
