@@ -369,7 +369,8 @@ def state_of(optimizer, param):
     cls = CLASSES[type(optimizer).__name__][0]
     if not state:
         state.update({"step": torch.zeros(())} if cls._counts_steps else {})
-        state.update({key: torch.tensor(0.5) for key in cls._numbers})
+        lr = float(optimizer.param_groups[0]["lr"])
+        state.update({key: torch.tensor(lr if key == "eta" else 1.0) for key in cls._numbers})  # as they begin
         state.update({key: torch.full_like(param, 0.25 if key in cls._unsigned else 0.0) for key in cls._states})
     return state, cls._states[0]
 

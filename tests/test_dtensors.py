@@ -44,7 +44,8 @@ def whole(tensor):
 
 def is_number(optimizer, key):
     """Whether a state is one number for a parameter, and no DTensor."""
-    return key in ("step", *CLASSES[type(optimizer).__name__][0]._numbers)
+    ours = optimizer if hasattr(optimizer, "_numbers") else CLASSES[type(optimizer).__name__][0]
+    return key in ("step", *ours._numbers)
 
 
 def check_same(ours, alone, **tolerance):
