@@ -15,7 +15,8 @@ from trainopt._extension import _C
 
 #: Packages of the extras in pyproject.toml. Any other module that is missing is an error.
 OPTIONAL = {"expecttest", "hypothesis", "matplotlib", "mlxtend", "numpy", "rich", "tensorboard"}
-OPTIONAL |= {"accelerate", "ignite", "lightning", "peft", "prodigyopt", "timm", "transformers", "trl"}
+OPTIONAL |= {"accelerate", "ignite", "lightning", "peft", "timm", "transformers", "trl"}
+OPTIONAL |= {"lion_pytorch", "prodigyopt", "pytorch_optimizer", "schedulefree"}
 
 
 def pytest_addoption(parser):

@@ -3,7 +3,9 @@ weights in float64."""
 
 from itertools import product
 
+import lion_pytorch
 import pytest
+import pytorch_optimizer
 import torch
 from prodigyopt import Prodigy
 from timm.optim import Adan, Lamb, Lars, Lion, NvNovoGrad
@@ -82,6 +84,24 @@ PEERS = {
             "growth_rate": [float("inf"), 1.05],
             "d_coef": [1.5],
         },
+    ),
+    "AdEMAMix": (
+        trainopt.AdEMAMix,
+        pytorch_optimizer.AdEMAMix,
+        {"weight_decouple": True},  # its warm-up goes by another formula
+        {
+            "lr": [0.01],
+            "betas": [(0.9, 0.999, 0.9999), (0.5, 0.8, 0.95)],
+            "alpha": [0.0, 3.0],
+            "eps": [1e-8, 1e-2],
+            "weight_decay": [0.0, 0.1],
+        },
+    ),
+    "Lion of its implementation for torch": (
+        trainopt.Lion,
+        lion_pytorch.Lion,
+        {},
+        {"lr": [1e-3], "betas": [(0.9, 0.99), (0.5, 0.8)], "weight_decay": [0.0, 0.1]},
     ),
     "Lion": (
         trainopt.Lion,
