@@ -78,7 +78,7 @@ FAULTS = [
     Fault("sums in the slots of another", "__syncthreads()", "", "that thread"),
     Fault("sums of another tensor", "row.place = places[t]", "row.place = 0"),
     Fault("a chunk's sum that is left out", "c < row.chunks; c +=", "c + 1 < row.chunks; c +="),
-    Fault("sums that nothing follows from", "Pass::finish(stages, scalars, values);", ""),
+    Fault("sums that nothing follows from", "Pass::finish(stages, scalars, values, numbers);", ""),
     Fault("a neighbour's chunk", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
     Fault("a loss's tail, one element too long", "i < item_end", "i <= item_end"),
     Fault("a gradient's tail, one element short", "i < end; i +=", "i + 1 < end; i +="),

@@ -39,8 +39,9 @@ TAIL = {
 #: and these say what is stored.
 PRECISIONS = st.sampled_from(["native", "master", "master24", "stochastic"])
 STATES = st.sampled_from(["8bit", "float32", "bfloat16", "float16"])
-#: Adadelta squares what it has divided, and so what is lost in a difference. The tables judge it.
-APART = {"Adadelta"}
+#: The tables judge them: Adadelta squares what it has divided, and so what is lost in a difference; of the others a
+#: state follows the parameter, or a number all of them.
+APART = {"Adadelta"} | {name for name, row in TABLE.items() if row.averages or row.settle or row.in_common}
 
 
 @st.composite
@@ -181,6 +182,7 @@ class Judge(SeparatePasses):
             q.data = value_of(p, state)
             names = [name for name in self.row.states if state.get(name) is not None]
             self.plain.state[q] = {name: decoded(state, name, self.is_unsigned(name)) for name in names}
+            self.plain.state[q] |= {name: state[name].clone() for name in self.row.numbers if name in state}
             if "ema" in state:
                 self.averages[i] = state["ema"].to(torch.float64, copy=True)
             self.plain.undecided[q] = torch.zeros_like(q, dtype=torch.bool)
@@ -232,6 +234,8 @@ class Judge(SeparatePasses):
 
     def compare_state(self, p, state, name, exact, slack):
         stored = state[name]
+        if name in self.row.numbers:
+            return torch.testing.assert_close(stored.double(), exact.double(), rtol=self.unit, atol=0)
         assert stored.dtype == dtype_of(self.storage.get("state_dtype"), name, p)
         if stored.dtype != torch.uint8:
             assert_rounded(stored.double(), exact, slack, to(stored.dtype), name)

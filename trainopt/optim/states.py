@@ -168,7 +168,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
 
     def _decay_share(self, state: dict[str, Any], group: dict[str, Any]) -> float:
         """How much of a parameter is taken away before its update."""
-        return float(group["lr"]) * float(group["weight_decay"]) if self._decay_of(group) == "parameter" else 0.0
+        return self._lr_of(group) * float(group["weight_decay"]) if self._decay_of(group) == "parameter" else 0.0
 
     def _settle(self, param: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """What the states take from a parameter, as reals, where a part of its `plain_step` has left it."""

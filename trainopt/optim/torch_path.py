@@ -8,6 +8,7 @@ that stands beside its class (`plain_step`). What trainopt adds to torch is done
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy as shallow_copy
 from typing import Any
 
 import torch
@@ -230,7 +231,7 @@ def _rehearse(optimizer: States, numbered: Numbered) -> None:
 
 def _first_element(value: Any, param: torch.Tensor, is_whole: bool) -> Any:
     if not isinstance(value, torch.Tensor):
-        return value
+        return shallow_copy(value)  # a count in an array of NumPy's is counted in place
     if not is_whole and value.shape == param.shape:  # a count has the shape of a parameter of no dimensions, too
         return torch.zeros(1, dtype=value.dtype, device=value.device)
     return value.clone()
