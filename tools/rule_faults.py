@@ -72,7 +72,8 @@ CHANGES = (
 
 #: What stands in changed lines whose change is none beyond rounding, and why.
 EQUIVALENT = {
-    "x - (x - m) * T(k.beta)": "an average is the same from either end",
+    "_is_small": "an average is the same from either end",
+    "static_cast<S>(one_minus_beta), beta": "an average is the same from either end",
     "sign_of(size) * sign_of(size)": "sizes are 0 in the first step, unless somebody puts others there (test_tools.py)",
     "static_cast<float>(": "of a learning rate that is a float32 tensor, which tests/test_rules.py has",
     "k.step_size = static_cast<S>((info.lr * 1.5));": "`finish` writes it before it is read",

@@ -17,12 +17,13 @@ TRAINOPT_FUNCTION bool are_betas(const double* options, int first, int last) {
 template <class S>
 struct AverageWeights {
   S beta, one_minus_beta;
+  bool beta_is_small;
 };
 
 // `one_minus_beta` where it is known to more digits than 1 - beta has.
 template <class S>
 TRAINOPT_FUNCTION AverageWeights<S> weights_of(double beta, double one_minus_beta) {
-  return {static_cast<S>(beta), static_cast<S>(one_minus_beta)};
+  return {static_cast<S>(beta), static_cast<S>(one_minus_beta), beta <= 0.5};
 }
 template <class S>
 TRAINOPT_FUNCTION AverageWeights<S> weights_of(double beta) {
@@ -32,7 +33,7 @@ TRAINOPT_FUNCTION AverageWeights<S> weights_of(double beta) {
 // The average m with x in it, interpolated from the nearer end: with a beta of 0 it is x exactly.
 template <class T, class S>
 TRAINOPT_FUNCTION T averaged(const AverageWeights<S>& k, T m, T x) {
-  return k.beta <= S(0.5) ? x - (x - m) * T(k.beta) : m + (x - m) * T(k.one_minus_beta);
+  return k.beta_is_small ? x - (x - m) * T(k.beta) : m + (x - m) * T(k.one_minus_beta);
 }
 
 // Likewise as a sum, which is what the authors of Lion, Adan and AdEMAMix write.

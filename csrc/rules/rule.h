@@ -25,8 +25,7 @@
 //   decay_factor(scalars)    if it is there: what the parameter is multiplied by before the update, once its decay is
 //   in
 //                            the gradient
-//   settle(scalars, p, s)    if it is there: what the states s take from the parameter as the rule's step leaves it
-//   (the
+//   settle(scalars, p, s)    if it is there: what the states s take from the parameter as the rule's step leaves it (the
 //                            average of ASGD), before what is done to it after the rule: the proximal form of L1, noise
 // where a state is one number for the whole parameter, as the count of its steps is (the products of NAdam's momenta):
 //   kNumbers                 the names of these numbers in torch's state dict, kMaxNumbers at most. Then
@@ -35,8 +34,9 @@
 // and, where an element's step depends on the whole tensor (the norms of LAMB and LARS), a reduce phase:
 //   kSums                    the names of the tensor's sums, kMaxSums at most
 //   gather(scalars, p, g, s, terms)
-//                            what one element adds to each sum, as a product of two numbers; g and s are what `update`
-//                            will be given, p is the parameter before any decay, and nothing is written
+//                            what one element adds to each sum, as a product of two numbers; p, g and s are what
+//                            `update` will be given, and nothing is written. With kSumsOverAll p is what it is before
+//                            any decay
 //   finish(scalars, sums)    puts what follows from the tensor's sums into its scalars, before any of its updates; with
 //                            kNumbers finish(scalars, sums, numbers), which may move these on as well
 //   kSumsOverAll             if it is there, it is true: the sums are those over all tensors of the step

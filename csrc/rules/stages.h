@@ -68,7 +68,7 @@ struct Stages {
   TRAINOPT_INLINE bool needs_random(bool is_16_bit) const { return noisy || (round_at_random && is_16_bit); }
 };
 
-constexpr size_t kRuleScalarBytes = 128;
+constexpr size_t kRuleScalarBytes = 144;
 
 // All that a kernel needs beside the tensors; one for each group and step count.
 struct Scalars {
@@ -188,7 +188,7 @@ struct OwnSums {
                                      T g, T* state, Term<T>* terms) {
     T decayed = p;
     const T direction = before_rule<false>(stages, decayed, g);
-    Rule::gather(scalars, p, direction, state, terms);
+    Rule::gather(scalars, kSumsAreOverAll<Rule> ? p : decayed, direction, state, terms);
   }
 
   template <class S>
