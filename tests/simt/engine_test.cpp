@@ -246,7 +246,7 @@ void test_first() {
   std::vector<cuda::TensorTask> tasks = tasks_of(found);
   std::vector<cuda::Count> counts;
   for (uint32_t i = 0; i < tasks.size(); ++i) {
-    counts.push_back({nullptr, 0, 0, 0, 1, 0});
+    counts.push_back({nullptr, 0, 0, 0, 1, 0, 0, 0, {}});
     tasks[i].prepared = i;
   }
   cuda::GroupSource source{};

@@ -87,7 +87,7 @@ class ScheduleFree(Fused):
                     if (before := self._trained.get(param)) is not None:
                         before = before.to(value.dtype)
                         average = self._as_stored(group, param, self._average(group, param, before))
-                        is_same = (value == average) | ((value != value) & (average != average))
+                        is_same = (value == average) | (value.isnan() & average.isnan())
                         trained = torch.where(is_same, before, trained)
                     self._store(group, param, trained)
                     self._trained.pop(param, None)
