@@ -23,7 +23,7 @@ inline void check(bool good, const std::string& what) {
 }
 
 // Numbers for the tests, not those under test.
-struct Numbers {
+struct RandomNumbers {
   uint64_t state;
   uint64_t next() {
     state += 0x9e3779b97f4a7c15u;

@@ -59,7 +59,7 @@ class Stored {
 };
 
 inline std::vector<double> numbers(size_t count, uint64_t seed, const std::function<double(double)>& shape) {
-  Numbers source{seed};
+  RandomNumbers source{seed};
   std::vector<double> result(count);
   for (double& value : result) value = shape(source.value());
   return result;

@@ -37,7 +37,7 @@ void test_conversions() {
     check(wrong_trip == 0, name + ": there and back of all 65,536 numbers");
     check(wrong_rounding == 0, name + ": rounding round every middle");
 
-    Numbers numbers{1};
+    RandomNumbers numbers{1};
     int wrong = 0;
     for (int i = 0; i < 1000000; ++i) wrong += !rounds_right(float_of(static_cast<uint32_t>(numbers.next())), dtype);
     check(wrong == 0, name + ": rounding of a million floats");
@@ -224,7 +224,7 @@ void test_conversions_in_kernels() {
       const Arrangement a{dtype, DType::kFloat32, dtype, run_of(0), run_of(0), run_of(0), true};
       const int64_t n = 3 * 65536;
       Parameter rounded(n, 1, 0, a);
-      Numbers numbers{2};
+      RandomNumbers numbers{2};
       for (int64_t i = 0; i < n; ++i) {
         rounded.param.set(i, 0);
         const double low = decode16(static_cast<uint16_t>(i / 3), dtype);
@@ -261,7 +261,7 @@ void test_random() {
         "philox of pi");
 
   // Box and Muller's values against the library's functions, corners included.
-  Numbers numbers{3};
+  RandomNumbers numbers{3};
   const uint32_t corners[] = {0,           1,    2,           0x7fffffffu, 0x80000000u,
                               0xfffffffeu, ones, 0x3fffffffu, 0x40000000u, 0xc0000000u};
   bool finite = true, near = true;

@@ -21,7 +21,7 @@ namespace {
 
 void test_elementary(const char* name, float (*ours)(float), double (*exact)(double), float low, float high,
                      double allowed) {
-  Numbers source{42};
+  RandomNumbers source{42};
   double worst = 0;
   for (int i = 0; i < 200000; ++i) {
     const float x = low + (high - low) * static_cast<float>(static_cast<double>(source.next() >> 11) * 0x1p-53);
@@ -60,7 +60,7 @@ void test_elementary() {
 // it, and where floats have fewer digits.
 void test_multiply_add() {
   using Vector = cpu::Vec<float>;
-  Numbers source{3};
+  RandomNumbers source{3};
   const auto any_bits = [&] { return static_cast<uint32_t>(source.next() >> 32); };
   bool right = true;
   for (int i = 0; i < 300000; ++i) {

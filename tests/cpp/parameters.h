@@ -28,7 +28,7 @@ struct Parameter {
       : param(a.param_dtype, n, a.param, a.guarded), gradient(a.gradient_dtype, n, a.gradient, a.guarded), numel(n) {
     for (int s = 0; s < kMaxViews; ++s)
       states[s] = contains(set, s) ? new Array(a.state_dtype, n, a.state, a.guarded) : nullptr;
-    Numbers numbers{static_cast<uint64_t>(number)};
+    RandomNumbers numbers{static_cast<uint64_t>(number)};
     const bool expanded = std::strcmp(a.gradient.name, "expanded") == 0;
     for (int64_t i = 0; i < n; ++i) {
       param.set(i, numbers.value());

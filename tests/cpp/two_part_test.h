@@ -117,7 +117,7 @@ struct TwoPartParameter {
 
   TwoPartParameter(const TwoParts& stored, int64_t n)
       : param(stored.param, n), gradient(stored.gradient, n), moment(stored.moment, n), square(stored.square, n) {
-    Numbers numbers{static_cast<uint64_t>(n)};
+    RandomNumbers numbers{static_cast<uint64_t>(n)};
     std::vector<float> values[4];
     for (int64_t i = 0; i < n; ++i) {
       // The blocks of moments are of one magnitude, or of many.

@@ -117,7 +117,7 @@ class Tensors {
 void set_values(const Formula& formula, Tensors& tensors, int64_t numel) {
   const std::function<double(double)> shapes[kRead] = {formula.input, formula.target, as_it_is, into_unit, as_it_is};
   for (int role = 0; role < kRead; ++role) {
-    Numbers numbers{static_cast<uint64_t>(role + 1)};
+    RandomNumbers numbers{static_cast<uint64_t>(role + 1)};
     for (int64_t i = 0; i < numel; ++i) tensors[role].set(i, shapes[role](numbers.value()));
   }
 }

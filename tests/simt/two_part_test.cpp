@@ -62,7 +62,7 @@ struct Stored {
   Stored(const Setting& s, const TwoParts& stored, const Lie& place, int64_t n) : numel(n), lie(place) {
     transposed = {2, {n / 3, 3}, {1, n / 3}};
     shard = {7, {2, {n / 3, 3}, {5, 1}}};
-    Numbers numbers{static_cast<uint64_t>(n)};
+    RandomNumbers numbers{static_cast<uint64_t>(n)};
     const auto values = [&](bool is_unsigned, bool is_small) {
       std::vector<float> all;
       for (int64_t i = 0; i < n; ++i) {
