@@ -30,7 +30,7 @@ void run_prepared(const Setting& s, const Parameters& parameters, bool is_float6
   std::vector<cuda::Count> counts;
   for (size_t i = 0; i < tasks.size(); ++i) {
     void* steps = double_steps ? static_cast<void*>(&double_steps_of[i]) : &float_steps[i];
-    counts.push_back({steps, 0, 0, double_steps, 0, 0});
+    counts.push_back({steps, 0, 0, double_steps, 0, 0, 0, 0, {}});
     tasks[i].prepared = static_cast<uint32_t>(i);
   }
   std::vector<cuda::Prepared> prepared(tasks.size());

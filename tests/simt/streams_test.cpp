@@ -124,7 +124,7 @@ void step(Memory& m, cuda::Stream stream) {
   const double options[] = {0.9, 0.999, 1e-8, 0, 0, 1};
   std::copy(options, options + 6, group.options);
   group.replaced[0] = {&m.lr, cuda::DeviceNumber::kLr, 0};
-  cuda::Count count{&m.steps, 0, 0, 0, 0, 0};
+  cuda::Count count{&m.steps, 0, 0, 0, 0, 0, 0, 0, {}};
   cuda::TensorTask task{};
   task.numel = kCount;
   task.param = view(m.params);
