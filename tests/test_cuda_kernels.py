@@ -59,7 +59,7 @@ def ceiling_of(kernel: str) -> int:
     if kernel.startswith("cross entropy block, ") and "general" not in kernel:
         return 64  # 1,024 threads a row
     if is_step_preparation(kernel):
-        return 96  # blocks of 64
+        return 128  # blocks of 64
     if re.search(r"(with [34] states|Adamax with 2 states), any types, (strided|in two parts), ", kernel):
         return 255  # which are seldom: one block, where two would spill
     return 128 if kernel.startswith(("update", "gather", "pointwise", "cross")) else 64
