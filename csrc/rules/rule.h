@@ -25,8 +25,9 @@
 //   decay_factor(scalars)    if it is there: what the parameter is multiplied by before the update, once its decay is
 //   in
 //                            the gradient
-//   settle(scalars, p, s)    if it is there: what the states s take from the parameter as the rule's step leaves it (the
-//                            average of ASGD), before what is done to it after the rule: the proximal form of L1, noise
+//   settle(scalars, p, s)    if it is there: what the states s take from the parameter as the rule's step leaves it,
+//                            as the average of ASGD does. What is done to it after the rule, the proximal form of L1
+//                            and noise, comes later
 // where a state is one number for the whole parameter, as the count of its steps is (the products of NAdam's momenta):
 //   kNumbers                 the names of these numbers in torch's state dict, kMaxNumbers at most. Then
 //                            prepare<S>(options, info, numbers) is given them as the step before left them, and moves
