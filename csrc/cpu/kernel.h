@@ -37,7 +37,7 @@ TRAINOPT_FUNCTION void update_at(const Stages<S>& stages, const typename Rule::t
   step_elements<Rule, kPlain>(stages, scalars, p, g, state, noise);
   store(tile.p + i, p);
   for (int s = 0; s < kStateCount<Rule>; ++s)
-    if (contains(kSet & ~kConstantStates<Rule>, s)) store(tile.state[s] + i, state[s]);
+    if (contains(kWrittenStates<Rule, kSet>, s)) store(tile.state[s] + i, state[s]);
   if (!kPlain && stages.write_gradient) store(tile.g + i, stages.clear_gradient ? T(S(0)) : g);
 }
 
@@ -67,7 +67,7 @@ TRAINOPT_FUNCTION void run_tile(const Stages<S>& stages, const typename Rule::te
   update_at<Rule, kPlain, kSet>(stages, scalars, rest, 0);
   __builtin_memcpy(tile.p + i, rest.p, bytes);
   for (int s = 0; s < kStateCount<Rule>; ++s)
-    if (contains(kSet & ~kConstantStates<Rule>, s)) __builtin_memcpy(tile.state[s] + i, rest.state[s], bytes);
+    if (contains(kWrittenStates<Rule, kSet>, s)) __builtin_memcpy(tile.state[s] + i, rest.state[s], bytes);
   if (!kPlain && stages.write_gradient) __builtin_memcpy(tile.g + i, rest.g, bytes);
 }
 
@@ -155,7 +155,7 @@ TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& sta
     }
     store_tile(task.param, at, count, tile.p);
     for (int s = 0; s < kStateCount<Rule>; ++s)
-      if (contains(kSet & ~kConstantStates<Rule>, s))
+      if (contains(kWrittenStates<Rule, kSet>, s))
         store_tile(task.state[s], at, count, tile.state[s], stages.code_rounding);
     if (stages.write_gradient) store_tile(task.gradient, at, count, tile.g);
     if (task.stats != nullptr) note_after<S>(task, at, count);

@@ -47,7 +47,7 @@ struct AdamScheduleFree {
     const double share = share_of(step, options[kPower], options[kLrMax], options[kLrPower], options[kWeightSum]);
     // Where RAdam does not trust the second moment yet it steps by the gradient; where that phase is silent, with a
     // learning rate of 0.
-    const bool adapts = options[kSilent] != 0 || averaged_length(beta2, step) > 4;
+    const bool adapts = options[kSilent] != 0 || averaged_length(beta2, step, __builtin_pow(beta2, step)) > 4;
     Scalars<S> k;
     k.lr = static_cast<S>(options[kLr]);
     k.share = static_cast<S>(share);
@@ -70,13 +70,6 @@ struct AdamScheduleFree {
     const T change = (p - z) * T(k.share) + u * T(k.step_of_y);
     z = z - u * T(k.lr);
     return change;
-  }
-
- private:
-  // The length of a simple average with as much in it as the second moment has, by the class's own operations.
-  TRAINOPT_INLINE static double averaged_length(double beta2, double step) {
-    const double rest = __builtin_pow(beta2, step);
-    return 2 / (1 - beta2) - 1 - 2 * step * rest / (1 - rest);
   }
 };
 

@@ -48,4 +48,11 @@ TRAINOPT_FUNCTION T averaged_square(const AverageWeights<S>& k, T v, T x) {
   return v * T(k.beta) + x * T(k.one_minus_beta) * x;
 }
 
+// The length of a simple average with as much in it as one of beta has after so many steps, of which `rest`, beta to
+// the power of the steps, is still to come: by torch's own operations (RAdam), whose rounding errors the difference
+// enlarges.
+TRAINOPT_FUNCTION double averaged_length(double beta, double steps, double rest) {
+  return 2 / (1 - beta) - 1 - 2 * steps * rest / (1 - rest);
+}
+
 }  // namespace trainopt

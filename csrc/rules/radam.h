@@ -33,11 +33,10 @@ struct RAdam {
   template <class S>
   TRAINOPT_INLINE static Scalars<S> prepare(const double* options, const StepInfo& info) {
     const double beta1 = options[kBeta1], beta2 = options[kBeta2];
-    // The length of a simple average with as much in it as the second moment has, in the end and now: by torch's own
-    // operations, whose rounding errors their difference enlarges.
+    // The length of a simple average with as much in it as the second moment has, in the end and now.
     const double rest = __builtin_pow(beta2, info.step), correction2 = 1 - rest;
     const double in_the_end = 2 / (1 - beta2) - 1;
-    const double now = in_the_end - 2 * info.step * rest / correction2;
+    const double now = averaged_length(beta2, info.step, rest);
     double step_size = info.lr / bias_correction(beta1, info.step);
     Scalars<S> k;
     k.adapts = now > 5;

@@ -88,6 +88,9 @@ template <class Rule, class = void>
 constexpr StateSet kConstantStates = 0;
 template <class Rule>
 constexpr StateSet kConstantStates<Rule, decltype(void(Rule::kConstant))> = Rule::kConstant;
+// Of a set, those that they write.
+template <class Rule, StateSet kSet>
+constexpr StateSet kWrittenStates = kSet & ~kConstantStates<Rule>;
 
 // Whether every step needs a learning rate.
 template <class Rule, class = void>

@@ -374,7 +374,7 @@ void Batch::prepare(const GradientScaling& scaling, const DeviceScaling& on_devi
     if (entry.task < 0) continue;
     cpu::TensorTask& task = tasks[entry.is_float64][entry.task];
     task.scalars = &scalars_.back();
-    task.numbers = &entry.moved;
+    if (rule_.number_count > 0) task.numbers = &entry.moved;
   }
 }
 
