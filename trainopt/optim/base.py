@@ -283,7 +283,6 @@ def _compiled_step(optimizer: Fused, *args: Any, **kwargs: Any) -> Any:
         or getattr(optimizer, "grad_scale", None) is not None
         or getattr(optimizer, "found_inf", None) is not None
         or optimizer._has_hooks()
-        or optimizer._needs_host
         or optimizer.last_step_skipped  # to be set to False, which a graph cannot do
         or not traced.step(optimizer)
     ):

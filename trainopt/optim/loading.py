@@ -9,7 +9,7 @@ import torch
 from trainopt.optim import average, code8, precision, state_dtype
 from trainopt.optim.options import STOCK_DEFAULTS, extra, not_default
 from trainopt.optim.report import name_of
-from trainopt.optim.state_dtype import cast_states, has_codes, keys_of
+from trainopt.optim.state_dtype import are_apart, cast_states, has_codes, keys_of
 from trainopt.optim.states import States, widen_counts
 
 
@@ -66,7 +66,7 @@ def _put_back(optimizer: States, state: dict[str, Any]) -> None:
     for group in state["param_groups"]:
         for param in group["params"]:
             own = state["state"].get(param)
-            if own and (_are_apart(group, param) or has_codes(own, optimizer._states)):
+            if own and (are_apart(group, param) or has_codes(own, optimizer._states)):
                 cast_states(optimizer, own, group, param)
 
 
@@ -103,16 +103,11 @@ def _in_own_dtypes(optimizer: States, saved: dict[str, Any]) -> Iterator[tuple[A
             if not isinstance(state, dict):
                 continue
             names = [average.KEY, precision.KEY, *optimizer._numbers]
-            if _are_apart(saved_group, param) or has_codes(state, optimizer._states):
+            if are_apart(saved_group, param) or has_codes(state, optimizer._states):
                 names += keys_of(optimizer._states)
             for name in names:
                 if isinstance(state.get(name), torch.Tensor):
                     yield key, name, param
-
-
-def _are_apart(group: dict[str, Any], param: torch.Tensor) -> bool:
-    """Whether a group's states may have another dtype than their parameter."""
-    return extra(group, "state_dtype") is not None or precision.of(group, param) != "native"
 
 
 def _without(state: dict[Any, Any], left_out: Iterable[tuple[Any, str]]) -> dict[Any, Any]:

@@ -45,9 +45,14 @@ def is_random(group: Mapping[str, Any], param: Tensor) -> bool:
     return extra(group, "noise") != 0 or of(group, param) == "stochastic"
 
 
+def has_master(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether a parameter is stored with something beside it that completes it."""
+    return of(group, param) in ("master", "master24")
+
+
 def lacks_master(group: Mapping[str, Any], param: Tensor, state: Mapping[str, Any]) -> bool:
     """Whether a parameter's state is still to be given what completes the parameter."""
-    return of(group, param) in ("master", "master24") and state.get(KEY) is None
+    return has_master(group, param) and state.get(KEY) is None
 
 
 def new_master(group: Mapping[str, Any], param: Tensor) -> Tensor:
@@ -83,15 +88,13 @@ def store_(
         index, of_step: of the parameter in the optimizer, and of its step, which random numbers are keyed by.
     """
     chosen = of(group, param)
-    if chosen not in ("master", "master24"):
-        state.pop(KEY, None)
     if chosen == "stochastic":
         value = _round_at_random(param, value, extra(group, "seed"), int(of_step), index)
-    elif chosen in ("master", "master24"):
-        if param.dtype is torch.bfloat16:
-            upper, state[KEY] = (_split16 if chosen == "master" else _split24)(value)
-            param.copy_(upper)
-            return
+    if not has_master(group, param):
+        state.pop(KEY, None)
+    elif param.dtype is torch.bfloat16:
+        value, state[KEY] = (_split16 if chosen == "master" else _split24)(value)
+    else:
         state[KEY] = value.clone()
     param.copy_(value)
 

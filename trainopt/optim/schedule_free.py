@@ -66,8 +66,7 @@ class ScheduleFree(Fused):
             if group["train_mode"]:
                 for param in self._averaged(group):
                     value = self._value(group, param)
-                    is_native = precision.of(group, param) in ("native", "stochastic")
-                    self._trained[param] = param.detach().clone() if is_native else value
+                    self._trained[param] = value if precision.has_master(group, param) else param.detach().clone()
                     self._store(group, param, self._average(group, param, value))
                 group["train_mode"] = False
 
@@ -111,7 +110,7 @@ class ScheduleFree(Fused):
 
     def _value(self, group: dict[str, Any], param: Tensor) -> Tensor:
         """A parameter in the arithmetic's type, with what it lacks of a float32 if that is stored beside it."""
-        own = self.state[param] if precision.of(group, param) not in ("native", "stochastic") else {}
+        own = self.state[param] if precision.has_master(group, param) else {}
         return precision.value_of(param, own) if param.dtype.itemsize < 4 else param.detach()
 
     def _z(self, param: Tensor) -> Tensor:
@@ -120,14 +119,14 @@ class ScheduleFree(Fused):
 
     def _store(self, group: dict[str, Any], param: Tensor, value: Tensor) -> None:
         """Rounds to nearest: no random number belongs to a change of modes."""
-        if precision.of(group, param) in ("native", "stochastic"):
-            param.copy_(value)
-        else:
+        if precision.has_master(group, param):
             precision.store_(param, value, group, self.state[param], 0)
+        else:
+            param.copy_(value)
 
     def _as_stored(self, group: dict[str, Any], param: Tensor, value: Tensor) -> Tensor:
         """A value as it would be read again."""
-        if precision.of(group, param) in ("native", "stochastic"):
+        if not precision.has_master(group, param):
             return value.to(param.dtype).to(value.dtype)
         stored, own = torch.empty_like(param), dict[str, Any]()
         precision.store_(stored, value, group, own, 0)

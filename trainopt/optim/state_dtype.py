@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainopt.optim import code8
+from trainopt.optim import code8, precision
 from trainopt.optim.distributed import is_dtensor
 from trainopt.optim.options import extra
 
@@ -24,11 +24,16 @@ def dtype_of(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype:
     """The dtype that a group calls for in a state of a parameter's."""
     chosen = _chosen(group, name)
     if chosen is None:
-        is_wider = param.dtype.itemsize == 2 and extra(group, "precision") != "native"
+        is_wider = precision.of(group, param) != "native"
         return torch.float32 if is_wider and name in AS_PRECISE else param.dtype
     dtype: torch.dtype = DTYPES[chosen] if isinstance(chosen, str) else chosen
     is_small = dtype is torch.uint8 and param.numel() < code8.LEAST_ELEMENTS
     return torch.float32 if is_small else dtype
+
+
+def are_apart(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether a group's states may have another dtype than their parameter."""
+    return extra(group, "state_dtype") is not None or precision.of(group, param) != "native"
 
 
 def uses_codes(group: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from trainopt.optim import average, precision, stats
 from trainopt.optim.distributed import like, reals_of
 from trainopt.optim.gradients import GradientScaling, clears, clips
 from trainopt.optim.options import DEFAULTS, extra
-from trainopt.optim.state_dtype import cast_states, dtype_of, has_codes
+from trainopt.optim.state_dtype import are_apart, cast_states, dtype_of, has_codes
 from trainopt.optim.states import Numbered, States, widen_count
 from trainopt.originals import step_of
 
@@ -146,7 +146,7 @@ def _step_in_place(optimizer: States, chosen: Sequence[Numbered], scaling: Gradi
 
 def _is_stored_apart(optimizer: States, _: int, group: dict[str, Any], param: torch.Tensor) -> bool:
     """Whether a parameter or its states are stored in another way than torch's code takes."""
-    if extra(group, "state_dtype") is not None or precision.of(group, param) != "native":
+    if are_apart(group, param):
         return True
     if chooses(group) and param.dtype in (torch.float16, torch.bfloat16):
         return True  # in which small updates leave a parameter as it is, and have no sign
