@@ -16,8 +16,8 @@ from unittest import mock
 
 import torch
 from devices import VARIANTS
+from optimizer_row import Row
 from optimizer_table import TABLE as TABLE
-from optimizer_table import Row
 
 from trainopt import switches
 from trainopt._extension import _C
