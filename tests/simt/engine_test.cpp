@@ -3,7 +3,7 @@
 #include "cuda/engine.h"
 
 #include "../cpp/step_judge.h"
-#include "cuda/launch.h"
+#include "cuda/step_table.h"
 #include "kernel_tests.h"
 #include "rules/rules.h"
 #include "step_run.h"
@@ -191,16 +191,19 @@ void test_many() {
   }
 }
 
-// One launch for what fits: the list of 50 tensors in 4 KB, of 476 in 32 KB.
+// One launch for as many tensors as a table holds, and another for one more.
 void test_launches() {
   const Setting s = setting("adam", "decoupled");
   const Arrangement a{DType::kFloat32, DType::kFloat32, DType::kFloat32, run_of(0), run_of(0), run_of(0), false};
-  const int64_t fitting = cuda::kParameterBytes > 4096 ? 476 : 50;
+  constexpr unsigned kFitting = cuda::TableOf<float, 4>::kCapacity;
   Parameters parameters;
-  for (int64_t i = 0; i < fitting; ++i) parameters.push_back(new Parameter(3, i, 0b011, a));
+  for (unsigned i = 0; i < kFitting; ++i) parameters.push_back(new Parameter(3, i, 0b011, a));
   simt::take_launches();
   run_cuda(s, parameters, false);
-  check(simt::take_launches() == std::vector<unsigned>{static_cast<unsigned>(fitting)}, "one launch for all tensors");
+  check(simt::take_launches() == std::vector<unsigned>{kFitting}, "one launch for all tensors");
+  parameters.push_back(new Parameter(3, kFitting, 0b011, a));
+  run_cuda(s, parameters, false);
+  check(simt::take_launches() == std::vector<unsigned>{kFitting, 1}, "a second launch for one more");
   drop(parameters);
   run_cuda(s, {}, false);
   check(simt::take_launches().empty(), "no launch for no tensors");
