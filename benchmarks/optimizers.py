@@ -57,6 +57,7 @@ RULES = {
     "rmsprop": Rule("RMSprop", "RMSprop with momentum 0.9", {"lr": 1e-3, "momentum": 0.9}, 4 + 3),
     "adagrad": Rule("Adagrad", "Adagrad", {"lr": 1e-3}, 3 + 2),
     "adadelta": Rule("Adadelta", "Adadelta", {"lr": 1e-3}, 4 + 3),
+    "adafactor": Rule("Adafactor", "Adafactor", {"lr": 1e-3}, 5 + 1),
     "rprop": Rule("Rprop", "Rprop", {"lr": 1e-3}, 4 + 3),
 }
 USUAL = ("adamw", "sgd")

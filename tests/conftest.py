@@ -2,6 +2,7 @@
 them. And what they do without: a file that imports an optional package which is not installed is skipped, and says so.
 """
 
+import functools
 import gc
 from collections import defaultdict
 from zlib import crc32
@@ -17,6 +18,26 @@ from trainopt._extension import _C
 OPTIONAL = {"expecttest", "hypothesis", "matplotlib", "mlxtend", "numpy", "rich", "tensorboard"}
 OPTIONAL |= {"accelerate", "ignite", "lightning", "peft", "timm", "transformers", "trl"}
 OPTIONAL |= {"lion_pytorch", "prodigyopt", "pytorch_optimizer", "schedulefree"}
+
+
+def of_elements(loop):
+    """torch's Adafactor divides by the number of a parameter's elements, also where there are none. For the tests it
+    only counts the steps of those, as trainopt's does."""
+
+    @functools.wraps(loop)
+    def with_empty(params, *others, **options):
+        *lists, steps = (params, *others[:5])
+        kept = [i for i, p in enumerate(params) if p.numel() > 0]
+        for i in range(len(params)):
+            if i not in kept:
+                steps[i] += 1
+        return loop(*([of[i] for i in kept] for of in (*lists, steps)), *others[5:], **options)
+
+    return with_empty
+
+
+for name in ("_single_tensor_adafactor", "_multi_tensor_adafactor"):
+    setattr(torch.optim._adafactor, name, of_elements(getattr(torch.optim._adafactor, name)))
 
 
 def pytest_addoption(parser):

@@ -90,6 +90,29 @@ def nadam(p, g, state, options, step):
     return p - options["lr"] * ahead / ((v / (1 - beta2**step)).sqrt() + options["eps"])
 
 
+def adafactor(p, g, state, options, step):
+    """Adafactor's new parameter, without its weight decay. An eps1 of None is float32's."""
+    eps1, eps2 = 2**-23 if options["eps"][0] is None else options["eps"][0], options["eps"][1]
+    weight = step ** options["beta2_decay"]
+
+    def moved(name, mean):
+        before = state.get(name, torch.zeros_like(mean))
+        state[name] = before + weight * (mean - before)
+        return state[name]
+
+    def mean(dim):
+        return g.square().sum(dim, keepdim=True) / max(1, g.shape[dim])
+
+    if p.dim() > 1:
+        row = moved("row_var", mean(-1))
+        v = row * moved("col_var", mean(-2)) / row.mean(-2, keepdim=True).clamp(min=eps1)
+    else:
+        v = moved("variance", g * g)
+    u = g / v.clamp(min=eps1**2).sqrt()
+    size = max(eps2, p.square().mean().sqrt().item()) * min(float(options["lr"]), step**-0.5)
+    return p - size / max(1.0, u.square().mean().sqrt().item() / options["d"]) * u
+
+
 def asgd(p, g, state, options, step):
     """ASGD's new parameter, by the step size that the step before has left."""
     return p - state.get("eta", torch.tensor(float(options["lr"]))) * g
@@ -313,9 +336,13 @@ def take_undecided(eps: float, gradient: torch.Tensor) -> torch.Tensor | None:
     return functools.reduce(torch.logical_or, near) if near else None
 
 
+def number(value):
+    return None if value is None else float(value)
+
+
 def all_options(row, options):
     o = {**row.defaults, **options}
-    return {name: tuple(map(float, value)) if isinstance(value, tuple) else value for name, value in o.items()}
+    return {name: tuple(map(number, value)) if isinstance(value, tuple) else value for name, value in o.items()}
 
 
 def is_decoupled(row, o):
@@ -359,7 +386,9 @@ def formula_step(row, p, g, state, options, step):
         kept = kept * row.factor(state, o)
     if o["cautious"] or o["cautious_weight_decay"]:
         # From 0, of which nothing is lost to rounding, where the update does not depend on the parameter.
-        by_parameter = row.averages or (decays_itself and (row.has_sums or o["weight_decay"] != 0))
+        by_parameter = (
+            row.averages or row.ours._reads_parameter or (decays_itself and (row.has_sums or o["weight_decay"] != 0))
+        )
         change = p - row.formula(p, g, state, o, step) if by_parameter else -row.formula(0 * p, g, state, o, step)
         # A change of exactly 0 is the formula's own: where Rprop waits, it is 0 in any arithmetic.
         signed.extend((torch.where(change == 0, change.square().mean().sqrt(), change), g))
@@ -369,6 +398,8 @@ def formula_step(row, p, g, state, options, step):
         if o["cautious_weight_decay"]:
             kept = torch.where(change * p >= 0, kept, p)
         p = kept - change
+    elif row.ours._reads_parameter:
+        p = kept - (p - row.formula(p, g, state, o, step))
     else:
         p = row.formula(kept, g, state, o, step)
     if row.settle is not None:

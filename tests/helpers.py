@@ -29,6 +29,14 @@ def skip_where_torchs_differ(name, flags):
         pytest.skip("torch's foreach and its loop differ")
 
 
+def skip_unless_taken(name, kind):
+    """Where torch's class takes no such parameters, or has no such option."""
+    if kind.startswith("complex") and name == "Adafactor":
+        pytest.skip("torch's Adafactor refuses complex parameters")
+    if kind.startswith("differentiable") and "differentiable" not in TABLE[name].defaults:
+        pytest.skip(f"{name} has no option differentiable")
+
+
 def as_loaded(optimizer):
     """The optimizer, with numbers of the type that torch gives them when it loads them for float64 parameters."""
     if CLASSES[type(optimizer).__name__][0]._numbers:
@@ -46,6 +54,7 @@ each_class = pytest.mark.parametrize("name", NAMES)
 
 #: Options that give every class, torch's or not, all of its states, and that leave nothing at zero.
 OPTIONS = {
+    "Adafactor": {"lr": 0.02, "beta2_decay": -0.5, "eps": (1e-3, 0.5), "d": 1.1, "weight_decay": 0.1},
     "Adagrad": {"lr": 0.05, "lr_decay": 0.1, "initial_accumulator_value": 0.1, "weight_decay": 0.1},
     "Adamax": {"lr": 0.02, "betas": (0.7, 0.9), "weight_decay": 0.1},
     "RAdam": {"lr": 0.02, "betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.1},

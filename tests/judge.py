@@ -80,7 +80,7 @@ def on_both_paths(row: Row, start: Tensors, gradients: Sequence[Tensors], device
 def outcome(optimizer, params) -> dict[str, Tensors]:
     """The parameters and each of their states but the step count, by name."""
     names = dict.fromkeys(name for p in params for name in optimizer.state.get(p, {}) if name != "step")
-    held = {name: [optimizer.state[p][name] for p in params] for name in names}
+    held = {name: [s[name] for p in params if name in (s := optimizer.state.get(p, {}))] for name in names}
     return {"param": [p.detach() for p in params], **{n: v for n, v in held.items() if v[0] is not None}}
 
 

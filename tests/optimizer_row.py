@@ -52,6 +52,11 @@ class Row:
         return self.ours._states
 
     @property
+    def factors(self) -> tuple[str, ...]:
+        """The states that matrices have in place of others, of a number for each row and each column."""
+        return self.ours._factors
+
+    @property
     def numbers(self) -> tuple[str, ...]:
         """Those that are one number for a parameter."""
         return self.ours._numbers
@@ -94,7 +99,10 @@ class Row:
 
     def kept(self, options: dict[str, Any]) -> dict[str, Any]:
         """Those of these options that it has: Rprop has no weight decay."""
-        return {name: value for name, value in options.items() if name in self.defaults}
+        own = {name: value for name, value in options.items() if name in self.defaults}
+        if "eps" in own and isinstance(self.defaults["eps"], tuple) and not isinstance(own["eps"], tuple):
+            own["eps"] = (own["eps"], 0.5)
+        return own
 
     @property
     def still(self) -> dict[str, Any]:

@@ -456,6 +456,8 @@ def test_every_optimizer_trains_within_backward_and_with_states_of_every_dtype(o
     if found:  # not of sgd
         names = {name for entries in states for name, _ in entries} - alone
         chosen = {DTYPES[dtype]} if names - AS_PRECISE else set()
+        if optimizer == "adafactor" and dtype == "8bit":
+            chosen = set()  # of vectors, and none is long enough
         assert found == chosen | ({torch.float32} if dtype == "8bit" or names & AS_PRECISE else set())
 
 

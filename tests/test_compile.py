@@ -127,8 +127,8 @@ def run(name, step_of, steps=20, schedule=True, edit=lambda optimizer, i: None, 
 
 
 def skip_where_it_runs_uncompiled(name):
-    if CLASSES[name][0]._numbers:
-        pytest.skip("the operator knows no numbers")
+    if CLASSES[name][0]._numbers or CLASSES[name][0]._factors:
+        pytest.skip("the operator knows no numbers, and no rows and columns")
 
 
 def eagerly(optimizer):

@@ -25,6 +25,11 @@ OPTIMIZERS = {name: row.ours for name, row in TABLE.items()}
 CASES = {}
 
 
+def skip_unless_shards_are_taken(name):
+    if not TABLE[name].takes_shards:
+        pytest.skip(f"torch's {name} refuses shards")
+
+
 def case(*options):
     """Makes a function a case of both processes, or a case for each of these arguments."""
 
@@ -465,8 +470,7 @@ EDITS = {
 @pytest.mark.parametrize("warm", [1, 3])
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edit_takes_effect_at_the_next_step(name, edit, warm, mesh):
-    if not TABLE[name].takes_shards:
-        pytest.skip(f"torch's {name} refuses shards")
+    skip_unless_shards_are_taken(name)
     sides = []
     for cls, flags in zip(CLASSES[name], ({}, {"foreach": False}), strict=True):
         params = [nn.Parameter(spread(mesh, random((4, 4), i), Shard(0))) for i in range(3)]
@@ -497,6 +501,7 @@ def test_an_edit_takes_effect_at_the_next_step(name, edit, warm, mesh):
 @each_class
 def test_the_engine_steps_them_from_the_second_step_on_without_asking_again(name, mesh, monkeypatch):
     """What is known of a mesh and its placements is kept for as long as the tensors are there."""
+    skip_unless_shards_are_taken(name)
     from trainopt.optim import distributed
 
     params = [nn.Parameter(spread(mesh, random((4, 4), i), Shard(0))) for i in range(3)]
@@ -518,6 +523,7 @@ def test_the_engine_steps_them_from_the_second_step_on_without_asking_again(name
 
 @each_class
 def test_version_counters_of_both_move(name, mesh):
+    skip_unless_shards_are_taken(name)
     params = [nn.Parameter(spread(mesh, random((4, 4), i), Shard(0))) for i in range(3)]
     optimizer = CLASSES[name][0](params, **OPTIONS[name])
     for _ in range(3):
@@ -533,6 +539,7 @@ def test_version_counters_of_both_move(name, mesh):
 
 @each_class
 def test_a_dtensor_made_in_inference_mode_is_written_to_only_there(name, mesh):
+    skip_unless_shards_are_taken(name)
     with torch.inference_mode():
         p = spread(mesh, random((4, 4), 0), Shard(0))
     optimizer = CLASSES[name][0]([p], **OPTIONS[name])

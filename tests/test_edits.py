@@ -86,7 +86,7 @@ def test_a_state_of_any_kind(name, key, what):
     twins = Twins(name, foreach=False)
     twins.step(2)
     for side in twins.sides:
-        state = side.optimizer.state[side.params[2]]
+        state = side.optimizer.state[side.params[1 if key == "variance" else 2]]
         state[key] = (STATE_VALUES | COUNTS)[what](state[key])
     twins.set_gradients()
     ours, torchs = (attempt(side.optimizer.step) for side in twins.sides)

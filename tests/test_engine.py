@@ -162,7 +162,7 @@ def test_every_element_is_stored(row, dtype, variant):
         n = p.numel()
         assert (p != 2).all(), f"{n} elements: not all of param changed"
         assert (storage[:16] == 2).all() and (storage[16 + n :] == 2).all(), f"{n} elements: written beyond the ends"
-        for name in row.states:
+        for name in states_of(row, optimizer, p):
             assert (optimizer.state[p][name] != 0).all(), f"{n} elements: not all of {name} changed"
 
 
@@ -273,8 +273,9 @@ def test_layouts(row, param, grad, dtype):
     assert_same_bits(logical(plain), logical(found))
     assert all(path.startswith("fused") for path in path_of(optimizer))
     for p in optimizer.param_groups[0]["params"]:
-        for name in row.states:
-            assert optimizer.state[p][name].stride() == p.stride()
+        for name in states_of(row, optimizer, p):
+            held = optimizer.state[p][name]
+            assert held.is_contiguous() if name in row.factors else held.stride() == p.stride()
 
 
 @pytest.mark.parametrize("state", DENSE.values(), ids=DENSE.keys())
@@ -282,6 +283,8 @@ def test_layouts(row, param, grad, dtype):
 @each_combination
 def test_states_with_strides_of_their_own(row, options, param, state):
     """As after loading a contiguous checkpoint into a channels_last model."""
+    if row.factors:
+        pytest.skip("averages over rows and columns in another order are torch's")
     start, gradients = random_problem((SHAPE,), torch.float32, 3, 8)
     plain = run_in_layouts(row, start, gradients, contiguous, contiguous, **options)[1]
     optimizer, found = run_in_layouts(row, start, gradients, param, channels_last, state, **options)

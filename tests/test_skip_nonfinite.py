@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import CLASSES, OPTIONS, SHAPES, TABLE, assert_same_bits, each_class, snapshot
+from helpers import CLASSES, OPTIONS, SHAPES, TABLE, assert_same_bits, each_class, skip_unless_taken, snapshot
 from ranks import run_ranks
 
 import trainopt
@@ -87,6 +87,7 @@ def test_wherever_it_is(name, where, layout):
 @each_class
 @pytest.mark.parametrize("kind", ["sparse", "complex", "subclass", "differentiable"])
 def test_what_torchs_path_takes(name, kind, path):
+    skip_unless_taken(name, kind)
     if kind == "sparse" and name != "SGD":
         return
     p = torch.nn.Parameter(torch.ones(4, 3, dtype=torch.complex64 if kind == "complex" else torch.float32))

@@ -14,7 +14,7 @@ import torch
 from devices import VARIANTS
 from formulas import SeparatePasses
 from helpers import assert_same_bits as assert_same_optimizer
-from helpers import snapshot
+from helpers import skip_unless_taken, snapshot
 from judge import DTYPES, TABLE, assert_no_worse, assert_same_bits, outcome, random_problem, undecided_elements
 
 import trainopt
@@ -414,6 +414,7 @@ BAD = {
 @pytest.mark.parametrize("name", TABLE)
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(name, case):
+    skip_unless_taken(name, case)
     options, message = BAD[case]
     p = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=message):

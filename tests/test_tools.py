@@ -80,7 +80,8 @@ def test_explain_says_of_cuda_tensors_that_there_are_no_kernels_for_them(monkeyp
 def test_explain_of_differentiable_and_reference(name, monkeypatch):
     p = torch.nn.Parameter(torch.zeros(3))
     ours = CLASSES[name][0]
-    assert "differentiable" in trainopt.explain(ours([p], differentiable=True))[0].reason
+    if "differentiable" in TABLE[name].defaults:
+        assert "differentiable" in trainopt.explain(ours([p], differentiable=True))[0].reason
     optimizer = ours([p])
     assert trainopt.explain(optimizer)[0].path.startswith("fused")
     monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", True)
@@ -170,7 +171,7 @@ def test_nonfinite_report(name, named):
     params["embed"].grad[1, 2:] = nan
     params["embed"].grad[0, 0] = -inf
     params["embed"].grad[3, 1] = inf
-    key = CLASSES[name][0]._states[0]
+    key = optimizer._states_needed(optimizer.param_groups[0], params["head"])[0]
     optimizer.state[params["head"]][key][1] = nan
     with torch.no_grad():
         last[0] = inf
@@ -196,6 +197,9 @@ def test_nonfinite_report_of_a_step_that_brings_them(name):
     found = {(r.tensor, r.nan) for r in twins.ours.optimizer.nonfinite_report()}
     if TABLE[name].hides_nan:
         assert found == {("gradient", 1), ("prev", 1)}
+        return
+    if name == "Adafactor":  # the mean of the rows is in every element's step
+        assert found == {("gradient", 1), ("row_var", 1), ("col_var", 1), ("value", 33 * 20)}
         return
     assert ("gradient", 1) in found and ("value", 1) in found and len(found) == 2 + len(CLASSES[name][0]._states)
 
@@ -232,13 +236,16 @@ def test_init_state(name, options, extras, saved):
     model[2].bias.requires_grad_(True)
     assert bool(states[-1]) == TABLE[name].eager_states
     for p, state in zip(list(model.parameters())[:-1], states, strict=False):
-        always = {"SGD": (), "RMSprop": ("square_avg",)}.get(name, CLASSES[name][0]._states[:2])
+        first = optimizer._states_needed(optimizer.param_groups[0], p)[:2]
+        always = {"SGD": (), "RMSprop": ("square_avg",)}.get(name, first)
         by_option = {"momentum_buffer": "momentum", "grad_avg": "centered", "max_exp_avg_sq": "amsgrad"}
         needed = {*always, *(key for key, option in by_option.items() if options.get(option))}
         numbers = CLASSES[name][0]._numbers
         assert set(state) - {"step"} == {*needed, *numbers}
         begin = fresh._begin_at(fresh.defaults)
-        assert all(state[k].shape == p.shape and (state[k] == begin.get(k, 0.0)).all() for k in needed)
+        assert all(
+            state[k].shape == optimizer._shape_of(k, p) and (state[k] == begin.get(k, 0.0)).all() for k in needed
+        )
         assert all(state[k].shape == () and state[k] == torch.tensor(begin.get(k, 0.0)) for k in numbers)
         assert float(state.get("step", 0)) == 0 and (name == "SGD" or "step" in state)
     optimizer.init_state()

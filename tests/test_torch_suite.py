@@ -134,7 +134,6 @@ ERRORS = [
 @pytest.mark.parametrize("name, index", ERRORS)
 def test_error_inputs(name, index):
     given = error_inputs(name)[index]
-    assert given.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR
     params = given.optimizer_error_input.params
     if params is None:
         params = [torch.nn.Parameter(torch.randn(2, 3))]
@@ -144,7 +143,11 @@ def test_error_inputs(name, index):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             groups = [dict(p) if isinstance(p, dict) else p for p in params] if isinstance(params, list) else params
-            cls(groups, **kwargs)
+            optimizer = cls(groups, **kwargs)
+            if given.error_on == OptimizerErrorEnum.STEP_ERROR:
+                for param in params:
+                    param.grad = torch.ones_like(param)
+                optimizer.step()
 
     ours, theirs = (error_of(lambda cls=cls: make(cls)) for cls in CLASSES[name])
     assert ours == theirs

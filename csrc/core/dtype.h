@@ -19,12 +19,18 @@ enum class DType : uint8_t {
   // One byte for an element, and beside it a float32 scale for each 256 of them: core/code8.h.
   kSigned8,
   kUnsigned8,
+  // No element is stored: core/factored.h, which the data are.
+  kFactored,
 };
 TRAINOPT_FUNCTION constexpr bool is_16_bit(DType dtype) {
   return dtype == DType::kBFloat16 || dtype == DType::kFloat16;
 }
-TRAINOPT_FUNCTION constexpr bool has_codes(DType dtype) { return dtype >= DType::kSigned8; }
-TRAINOPT_FUNCTION constexpr bool has_master(DType dtype) { return dtype >= DType::kMaster16 && !has_codes(dtype); }
+TRAINOPT_FUNCTION constexpr bool has_codes(DType dtype) {
+  return dtype == DType::kSigned8 || dtype == DType::kUnsigned8;
+}
+TRAINOPT_FUNCTION constexpr bool has_master(DType dtype) {
+  return dtype == DType::kMaster16 || dtype == DType::kMaster24 || dtype == DType::kMasterCopy;
+}
 
 // Stored as bits; arithmetic happens in float.
 struct BFloat16 {
@@ -41,6 +47,14 @@ TRAINOPT_FUNCTION constexpr DType dtype_of(Float16) { return DType::kFloat16; }
 
 TRAINOPT_FUNCTION int64_t size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : dtype >= DType::kSigned8 ? 1 : 2;
+}
+
+// From 1 to the next number; of a parameter that has a master, which is a float32.
+TRAINOPT_FUNCTION double epsilon_of(DType dtype) {
+  return dtype == DType::kFloat64    ? 0x1p-52
+         : dtype == DType::kBFloat16 ? 0x1p-7
+         : dtype == DType::kFloat16  ? 0x1p-10
+                                     : 0x1p-23;
 }
 
 TRAINOPT_FUNCTION uint32_t bits_of(float value) {

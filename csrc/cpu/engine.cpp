@@ -45,11 +45,23 @@ void finish(const Sum* sums, bool is_float64, Scalars* out, Numbers* numbers) {
   is_float64 ? finish_as<double, Pass>(sums, out, numbers) : finish_as<float, Pass>(sums, out, numbers);
 }
 
+template <class R, class S>
+FactorSettings factor_settings_as(const Scalars& scalars, DType dtype) {
+  typename R::template Scalars<S> of_rule;
+  std::memcpy(&of_rule, scalars.rule, sizeof of_rule);
+  return {of_rule.weight, R::eps1_of(of_rule, dtype)};
+}
+template <class R>
+FactorSettings factor_settings(const Scalars& scalars, bool is_float64, DType dtype) {
+  return is_float64 ? factor_settings_as<R, double>(scalars, dtype) : factor_settings_as<R, float>(scalars, dtype);
+}
+
 // Options that call for states for which there is no kernel are not taken.
 template <class R>
 bool takes(const double* options) {
   bool has_kernel = false;
-  for_each_set<R>([&](auto set) { has_kernel = has_kernel || R::states_needed(options) == decltype(set)::kSet; });
+  const StateSet needed = states_of_one(R::states_needed(options), kFactorStates<R>, 1);
+  for_each_set<R>([&](auto set) { has_kernel = has_kernel || needed == decltype(set)::kSet; });
   return has_kernel && R::takes(options);
 }
 
@@ -63,6 +75,7 @@ constexpr Rule describe(int index) {
             R::kStates,
             kStateCount<R>,
             kUnsignedStates<R>,
+            kFactorStates<R>,
             nullptr,
             kSumCount<R>,
             kSumsAreOverAll<R>,
@@ -79,12 +92,14 @@ constexpr Rule describe(int index) {
                          : prepare_as<float, R>(options, info, out, numbers);
             },
             {nullptr, finish<Agreement<R>>},
+            nullptr,
             index};
   if constexpr (kSumCount<R> > 0) {
     rule.sums = R::kSums;
     rule.finish[kOwnSums] = finish<OwnSums<R>>;
   }
   if constexpr (kNumberCount<R> > 0) rule.numbers = R::kNumbers;
+  if constexpr (kFactorStates<R> != 0) rule.factor_settings = factor_settings<R>;
   return rule;
 }
 
@@ -130,9 +145,9 @@ void prefetch_start(const TensorTask& task, int views) {
 // Chosen in one thread while others may step.
 std::atomic<Variant> variant_in_use = best_variant();
 
-const KernelTable& table_in_use() { return table_of(current_variant()); }
-
 }  // namespace
+
+const KernelTable& kernels_in_use() { return table_of(current_variant()); }
 
 const Rule* find_rule(const char* name) {
   for (const Rule& rule : kRuleList)
@@ -220,7 +235,7 @@ StepStats total(const ChunkStats& chunk, bool is_float64) {
 }  // namespace
 
 void run_blocks(const Update& update, int64_t first, int64_t last, StepStats* stats) {
-  const Kernel kernel = table_in_use().rule[update.rule->index][update.is_float64];
+  const Kernel kernel = kernels_in_use().rule[update.rule->index][update.is_float64];
   const auto run = [&](const TensorTask& task, size_t t, int64_t from, int64_t to) {
     if (stats == nullptr || !task.is_measured)
       return kernel(task, from * kBlock, to * kBlock < task.numel ? to * kBlock : task.numel);
@@ -248,7 +263,7 @@ StepStats stats_of(const Update& update, size_t task, const StepStats* stats) {
 }
 
 void gather_blocks(const Update& update, Pass pass, int64_t first, int64_t last, Sum* partials) {
-  const GatherKernel kernel = table_in_use().gather[update.rule->index][pass][update.is_float64];
+  const GatherKernel kernel = kernels_in_use().gather[update.rule->index][pass][update.is_float64];
   const int count = update.rule->sums_in(pass);
   for_each_task(update, first, last, [&](size_t t, int64_t from, int64_t to) {
     const Finished finished(update, t);
@@ -277,23 +292,23 @@ void sums_of(const Update& update, Pass pass, size_t task, const Sum* partials, 
 Numbers numbers_of(const Update& update, size_t task) { return Finished(update, task).numbers; }
 
 void gaussian(float* out, int64_t begin, int64_t count, const TensorKey& key) {
-  table_in_use().gaussian(out, begin, count, key);
+  kernels_in_use().gaussian(out, begin, count, key);
 }
 
 void rounding_bits(uint16_t* out, int64_t begin, int64_t count, const TensorKey& key) {
-  table_in_use().rounding_bits(out, begin, count, key);
+  kernels_in_use().rounding_bits(out, begin, count, key);
 }
 
 double norm_of_chunk(Norm norm, const TensorView& view, int64_t begin, int64_t end) {
-  return table_in_use().norm_of_chunk(norm, view, begin, end);
+  return kernels_in_use().norm_of_chunk(norm, view, begin, end);
 }
 
 void scale(const TensorView& view, int64_t begin, int64_t end, const ClipFactors& factors) {
-  table_in_use().scale(view, begin, end, factors);
+  kernels_in_use().scale(view, begin, end, factors);
 }
 
 void clamp(const TensorView& view, int64_t begin, int64_t end, double limit) {
-  table_in_use().clamp(view, begin, end, limit);
+  kernels_in_use().clamp(view, begin, end, limit);
 }
 
 const char* name_of(Variant variant) {

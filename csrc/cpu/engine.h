@@ -43,6 +43,12 @@ using Kernel = void (*)(const TensorTask&, int64_t begin, int64_t end);
 // What elements [begin, end) of a task, one chunk, add to each sum of a pass.
 using GatherKernel = void (*)(const TensorTask&, int64_t begin, int64_t end, Sum* sums);
 
+// What a rule's scalars say of its averages over rows and columns: the weight of what is new in them, and the least that
+// the mean of a matrix's rows counts as.
+struct FactorSettings {
+  double weight, least;
+};
+
 // A rule as the layers above see it.
 struct Rule {
   const char* name;
@@ -51,6 +57,7 @@ struct Rule {
   const char* const* states;
   int state_count;
   StateSet unsigned_states;
+  StateSet factors;  // the averages over rows and columns, the rows' first; 0 for a rule that has none
   Slots slots() const { return {state_count}; }
   const char* const* sums;
   int sum_count;  // 0 without sums of its own
@@ -67,6 +74,7 @@ struct Rule {
   void (*prepare)(const double* options, const StepInfo&, bool is_float64, Scalars*, Numbers*);
   // Puts what follows from a pass's sums into the scalars; null for sums that the rule has not.
   void (*finish[kPasses])(const Sum* sums, bool is_float64, Scalars*, Numbers*);
+  FactorSettings (*factor_settings)(const Scalars&, bool is_float64, DType param);  // null for a rule without factors
   int index;  // in the kernel tables
 };
 

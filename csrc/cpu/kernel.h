@@ -4,6 +4,7 @@
 
 #include "cpu/coded_kernel.h"
 #include "cpu/coded_tile.h"
+#include "cpu/factor_kernel.h"
 #include "cpu/gather_kernel.h"
 #include "cpu/kernel_table.h"
 #include "cpu/norm_kernel.h"
@@ -241,6 +242,7 @@ void run_set(const TensorTask& task, int64_t begin, int64_t end) {
   typename Rule::template Scalars<S> scalars;
   static_assert(sizeof scalars <= kRuleScalarBytes);
   __builtin_memcpy(&scalars, task.scalars->rule, sizeof scalars);
+  complete_for_tensor<Rule>(scalars, kSet, task.param.dtype);
   if (is_uniform<S>(task, kSet)) return run_uniform<Rule, kSet, S>(task, stages, scalars, begin, end);
   if constexpr (sizeof(S) == sizeof(float)) {
     if (is_uniform<BFloat16>(task, kSet)) return run_uniform<Rule, kSet, BFloat16>(task, stages, scalars, begin, end);
@@ -272,7 +274,8 @@ const KernelTable TRAINOPT_KERNEL_TABLE = {{TRAINOPT_FOR_EACH_RULE(TRAINOPT_KERN
                                            random_range<RoundingBits>,
                                            norm_of_chunk_kernel,
                                            scale_kernel,
-                                           clamp_kernel};
+                                           clamp_kernel,
+                                           {add_squares_kernel<float>, add_squares_kernel<double>}};
 #undef TRAINOPT_GATHERS
 #undef TRAINOPT_KERNELS
 

@@ -1,6 +1,7 @@
 // What one SIMD variant offers the engine.
 #pragma once
 
+#include "core/factored.h"
 #include "cpu/engine.h"
 #include "cpu/norm.h"
 #include "rules/rules.h"
@@ -22,7 +23,9 @@ struct KernelTable {
   double (*norm_of_chunk)(Norm, const TensorView&, int64_t begin, int64_t end);
   void (*scale)(const TensorView&, int64_t begin, int64_t end, const ClipFactors&);
   void (*clamp)(const TensorView&, int64_t begin, int64_t end, double limit);
+  void (*add_squares[2])(const TensorTask&, const FactoredShape&, const FactorPart&);  // as `rule`
 };
+const KernelTable& kernels_in_use();
 
 extern const KernelTable kBaselineKernels;
 #if defined(TRAINOPT_X86)

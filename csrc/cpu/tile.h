@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/dtype.h"
+#include "core/factored.h"
 #include "core/tensor_view.h"
 #include "cpu/coded_tile.h"
 #include "cpu/engine.h"
@@ -84,6 +85,28 @@ void store_as(const TensorView& view, int64_t begin, int count, const S* in) {
   }
 }
 
+// The products of a row's number and each column's.
+template <class S>
+void load_factored(const Factored& factors, int64_t begin, int count, S* __restrict out) {
+  const auto [matrices, rows, columns] = factors.shape;
+  (void)matrices;
+  int64_t row = begin / columns, column = begin % columns;
+  int64_t row_of_matrix = row % rows;
+  const S* of_columns = static_cast<const S*>(factors.columns) + row / rows * columns;
+  for (int i = 0; i < count;) {
+    const int here = static_cast<int>(columns - column < count - i ? columns - column : count - i);
+    const S of_row = static_cast<const S*>(factors.rows)[row];
+    for (int k = 0; k < here; ++k) out[i + k] = of_row * of_columns[column + k];
+    i += here;
+    column = 0;
+    ++row;
+    if (++row_of_matrix == rows) {
+      row_of_matrix = 0;
+      of_columns += columns;
+    }
+  }
+}
+
 // The tile of `view` that starts at `begin`: where it lies, or a copy in `buffer`.
 template <class S>
 TRAINOPT_FUNCTION S* load_tile(const TensorView& view, int64_t begin, int count, S* buffer) {
@@ -93,6 +116,7 @@ TRAINOPT_FUNCTION S* load_tile(const TensorView& view, int64_t begin, int count,
     case DType::kFloat64: load_as<double>(view, begin, count, buffer); break;
     case DType::kBFloat16: load_as<BFloat16>(view, begin, count, buffer); break;
     case DType::kFloat16: load_as<Float16>(view, begin, count, buffer); break;
+    case DType::kFactored: load_factored(*static_cast<const Factored*>(view.data), begin, count, buffer); break;
     default:
       if constexpr (sizeof(S) == sizeof(float)) load_coded(view, begin, count, buffer);
   }

@@ -173,6 +173,7 @@ void fill_tables(const Update& work, Table& table, Blocks blocks, Fill fill, Sta
 // Calls use(set, storage, kinds, mine) for each kind of which there are tasks.
 template <class Rule, class S, class Use>
 void for_each_kind(const Update& work, Use use) {
+  if constexpr (kFactorStates<Rule> != 0) return;  // only on the CPU
   std::vector<Kind> kinds;
   kinds.reserve(work.count);
   for (size_t t = 0; t < work.count; ++t) {

@@ -178,7 +178,10 @@ class Reader {
       group_->unreadable = 1;
       return 0;
     }
-    return number_or_device(PySequence_Fast_GET_ITEM(value, key.element), index);
+    PyObject* element = PySequence_Fast_GET_ITEM(value, key.element);
+    static PyObject* const kEps = python::key("eps");
+    if (key.name == kEps && element == Py_None) return std::numeric_limits<double>::quiet_NaN();  // the type's own
+    return number_or_device(element, index);
   }
 
   bool has_read(PyObject* value) const { return std::find(values_.begin(), values_.end(), value) != values_.end(); }
@@ -282,7 +285,9 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
                   THPVariable_Unpack(lr_value).scalar_type() == at::kFloat;
   weight_decay = rule.decay(options) == Decay::kNone ? 0 : reader.torchs(reader.require(keys.weight_decay));
   maximize = reader.truth(reader.require(keys.maximize));
-  differentiable = reader.truth(reader.require(keys.differentiable));
+  // Of a rule with factors torch's class has no such option.
+  PyObject* graph = rule.factors == 0 ? reader.require(keys.differentiable) : reader.find(keys.differentiable);
+  differentiable = graph != nullptr && reader.truth(graph);
   l1 = reader.own(keys.l1, 0);
   l1_proximal = reader.own(keys.l1_proximal, 0) != 0;
   noise = reader.own(keys.noise, 0);

@@ -74,19 +74,23 @@ pybind11::tuple names(const char* const* first, int count) {
 }
 
 // What each rule's header says of it: for every name (options, states, counts_steps, sums, sums_over_all, unsigned,
-// numbers).
+// numbers, factors).
 pybind11::dict rules() {
-  const auto facts = pybind11::module_::import("collections")
-                         .attr("namedtuple")("Rule", "options states counts_steps sums sums_over_all unsigned numbers");
+  const auto facts =
+      pybind11::module_::import("collections")
+          .attr("namedtuple")("Rule", "options states counts_steps sums sums_over_all unsigned numbers factors");
   pybind11::dict result;
   for (int i = 0; const cpu::Rule* rule = cpu::rule_at(i); ++i) {
-    std::vector<std::string> unsigned_states;
-    for (int s = 0; s < rule->state_count; ++s)
-      if (trainopt::contains(rule->unsigned_states, s)) unsigned_states.emplace_back(rule->states[s]);
+    const auto named = [&](StateSet set) {
+      std::vector<std::string> states;
+      for (int s = 0; s < rule->state_count; ++s)
+        if (trainopt::contains(set, s)) states.emplace_back(rule->states[s]);
+      return pybind11::tuple(pybind11::cast(states));
+    };
     result[rule->name] =
         facts(names(rule->options, rule->option_count), names(rule->states, rule->state_count), rule->counts_steps,
-              names(rule->sums, rule->sum_count), rule->sums_over_all, pybind11::tuple(pybind11::cast(unsigned_states)),
-              names(rule->numbers, rule->number_count));
+              names(rule->sums, rule->sum_count), rule->sums_over_all, named(rule->unsigned_states),
+              names(rule->numbers, rule->number_count), named(rule->factors));
   }
   return result;
 }
@@ -161,8 +165,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_variant", [](const std::string& name) { cpu::set_variant(parse_variant(name)); });
   m.def("rules", rules,
         "What the header of each rule says of it: its options and states, if it counts steps, its sums and numbers.");
-  m.def("states_needed", states_needed, pybind11::arg("rule"), pybind11::arg("group"),
-        "The names of the states that a parameter group's options call for.");
+  m.def("states_needed", states_needed, pybind11::arg("rule"), pybind11::arg("group"), pybind11::arg("dimensions") = 1,
+        "The names of the states that a group's options call for, of a parameter of so many dimensions.");
   m.def("decay_of", decay_of, pybind11::arg("rule"), pybind11::arg("group"),
         "Where the weight decay of a parameter group belongs: \"gradient\", \"parameter\", \"update\"; or \"none\".");
   step_is_done();

@@ -105,13 +105,14 @@ pybind11::object step_is_done() {
   return pybind11::reinterpret_borrow<pybind11::object>(answer);
 }
 
-std::vector<std::string> states_needed(const std::string& rule_name, const pybind11::dict& dict) {
+std::vector<std::string> states_needed(const std::string& rule_name, const pybind11::dict& dict, int64_t dimensions) {
   const cpu::Rule& rule = rule_named(rule_name);
   Group group;
   group.refresh(dict.ptr(), rule);
+  const StateSet needed = states_of_one(static_cast<StateSet>(group.states_needed), rule.factors, dimensions);
   std::vector<std::string> names;
   for (int s = 0; s < rule.state_count; ++s)
-    if (contains(group.states_needed, s)) names.emplace_back(rule.states[s]);
+    if (contains(needed, s)) names.emplace_back(rule.states[s]);
   return names;
 }
 
@@ -166,8 +167,12 @@ bool Plan::refresh(PyObject* groups, PyObject* state) {
 }
 
 bool Plan::lacks_states(const Operands& operands, const Group& group) const {
+  const SlotSet average = 1u << rule_.slots().average();
+  const SlotSet needed =
+      states_of_one(static_cast<StateSet>(group.states_needed & (average - 1)), rule_.factors, operands.param->dim()) |
+      (group.states_needed & average);
   for (int s = 0; s <= rule_.slots().average(); ++s)
-    if (contains(group.states_needed, s) && operands.states[s] == nullptr) return true;
+    if (contains(needed, s) && operands.states[s] == nullptr) return true;
   for (int n = 0; n < rule_.number_count; ++n)
     if (operands.numbers[n] == nullptr) return true;
   const bool is_16_bit = operands.param->dtype().itemsize() == 2;

@@ -43,7 +43,7 @@ struct Unfinished {
 };
 
 // The names of the rule's states that a group's options call for.
-std::vector<std::string> states_needed(const std::string& rule, const pybind11::dict& group);
+std::vector<std::string> states_needed(const std::string& rule, const pybind11::dict& group, int64_t dimensions);
 
 // Where the weight decay of a group belongs: "gradient", "parameter" or "update".
 std::string decay_of(const std::string& rule, const pybind11::dict& group);

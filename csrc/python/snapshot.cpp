@@ -150,11 +150,14 @@ bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11:
     Role role = Role::kIgnored;
     const bool is_of_one = name >= count_name && name < past_names;
     if (value != Py_None && (is_of_one || (name < count_name && contains(wanted, name)))) {
-      role = name > count_name     ? Role::kNumber
-             : name == count_name  ? Role::kCount
-             : name >= first_scale ? Role::kScale
-                                   : Role::kState;
-      const c10::TensorImpl* tensor = see_state(value, role != Role::kState, specs, operands);
+      role = name > count_name                                              ? Role::kNumber
+             : name == count_name                                           ? Role::kCount
+             : name >= first_scale                                          ? Role::kScale
+             : name >= rule.slots().states || !contains(rule.factors, name) ? Role::kState
+             : name == 0 || !contains(rule.factors, name - 1)               ? Role::kRows
+                                                                            : Role::kColumns;
+      const bool is_plain = role == Role::kScale || role == Role::kCount || role == Role::kNumber;
+      const c10::TensorImpl* tensor = see_state(value, is_plain, specs, operands);
       if (tensor == nullptr) break;
       (name > count_name    ? operands->numbers[name - count_name - 1]
        : name == count_name ? operands->steps
@@ -280,6 +283,8 @@ bool Snapshot::items_match(const c10::TensorImpl* param, Entry& entry, bool* all
     if (!is_same(tensor, item.tensor)) return false;
     if (item.role == Role::kState) {
       if (requires_grad(tensor) || !same_elements(param, tensor)) return false;
+    } else if (item.role == Role::kRows || item.role == Role::kColumns) {
+      if (requires_grad(tensor) || !is_factor_of(param, tensor, item.role == Role::kRows)) return false;
     } else if (item.role == Role::kScale) {
       if (tensor->numel() != scales_of(param->numel()) || !tensor->is_contiguous()) return false;
     } else if (item.role == Role::kNumber) {

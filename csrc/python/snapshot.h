@@ -68,7 +68,8 @@ class Snapshot {
   }
 
  private:
-  enum class Role { kState, kScale, kCount, kNumber, kIgnored };  // kScale: of a state of 8 bits
+  // kRows and kColumns: averages over them. kScale: of a state of 8 bits.
+  enum class Role { kState, kRows, kColumns, kScale, kCount, kNumber, kIgnored };
 
   // Of the parameter's state dict.
   struct Item {

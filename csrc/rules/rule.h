@@ -41,12 +41,25 @@
 //   finish(scalars, sums)    puts what follows from the tensor's sums into its scalars, before any of its updates; with
 //                            kNumbers finish(scalars, sums, numbers), which may move these on as well
 //   kSumsOverAll             if it is there, it is true: the sums are those over all tensors of the step
+//   kSumsBeforeDecay         if it is there, it is true: p is what it is before any decay here too
+// and, where what a matrix has in place of a state is one average for each of its rows and one for each of its columns
+// (Adafactor):
+//   kFactors                 the two states that these averages are, the rows' first. A tensor of two dimensions or
+//   more
+//                            has them, and of the others none; any other has the others. `update` is given the product
+//                            of the two, the rows' divided by their mean, as the first state, and moves on neither: the
+//                            engine does, with the squares of g
+//   Scalars::weight          of a mean of squares in its average
+//   for_tensor(scalars, is_factored, dtype)
+//                            puts into the scalars which of both the tensor is, and what its type says
+//   eps1_of(scalars, dtype)  the least that the mean of a matrix's rows counts as
 // A rule without kSums has one pass over its tensors, and costs what it did; so does one without kNumbers.
 // Its functions are TRAINOPT_INLINE, which lets them run on a GPU too.
 #pragma once
 
 #include <cstdint>
 
+#include "core/dtype.h"
 #include "core/macros.h"
 
 namespace trainopt {
@@ -92,6 +105,21 @@ constexpr StateSet kConstantStates<Rule, decltype(void(Rule::kConstant))> = Rule
 template <class Rule, StateSet kSet>
 constexpr StateSet kWrittenStates = kSet & ~kConstantStates<Rule>;
 
+// The states of a rule that are averages over rows and columns.
+template <class Rule, class = void>
+constexpr StateSet kFactorStates = 0;
+template <class Rule>
+constexpr StateSet kFactorStates<Rule, decltype(void(Rule::kFactors))> = Rule::kFactors;
+// Of the states that options call for, those that a parameter has.
+TRAINOPT_FUNCTION constexpr StateSet states_of_one(StateSet needed, StateSet factors, int64_t dimensions) {
+  return static_cast<StateSet>(dimensions > 1 && factors != 0 ? needed & factors : needed & ~factors);
+}
+// Tells the scalars which of both a tensor with these states is.
+template <class Rule, class Scalars>
+TRAINOPT_INLINE void complete_for_tensor(Scalars& scalars, StateSet states, DType dtype) {
+  if constexpr (kFactorStates<Rule> != 0) Rule::for_tensor(scalars, (states & kFactorStates<Rule>) != 0, dtype);
+}
+
 // Whether every step needs a learning rate.
 template <class Rule, class = void>
 constexpr bool kAlwaysNeedsLr = true;
@@ -114,6 +142,12 @@ template <class Rule, class = void>
 constexpr bool kSumsAreOverAll = false;
 template <class Rule>
 constexpr bool kSumsAreOverAll<Rule, decltype(void(Rule::kSumsOverAll))> = Rule::kSumsOverAll;
+
+// Whether they are taken of the parameter before any decay.
+template <class Rule, class = void>
+constexpr bool kSumsAreBeforeDecay = kSumsAreOverAll<Rule>;
+template <class Rule>
+constexpr bool kSumsAreBeforeDecay<Rule, decltype(void(Rule::kSumsBeforeDecay))> = Rule::kSumsBeforeDecay;
 
 // What the learning rate is multiplied by.
 template <class Rule, class = void>

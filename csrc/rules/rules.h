@@ -2,6 +2,7 @@
 #pragma once
 
 #include "rules/adadelta.h"
+#include "rules/adafactor.h"
 #include "rules/adagrad.h"
 #include "rules/adam.h"
 #include "rules/adamax.h"
@@ -42,5 +43,6 @@
   DO(Adagrad)                      \
   DO(Rprop)                        \
   DO(AdamScheduleFree)             \
-  DO(SgdScheduleFree)
+  DO(SgdScheduleFree)              \
+  DO(Adafactor)
 #endif

@@ -188,7 +188,7 @@ struct OwnSums {
                                      T g, T* state, Term<T>* terms) {
     T decayed = p;
     const T direction = before_rule<false>(stages, decayed, g);
-    Rule::gather(scalars, kSumsAreOverAll<Rule> ? p : decayed, direction, state, terms);
+    Rule::gather(scalars, kSumsAreBeforeDecay<Rule> ? p : decayed, direction, state, terms);
   }
 
   template <class S>

@@ -1,10 +1,10 @@
 """The optimizers. A new one is imported here; `trainopt` exports what this module does."""
 
-# As they are. LBFGS and SparseAdam make no single pass over the parameters; Adafactor has states of rows and columns,
-# which no rule has yet.
-from torch.optim import LBFGS, Adafactor, SparseAdam
+# As they are: they make no single pass over the parameters.
+from torch.optim import LBFGS, SparseAdam
 
 from trainopt.optim.adadelta import Adadelta
+from trainopt.optim.adafactor import Adafactor
 from trainopt.optim.adagrad import Adagrad
 from trainopt.optim.adam import Adam
 from trainopt.optim.adamax import Adamax

@@ -135,7 +135,7 @@ def _notes(optimizer: States) -> Iterator[str]:
         if extra(group, "cautious_weight_decay"):
             notes.append("weight decay acts only where it agrees with the update (cautious_weight_decay)")
         if extra(group, "state_dtype") is not None:
-            dtypes = {name: dtype_of(group, name, param) for name in optimizer._states_needed(group)}
+            dtypes = {name: dtype_of(group, name, param) for name in optimizer._states_needed(group, param)}
             said = ", ".join(f"{name} in {_STATES.get(dtype) or _name_of(dtype)}" for name, dtype in dtypes.items())
             notes.append(f"states are stored with {said} (state_dtype)" if said else "there are no states")
         if state and (extra(group, "state_dtype") is not None or chosen != "native"):

@@ -28,7 +28,7 @@ def adapted(optimizer: States) -> Iterator[None]:
         for key, name, param in own:
             if name in optimizer._numbers:
                 continue
-            _check_shape(name, saved["state"][key][name], param, "a parameter")
+            _check_shape(optimizer, name, saved["state"][key][name], param, "a parameter")
             if name + code8.SUFFIX in saved["state"][key] or saved["state"][key][name].dtype is torch.uint8:
                 code8.scale_of(saved["state"][key], name)
         optimizer._uncast = [(param, name, saved["state"][key][name]) for key, name, param in own]
@@ -141,15 +141,16 @@ def _check_shapes(optimizer: States, state: dict[str, Any]) -> None:
         for i, param in enumerate(group["params"]):
             param_state = state["state"].get(param, {})
             for name in (*optimizer._states, average.KEY, precision.KEY):
-                _check_shape(name, param_state.get(name), param, name_of(group, group_index, i))
+                _check_shape(optimizer, name, param_state.get(name), param, name_of(group, group_index, i))
 
 
-def _check_shape(name: str, value: Any, param: torch.Tensor, whose: str) -> None:
-    if not isinstance(value, torch.Tensor) or name.endswith(code8.SUFFIX) or value.shape == param.shape:
+def _check_shape(optimizer: States, name: str, value: Any, param: torch.Tensor, whose: str) -> None:
+    wanted = optimizer._shape_of(name, param)
+    if not isinstance(value, torch.Tensor) or name.endswith(code8.SUFFIX) or value.shape == wanted:
         return
     raise ValueError(
         f"loaded state dict: {name} of {whose} has shape {tuple(value.shape)}, but the parameter has shape"
-        f" {tuple(param.shape)}"
+        f" {tuple(param.shape)}" + (f", for which it is {tuple(wanted)}" if wanted != param.shape else "")
     )
 
 

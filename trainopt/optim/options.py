@@ -136,9 +136,10 @@ def check_extras(options: Mapping[str, Any]) -> None:
     if options["precision"] not in PRECISIONS:
         raise ValueError(f"Invalid precision value: {options['precision']!r} ({', '.join(map(repr, PRECISIONS))})")
     acting = ("max_grad_norm", "zero_grad", "ema_decay", "state_dtype", "precision", "cautious")
-    if options["differentiable"] and options.get("fused"):
+    differentiable = options.get("differentiable", False)  # Adafactor has no such option
+    if differentiable and options.get("fused"):
         raise RuntimeError("`fused` does not support `differentiable`")
-    for name in (*acting, "cautious_weight_decay", "stats") if options["differentiable"] else ():
+    for name in (*acting, "cautious_weight_decay", "stats") if differentiable else ():
         if (value := options[name]) != DEFAULTS[name]:
             raise ValueError(f"{name}={value!r} does not go with differentiable=True: it acts without a graph")
 

@@ -26,7 +26,8 @@ def enter(cls: type[States], rule: str) -> None:
     """
     facts = _C.rules()[rule]
     cls._rule, cls._states, cls._counts_steps = rule, facts.states, facts.counts_steps
-    cls._unsigned, cls._numbers, cls._sums_over_all = facts.unsigned, facts.numbers, facts.sums_over_all
+    cls._unsigned, cls._numbers, cls._factors = facts.unsigned, facts.numbers, facts.factors
+    cls._sums_over_all = facts.sums_over_all
     cls._torch_class = next(filter(is_torch_class, cls.__mro__), None)
     if cls._torch_class is None and not hasattr(cls, "plain_step"):
         raise TypeError(f"{cls.__name__} needs a plain_step: torch has no such optimizer")

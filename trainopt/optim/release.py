@@ -14,7 +14,7 @@ from trainopt._extension import _C
 from trainopt.optim import stats, torch_path
 from trainopt.optim.distributed import is_dtensor
 from trainopt.optim.gradients import GradientScaling, norm_of
-from trainopt.optim.options import extra
+from trainopt.optim.options import DEFAULTS
 from trainopt.optim.report import Record, names_of
 from trainopt.optim.states import States
 from trainopt.optim.wrappers import unwrapped
@@ -203,6 +203,6 @@ def step_in_backward(model: nn.Module, optimizer: Any, *, clip_by_last_norm: flo
 def check_group(group: dict[str, Any]) -> None:
     """ValueError for an option that needs what a step within backward does not have."""
     for name, why in _REFUSED.items():
-        value = group[name] if name in group else extra(group, name)
+        value = group.get(name, DEFAULTS.get(name))
         if value:
             raise ValueError(f"step_in_backward: a group has {name}={value!r}: {why}")

@@ -15,9 +15,10 @@ from trainopt.optim.options import extra
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "8bit": torch.uint8}
 
 #: States in which small steps must not be lost: weights of their own, where a parameter began, sums so long that a step
-#: changes their last digits alone. They are float32 where one dtype is given for all states, or where the parameter has
-#: more than its own 16 bits.
-AS_PRECISE = frozenset({"z", "p0", "s"})
+#: changes their last digits alone; and those of a row's or a column's one number, of which fewer bits would save
+#: nothing. They are float32 where one dtype is given for all states, or where the parameter has more than its own 16
+#: bits.
+AS_PRECISE = frozenset({"z", "p0", "s", "row_var", "col_var"})
 
 
 def dtype_of(group: Mapping[str, Any], name: str, param: Tensor) -> torch.dtype:

@@ -37,6 +37,8 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     _states: ClassVar[tuple[str, ...]]  # the names of the param-shaped states in the state dict
     _unsigned: ClassVar[tuple[str, ...]]  # those of them that are never below 0
     _numbers: ClassVar[tuple[str, ...]]  # the names of those that are one number for a parameter
+    _factors: ClassVar[tuple[str, ...]]  # averages over rows and over columns, which matrices have in place of others
+    _reads_parameter: ClassVar[bool] = False  # whether the update depends on the parameter, weight decay aside
     _begin_as_parameter: ClassVar[tuple[str, ...]] = ()  # those that begin as a copy of it
     #: Whether a step depends on sums over all parameters, to which ``plain_sums(param, gradient, state, group)`` says
     #: what one adds; the plain step finds them in its group.
@@ -136,9 +138,17 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         """The groups as they are now: what hooks or other threads change meanwhile takes effect at the next step."""
         return [snapshot(group, self._rule) for group in self.param_groups]
 
-    def _states_needed(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The param-shaped states that a group's options call for."""
-        return tuple(_C.states_needed(self._rule, {key: group[key] for key in group if type(key) is str}))
+    def _states_needed(self, group: dict[str, Any], param: torch.Tensor | None = None) -> tuple[str, ...]:
+        """The states that a group's options call for, numbers aside; of one of a vector's without a parameter."""
+        options = {key: group[key] for key in group if type(key) is str}
+        return tuple(_C.states_needed(self._rule, options, 1 if param is None else param.dim()))
+
+    def _shape_of(self, name: str, param: torch.Tensor) -> torch.Size:
+        """The shape of a parameter's state."""
+        shape = list(param.shape)
+        if name in self._factors and len(shape) > 1:
+            shape[-1 if name == self._factors[0] else -2] = 1
+        return torch.Size(shape)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """ValueError for options that do not go together: cautious weight decay where the decay is in the gradient."""
@@ -158,6 +168,10 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
 
     def _agree(self) -> None:
         """Before a step that depends on sums over all parameters: brings what groups share in line."""
+
+    def _options_for(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+        """What the dtype of one parameter makes of its group's options."""
+        return {}
 
     def _take_sums(self, sums: Sequence[float]) -> None:
         """After such a step: puts into the groups what follows from the sums that it went by."""
@@ -193,12 +207,12 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         state = self.state.get(param)
         if not state or not self._counts_steps or self._torch_class is None:
             return False
-        return any(state.get(name) is None for name in ("step", *self._numbers, *self._states_needed(group)))
+        return any(state.get(name) is None for name in ("step", *self._numbers, *self._states_needed(group, param)))
 
     def _start(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
         """Makes what `param` lacks of states for its next step; whether it had none, so that it is the first."""
         state = self.state.get(param, {})
-        missing = [name for name in self._states_needed(group) if state.get(name) is None]
+        missing = [name for name in self._states_needed(group, param) if state.get(name) is None]
         is_first = not state if self._counts_steps else bool(missing)
         with torch.no_grad():
             if self._counts_steps or precision.is_random(group, param) or average.averages(group):
@@ -211,7 +225,8 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
                 if name in self._begin_as_parameter:
                     state_dtype.start_as_copy(self.state[param], group, param, name)
                     continue
-                state_dtype.start(self.state[param], group, param, name, begin.get(name, 0.0), name in self._unsigned)
+                like = param.new_empty(self._shape_of(name, param)) if name in self._factors else param
+                state_dtype.start(self.state[param], group, like, name, begin.get(name, 0.0), name in self._unsigned)
             if precision.lacks_master(group, param, self.state.get(param, {})):
                 self.state[param][precision.KEY] = precision.new_master(group, param)
             if average.averages(group) and self.state[param].get(average.KEY) is None:

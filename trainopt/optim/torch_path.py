@@ -47,6 +47,8 @@ def step(
         return
     for each in chosen:
         _check(optimizer, each)
+    if optimizer._factors:
+        chosen = _with_elements(optimizer, chosen)
     if optimizer._sums_over_all and "sums" not in chosen[0][1]:
         _step_by_sums(optimizer, chosen, scaling, plain)
         return
@@ -89,6 +91,15 @@ def _step_by_sums(optimizer: States, chosen: Sequence[Numbered], scaling: Gradie
     optimizer._take_sums(sums)
 
 
+def _with_elements(optimizer: States, chosen: Sequence[Numbered]) -> list[Numbered]:
+    """Those that have elements, by whose number torch's Adafactor divides. Of the others only steps are counted."""
+    for _, group, param in chosen:
+        if param.numel() == 0:
+            optimizer._start(param, group)
+            optimizer.state[param]["step"] += 1
+    return [each for each in chosen if each[2].numel() > 0]
+
+
 def _check(optimizer: States, numbered: Numbered) -> None:
     """RuntimeError for a parameter that cannot be stepped, before one beside it has been."""
     _, group, param = numbered
@@ -110,7 +121,7 @@ def _step_in_place(optimizer: States, chosen: Sequence[Numbered], scaling: Gradi
             param.grad.div_(scaling.scale)
     view = _view(optimizer, list(_narrowed(optimizer, chosen, plain)))
     with ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(optimizer.defaults["differentiable"]))
+        stack.enter_context(torch.set_grad_enabled(optimizer.defaults.get("differentiable", False)))
         for _, group, param in chosen:
             if clips(group) and (divisor := scaling.divisor(group)) != 1:
                 stack.enter_context(_divided_gradient(param, divisor))
@@ -161,6 +172,7 @@ def _step_in_float32(optimizer: States, numbered: Numbered, scaling: GradientSca
     copy = torch.nn.Parameter(precision.value_of(param, own if precision.of(group, param) != "native" else {}))
     copy.grad = param.grad.detach().float()
     wide = {**group, "state_dtype": None, "precision": "native", "stats": False, "params": [copy]}
+    wide |= optimizer._options_for(group, param)
     view = _view(optimizer, [wide])
     view.state = defaultdict(dict)
     view._unstarted = {copy} if param in optimizer._unstarted else set()
@@ -212,7 +224,8 @@ def rehearse(optimizer: States, params: Sequence[Numbered], indices: Sequence[in
 
 def _rehearse(optimizer: States, numbered: Numbered) -> None:
     index, group, param = numbered
-    stand_in = torch.zeros(1, dtype=param.dtype, device=param.device, requires_grad=True)
+    shape = [1] * param.dim() if optimizer._factors and param.dim() > 1 else [1]
+    stand_in = torch.zeros(shape, dtype=param.dtype, device=param.device, requires_grad=True)
     stand_in.grad = torch.ones_like(stand_in)
     if param.grad is not None and param.grad.is_sparse:
         stand_in.grad = stand_in.grad.to_sparse()
@@ -224,16 +237,18 @@ def _rehearse(optimizer: States, numbered: Numbered) -> None:
     if _is_stored_apart(optimizer, index, group, param):
         cast_states(optimizer, state, {"state_dtype": None}, param)
     whole = ("step", *optimizer._numbers)
-    view.state = {stand_in: {key: _first_element(value, param, key in whole) for key, value in state.items()}}
+    shapes = {key: None if key in whole else optimizer._shape_of(key, param) for key in state}
+    view.state = {stand_in: {key: _first_element(value, shapes[key], shape) for key, value in state.items()}}
     with torch.no_grad():
         _make_step(view)
 
 
-def _first_element(value: Any, param: torch.Tensor, is_whole: bool) -> Any:
+def _first_element(value: Any, shape: torch.Size | None, of_one: list[int]) -> Any:
+    """A copy of a state for a parameter of one element; `shape` is None for a number, which stays whole."""
     if not isinstance(value, torch.Tensor):
         return shallow_copy(value)  # a count in an array of NumPy's is counted in place
-    if not is_whole and value.shape == param.shape:  # a count has the shape of a parameter of no dimensions, too
-        return torch.zeros(1, dtype=value.dtype, device=value.device)
+    if value.shape == shape:  # a count has the shape of a parameter of no dimensions, too
+        return torch.zeros(of_one, dtype=value.dtype, device=value.device)
     return value.clone()
 
 
@@ -264,12 +279,12 @@ def _make_plain_step(optimizer: Any) -> None:
         state = optimizer.state.get(param, {})
         if optimizer._counts_steps:
             state["step"] += 1
-        names = optimizer._states_needed(group)
+        names = optimizer._states_needed(group, param)
         stored = [reals_of(tensor) for tensor in (param, *(state[name] for name in names))]
         dtype = torch.float64 if stored[0].dtype is torch.float64 else torch.float32
         gradient = reals_of(param.grad).to(dtype)
         values, *states = results = [tensor.to(dtype) for tensor in stored]  # themselves where they have this dtype
-        if leaves_update := chooses(group) and optimizer._decay_of(group) == "update":
+        if leaves_update := chooses(group) and needs_parameter(optimizer, group):
             values = stored[0].to(torch.float64, copy=True)  # in which an update keeps its digits beside a parameter
         named = {**state, **dict(zip(names, states, strict=True)), "first_step": is_first}
         optimizer.plain_step(values, -gradient if group["maximize"] else gradient, named, group)
@@ -282,7 +297,7 @@ def _make_plain_step(optimizer: Any) -> None:
 
 def _narrowed(optimizer: States, chosen: Sequence[Numbered], plain: bool) -> Iterator[dict[str, Any]]:
     """The groups with only these parameters. On the CPU torch's plain loop is the truth: its fused step is not."""
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for _, group, param in chosen:
         on_cpu = param.device.type == "cpu"
         flags: dict[str, Any] = {"foreach": False, "fused": False} if plain or on_cpu else {}
@@ -290,7 +305,9 @@ def _narrowed(optimizer: States, chosen: Sequence[Numbered], plain: bool) -> Ite
             flags["weight_decay"] = 0.0  # it is done round the step
         if on_cpu and "capturable" in group:
             flags["capturable"] = False
-        groups.setdefault((id(group), on_cpu), {**group, **flags, "params": []})["params"].append(param)
+        flags |= (own := optimizer._options_for(group, param))
+        key = (id(group), on_cpu, *own.values())
+        groups.setdefault(key, {**group, **flags, "params": []})["params"].append(param)
     return iter(groups.values())
 
 
@@ -318,6 +335,11 @@ def _l1_in_gradient(param: torch.Tensor, group: dict[str, Any]) -> Iterator[None
         param.grad = gradient
 
 
+def needs_parameter(optimizer: States, group: dict[str, Any]) -> bool:
+    """Whether an update can only be made from the parameter as it is."""
+    return optimizer._reads_parameter or optimizer._decay_of(group) == "update"
+
+
 def chooses(group: dict[str, Any]) -> bool:
     """Whether the signs of gradient, update and parameter say what is done."""
     return bool(extra(group, "cautious") or extra(group, "cautious_weight_decay"))
@@ -342,7 +364,7 @@ def _chosen_update(optimizer: States, param: torch.Tensor, group: dict[str, Any]
     direction = reals_of(-direction if group["maximize"] else direction)
     own = reals_of(param.detach())
     before = own.clone()
-    if kind != "update":
+    if not needs_parameter(optimizer, group):
         own.zero_()
     try:
         yield

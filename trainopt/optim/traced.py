@@ -29,8 +29,8 @@ _SHARED_OPTIONS = {"weight_decay": 0.0, "maximize": False, "l1": 0.0, "l1_proxim
 
 def step(optimizer: Any) -> bool:
     """The whole step, traced; False if it must run uncompiled, and then nothing is done."""
-    # Of numbers in the state the operator knows none, and with the others the host goes on.
-    if optimizer._numbers or optimizer._sums_over_all or optimizer._needs_host:
+    # Of numbers in the state, and of rows and columns, the operator knows none, and with the others the host goes on.
+    if optimizer._numbers or optimizer._factors or optimizer._sums_over_all or optimizer._needs_host:
         return False
     batches = []
     for group in optimizer.param_groups:

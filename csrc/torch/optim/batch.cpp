@@ -1,26 +1,18 @@
 #include "torch/optim/batch.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <utility>
 
-#include "core/code8.h"
 #include "torch/inspect.h"
-#include "torch/layout.h"
 
 namespace trainopt::aten {
 namespace {
 
 // Elements that a thread should at least have to do: less is not worth waking it.
 constexpr int64_t kGrainElements = 48 * 1024;
-
-double next_count(const Entry& entry) {
-  return entry.steps_are_double ? *static_cast<double*>(entry.steps) + 1 : *static_cast<float*>(entry.steps) + 1.0f;
-}
 
 void count_and_tell(Entry& entry) {
   for (VersionCounter* const* counter = entry.written; *counter != nullptr; ++counter) move_on(*counter);
@@ -30,44 +22,6 @@ void count_and_tell(Entry& entry) {
   } else {
     *static_cast<float*>(entry.steps) = static_cast<float>(entry.step);
   }
-}
-
-bool is_there(const c10::TensorImpl* tensor) {
-  return tensor == nullptr || !(is_plain_cpu(tensor) || is_plain_cuda(tensor)) || has_memory(tensor);
-}
-
-// torch refuses to write to what was made in inference mode outside of that mode.
-bool is_writable(const c10::TensorImpl* tensor) {
-  return counter_of(tensor) != nullptr || c10::InferenceMode::is_enabled();
-}
-
-// The numbers of a state in 8 bits, with the scales of its blocks beside it. False for anything else.
-bool read_codes(const c10::TensorImpl* codes, const c10::TensorImpl* scale, bool is_unsigned, TensorView* out) {
-  if (scale == nullptr || codes->dtype() != caffe2::TypeMeta::Make<uint8_t>() ||
-      scale->dtype() != caffe2::TypeMeta::Make<float>() || !scale->is_contiguous() ||
-      scale->numel() != scales_of(codes->numel()))
-    return false;
-  check_memory("a tensor", codes);
-  check_memory("a tensor", scale);
-  const DType dtype = is_unsigned ? DType::kUnsigned8 : DType::kSigned8;
-  *out = {data_of(codes, dtype, true), nullptr, dtype, data_of(scale, DType::kFloat32, true)};
-  return true;
-}
-
-// What a 16-bit parameter lacks of a float32, beside the view of it. False if it is not what the precision calls for.
-bool read_master(const c10::TensorImpl* master, Precision precision, TensorView* param) {
-  const bool is_half = param->dtype == DType::kFloat16;
-  const bool is_exact = precision == Precision::kMaster;
-  const caffe2::TypeMeta dtype = is_half    ? caffe2::TypeMeta::Make<float>()
-                                 : is_exact ? caffe2::TypeMeta::Make<int16_t>()
-                                            : caffe2::TypeMeta::Make<int8_t>();
-  if (master->dtype() != dtype || (is_half && !is_exact)) return false;
-  check_memory("a tensor", master);
-  c10::StorageImpl* storage = storage_of(master);
-  const auto itemsize = static_cast<int64_t>(dtype.itemsize());
-  param->beside = static_cast<char*>(storage->mutable_data()) + master->storage_offset() * itemsize;
-  param->dtype = is_half ? DType::kMasterCopy : is_exact ? DType::kMaster16 : DType::kMaster24;
-  return true;
 }
 
 }  // namespace
@@ -87,9 +41,13 @@ void HeldNumbers::write(const Numbers& moved) const {
   }
 }
 
+double Entry::next_count() const {
+  return steps_are_double ? *static_cast<double*>(steps) + 1 : *static_cast<float*>(steps) + 1.0f;
+}
+
 bool Entry::recount() {
   const double last = step;
-  step = next_count(*this);
+  step = next_count();
   return step == last + 1;
 }
 
@@ -105,6 +63,7 @@ void Batch::clear() {
   has_host_numbers_ = false;
   layouts_.clear();
   shard_layouts_.clear();
+  factored_.clear();
   outer_written_.clear();
   shards_.clear();
   is_cautious_ = is_measured_ = false;
@@ -114,153 +73,6 @@ void Batch::clear() {
     tasks[is_float64].clear();
     starts_[is_float64].assign(1, 0);
   }
-}
-
-Path Batch::look(const Operands& operands, const GroupValues& group, bool writes_gradient, TensorTask* task,
-                 Entry* entry) {
-  const c10::TensorImpl* param = operands.param;
-  const c10::TensorImpl* gradient = operands.gradient;
-  if (!is_there(param) || !is_there(gradient) || !is_there(operands.steps)) return Path::kNoMemory;
-  for (const c10::TensorImpl* state : operands.states)
-    if (!is_there(state)) return Path::kNoMemory;
-  for (const c10::TensorImpl* number : operands.numbers)
-    if (!is_there(number)) return Path::kNoMemory;
-  if (group.differentiable != 0) return Path::kDifferentiable;
-  if (group.unreadable != 0) return Path::kOptions;
-  if (operands.shard != nullptr && operands.shard->is_pending) return Path::kPending;
-  if (!operands.placements_match) return Path::kPlacement;
-  const bool on_cuda = is_plain_cuda(param);
-  if (!on_cuda && !is_plain_cpu(param)) return Path::kDevice;
-  const auto is_beside = [&](const c10::TensorImpl* tensor) {
-    return on_cuda ? is_plain_cuda(tensor) && tensor->device() == param->device() : is_plain_cpu(tensor);
-  };
-  if (!read_view(param, true, &task->param)) return Path::kDtype;
-  if (!param->is_contiguous() && !param->is_non_overlapping_and_dense()) return Path::kMemory;
-  VersionCounter** written = entry->written;
-  bool writable = true;
-  const auto writes = [&](const c10::TensorImpl* tensor) {
-    if (VersionCounter* counter = counter_of(tensor)) {
-      *written++ = counter;
-    } else {
-      writable = writable && is_writable(tensor);
-    }
-  };
-  writes(param);
-  for (const c10::TensorImpl* outer : operands.outers) writable = writable && is_writable(outer);
-  task->numel = param->numel();
-  bool in_order = true;
-
-  if (gradient != nullptr) {
-    if (!is_beside(gradient) || !read_view(gradient, writes_gradient, &task->gradient) ||
-        !are_equal(gradient->sizes(), param->sizes()))
-      return Path::kGradient;
-    if (writes_gradient) {
-      if (!gradient->is_non_overlapping_and_dense() &&
-          at::has_internal_overlap(const_cast<c10::TensorImpl*>(gradient)) != at::MemOverlap::No)
-        return Path::kMemory;
-      writes(gradient);
-      if (operands.outer_gradient != nullptr) writable = writable && is_writable(operands.outer_gradient);
-    }
-    in_order = same_order_in_memory(param, gradient);
-  }
-
-  if (!operands.states_are_known) return Path::kStateValue;
-  if (!operands.states_are_tensors) return Path::kStateForm;
-  const Slots slots = rule_.slots();
-  const bool param_is_16_bit = is_16_bit(task->param.dtype);
-  bool in_two_parts = false;
-  for (int s = 0; s <= slots.average(); ++s) {
-    TensorView& view = task->state[s];
-    view = {};
-    const c10::TensorImpl* state = operands.states[s];
-    if (state == nullptr) continue;
-    const c10::TensorImpl* scale = s < slots.states ? operands.states[slots.scale(s)] : nullptr;
-    const bool has_codes = read_codes(state, scale, contains(rule_.unsigned_states, s), &view);
-    if (has_codes && task->param.dtype == DType::kFloat64) return Path::kStateForm;  // float64 arithmetic has no codes
-    if (!is_beside(state) || !(has_codes || read_view(state, true, &view)) || state->requires_grad() ||
-        !are_equal(state->sizes(), param->sizes()) || (has_codes && !is_beside(scale)))
-      return Path::kStateForm;
-    const bool same_order = same_order_in_memory(param, state);
-    if (!same_order && (has_codes || !state->is_non_overlapping_and_dense())) return Path::kMemory;
-    in_order = in_order && same_order;
-    in_two_parts = in_two_parts || has_codes;
-    writes(state);
-    if (has_codes) writes(scale);
-  }
-  if (const c10::TensorImpl* master = operands.states[slots.master()]; master != nullptr && param_is_16_bit) {
-    if (!is_beside(master) || !read_master(master, group.precision, &task->param) || master->requires_grad() ||
-        !are_equal(master->sizes(), param->sizes()))
-      return Path::kStateForm;
-    if (!same_order_in_memory(param, master)) return Path::kMemory;
-    in_two_parts = true;
-    writes(master);
-  }
-  entry->steps = entry->device_steps = nullptr;
-  entry->step = 0;
-  if (const c10::TensorImpl* steps = operands.steps) {
-    TensorView view;
-    const bool on_host = is_plain_cpu(steps);
-    if ((!on_host && !is_beside(steps)) || !read_view(steps, true, &view) || steps->numel() != 1 ||
-        size_of(view.dtype) == 2)
-      return Path::kStateForm;
-    (on_host ? entry->steps : entry->device_steps) = view.data;
-    entry->steps_are_double = view.dtype == DType::kFloat64;
-    if (on_host) {
-      entry->step = next_count(*entry);
-      if (!(entry->step >= 1)) return Path::kStateValue;
-    }
-    writes(steps);
-  }
-  if (!look_at_numbers(operands, &entry->numbers)) return Path::kStateForm;
-  for (const c10::TensorImpl* number : operands.numbers)
-    if (number != nullptr) writes(number);
-  *written = nullptr;
-  if (!writable) return Path::kInference;
-
-  task->shard = nullptr;
-  const bool is_random = group.is_random(param_is_16_bit);
-  if (group.stats != 0 && (on_cuda || operands.shard != nullptr)) return Path::kStats;
-  if (is_random && operands.shard != nullptr) {
-    if (!operands.shard->is_block) return Path::kPlacement;
-    if (!lay_shard(*operands.shard, param->sizes(), &shard_layouts_, &task->shard)) return Path::kMemory;
-  }
-
-  // Random numbers belong to the logical element, whatever the memory format.
-  const bool logical_order = is_random && !param->is_contiguous();
-  if (in_order && !logical_order) return Path::kFused;
-  if (in_two_parts && logical_order) return Path::kMemory;
-  std::vector<Arranged> arranged{{param, &task->param}};
-  if (gradient != nullptr) arranged.push_back({gradient, &task->gradient});
-  for (int s = 0; s <= slots.average(); ++s)
-    if (operands.states[s] != nullptr) arranged.push_back({operands.states[s], &task->state[s]});
-  return arrange(arranged, logical_order, &layouts_) ? Path::kFused : Path::kMemory;
-}
-
-// False if the numbers are not in a form that the engines take. One that is missing is still to be made.
-bool Batch::look_at_numbers(const Operands& operands, HeldNumbers* numbers) const {
-  *numbers = {};
-  if (rule_.number_count == 0) return true;
-  HeldNumbers held;
-  held.count = rule_.number_count;
-  const c10::TensorImpl* first = operands.numbers[0];
-  for (int n = 0; n < held.count; ++n) {
-    const c10::TensorImpl* number = operands.numbers[n];
-    if (number == nullptr || first == nullptr) return true;
-    const bool on_host = is_plain_cpu(number);
-    TensorView view;
-    if (!on_host && !(is_plain_cuda(number) && number->device() == operands.param->device())) return false;
-    if (!read_view(number, true, &view) || number->numel() != 1 || size_of(view.dtype) == 2) return false;
-    if (number->device() != first->device() || number->dtype() != first->dtype()) return false;
-    held.data[n] = view.data;
-    held.values.are_float32 = view.dtype == DType::kFloat32;
-  }
-  (is_plain_cpu(first) ? held.on_host : held.on_device) = true;
-  if (held.on_host) held.read();
-  *numbers = held;
-  if (held.on_device) return true;
-  // What the device finds out, the count of steps or a sum, moves numbers that lie there.
-  const bool is_known = operands.steps == nullptr || is_plain_cpu(operands.steps);
-  return is_plain_cpu(operands.param) || (is_known && rule_.sum_count == 0);
 }
 
 Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t tensor, bool first, bool writes_gradient) {
@@ -450,6 +262,45 @@ void Batch::gather(Pass pass, cpu::Update (&updates)[2], const AddShards& add_sh
   if (pass == kOwnSums && rule_.sums_over_all) add_over_all();
 }
 
+// Moves on the averages over rows and columns, in one pass over the gradients that are matrices, and makes of them what
+// the passes after it see.
+void Batch::move_factors(const cpu::Update (&updates)[2]) {
+  struct Matrix {
+    const cpu::TensorTask* task;
+    bool is_float64;
+    cpu::FactorSettings settings;
+    cpu::FactoredTensor* factors;
+  };
+  std::vector<Matrix> matrices;
+  std::vector<int64_t> starts{0};  // of each one's parts
+  const int state = first_of(rule_.factors);
+  for (const cpu::Update& update : updates)
+    for (size_t t = 0; t < update.count; ++t) {
+      const cpu::TensorTask& task = update.tasks[t];
+      if (task.state[state].data == nullptr) continue;
+      const cpu::FactorSettings settings = rule_.factor_settings(*task.scalars, update.is_float64, task.param.dtype);
+      matrices.push_back({&task, update.is_float64, settings, &cpu::factors_of(task, state)});
+      starts.push_back(starts.back() + matrices.back().factors->cut.parts());
+    }
+  const int64_t parts = this->parts();
+  in_parts(parts, [&](int64_t part) {
+    const int64_t first = cut(starts.back(), part, parts), last = cut(starts.back(), part + 1, parts);
+    size_t m = static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), first) - starts.begin()) - 1;
+    for (int64_t i = first; i < last; ++i) {
+      while (i >= starts[m + 1]) ++m;
+      const auto& [task, is_float64, settings, factors] = matrices[m];
+      cpu::add_squares(*task, is_float64, settings, *factors, i - starts[m]);
+    }
+  });
+  const auto count = static_cast<int64_t>(matrices.size());
+  in_parts(parts, [&](int64_t part) {
+    for (int64_t m = cut(count, part, parts); m < cut(count, part + 1, parts); ++m) {
+      const auto& [task, is_float64, settings, factors] = matrices[static_cast<size_t>(m)];
+      cpu::move_factors(is_float64, settings, *factors);
+    }
+  });
+}
+
 // Makes the sums of DTensors' shards those of the whole tensors.
 void Batch::share_sums(Pass pass, size_t count, const AddShards& add_shards) {
   static_assert(sizeof(Sum) == 2 * sizeof(double));
@@ -511,6 +362,7 @@ void Batch::write_numbers(const cpu::Update (&updates)[2]) const {
 
 void Batch::work(bool counts, bool updates, const AddShards& add_shards) {
   cpu::Update each[2] = {update_of(false), update_of(true)};
+  if (updates && rule_.factors != 0) move_factors(each);
   if (updates && rule_.sum_count > 0) gather(kOwnSums, each, add_shards);
   if (updates && is_cautious_) gather(kAgreement, each, add_shards);
   if (updates && cuda_entries_ != 0) cuda.run(scaling_, std::exchange(on_device_, {}), add_shards);

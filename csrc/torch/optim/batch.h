@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/engine.h"
+#include "cpu/factors.h"
 #include "torch/inspect.h"
 #include "torch/layout.h"
 #include "torch/optim/cuda_batch.h"
@@ -53,6 +54,8 @@ struct Entry {
   int64_t shard;                              // of a DTensor on the CPU: its place among such; else -1
   VersionCounter* written[kMaxOperands + 1];  // those of the tensors that the step writes; null after the last
 
+  // The count of steps with this one, as the host reads it.
+  double next_count() const;
   // Reads the count of steps again. Whether this step is the one after that of before.
   bool recount();
 };
@@ -177,6 +180,7 @@ class Batch {
   std::vector<std::pair<const GroupValues*, const GroupValues*>> equal_groups_;  // different groups that share scalars
   std::deque<Layout> layouts_;
   std::deque<ShardLayout> shard_layouts_;
+  std::deque<cpu::FactoredTensor> factored_;
   std::vector<VersionCounter*> outer_written_;  // of DTensors
 
   StepMemory memory_;
@@ -192,10 +196,19 @@ class Batch {
   void add_over_all();
   void work(bool counts, bool updates, const AddShards& add_shards);
   bool look_at_numbers(const Operands&, HeldNumbers*) const;
+  bool factor(const Operands&, TensorTask*);
+  void move_factors(const cpu::Update (&updates)[2]);
   void write_numbers(const cpu::Update (&updates)[2]) const;
   void check_counts() const;
   cpu::Scalars scalars_of(const ScalarsKey& key, Numbers* numbers) const;
 };
+
+// The number of the first state in a set.
+inline int first_of(StateSet states) { return __builtin_ctz(states); }
+
+// Whether a tensor can be an average over each row of a parameter's matrices, or over each column: one number in the
+// place of a dimension.
+bool is_factor_of(const c10::TensorImpl* param, const c10::TensorImpl* state, bool of_rows);
 
 // How many threads of torch's pool are worth waking for this many elements.
 int64_t threads_for(int64_t elements);

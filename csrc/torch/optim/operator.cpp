@@ -32,6 +32,8 @@ const cpu::Rule& check(std::string_view name, at::TensorList params, at::TensorL
                     " operator knows none");
   TORCH_CHECK_VALUE(!rule->sums_over_all, "optimizer_step_: the step of ", name,
                     " depends on the parameters of all groups, of which the operator knows those of one");
+  TORCH_CHECK_VALUE(rule->factors == 0, "optimizer_step_: ", name,
+                    " has averages over rows and columns, of which the operator knows none");
   TORCH_CHECK_VALUE(options.size() == static_cast<size_t>(rule->option_count), "optimizer_step_: options: ", name,
                     " has ", rule->option_count, ", not ", options.size());
   TORCH_CHECK_VALUE(rule->takes(options.data()), "optimizer_step_: options: ", options, " is beyond the range of ",

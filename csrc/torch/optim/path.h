@@ -16,6 +16,7 @@ enum class Path {
   kStateValue,
   kPlacement,
   kPending,  // none: there is no step of a sum that is still to be taken
+  kFactors,  // of a tensor on a CUDA device, or that other processes hold parts of
   kMemory,
   kTogether,
   kInference,
