@@ -85,3 +85,27 @@ def test_explain_tells_of_a_shared_gradient(name):
     told = trainopt.explain(optimizer)
     assert [row.path == "torch" for row in told] == [True, False, True]
     assert "shares" in told[0].reason
+
+
+@each_class
+@pytest.mark.parametrize("own", [True, False], ids=["its own", "another's"])
+@pytest.mark.parametrize("recalled", [False, True])
+def test_a_gradient_that_is_a_state_itself(name, own, recalled):
+    """The very tensor, of which nobody else holds the memory."""
+    params = []
+    for cls in CLASSES[name]:
+        torch.manual_seed(0)
+        mine = [torch.nn.Parameter(torch.randn(SIZE, dtype=torch.float64)) for _ in range(2)]
+        optimizer = cls(mine, **OPTIONS[name], foreach=False)
+        for _ in range(3 if recalled else 1):
+            for p in mine:
+                p.grad = torch.randn(SIZE, dtype=torch.float64)
+            optimizer.step()
+        state = optimizer.state[mine[0 if own else 1]]
+        mine[0].grad = next(value for value in state.values() if value.shape == (SIZE,))
+        if cls is CLASSES[name][0]:
+            assert trainopt.explain(optimizer)[0].path == "torch"
+        optimizer.step()
+        params.append(mine)
+    for p, q in zip(*params, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-14)

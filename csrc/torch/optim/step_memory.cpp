@@ -25,8 +25,11 @@ bool is_allocated(const c10::StorageImpl* storage) {
   return was_made_by(on_device);
 }
 
-bool is_alone(const c10::StorageImpl* storage) {
-  return c10::raw::intrusive_ptr::use_count(const_cast<c10::StorageImpl*>(storage)) == 1 && is_allocated(storage);
+// Nothing but the gradient that this tensor is: it may itself be a state as well, which is another owner.
+bool is_alone(const c10::TensorImpl* tensor) {
+  const c10::StorageImpl* storage = storage_of(tensor);
+  return c10::raw::intrusive_ptr::use_count(const_cast<c10::TensorImpl*>(tensor)) == 1 &&
+         c10::raw::intrusive_ptr::use_count(const_cast<c10::StorageImpl*>(storage)) == 1 && is_allocated(storage);
 }
 
 // Where a tensor's elements lie; nothing for one that has none, or whose memory is its own affair.
@@ -67,7 +70,7 @@ void StepMemory::note_written(const c10::TensorImpl* tensor, uint32_t index) {
 
 void StepMemory::note_read(const c10::TensorImpl* tensor, uint32_t index) {
   Span span{nullptr, nullptr, index};
-  if (find_span(tensor, &span.begin, &span.end)) read_.push_back({span, is_alone(storage_of(tensor))});
+  if (find_span(tensor, &span.begin, &span.end)) read_.push_back({span, is_alone(tensor)});
 }
 
 // Sorts what is written, which has seldom moved since the last step, and finds what is written twice.
@@ -116,7 +119,7 @@ const Indices& StepMemory::sharing() {
 
 bool StepMemory::is_clear(const c10::TensorImpl* gradient) const {
   Span span{nullptr, nullptr, 0};
-  if (!find_span(gradient, &span.begin, &span.end) || (owns_written_ && is_alone(storage_of(gradient)))) return true;
+  if (!find_span(gradient, &span.begin, &span.end) || (owns_written_ && is_alone(gradient))) return true;
   bool clear = true;
   for_each_written(span, [&](const Span&) { return clear = false; });
   return clear;
