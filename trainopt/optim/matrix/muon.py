@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 import torch
 
 from trainopt import originals
+from trainopt.optim import registry
 from trainopt.optim.adamw import AdamW
 from trainopt.optim.depth import apply_depth
 from trainopt.optim.matrix import update
@@ -240,6 +241,9 @@ class Muon(originals.Muon, metaclass=StandIn):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch's load_state_dict ends here too, before its hooks.
         super().__setstate__(state if self._loading is None else self._loading.put(state))
+
+
+registry.MATRIX_METHODS[Muon.__name__] = Muon
 
 
 def is_muon(optimizer: Any) -> TypeGuard[Muon]:
