@@ -168,6 +168,7 @@ def test_states_are_saved_loaded_and_carried_on(make):
     model = network()
     optimizer = make(model)
     trainopt.step_in_backward(model, optimizer)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # without states yet
     straight, resumed = [], None
     for step in range(4):
         if step == 2:
@@ -181,6 +182,7 @@ def test_states_are_saved_loaded_and_carried_on(make):
             optimizer_.step()
     straight = states_of(optimizer, list(model.parameters()))
     assert_same_bits(straight, states_of(second, list(resumed.parameters())))
+    assert_same_bits(straight, run(make, False, outcome=states_of))
 
 
 def momentum(cls):
