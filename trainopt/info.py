@@ -64,7 +64,7 @@ def main() -> int:
         for optimizer in registry.OPTIMIZERS:
             show(optimizer, used, more)
         for optimizer in registry.MATRIX_METHODS:
-            show(optimizer, "matrices: torch's products; all other parameters: as AdamW", more)
+            show(optimizer, "hidden matrices: torch's products; the rest: as AdamW", more)
         show("losses", used)
         return 0
 

@@ -19,7 +19,7 @@ from trainopt.stand_in import StandIn
 
 
 class Muon(originals.Muon, metaclass=StandIn):
-    """torch.optim.Muon for whole models: matrices by Muon, all other parameters by the fused AdamW.
+    """torch.optim.Muon for hidden matrices, with the fused AdamW for the rest: a whole model in one optimizer.
 
         optimizer = trainopt.Muon(trainopt.muon_groups(model), lr=0.02, adamw={"lr": 3e-4})
 
