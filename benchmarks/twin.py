@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from trainopt.cli import setup, train
+from trainopt.cli import options, setup, train
 from trainopt.experiments import Problem, digits
+from trainopt.optim import registry
 from trainopt.training.data import Shard, TensorSource
 from trainopt.training.report import Finished, Message, Progress, Started, Validated
 
@@ -218,6 +219,8 @@ def progress_bar() -> Any:
 def check(settings: SimpleNamespace) -> None:
     """ValueError for options that the twin's plain loop has not."""
     digits.check(settings)
+    if options.OPTIMIZERS[settings.optimizer] not in (cls.__name__ for cls in registry.of_torch()):
+        raise ValueError(f"argument --optimizer: {settings.optimizer}, but torch.optim has no such for a whole model")
     for key, value in COMPARED.items():
         if getattr(settings, key) != value:
             flag = key.replace("_", "-")

@@ -429,7 +429,7 @@ def test_every_schedule_trains(schedule, floor, few_digits):
         assert 0 < rates[-1] <= 1e-3 and rates == rates[:3] + sorted(rates[3:], reverse=True)
 
 
-@pytest.mark.parametrize("optimizer", options.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", options.TAKING["l1"])
 def test_every_optimizer_trains_with_every_option(optimizer, few_digits, capsys):
     decay = 0.1 if optimizer in options.WEIGHT_DECAYS else 0
     arguments = (
@@ -441,7 +441,7 @@ def test_every_optimizer_trains_with_every_option(optimizer, few_digits, capsys)
     assert f"{shown}l1 0.0001, noise 0.0001" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("optimizer", options.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", options.TAKING["state_dtype"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_optimizer_trains_within_backward_and_with_states_of_every_dtype(optimizer, dtype, few_digits):
     within = "" if optimizer == "prodigy" else "--step-in-backward"  # which needs all gradients at once

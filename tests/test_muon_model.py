@@ -2,14 +2,27 @@
 
 import copy
 import pickle
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import assert_same_bits, snapshot
 from torch import nn
+from torch.distributed.checkpoint import state_dict as distributed
 
 import trainopt
+from trainopt.cli import main, options
+from trainopt.experiments import digits, mnist
+from trainopt.info import main as info
+from trainopt.optim import registry
 from trainopt.schedules import linear
+from trainopt.training import Silent, fit
+from trainopt.training.fields import options_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -340,3 +353,228 @@ def test_inside_a_compiled_step():
         trainopt.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
         step()
     assert all(map(torch.equal, model.parameters(), want))
+
+
+# As the others --------------------------------------------------------------------------------------------------------
+
+FUSED_FIRST = """
+import torch, trainopt
+from trainopt.schedules import linear
+
+p, calls = torch.nn.Parameter(torch.eye(3)), []
+p.grad = torch.ones(3, 3)
+optimizer = torch.optim.Muon([p], lr=0.5)
+optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+schedule = trainopt.Schedule(trainopt.fuse(optimizer), lr=linear(until=4))
+optimizer.step()
+schedule.step()
+print(calls, optimizer.param_groups[0]["lr"])
+"""
+
+
+@pytest.mark.slow
+def test_hooks_and_schedules_of_one_that_was_fused_where_none_was_made():
+    made = subprocess.run([sys.executable, "-c", FUSED_FIRST], capture_output=True, text=True)
+    assert made.stdout.strip() == "['after'] 0.375", made.stderr
+
+
+def test_a_scheduler_of_torchs_goes_on_with_one_that_is_fused():
+    p = nn.Parameter(torch.eye(3))
+    optimizer = torch.optim.Muon([p], lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    p.grad = torch.ones(3, 3)
+    trainopt.fuse(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.25 and optimizer.completed_steps == 1
+    unstepped = trainopt.Muon([p], lr=0.5)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        torch.optim.lr_scheduler.StepLR(unstepped, 1, 0.5).step()
+
+
+def test_states_that_are_made_before_the_first_step():
+    """By `init_state`, and by a step that only asks for them: nothing else changes, and nothing is counted."""
+    want = train(*made(options={"*.qkv.weight": {"normuon_beta2": 0.9}}))
+    for ask in (False, True):
+        model, optimizer = made(options={"*.qkv.weight": {"normuon_beta2": 0.9}})
+        schedule, before = trainopt.Schedule(optimizer, lr=linear(until=4)), copy.deepcopy(model.state_dict())
+        if ask:
+            rates = [group["lr"] for group in optimizer.param_groups]
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+            optimizer.step()
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr
+        else:
+            optimizer.init_state()
+        assert optimizer.completed_steps == 0 and not optimizer.last_step_skipped
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        names = [set(optimizer.state[p]) for p in (model.blocks[0].qkv.weight, model.blocks[0].proj.weight)]
+        assert names == [{"momentum_buffer", "second_momentum_buffer"}, {"momentum_buffer"}]
+        assert set(optimizer.state[model.norm.bias]) == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(map(torch.equal, train(model, optimizer), want)) and optimizer.completed_steps == 3
+        schedule.step()
+        assert schedule.last_epoch == 3
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_distributed_checkpoints(is_flat):
+    choices = distributed.StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    model, optimizer = made()
+    train(model, optimizer)
+    saved = copy.deepcopy(distributed.get_optimizer_state_dict(model, optimizer, options=choices))
+    other, loaded = made(seed=1)
+    other.load_state_dict(model.state_dict())
+    distributed.set_optimizer_state_dict(other, loaded, saved, options=choices)
+    assert all(map(torch.equal, train(model, optimizer, first=3), train(other, loaded, first=3)))
+
+
+def test_what_is_not_finite_is_named():
+    model, optimizer = made()
+    assert not optimizer.nonfinite_report()
+    train(model, optimizer, 1)
+    optimizer.state[model.blocks[1].proj.weight]["momentum_buffer"][0, 0] = torch.inf
+    [found] = optimizer.nonfinite_report()
+    assert (found.parameter, found.tensor, found.inf) == ("'blocks.1.proj.weight'", "momentum_buffer", 1)
+
+
+def test_the_states_of_the_rest_are_converted_alone():
+    model, optimizer = made()
+    train(model, optimizer)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"momentum of Muon's matrices.*convert_state\(optimizer.adamw, …\)"):
+        trainopt.convert_state(optimizer, "bfloat16")
+    assert_same_bits(before, snapshot(optimizer))
+    trainopt.convert_state(optimizer.adamw, "bfloat16")
+    for p in model.parameters():
+        [momentum, *_] = [value for name, value in optimizer.state[p].items() if name != "step"]
+        assert momentum.dtype is (torch.float32 if len(optimizer.state[p]) == 1 else torch.bfloat16)
+    other, loaded = made(seed=1)
+    other.load_state_dict(model.state_dict())
+    loaded.load_state_dict(optimizer.state_dict())
+    assert all(map(torch.equal, train(model, optimizer, first=3), train(other, loaded, first=3)))
+
+
+# In a training run, and on the command line ---------------------------------------------------------------------------
+
+
+def fitted(*, adamw=None, **choices):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(layer for _ in range(3) for layer in (nn.Linear(9, 9), nn.Tanh())), nn.Linear(9, 3)
+    ).double()
+    optimizer = trainopt.Muon(trainopt.muon_groups(model), LR, adamw=adamw)
+    inputs = torch.randn(40, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    choices = {"epochs": 2, "batch_size": 5, "seed": 0, "report": Silent(), **choices}
+    result = fit(model, (inputs, torch.arange(40) % 3), nn.CrossEntropyLoss(), optimizer, **choices)
+    assert result.step == optimizer.completed_steps == 16
+    return model.state_dict(), result.average
+
+
+def test_a_run_steps_within_backward():
+    ours, ordinary = (fitted(average=0.9, step_in_backward=on) for on in (True, False))
+    for found, want in zip(ours, ordinary, strict=True):
+        for name, value in want.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11)
+    clipped = fitted(clip=1e-6)[0]
+    assert not torch.allclose(clipped["0.weight"], ordinary[0]["0.weight"], rtol=1e-3)
+
+
+def test_a_run_says_which_states_can_have_another_dtype():
+    with pytest.raises(ValueError, match=r"state_dtype is '8bit', but optimizer is a Muon: .*optimizer\.adamw"):
+        fitted(state_dtype="8bit")
+
+
+@pytest.fixture
+def few_digits(monkeypatch, tmp_path):
+    """Forty random digits in place of the 5,000."""
+    images = torch.rand(60, 784, generator=torch.Generator().manual_seed(0)) * 0.1
+    labels = torch.arange(60) % 10
+    few = mnist.Digits(images[20:], labels[20:], images[:20], labels[:20])
+    monkeypatch.setattr(digits, "embedded_digits", lambda seed: few)
+    monkeypatch.chdir(tmp_path)
+
+
+OWN = {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95}
+RUNS = {
+    "defaults": ("", {}, {}),
+    "options": ("--lr=0.01 --weight-decay=0.5 --momentum=0.8", {"lr": 0.01, "weight_decay": 0.5, "momentum": 0.8}, {}),
+    "clipped and averaged": ("--clip=0.1 --average=0.5", {}, {"clip": 0.1, "average": 0.5}),
+    "within backward": ("--step-in-backward", {}, {}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_command_line_is_the_run_by_hand(name, few_digits, capsys):
+    arguments, chosen, choices = RUNS[name]
+    settings = {**OWN, **chosen}
+    command = ["train", "digits", "--optimizer=muon", "--epochs=1", "--batch-size=10", "--threads=1", "--name=a"]
+    assert main([*command, *arguments.split()]) == 0
+    assert f"Muon: lr {settings['lr']:g}, " in capsys.readouterr().out
+    (path,) = Path("runs/a/checkpoints").iterdir()
+    problem = digits.make(SimpleNamespace(data=None, seed=0, batch_size=10))
+    first, first_bias, last, last_bias = problem.model.parameters()
+    adamw = {"use_muon": False, "lr": settings["lr"]}
+    groups = [
+        {"params": [first]},
+        {"params": [last], "weight_decay": settings["weight_decay"], **adamw},
+        {"params": [first_bias, last_bias], "weight_decay": 0.0, **adamw},
+    ]
+    optimizer = trainopt.Muon(groups, **settings, adjust_lr_fn="match_rms_adamw")
+    fit(
+        problem.model,
+        problem.data,
+        problem.loss,
+        optimizer,
+        epochs=1,
+        batch_size=10,
+        seed=0,
+        report=Silent(),
+        **choices,
+    )
+    saved = torch.load(path, weights_only=True)["model"]
+    assert all(torch.equal(saved[key], value) for key, value in problem.model.state_dict().items())
+
+
+REFUSED = [
+    (["--l1=0.1"], "--l1: 0.1 is for every --optimizer but muon"),
+    (["--noise=0.1"], "--noise: 0.1 is for every --optimizer but muon"),
+    (["--state-dtype=8bit"], "--state-dtype: 8bit is for every --optimizer but muon"),
+    (["--step-in-backward", "--clip=2"], "--step-in-backward: it does not go with --clip 2.0"),
+    (["--optimizer=muom"], "did you mean muon?"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED)
+def test_options_that_do_not_go_with_muon_are_refused(arguments, words, few_digits, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "digits", "--optimizer=muon", *arguments])
+    assert stop.value.code == 2 and words in capsys.readouterr().err and not list(Path().iterdir())
+
+
+def test_a_learning_rate_is_found(few_digits, capsys):
+    command = ["lr-find", "digits", "--batch-size=10", "--updates=20", "--threads=1", "--optimizer=muon"]
+    assert main(command) == 0 and "learning rate " in capsys.readouterr().out
+
+
+def test_every_list_of_the_optimizers_has_all_of_them(capsys):
+    assert registry.every()["Muon"] is trainopt.Muon and "Muon" not in registry.OPTIMIZERS
+    info()
+    assert registry.every().keys() <= {line.split()[0] for line in capsys.readouterr().out.splitlines() if line}
+    texts = {option.key: option.help for option in options_of(options.Optimizer)}
+
+    def named(text):
+        return set(re.findall("[a-z0-9]+", text)) & set(options.OPTIMIZERS)
+
+    assert named(texts["optimizer"]) == set(options.OPTIMIZERS)
+    assert named(texts["momentum"]) == set(options.TAKING["momentum"])
+    others = {"lr": ("adamwschedulefree", "radamschedulefree"), "weight_decay": options.WEIGHT_DECAYS}
+    for key, defaults in (("lr", options.LEARNING_RATES), ("weight_decay", options.WEIGHT_DECAYS)):
+        said = dict.fromkeys(others[key], 0.0025 if key == "lr" else 0.0)
+        for value, names in re.findall(r"([\d.]+) for ([a-z, ]+)", texts[key].partition("None: ")[2]):
+            said |= dict.fromkeys(named(names), float(value))
+        assert said == defaults

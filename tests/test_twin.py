@@ -176,3 +176,10 @@ def test_what_the_plain_loop_has_not_is_refused(arguments, capsys):
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("python -m benchmarks.twin: error: ")
     assert arguments[0].partition("=")[0] in said and "plain loop" in said
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "muon"])
+def test_what_torch_has_not_is_refused(optimizer, capsys):
+    with pytest.raises(SystemExit):
+        twin.main(["--optimizer", optimizer])
+    assert f"--optimizer: {optimizer}, but torch.optim has no such" in capsys.readouterr().err

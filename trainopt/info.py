@@ -60,8 +60,11 @@ def main() -> int:
         if switches.REFERENCE_FORCED:
             kernels = dict.fromkeys(kernels, "torch's own path")
         used = "; ".join(f"{device}: {kernel}" for device, kernel in kernels.items()) + "; elsewhere: torch's own path"
+        more = "trainopt.explain(optimizer) tells more"
         for optimizer in registry.OPTIMIZERS:
-            show(optimizer, used, "trainopt.explain(optimizer) tells more")
+            show(optimizer, used, more)
+        for optimizer in registry.MATRIX_METHODS:
+            show(optimizer, "hidden matrices: torch's products; the rest: as AdamW", more)
         show("losses", used)
         return 0
 

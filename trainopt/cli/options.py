@@ -12,21 +12,19 @@ from trainopt.optim import registry
 from trainopt.training import Options
 from trainopt.training.fields import FLAG, FOLDER_NAME, TEXT, Option, choice, option, options_of, real, whole
 
-OPTIMIZERS = {name.lower(): name for name in registry.OPTIMIZERS}
+OPTIMIZERS = {name.lower(): name for name in registry.every()}
 
 
 def defaults_of(option: str) -> dict[str, Any]:
     """The default of an option, for each optimizer that has it: its class's own."""
-    every = {short: inspect.signature(registry.OPTIMIZERS[name]).parameters for short, name in OPTIMIZERS.items()}
+    every = {short: inspect.signature(registry.every()[name]).parameters for short, name in OPTIMIZERS.items()}
     return {short: parameters[option].default for short, parameters in every.items() if option in parameters}
 
 
 LEARNING_RATES = defaults_of("lr") | {"sgd": 0.1}  # torch's 0.001 would hardly move a small network
 WEIGHT_DECAYS = defaults_of("weight_decay")
-#: Those that take a momentum.
-WITH_MOMENTUM = tuple(
-    short for short, name in OPTIMIZERS.items() if "momentum" in inspect.signature(registry.OPTIMIZERS[name]).parameters
-)
+#: By options that not every optimizer has, those that do.
+TAKING = {name: tuple(defaults_of(name)) for name in ("momentum", "weight_decay", "l1", "noise", "state_dtype")}
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse-sqrt")
 
 #: Of the loop's options, those that the command or the experiment decides.
@@ -41,14 +39,15 @@ class Optimizer:
     """What trains, and the course of its learning rate.
 
     Args:
-        optimizer: rule that trains: sgd, adam, adamw, adamax, radam, nadam, rmsprop, adagrad, adadelta, rprop, asgd,
-            lion, lamb, lars, novograd, adan, ademamix, adamwschedulefree, radamschedulefree or sgdschedulefree.
-        lr: learning rate. None: 0.1 for sgd, 0.001 for adam, adamw, radam, lamb, novograd, adan and ademamix, 0.002 for
-            adamax and nadam, 0.01 for rmsprop, adagrad, rprop and asgd, 0.0001 for lion, 1 for adadelta, lars and
-            sgdschedulefree, 0.0025 for the other schedule-free ones.
-        momentum: momentum of sgd, rmsprop, lars and sgdschedulefree; 0 with the full batch is gradient descent, but
-            0.9 for sgdschedulefree.
-        weight_decay: weight decay; biases and norms have none. None: 0.01 for adamw and lamb, else 0.
+        optimizer: what trains: sgd, adam, adamw, adamax, radam, nadam, rmsprop, adagrad, adadelta, adafactor, rprop,
+            asgd, lion, lamb, lars, novograd, adan, ademamix, prodigy, adamwschedulefree, radamschedulefree,
+            sgdschedulefree, or muon for hidden matrices with adamw for the rest.
+        lr: learning rate. None: 0.1 for sgd, 0.001 for adam, adamw, radam, lamb, novograd, adan, ademamix and muon,
+            0.002 for adamax and nadam, 0.01 for rmsprop, adagrad, adafactor, rprop and asgd, 0.0001 for lion, 1 for
+            adadelta, lars, prodigy and sgdschedulefree, 0.0025 for the other schedule-free ones.
+        momentum: momentum of sgd, rmsprop, lars, sgdschedulefree and muon; 0 with the full batch is gradient descent,
+            but 0.9 for sgdschedulefree and 0.95 for muon.
+        weight_decay: weight decay; biases and norms have none. None: 0.01 for adamw and lamb, 0.1 for muon, else 0.
         l1: factor of the L1 regularisation.
         noise: standard deviation of the noise added to each weight in an update.
         schedule: course after the warm-up: constant, linear, cosine, wsd or inverse-sqrt; wsd falls in the last fifth.

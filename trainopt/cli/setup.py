@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import trainopt
-from trainopt.cli.options import LEARNING_RATES, OPTIMIZERS, WEIGHT_DECAYS, WITH_MOMENTUM
+from trainopt.cli.options import LEARNING_RATES, OPTIMIZERS, TAKING, WEIGHT_DECAYS
 from trainopt.cli.refusals import Parser
 from trainopt.experiments import Experiment, Problem
 from trainopt.schedules import Curve, constant, cosine, inverse_sqrt, linear, warmup, warmup_stable_decay
@@ -19,10 +19,14 @@ from trainopt.training import Options
 
 def check(settings: SimpleNamespace, parser: Parser) -> None:
     """Ends the program for options of the optimizer and the machine that do not go together."""
-    for name, known in (("momentum", WITH_MOMENTUM), ("weight_decay", tuple(WEIGHT_DECAYS))):
-        if (value := getattr(settings, name)) and settings.optimizer not in known:
-            option, others = name.replace("_", "-"), " or ".join(known)
-            parser.error(f"argument --{option}: {value:g} is for --optimizer {others}, not {settings.optimizer}")
+    for name, known in TAKING.items():
+        if (value := getattr(settings, name, None)) and settings.optimizer not in known:
+            lacking = [short for short in OPTIMIZERS if short not in known]
+            whose = f"every --optimizer but {' or '.join(lacking)}"
+            if len(known) < len(lacking):
+                whose = f"--optimizer {' or '.join(known)}, not {settings.optimizer}"
+            shown = value if isinstance(value, str) else f"{value:g}"
+            parser.error(f"argument --{name.replace('_', '-')}: {shown} is for {whose}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: 'cuda' is not there: torch finds no such device")
     if settings.lr is None:
@@ -57,13 +61,18 @@ def problem_of(experiment: Experiment, settings: SimpleNamespace, parser: Parser
 
 def optimizer_of(problem: Problem, settings: SimpleNamespace, library: Any = trainopt) -> torch.optim.Optimizer:
     """The optimizer of a library, trainopt or torch.optim; what torch does not know is left out for it."""
+    cls = getattr(library, OPTIMIZERS[settings.optimizer])
     keywords = {"lr": settings.lr}
-    if settings.momentum:  # 0 is the default of all but the schedule-free SGD, which takes no 0
+    if settings.momentum:  # 0 is the default of all but the schedule-free SGD and Muon, which have another
         keywords["momentum"] = settings.momentum
+    if cls is trainopt.Muon:
+        # One rate and decay for matrices and the rest: so matrices need updates as large as AdamW's.
+        keywords.update(weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
+        rest = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        return cls(trainopt.muon_groups(problem.model), **keywords, adamw=rest)
     if library is trainopt:
         keywords.update(l1=settings.l1, noise=settings.noise, seed=settings.seed)
-    groups = trainopt.param_groups(problem.model, settings.weight_decay)
-    return getattr(library, OPTIMIZERS[settings.optimizer])(groups, **keywords)
+    return cls(trainopt.param_groups(problem.model, settings.weight_decay), **keywords)
 
 
 def total_steps(problem: Problem, settings: SimpleNamespace) -> int:

@@ -3,6 +3,8 @@
 from typing import Any
 
 from trainopt.optim import precision as precisions
+from trainopt.optim.matrix.muon import is_muon
+from trainopt.optim.matrix.options import OWN_DTYPE
 from trainopt.optim.options import extra
 from trainopt.optim.state_dtype import cast_states, check, check_params
 from trainopt.optim.states import States
@@ -25,10 +27,13 @@ def convert_state(optimizer: Any, state_dtype: Any, *, precision: str | None = N
     Raises:
         TypeError: the optimizer is none of trainopt's.
         ValueError: no such dtype, state or precision, or a parameter of float64 or complex numbers, or a DTensor for
-            8 bits, or a state in 8 bits that has no scales; nothing has been changed then.
+            8 bits, or a state in 8 bits that has no scales; or a Muon, for its ``adamw`` alone can be converted.
+            Nothing has been changed then.
         RuntimeError: inside `averaged_parameters()`.
     """
     optimizer = unwrapped(optimizer)
+    if is_muon(optimizer):
+        raise ValueError(f"convert_state: {OWN_DTYPE}")
     if not isinstance(optimizer, States):
         raise TypeError(f"convert_state: {type(optimizer).__qualname__} is not one of trainopt's optimizers")
     check(state_dtype, optimizer._states)

@@ -11,7 +11,7 @@ from trainopt import switches
 from trainopt._extension import _C, why_no_cuda
 from trainopt.optim import average, precision, stats
 from trainopt.optim.gradients import clears, clips
-from trainopt.optim.matrix.muon import Muon
+from trainopt.optim.matrix.muon import Muon, is_muon
 from trainopt.optim.matrix.options import is_muons
 from trainopt.optim.matrix.update import note_of
 from trainopt.optim.options import extra
@@ -74,7 +74,7 @@ def explain(optimizer: Any) -> Explanation:
         optimizer: any torch optimizer, or a wrapper of one (Accelerate's, Fabric's, Lookahead).
     """
     optimizer = unwrapped(optimizer)
-    if Muon in type(optimizer).__mro__:  # isinstance asks for torch's class while trainopt stands in its place
+    if is_muon(optimizer):
         return _explain_muon(optimizer)
     if not isinstance(optimizer, States):
         rows = [p for group in optimizer.param_groups for p in group["params"]]

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from trainopt import originals
 from trainopt.optim import registry
-from trainopt.optim.matrix.muon import Muon
+from trainopt.optim.matrix.muon import Muon, is_muon
 from trainopt.optim.states import States, widen_counts
 from trainopt.optim.wrappers import unwrapped
 
@@ -38,7 +38,7 @@ def fuse(optimizer: AnyOptimizer) -> AnyOptimizer:
         TypeError: for any other class. A subclass may compute something else.
     """
     inner = unwrapped(optimizer)
-    if isinstance(inner, States) or Muon in type(inner).__mro__:
+    if isinstance(inner, States) or is_muon(inner):
         return optimizer
     stock, known_classes = type(inner), counterparts()
     cls = known_classes.get(stock)

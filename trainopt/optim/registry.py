@@ -2,8 +2,8 @@
 
 A class gives the name of its rule, ``class AdamW(Fused, originals.AdamW, rule="adam")``, and is entered here. The
 rule's header in C++ says which states and options it has and whether it counts steps; which class of torch's it derives
-from, if any, is seen from its bases. Whatever goes over all optimizers (`trainopt.fuse`, `trainopt.patch`, the report
-of ``python -m trainopt``, the command line, the tests) goes over `OPTIMIZERS`.
+from, if any, is seen from its bases. Whatever goes over all rules (`trainopt.fuse`, `trainopt.patch`, the tests) goes
+over `OPTIMIZERS`; what lists the optimizers for a person (``python -m trainopt``, the command line) over `every`.
 """
 
 import inspect
@@ -17,6 +17,8 @@ from trainopt.optim.states import States
 
 #: By the name of the class.
 OPTIMIZERS: dict[str, type[States]] = {}
+#: Those that are no rules, but products of matrices.
+MATRIX_METHODS: dict[str, type[torch.optim.Optimizer]] = {}
 
 
 def enter(cls: type[States], rule: str) -> None:
@@ -38,6 +40,11 @@ def enter(cls: type[States], rule: str) -> None:
     if "__init__" in vars(cls):
         show_options(cls.__init__, cls.EXTRAS if cls._torch_class else {**STOCK_DEFAULTS, **cls.EXTRAS})
     OPTIMIZERS[cls.__name__] = cls
+
+
+def every() -> dict[str, type[torch.optim.Optimizer]]:
+    """Every optimizer, by the name of its class."""
+    return {**OPTIMIZERS, **MATRIX_METHODS}
 
 
 def of_torch() -> dict[type, type[States]]:

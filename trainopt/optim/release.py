@@ -14,6 +14,9 @@ from trainopt._extension import _C
 from trainopt.optim import stats, torch_path
 from trainopt.optim.distributed import is_dtensor
 from trainopt.optim.gradients import GradientScaling, norm_of
+from trainopt.optim.matrix import update
+from trainopt.optim.matrix.muon import Muon, is_muon
+from trainopt.optim.matrix.options import is_muons
 from trainopt.optim.options import DEFAULTS
 from trainopt.optim.report import Record, names_of
 from trainopt.optim.states import States
@@ -32,20 +35,29 @@ _REFUSED = {
 class StepInBackward:
     """What `step_in_backward` returns: `remove` ends it, and so does leaving it as a context."""
 
-    def __init__(self, optimizer: States, params: set[Tensor], limit: float | None) -> None:
-        self._optimizer, self._limit = optimizer, limit
+    def __init__(self, optimizer: States | Muon, params: set[Tensor], limit: float | None) -> None:
+        self._optimizer: Any = optimizer
+        self._limit = limit
         self._last_norm: float | Tensor | None = None
         self._squares: float | Tensor = 0.0  # of the gradients' norms in the backward pass under way
         self._pass = -1  # that pass: the steps of the optimizer before it
-        names = names_of(optimizer)
+        names = iter(names_of(optimizer))
         self._hooks = []
-        index = 0
+        index = 0  # among those that the engine steps
         for group, held in enumerate(optimizer.param_groups):
+            has_matrices = is_muon(optimizer) and is_muons(held)
             for place, param in enumerate(held["params"]):
+                name = next(names)
                 if param in params and param.requires_grad:
-                    step = _Step(self, param, index, (group, place), names[index])
+                    own = (self, param, (group, place), name)
+                    step = _MatrixStep(*own) if has_matrices else _FusedStep(*own, index)
                     self._hooks.append(param.register_post_accumulate_grad_hook(step))
-                index += 1
+                index += not has_matrices
+
+    @property
+    def _fused(self) -> Any:
+        """The optimizer of what the engine steps: of a Muon its AdamW, with the groups and states of now."""
+        return self._optimizer.adamw if is_muon(self._optimizer) else self._optimizer
 
     def remove(self) -> None:
         """From now on gradients stay until the optimizer's own step."""
@@ -71,55 +83,35 @@ class StepInBackward:
 
 
 class _Step:
-    """One parameter's step: the optimizer with this parameter alone, which has a plan and no hooks of its own."""
+    """One parameter's step."""
 
-    def __init__(self, whole: StepInBackward, param: Tensor, index: int, place: tuple[int, int], name: str) -> None:
+    def __init__(self, whole: StepInBackward, param: Tensor, place: tuple[int, int], name: str) -> None:
         self.whole, self.place, self.name = whole, place, name
-        self.last_pass = -1
         self.params = [param]
-        optimizer = whole._optimizer
-        self.view: Any = object.__new__(type(optimizer))
-        self.view.__dict__.update(
-            optimizer.__dict__, _plan=None, _record=Record(), _first_index=index, state=defaultdict(dict)
-        )
+        self.last_pass = -1
 
     def __call__(self, param: Tensor) -> None:
-        optimizer, view = self.whole._optimizer, self.view
-        optimizer._check_can_step()
-        if self.last_pass == optimizer._record.steps:
+        record = self.whole._optimizer._record
+        if self.last_pass == record.steps:
             raise RuntimeError(
                 f"step_in_backward: {self.name} has been stepped since the optimizer's last step(): call"
                 " optimizer.step() after each backward pass; gradients cannot be accumulated over several"
             )
         group = self._group(param)
         check_group(group)
-        group = {**group, **optimizer._advanced(group), "params": self.params}
+        group = {**group, "params": self.params}
         norm = None
         if self.whole._limit is not None:
             self.whole._note_norm(param)
             norm = self.whole._last_norm
             group["max_grad_norm"] = None if norm is None else self.whole._limit
-        states = optimizer.state.get(param)
-        view.param_groups, view._unstarted = [group], optimizer._unstarted
-        view.state.clear()
-        if states is not None:
-            view.state[param] = states
-        self._make(GradientScaling(1.0, norm))
-        if stats.wanted(group):
-            self._note_stats(optimizer._record)
-        if states is None and view.state.get(param):
-            optimizer.state[param] = view.state[param]
-        optimizer._unstarted.discard(param)
+        self._make(param, group, GradientScaling(1.0, norm))
         param.grad = None
-        self.last_pass = optimizer._record.steps
+        self.last_pass = record.steps
 
-    def _note_stats(self, record: Record) -> None:
-        if record.pass_stats_of != record.steps:
-            record.pass_stats, record.pass_stats_of = {}, record.steps
-        own = self.view._record
-        for _, found in (*stats.of_plan(self.view._plan), *stats.of_record(own)):
-            record.pass_stats[id(self.params[0])] = found
-        own.stats.clear()
+    def _make(self, param: Tensor, group: dict[str, Any], scaling: GradientScaling) -> None:
+        """Makes the step, by a copy of the parameter's group that has it alone."""
+        raise NotImplementedError
 
     def _group(self, param: Tensor) -> dict[str, Any]:
         """The group that has the parameter: the one that had it, unless groups have been changed."""
@@ -128,7 +120,48 @@ class _Step:
             return groups[index]
         return next(group for group in groups if any(p is param for p in group["params"]))
 
-    def _make(self, scaling: GradientScaling) -> None:
+
+class _MatrixStep(_Step):
+    """A matrix of Muon's is orthogonalised by itself."""
+
+    def _make(self, param: Tensor, group: dict[str, Any], scaling: GradientScaling) -> None:
+        state = self.whole._optimizer.state
+        gathered = update.gather([group], state)
+        if (divisor := scaling.divisor(group)) != 1:
+            param.grad = param.grad / divisor  # type: ignore[assignment,operator]
+        update.step(gathered, state)
+
+
+class _FusedStep(_Step):
+    """A step of the engine's: the optimizer with this parameter alone, which has a plan and no hooks of its own."""
+
+    def __init__(self, whole: StepInBackward, param: Tensor, place: tuple[int, int], name: str, index: int) -> None:
+        super().__init__(whole, param, place, name)
+        optimizer = whole._fused
+        self.view: Any = object.__new__(type(optimizer))
+        self.view.__dict__.update(
+            optimizer.__dict__, _plan=None, _record=Record(), _first_index=index, state=defaultdict(dict)
+        )
+
+    def __call__(self, param: Tensor) -> None:
+        self.whole._fused._check_can_step()
+        super().__call__(param)
+
+    def _make(self, param: Tensor, group: dict[str, Any], scaling: GradientScaling) -> None:
+        optimizer, view = self.whole._fused, self.view
+        states = optimizer.state.get(param)
+        view.param_groups, view._unstarted = [{**group, **optimizer._advanced(group)}], optimizer._unstarted
+        view.state.clear()
+        if states is not None:
+            view.state[param] = states
+        self._step(scaling)
+        if stats.wanted(group):
+            self._note_stats(optimizer._record)
+        if states is None and view.state.get(param):
+            optimizer.state[param] = view.state[param]
+        optimizer._unstarted.discard(param)
+
+    def _step(self, scaling: GradientScaling) -> None:
         view = self.view
         if switches.REFERENCE_FORCED:
             torch_path.step(view, list(view._enumerate()), None, scaling)
@@ -138,6 +171,14 @@ class _Step:
         answer = scaling.step(view._plan, view.param_groups, view.state, view._indices_unstarted())
         if answer.status != "done":
             view._step_with_torch(view._plan, scaling)
+
+    def _note_stats(self, record: Record) -> None:
+        if record.pass_stats_of != record.steps:
+            record.pass_stats, record.pass_stats_of = {}, record.steps
+        own = self.view._record
+        for _, found in (*stats.of_plan(self.view._plan), *stats.of_record(own)):
+            record.pass_stats[id(self.params[0])] = found
+        own.stats.clear()
 
 
 def step_in_backward(model: nn.Module, optimizer: Any, *, clip_by_last_norm: float | None = None) -> StepInBackward:
@@ -150,7 +191,9 @@ def step_in_backward(model: nn.Module, optimizer: Any, *, clip_by_last_norm: flo
         schedule.step()
 
     The training loop stays as it is. Of all gradients only those that backward is working on are in memory, and each is
-    read while it is in the caches. The results are those of ordinary steps, bit for bit.
+    read while it is in the caches. The results are those of ordinary steps, bit for bit; but those of `trainopt.Muon`
+    only to rounding where ordinary steps orthogonalise several matrices of one shape as a stack, for products of stacks
+    may round otherwise.
 
     Args:
         model: whose parameters are stepped so, as far as they are the optimizer's.
@@ -172,12 +215,12 @@ def step_in_backward(model: nn.Module, optimizer: Any, *, clip_by_last_norm: flo
     A GradScaler cannot be used: its scale would be in the gradients.
     """
     inner = unwrapped(optimizer)
-    if not isinstance(inner, States):
+    if not (isinstance(inner, States) or is_muon(inner)):
         raise TypeError(
             f"step_in_backward: {type(inner).__module__}.{type(inner).__qualname__} is not one of trainopt's"
             " optimizers; trainopt.fuse makes one of torch's such a one"
         )
-    if inner._sums_over_all:
+    if isinstance(inner, States) and inner._sums_over_all:
         raise ValueError(
             f"step_in_backward: the step of {type(inner).__name__} depends on all gradients at once, which are there"
             " only when backward has ended: make ordinary steps"
@@ -203,6 +246,6 @@ def step_in_backward(model: nn.Module, optimizer: Any, *, clip_by_last_norm: flo
 def check_group(group: dict[str, Any]) -> None:
     """ValueError for an option that needs what a step within backward does not have."""
     for name, why in _REFUSED.items():
-        value = group.get(name, DEFAULTS.get(name))
+        value = group.get(name, DEFAULTS.get(name))  # Adafactor's and Muon's groups have not all
         if value:
             raise ValueError(f"step_in_backward: a group has {name}={value!r}: {why}")

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainopt.optim.matrix.muon import is_muon
+from trainopt.optim.matrix.options import OWN_DTYPE
 from trainopt.optim.options import extra
 from trainopt.optim.state_dtype import DTYPES, check_params
 from trainopt.optim.states import States
@@ -92,6 +94,8 @@ def check_given_twice(options: Options, optimizer: Any) -> None:
 def check_state_dtype(chosen: str, optimizer: Any) -> None:
     """ValueError where an optimizer's states cannot be stored in this dtype, or it says otherwise itself."""
     inner = unwrapped(optimizer)
+    if is_muon(inner):
+        raise ValueError(f"state_dtype is {chosen!r}, but optimizer is a Muon: {OWN_DTYPE}")
     if not isinstance(inner, States):
         raise ValueError(
             f"state_dtype is {chosen!r}, but optimizer is a {type(inner).__module__}.{type(inner).__qualname__}, which"

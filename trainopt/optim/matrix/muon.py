@@ -1,21 +1,25 @@
 """Muon."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeGuard
 
 import torch
 
 from trainopt import originals
+from trainopt.optim import registry
 from trainopt.optim.adamw import AdamW
 from trainopt.optim.depth import apply_depth
 from trainopt.optim.matrix import update
 from trainopt.optim.matrix.loading import Loading
 from trainopt.optim.matrix.options import EXTRAS, check_adamw, check_group, check_params, is_muons, torchs_defaults
+from trainopt.optim.report import NonfiniteReport, Record
+from trainopt.optim.states import asks_for_state
 from trainopt.stand_in import StandIn
 
 
 class Muon(originals.Muon, metaclass=StandIn):
-    """torch.optim.Muon for whole models: matrices by Muon, all other parameters by the fused AdamW.
+    """torch.optim.Muon for hidden matrices, with the fused AdamW for the rest: a whole model in one optimizer.
 
         optimizer = trainopt.Muon(trainopt.muon_groups(model), lr=0.02, adamw={"lr": 3e-4})
 
@@ -66,6 +70,7 @@ class Muon(originals.Muon, metaclass=StandIn):
     EXTRAS = EXTRAS
     _inner: AdamW | None = None
     _loading: Loading | None = None
+    _opt_called: bool  # read by torch's schedulers
 
     def __init__(
         self,
@@ -136,6 +141,7 @@ class Muon(originals.Muon, metaclass=StandIn):
             raise
 
     @torch._disable_dynamo
+    @torch.optim.Optimizer.profile_hook_step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
 
@@ -146,14 +152,24 @@ class Muon(originals.Muon, metaclass=StandIn):
             What `closure` returned, else None.
         """
         loss = None
+        self._opt_called = True
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if asks_for_state(self):
+            self.init_state()
+            return loss
         gathered = update.gather(self.param_groups, self.state)
         if (adamw := self.adamw) is not None:
             adamw._step()  # hooks are this optimizer's
         update.step(gathered, self.state)
+        self._record.steps += 1
         return loss
+
+    # torch puts hooks round the step of a class when it makes the first object of it, and `trainopt.fuse` makes none.
+    step.hooked = True  # type: ignore[attr-defined]
+    # A scheduler of torch's wraps step() to see whether it was called, and `trainopt.fuse` unwraps it: ours tells.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     @property
     def adamw(self) -> AdamW | None:
@@ -168,6 +184,42 @@ class Muon(originals.Muon, metaclass=StandIn):
             self._inner = AdamW([torch.empty(0)])
         self._inner.param_groups, self._inner.state = groups, self.state
         return self._inner
+
+    # What every optimizer of trainopt's has ---------------------------------------------------------------------------
+
+    @cached_property
+    def _record(self) -> Record:
+        return Record()
+
+    @property
+    def completed_steps(self) -> int:
+        """How many steps this object has completed since it was made, but those that only ask for states."""
+        return self._record.completed()
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """False: a step for a gradient that is not finite is left out by GradScaler, which does not call it."""
+        return self._record.was_skipped()
+
+    def nonfinite_report(self) -> NonfiniteReport:
+        """The parameters with NaN or infinite elements in their gradient, states or value, by name and count.
+
+        Returns a report that prints itself and is empty (false) if all is finite. Reads every tensor once.
+        """
+        return NonfiniteReport.of(self)
+
+    def init_state(self) -> None:
+        """Makes the state of every parameter that requires a gradient and has none yet, as before its first step.
+
+        For tools that need states to load into, such as distributed checkpoints: no step is counted, and the first
+        real step is a first step.
+        """
+        for group in filter(is_muons, self.param_groups):
+            for param in group["params"]:
+                if param.requires_grad:
+                    update.start(group, param, self.state[param])
+        if (adamw := self.adamw) is not None:
+            adamw.init_state()
 
     # What torch calls -------------------------------------------------------------------------------------------------
 
@@ -189,3 +241,11 @@ class Muon(originals.Muon, metaclass=StandIn):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch's load_state_dict ends here too, before its hooks.
         super().__setstate__(state if self._loading is None else self._loading.put(state))
+
+
+registry.MATRIX_METHODS[Muon.__name__] = Muon
+
+
+def is_muon(optimizer: Any) -> TypeGuard[Muon]:
+    """Whether an optimizer is trainopt's Muon: isinstance asks for torch's while trainopt stands in its place."""
+    return Muon in type(optimizer).__mro__

@@ -24,6 +24,12 @@ EXTRAS: dict[str, Any] = {
 }
 NS_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float32, torch.float64)}
 
+#: Why nobody can choose the dtype of all states of a Muon.
+OWN_DTYPE = (
+    "the momentum of Muon's matrices has their own dtype; the states of all other parameters can be converted with"
+    " convert_state(optimizer.adamw, …)"
+)
+
 #: What a group may carry that no step reads: names, and what schedulers and `trainopt.param_groups` leave there.
 _MARKS = ("params", "param_names", "use_muon", "name", "layer", "lr_scale")
 _MUON = {*inspect.signature(originals.Muon).parameters, *EXTRAS} - {"params"}

@@ -104,14 +104,20 @@ def step(gathered: list[tuple[Mapping[str, Any], list[Tensor]]], state: Any) -> 
 
 def _add_gradients(group: Mapping[str, Any], params: list[Any], state: Any) -> None:
     for param in params:
-        if BUFFER not in state[param]:
-            state[param][BUFFER] = torch.zeros_like(param.grad, memory_format=torch.preserve_format)
-        if extra(group, "normuon_beta2") is not None and SECOND not in state[param]:
-            dtype = torch.float64 if param.dtype is torch.float64 else torch.float32
-            state[param][SECOND] = param.new_zeros(second_shape(param, group), dtype=dtype)
+        start(group, param, state[param])
     if params:
         buffers = [state[param][BUFFER] for param in params]
         torch._foreach_lerp_(buffers, [param.grad for param in params], 1 - group["momentum"])
+
+
+def start(group: Mapping[str, Any], param: Any, state: dict[str, Any]) -> None:
+    """Makes what a parameter lacks of states for its next step."""
+    if BUFFER not in state:
+        like = param.detach() if param.grad is None else param.grad
+        state[BUFFER] = torch.zeros_like(like, memory_format=torch.preserve_format)
+    if extra(group, "normuon_beta2") is not None and SECOND not in state:
+        dtype = torch.float64 if param.dtype is torch.float64 else torch.float32
+        state[SECOND] = param.new_zeros(second_shape(param, group), dtype=dtype)
 
 
 def _blocks(group: Mapping[str, Any], param: Tensor, state: Mapping[str, Any]) -> Iterator[Block]:
