@@ -352,7 +352,7 @@ TABLE |= {
             "eps": {"lr": 0.02, "eps": (0.5, 2.0)},
             "eps2": {"lr": 0.02, "eps": (None, 3.0)},
             "d": {"lr": 0.02, "d": 1.5},
-            "lr 2": {"lr": 2.0},
+            "lr 0.45": {"lr": 0.45},
             "maximize": {"lr": 0.02, "maximize": True},
             "weight_decay, lr float32 tensor": {"lr": LR32, "weight_decay": 0.4},
             "all": dict(lr=0.02, beta2_decay=-0.9, eps=(1e-2, 0.9), d=1.2, weight_decay=0.3, maximize=True),

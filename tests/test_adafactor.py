@@ -149,3 +149,16 @@ def test_a_step_that_repeats_the_last_sees_a_state_that_was_resized():
     p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError):
         optimizer.step()
+
+
+def test_on_a_device_it_is_torchs_own_step(device):
+    if device == "cpu":
+        pytest.skip("the engine's")
+    start, gradients = random_problem(((9, 4), (5,)), torch.float32, 3, 4)
+    optimizer, params = run(
+        trainopt.Adafactor, [p.to(device) for p in start], [[g.to(device) for g in now] for now in gradients]
+    )
+    reference, truth = run(torch.optim.Adafactor, start, gradients)
+    assert all("rows and columns" in p.reason and p.path == "torch" for p in trainopt.explain(optimizer))
+    for p, q in zip(params, truth, strict=True):
+        torch.testing.assert_close(p.cpu(), q)

@@ -16,17 +16,13 @@ pytestmark = [
 ]
 
 RULES = re.findall(r"\bDO\((\w+)\)", (ROOT / "csrc" / "rules" / "rules.h").read_text())
-#: The sets of states of each rule, as its header lists them.
+HEADERS = [(ROOT / "csrc" / "rules" / f"{rule.lower()}.h").read_text() for rule in RULES]
+#: The sets of states of each rule that there are kernels of a step for, as its header lists them.
 SETS = [
-    re.search(r"kStateSets\[\] = \{(.*)\}", (ROOT / "csrc" / "rules" / f"{rule.lower()}.h").read_text())[1].split(",")
-    for rule in RULES
+    [] if "kFactors" in header else re.search(r"kStateSets\[\] = \{(.*)\}", header)[1].split(",") for header in HEADERS
 ]
 #: Those of the rules that have a reduce phase.
-SUMMING = [
-    sets
-    for rule, sets in zip(RULES, SETS, strict=True)
-    if "kSums[]" in (ROOT / "csrc" / "rules" / f"{rule.lower()}.h").read_text()
-]
+SUMMING = [sets for header, sets in zip(HEADERS, SETS, strict=True) if "kSums[]" in header]
 LOSSES = re.findall(r"\bDO\((\w+)\)", (ROOT / "csrc" / "losses" / "pointwise.h").read_text())
 TYPES = ("float32", "float64")
 

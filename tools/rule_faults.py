@@ -74,6 +74,10 @@ CHANGES = (
 EQUIVALENT = {
     "_is_small": "an average is the same from either end",
     "static_cast<S>(one_minus_beta), beta": "an average is the same from either end",
+    "weights_of<S>(1 + k.weight": "an average is the same from either end",
+    "weights_of<S>(beta, 1 + beta)": "of two functions of this name, the rule calls the other",
+    "k.rounds = ": "of a learning rate that is a float32 tensor, which tests/test_rules.py has",
+    "T v = state[1]": "of matrices, which tests/test_adafactor.py has",
     "sign_of(size) * sign_of(size)": "sizes are 0 in the first step, unless somebody puts others there (test_tools.py)",
     "static_cast<float>(": "of a learning rate that is a float32 tensor, which tests/test_rules.py has",
     "k.step_size = static_cast<S>((info.lr * 1.5));": "`finish` writes it before it is read",
@@ -93,7 +97,8 @@ void step_of(const double* options, const double* info, long count, double* p, c
   Numbers numbers{{{{held[0], held[1]}}, info[4] != 0}};
   const StepInfo step_info{{info[0] * rate_of<Rule>(options), false, info[1], info[2], info[3] != 0}};
   auto k = prepared_by<Rule, double>(options, step_info, numbers);
-  const StateSet set = Rule::states_needed(options);
+  const StateSet set = states_of_one(Rule::states_needed(options), kFactorStates<Rule>, 1);  // of a vector
+  complete_for_tensor<Rule>(k, set, DType::kFloat64);
   double own[kMaxStates];
   const auto read = [&](long i) {{
     for (int s = 0; s < kStateCount<Rule>; ++s) own[s] = contains(set, s) ? states[s * count + i] : 0;

@@ -170,17 +170,22 @@ void fill_tables(const Update& work, Table& table, Blocks blocks, Fill fill, Sta
   filler.flush();
 }
 
-// Calls use(set, storage, kinds, mine) for each kind of which there are tasks.
+template <class Rule, class Use>
+void for_each_device_set(Use use) {
+  if constexpr (kFactorStates<Rule> == 0) for_each_set<Rule>(use);
+}
+
+// Calls use(set, storage, kinds, mine) for each kind of which there are tasks. Sums over rows and columns are only the
+// CPU's.
 template <class Rule, class S, class Use>
 void for_each_kind(const Update& work, Use use) {
-  if constexpr (kFactorStates<Rule> != 0) return;  // only on the CPU
   std::vector<Kind> kinds;
   kinds.reserve(work.count);
   for (size_t t = 0; t < work.count; ++t) {
     const TensorTask& task = work.tasks[t];
     kinds.push_back({states_of<Rule>(task), stored_as<S>(task, Roles(task, kStateCount<Rule>))});
   }
-  for_each_set<Rule>([&](auto set) {
+  for_each_device_set<Rule>([&](auto set) {
     const auto run = [&](auto storage, StoredAs stored) {
       const Kind mine{decltype(set)::kSet, stored};
       if (std::find(kinds.begin(), kinds.end(), mine) != kinds.end()) use(set, storage, kinds, mine);

@@ -8,7 +8,9 @@ import torch
 Outcome = dict[str, judge.Tensors]
 
 #: The rows of which the host reads nothing in a step: no number that parameters have in common.
-UNREAD = [name for name, row in judge.TABLE.items() if row.in_common is None and not row.needs_host]
+#: The rows of what the engine steps on devices.
+TABLE = {name: row for name, row in judge.TABLE.items() if row.steps_on_devices}
+UNREAD = [name for name, row in TABLE.items() if row.in_common is None and not row.needs_host]
 
 # Nothing, less than a thread's eight, around a warp's 256 and a block's 2,048; a scalar and a matrix.
 SHAPES = ((5,), (0, 3), (), (257,), (33, 20), (2049,), (8,))
@@ -30,7 +32,7 @@ def outcome_on(device: str, make: Any, problem: tuple, **options: Any) -> Outcom
 
 def counts_on_device(name: str) -> dict[str, Any]:
     """Options with which an optimizer counts its steps on the device, if it counts them."""
-    return {"capturable": True} if "capturable" in judge.TABLE[name].defaults else {"fused": True}
+    return {"capturable": True} if "capturable" in TABLE[name].defaults else {"fused": True}
 
 
 def on_device(value: Any, device: str) -> Any:

@@ -3,8 +3,7 @@
 import judge
 import pytest
 import torch
-from judge import TABLE
-from steps import SHAPES, here, moved
+from steps import SHAPES, TABLE, here, moved
 
 import trainopt
 

@@ -7,8 +7,7 @@ from functools import partial
 import judge
 import pytest
 import torch
-from judge import TABLE
-from steps import UNREAD, counts_on_device
+from steps import TABLE, UNREAD, counts_on_device
 
 each_row = pytest.mark.parametrize("name", TABLE)
 each_unread = pytest.mark.parametrize("name", UNREAD)

@@ -3,8 +3,7 @@
 import judge
 import pytest
 import torch
-from judge import TABLE
-from steps import UNREAD, assert_same_bits, counts_on_device, here
+from steps import TABLE, UNREAD, assert_same_bits, counts_on_device, here
 
 import trainopt
 

@@ -11,9 +11,8 @@ import judge
 import pytest
 import torch
 from devices import IS_EMULATED
-from judge import TABLE
 from loss_judge import DTYPES, REDUCTIONS, as_dtype, assert_no_worse, classes, on, random, run
-from steps import assert_same_bits, counts_on_device, outcome_on
+from steps import TABLE, assert_same_bits, counts_on_device, outcome_on
 from test_losses_cross_entropy import compare, problem
 from test_losses_linear import by_logits
 from test_losses_linear import problem as linear_problem

@@ -4,8 +4,7 @@ import judge
 import pytest
 import torch
 from devices import IS_EMULATED
-from judge import TABLE
-from steps import UNREAD, assert_same_bits, counts_on_device, here
+from steps import TABLE, UNREAD, assert_same_bits, counts_on_device, here
 
 from trainopt.optim import code8
 

@@ -5,9 +5,9 @@ import judge
 import pytest
 import torch
 import torch.distributed as dist
-from judge import DTYPES, TABLE
+from judge import DTYPES
 from ranks import mesh_of_one
-from steps import SHAPES, assert_near, assert_same_bits, counts_on_device, here, on_device, outcome_on
+from steps import SHAPES, TABLE, assert_near, assert_same_bits, counts_on_device, here, on_device, outcome_on
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 

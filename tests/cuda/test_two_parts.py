@@ -4,8 +4,7 @@ engine's numbers, as in test_steps.py, whose tests have all other parameters and
 import judge
 import pytest
 import torch
-from judge import TABLE
-from steps import SHAPES, assert_same_bits, counts_on_device, here, outcome_on
+from steps import SHAPES, TABLE, assert_same_bits, counts_on_device, here, outcome_on
 
 import trainopt
 from trainopt._extension import _C

@@ -6,8 +6,7 @@ from contextlib import nullcontext
 import judge
 import pytest
 import torch
-from judge import TABLE
-from steps import SHAPES, UNREAD, assert_near, assert_same_bits, counts_on_device, here, moved
+from steps import SHAPES, TABLE, UNREAD, assert_near, assert_same_bits, counts_on_device, here, moved
 
 import trainopt
 
