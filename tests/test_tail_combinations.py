@@ -41,7 +41,9 @@ PRECISIONS = st.sampled_from(["native", "master", "master24", "stochastic"])
 STATES = st.sampled_from(["8bit", "float32", "bfloat16", "float16"])
 #: The tables judge them: Adadelta squares what it has divided, and so what is lost in a difference; of the others a
 #: state follows the parameter, or a number all of them.
-APART = {"Adadelta"} | {name for name, row in TABLE.items() if row.averages or row.settle or row.in_common}
+APART = {"Adadelta"} | {
+    name for name, row in TABLE.items() if row.averages or row.settle or row.in_common or row.factors
+}
 
 
 @st.composite

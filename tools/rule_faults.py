@@ -98,7 +98,7 @@ void step_of(const double* options, const double* info, long count, double* p, c
   const StepInfo step_info{{info[0] * rate_of<Rule>(options), false, info[1], info[2], info[3] != 0}};
   auto k = prepared_by<Rule, double>(options, step_info, numbers);
   const StateSet set = states_of_one(Rule::states_needed(options), kFactorStates<Rule>, 1);  // of a vector
-  complete_for_tensor<Rule>(k, set, DType::kFloat64);
+  complete_for_tensor<Rule>(k, set, DType::kFloat64, count);
   double own[kMaxStates];
   const auto read = [&](long i) {{
     for (int s = 0; s < kStateCount<Rule>; ++s) own[s] = contains(set, s) ? states[s * count + i] : 0;

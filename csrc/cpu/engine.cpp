@@ -46,6 +46,18 @@ void finish(const Sum* sums, bool is_float64, Scalars* out, Numbers* numbers) {
 }
 
 template <class R, class S>
+void complete_as(const TensorTask& task, Scalars* out) {
+  typename R::template Scalars<S> scalars;
+  std::memcpy(&scalars, out->rule, sizeof scalars);
+  complete_for_tensor<R>(scalars, states_of<R>(task), task.param.dtype, task.numel);
+  std::memcpy(out->rule, &scalars, sizeof scalars);
+}
+template <class R>
+void complete(const TensorTask& task, bool is_float64, Scalars* out) {
+  is_float64 ? complete_as<R, double>(task, out) : complete_as<R, float>(task, out);
+}
+
+template <class R, class S>
 FactorSettings factor_settings_as(const Scalars& scalars, DType dtype) {
   typename R::template Scalars<S> of_rule;
   std::memcpy(&of_rule, scalars.rule, sizeof of_rule);
@@ -93,13 +105,17 @@ constexpr Rule describe(int index) {
             },
             {nullptr, finish<Agreement<R>>},
             nullptr,
+            nullptr,
             index};
   if constexpr (kSumCount<R> > 0) {
     rule.sums = R::kSums;
     rule.finish[kOwnSums] = finish<OwnSums<R>>;
   }
   if constexpr (kNumberCount<R> > 0) rule.numbers = R::kNumbers;
-  if constexpr (kFactorStates<R> != 0) rule.factor_settings = factor_settings<R>;
+  if constexpr (kFactorStates<R> != 0) {
+    rule.complete = complete<R>;
+    rule.factor_settings = factor_settings<R>;
+  }
   return rule;
 }
 
@@ -201,6 +217,7 @@ struct Finished {
 
   Finished(const Update& update, size_t t) : task(update.tasks[t]), scalars(*task.scalars) {
     if (task.numbers != nullptr) numbers = *task.numbers;
+    if (update.rule->complete != nullptr) update.rule->complete(task, update.is_float64, &scalars);
     for (const Pass pass : {kOwnSums, kAgreement})
       if (const Sum* sums = update.sums[pass])
         update.rule->finish[pass](sums + t * static_cast<size_t>(update.rule->sums_in(pass)), update.is_float64,

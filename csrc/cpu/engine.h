@@ -43,8 +43,8 @@ using Kernel = void (*)(const TensorTask&, int64_t begin, int64_t end);
 // What elements [begin, end) of a task, one chunk, add to each sum of a pass.
 using GatherKernel = void (*)(const TensorTask&, int64_t begin, int64_t end, Sum* sums);
 
-// What a rule's scalars say of its averages over rows and columns: the weight of what is new in them, and the least that
-// the mean of a matrix's rows counts as.
+// What a rule's scalars say of its averages over rows and columns: the weight of what is new in them, and the least
+// that the mean of a matrix's rows counts as.
 struct FactorSettings {
   double weight, least;
 };
@@ -74,7 +74,9 @@ struct Rule {
   void (*prepare)(const double* options, const StepInfo&, bool is_float64, Scalars*, Numbers*);
   // Puts what follows from a pass's sums into the scalars; null for sums that the rule has not.
   void (*finish[kPasses])(const Sum* sums, bool is_float64, Scalars*, Numbers*);
-  FactorSettings (*factor_settings)(const Scalars&, bool is_float64, DType param);  // null for a rule without factors
+  // Tells the scalars of a tensor's own what it is; null for a rule without factors, as the next.
+  void (*complete)(const TensorTask&, bool is_float64, Scalars*);
+  FactorSettings (*factor_settings)(const Scalars&, bool is_float64, DType param);
   int index;  // in the kernel tables
 };
 

@@ -80,7 +80,7 @@ void gather(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
   typename Rule::template Scalars<S> scalars;
   __builtin_memcpy(&scalars, task.scalars->rule, sizeof scalars);
   const StateSet states = states_of<Rule>(task);
-  complete_for_tensor<Rule>(scalars, states, task.param.dtype);
+  complete_for_tensor<Rule>(scalars, states, task.param.dtype, task.numel);
   S buffer[kParts][kBlock];
   for (int s = 0; s < kStateCount<Rule>; ++s)
     if (!contains(states, s)) __builtin_memset(buffer[2 + s], 0, sizeof buffer[0]);

@@ -19,7 +19,7 @@ struct Adafactor {
   static constexpr StateSet kFactors = 0b011;
   static constexpr StateSet kConstant = 0b011;
   static constexpr StateSet kUnsigned = 0b111;
-  static constexpr const char* kSums[] = {"squares of the parameter", "squares of the update", "elements"};
+  static constexpr const char* kSums[] = {"squares of the parameter", "squares of the update"};
   static constexpr bool kSumsBeforeDecay = true;
   static constexpr bool kCountsSteps = true;
 
@@ -33,7 +33,7 @@ struct Adafactor {
     S least;      // of the second moment
     S step_size;  // from `finish` on
     bool is_factored, rounds;
-    double weight, rate, eps1, eps2, clipping;
+    double weight, rate, eps1, eps2, clipping, count;
   };
 
   template <class S>
@@ -49,6 +49,7 @@ struct Adafactor {
     k.eps1 = options[kEps1];
     k.eps2 = options[kEps2];
     k.clipping = options[kClipping];
+    k.count = 0;
     return k;
   }
 
@@ -58,7 +59,8 @@ struct Adafactor {
     return k.eps1 == k.eps1 ? k.eps1 : epsilon_of(dtype);
   }
   template <class S>
-  TRAINOPT_INLINE static void for_tensor(Scalars<S>& k, bool is_factored, DType dtype) {
+  TRAINOPT_INLINE static void for_tensor(Scalars<S>& k, bool is_factored, DType dtype, int64_t numel) {
+    k.count = static_cast<double>(numel);
     k.least = static_cast<S>(eps1_of(k, dtype) * eps1_of(k, dtype));
     k.is_factored = is_factored;
   }
@@ -72,16 +74,15 @@ struct Adafactor {
 
   template <class T, class S>
   TRAINOPT_INLINE static void gather(const Scalars<S>& k, T p, T g, T* state, Term<T>* terms) {
-    const T u = direction(k, g, state), one(S(1));
+    const T u = direction(k, g, state);
     terms[0] = {p, p};
     terms[1] = {u, u};
-    terms[2] = {one, one};
   }
 
   template <class S>
   TRAINOPT_INLINE static void finish(Scalars<S>& k, const double* sums) {
-    const double size = __builtin_sqrt(sums[0] / sums[2]);
-    const double excess = __builtin_sqrt(sums[1] / sums[2]) / k.clipping;
+    const double size = __builtin_sqrt(sums[0] / k.count);
+    const double excess = __builtin_sqrt(sums[1] / k.count) / k.clipping;
     const double scale = size > k.eps2 ? size : k.eps2, divisor = excess > 1 ? excess : 1;
     // In float32 where the learning rate is, as torch has it.
     const float single = static_cast<float>(scale) * static_cast<float>(k.rate) / static_cast<float>(divisor);

@@ -50,8 +50,8 @@
 //                            of the two, the rows' divided by their mean, as the first state, and moves on neither: the
 //                            engine does, with the squares of g
 //   Scalars::weight          of a mean of squares in its average
-//   for_tensor(scalars, is_factored, dtype)
-//                            puts into the scalars which of both the tensor is, and what its type says
+//   for_tensor(scalars, is_factored, dtype, numel)
+//                            puts into the scalars which of both the tensor is, and what its type and its size say
 //   eps1_of(scalars, dtype)  the least that the mean of a matrix's rows counts as
 // A rule without kSums has one pass over its tensors, and costs what it did; so does one without kNumbers.
 // Its functions are TRAINOPT_INLINE, which lets them run on a GPU too.
@@ -116,8 +116,8 @@ TRAINOPT_FUNCTION constexpr StateSet states_of_one(StateSet needed, StateSet fac
 }
 // Tells the scalars which of both a tensor with these states is.
 template <class Rule, class Scalars>
-TRAINOPT_INLINE void complete_for_tensor(Scalars& scalars, StateSet states, DType dtype) {
-  if constexpr (kFactorStates<Rule> != 0) Rule::for_tensor(scalars, (states & kFactorStates<Rule>) != 0, dtype);
+TRAINOPT_INLINE void complete_for_tensor(Scalars& scalars, StateSet states, DType dtype, int64_t numel) {
+  if constexpr (kFactorStates<Rule> != 0) Rule::for_tensor(scalars, (states & kFactorStates<Rule>) != 0, dtype, numel);
 }
 
 // Whether every step needs a learning rate.
