@@ -7,11 +7,13 @@ import gc
 from collections import defaultdict
 from zlib import crc32
 
+import patches
 import pytest
 import torch
 from devices import DEVICES, HAS_GPU, IS_EMULATED, VARIANTS
 from torch.optim.optimizer import _get_scalar_dtype
 
+import trainopt
 from trainopt._extension import _C
 
 #: Packages of the extras in pyproject.toml. Any other module that is missing is an error.
@@ -183,3 +185,23 @@ def each_variant():
             yield name
 
     return iterate
+
+
+@pytest.fixture
+def torch_restored():
+    """Fails a test that leaves anything of trainopt's in torch's place, and takes it away."""
+    yield
+    assert not patches.take_away()
+
+
+@pytest.fixture(params=["patch", "by hand"])
+def in_place(request, monkeypatch):
+    """A call that puts trainopt in torch's place until the test ends."""
+    if request.param == "by hand":
+        yield lambda: patches.by_hand(monkeypatch)
+        monkeypatch.undo()
+    else:
+        made = []
+        yield lambda: made.append(trainopt.patch())
+        for patch in made:
+            patch.undo()

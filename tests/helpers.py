@@ -1,5 +1,6 @@
 """What the drop-in tests share: trainopt's optimizer and torch's, put through the same things side by side."""
 
+import io
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from judge import TABLE as TABLE
 from judge import bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import trainopt
 from trainopt.optim import registry
 
 #: Every class of torch's that trainopt has too: (trainopt's, torch's), by name.
@@ -167,6 +170,26 @@ def assert_drop_in(name: str, program: Callable[[Any], Any], **tolerance):
     return ends
 
 
+def mixed(name, make, gradient, steps=4, options=None, finish=lambda optimizer, params: (optimizer, params)):
+    """Steps the parameter that `make` makes among ordinary ones in both classes; returns both (optimizer, params).
+
+    Args:
+        finish: what is compared in the end, where it is not simply (optimizer, params).
+    """
+
+    def program(cls):
+        params = [torch.nn.Parameter(torch.randn(4, 5, dtype=torch.float64)) for _ in range(2)]
+        params.insert(1, make())
+        optimizer = cls(params, **(options or OPTIONS[name]))
+        for step in range(steps):
+            for i, p in enumerate(params):
+                p.grad = gradient(p, step) if i == 1 else torch.randn_like(p)
+            optimizer.step()
+        return finish(optimizer, params)
+
+    return assert_drop_in(name, program)
+
+
 def model_and(cls, dtype=torch.float64, **options):
     """A small model, the same whenever it is made, and its optimizer."""
     torch.manual_seed(0)
@@ -239,6 +262,14 @@ def assert_same_bits(before: dict[str, Any], after: dict[str, Any]) -> None:
             assert a == b
 
 
+def through_a_file(state):
+    """What torch reads, weights alone, of a file that it wrote."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 def error_of(action: Callable[[], Any]) -> tuple[type, str]:
     """Type and text of what an action raises; fails if it does not."""
     try:
@@ -254,6 +285,34 @@ def attempt(action):
     except Exception as error:
         return type(error), str(error)
     return None
+
+
+def paths(optimizer):
+    """Who steps each parameter, by what explain says: "fused" or "torch"."""
+    return ["torch" if row.path == "torch" else "fused" for row in trainopt.explain(optimizer)]
+
+
+class Loud(torch.Tensor):
+    """A subclass by __torch_function__, which writes down what is done to it."""
+
+    calls: list = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.calls.append(getattr(function, "__name__", str(function)))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Counting(TorchDispatchMode):
+    """Writes down every operator that torch is asked for; a step within it goes by torch's path."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 def one(cls, **options):

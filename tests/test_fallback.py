@@ -1,55 +1,30 @@
 """What the engine does not take goes through torch's own step in the same call, with torch's results and errors."""
 
-import contextlib
-import subprocess
-import sys
-
 import pytest
 import torch
-import torch.distributed as dist
+from edits import in_inference_mode, lazily_negated
 from helpers import (
     CLASSES,
-    NAMES,
     OPTIONS,
-    SHAPES,
-    TABLE,
+    Counting,
+    Loud,
     Twins,
     assert_drop_in,
     assert_equal,
     assert_same_bits,
-    assert_same_outcome,
     attempt,
     each_class,
     error_of,
+    mixed,
+    paths,
     skip_unless_taken,
     snapshot,
     step_randomly,
 )
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainopt
 from trainopt._extension import _C
-
-
-def paths(optimizer):
-    return ["torch" if row.path == "torch" else "fused" for row in trainopt.explain(optimizer)]
-
-
-def mixed(name, make, gradient, steps=4, options=None):
-    """Steps the parameter that `make` makes among ordinary ones in both classes; returns both (optimizer, params)."""
-
-    def program(cls):
-        params = [torch.nn.Parameter(torch.randn(4, 5, dtype=torch.float64)) for _ in range(2)]
-        params.insert(1, make())
-        optimizer = cls(params, **(options or OPTIONS[name]))
-        for step in range(steps):
-            for i, p in enumerate(params):
-                p.grad = gradient(p, step) if i == 1 else torch.randn_like(p)
-            optimizer.step()
-        return optimizer, params
-
-    return assert_drop_in(name, program)
 
 
 def parameter(*shape, dtype=torch.float64):
@@ -68,16 +43,7 @@ def sparse_gradient(p, step):
 
 @pytest.mark.parametrize("options", [{"lr": 0.1}, {"lr": 0.1, "maximize": True}, {"lr": 0.1, "momentum": 0.9}], ids=str)
 def test_sgd_takes_sparse_gradients(options):
-    def program(cls):
-        params = [parameter(4, 5) for _ in range(3)]
-        optimizer = cls(params, **options)
-        for step in range(4):
-            for i, p in enumerate(params):
-                p.grad = sparse_gradient(p, step) if i == 1 else torch.randn_like(p)
-            optimizer.step()
-        return with_dense_momentum(optimizer, params)
-
-    assert_drop_in("SGD", program)
+    mixed("SGD", lambda: parameter(4, 5), sparse_gradient, options=options, finish=with_dense_momentum)
 
 
 def with_dense_momentum(optimizer, params):
@@ -164,45 +130,40 @@ def test_conjugated_gradients_are_as_others(name, options, path, monkeypatch):
             getattr(trainopt, name)([p], **options).step()
 
 
-class Loud(torch.Tensor):
-    """A subclass by __torch_function__, which writes down what is done to it."""
-
-    calls: list = []  # noqa: RUF012
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        cls.calls.append(getattr(function, "__name__", str(function)))
-        return super().__torch_function__(function, types, args, kwargs or {})
+def two(p=None, _=None):
+    """A wrapper by __torch_dispatch__: two tensors in one, with no memory of its own."""
+    return TwoTensor(*(torch.randn(4, 5, dtype=torch.float64) for _ in range(2)))
 
 
-def lazily_negated(p, _):
-    """x.imag of a conjugate is a real tensor whose negation is not yet done."""
-    return torch.complex(torch.randn_like(p), torch.randn_like(p)).conj().imag
-
-
-def made_in_inference_mode(p, _):
-    with torch.inference_mode():
-        return torch.randn(p.shape, dtype=p.dtype)
+def torn_apart(optimizer, params):
+    return optimizer, [part for p in params for part in ([p.data.a, p.data.b] if type(p.data) is TwoTensor else [p])]
 
 
 MANY_DIMENSIONS = (2,) * 12  # in an awkward order, so that none join: more than the engine lays out
 AWKWARD = tuple(range(11, -1, -1))
 
+
+def ordinary(p, _):
+    return torch.randn(p.shape, dtype=p.dtype)
+
+
+def changed(change):
+    """A gradient of which something was made that the engine does not take, or has to look at."""
+    return lambda p, step: change(ordinary(p, step))
+
+
 #: A parameter among ordinary ones, its gradients, and who steps it by what explain says.
 KINDS = {
-    "complex64": (lambda: parameter(dtype=torch.complex64), lambda p, _: torch.randn_like(p), "torch"),
-    "complex128": (lambda: parameter(dtype=torch.complex128), lambda p, _: torch.randn_like(p), "torch"),
-    "a subclass": (
-        lambda: torch.nn.Parameter(parameter().detach().as_subclass(Loud)),
-        lambda p, _: torch.randn(p.shape, dtype=p.dtype),
-        "torch",
-    ),
-    "a gradient of a subclass": (parameter, lambda p, _: torch.randn_like(p).as_subclass(Loud), None),
-    "a lazily negated gradient": (parameter, lazily_negated, "torch"),
-    "a gradient made in inference mode": (parameter, made_in_inference_mode, "fused"),
+    "complex64": (lambda: parameter(dtype=torch.complex64), ordinary, "torch"),
+    "complex128": (lambda: parameter(dtype=torch.complex128), ordinary, "torch"),
+    "a subclass": (lambda: torch.nn.Parameter(parameter().detach().as_subclass(Loud)), ordinary, "torch"),
+    "a wrapper subclass": (lambda: torch.nn.Parameter(two()), two, "torch"),
+    "a gradient of a subclass": (parameter, changed(lambda g: g.as_subclass(Loud)), None),
+    "a lazily negated gradient": (parameter, changed(lazily_negated), "torch"),
+    "a gradient made in inference mode": (parameter, changed(in_inference_mode), "fused"),
     "a gradient of many dimensions": (
         lambda: parameter(*MANY_DIMENSIONS),
-        lambda p, _: torch.randn(p.shape, dtype=p.dtype).permute(AWKWARD),
+        changed(lambda g: g.permute(AWKWARD)),
         "torch",
     ),
 }
@@ -214,7 +175,7 @@ KINDS = {
 def test_parameters_and_gradients_of_other_kinds(name, kind, flags):
     skip_unless_taken(name, kind)
     make, gradient, path = KINDS[kind]
-    ours, torchs = mixed(name, make, gradient, options={**OPTIONS[name], **flags})
+    ours, torchs = mixed(name, make, gradient, options={**OPTIONS[name], **flags}, finish=torn_apart)
     assert type(ours[1][1]) is type(torchs[1][1])
     assert path is None or paths(ours[0]) == ["fused", path, "fused"]
 
@@ -315,39 +276,15 @@ def test_a_subclass_sees_the_operations(name):
 
 
 @each_class
-def test_a_wrapper_subclass(name):
-    """By __torch_dispatch__: two tensors in one, with no memory of its own."""
-
-    def two():
-        return TwoTensor(*(torch.randn(3, 4, dtype=torch.float64) for _ in range(2)))
-
-    def program(cls):
-        params = [parameter(), torch.nn.Parameter(two()), parameter()]
-        optimizer = cls(params, **OPTIONS[name])
-        for _ in range(4):
-            for i, p in enumerate(params):
-                p.grad = two() if i == 1 else torch.randn_like(p)
-            optimizer.step()
-        if cls is CLASSES[name][0]:
-            assert paths(optimizer) == ["fused", "torch", "fused"]
-        return optimizer, [params[0], params[1].data.a, params[1].data.b, params[2]]
-
-    assert_drop_in(name, program)
-
-
-@each_class
 def test_a_subclass_as_state(name):
     def program(cls):
-        optimizer, params = step_randomly(*made(cls), 2)
-        for key, value in optimizer.state[params[0]].items():
-            optimizer.state[params[0]][key] = value.as_subclass(Loud)
+        params = [parameter() for _ in range(3)]
+        optimizer, _ = step_randomly(cls(params, **OPTIONS[name]), params, 2)
+        state = optimizer.state[params[0]]
+        state.update({key: value.as_subclass(Loud) for key, value in state.items()})
         step_randomly(optimizer, params, 1)
         optimizer.state.clear()
         return optimizer, params
-
-    def made(cls):
-        params = [parameter() for _ in range(3)]
-        return cls(params, **OPTIONS[name]), params
 
     assert_drop_in(name, program)
 
@@ -364,16 +301,6 @@ def test_parameters_on_meta(name):
 
     ours, torchs = (attempt(lambda cls=cls: run(cls)) for cls in CLASSES[name])
     assert ours == torchs
-
-
-class Counting(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @each_class
@@ -404,266 +331,6 @@ def test_fake_tensors(name):
             p.grad = torch.randn(3, 4)
             optimizer.step()
     assert p.shape == (3, 4)
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield dist.device_mesh.init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
-
-
-@each_class
-@pytest.mark.parametrize("sharded", [True, False])
-def test_dtensors(name, sharded, mesh):
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    if not TABLE[name].takes_shards:
-        pytest.skip(f"torch's {name} refuses shards, and in torch 2.11 replicas too")
-    placement = [Shard(0) if sharded else Replicate()]
-
-    def make():
-        return torch.nn.Parameter(distribute_tensor(torch.randn(4, 5, dtype=torch.float64), mesh, placement))
-
-    def gradient(p, _):
-        return distribute_tensor(torch.randn(4, 5, dtype=torch.float64), mesh, placement)
-
-    # torch's loop itself cannot mix them with ordinary tensors in one call of foreach; its plain loop can.
-    ours, torchs = mixed(name, make, gradient, options={**OPTIONS[name], "foreach": False})
-    assert paths(ours[0]) == ["fused", "fused", "fused"]
-    for key, value in torchs[0].state[torchs[1][1]].items():
-        mine = ours[0].state[ours[1][1]][key]
-        assert type(mine) is type(value) and getattr(mine, "placements", 0) == getattr(value, "placements", 0)
-
-
-@each_class
-@pytest.mark.parametrize("extras", [{"l1": 0.1}, {"l1": 0.5, "l1_proximal": True}, {"noise": 0.1}], ids=str)
-def test_extras_on_dtensors_equal_the_engines(name, extras, mesh):
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    torch.manual_seed(0)
-    value = torch.randn(4, 5)
-    plain = torch.nn.Parameter(value.clone())
-    distributed = torch.nn.Parameter(distribute_tensor(value.clone(), mesh, [Replicate()]))
-    optimizers = [CLASSES[name][0]([p], **OPTIONS[name], **extras) for p in (plain, distributed)]
-    for _ in range(3):
-        gradient = torch.randn(4, 5)
-        plain.grad = gradient.clone()
-        distributed.grad = distribute_tensor(gradient, mesh, [Replicate()])
-        for optimizer in optimizers:
-            optimizer.step()
-    assert_equal(distributed.to_local(), plain, rtol=1e-5, atol=1e-6)
-
-
-# The extras on torch's path -------------------------------------------------------------------------------------------
-
-EXTRAS = {
-    "l1": {"l1": 0.05},
-    "l1, maximize": {"l1": 0.05, "maximize": True},
-    "l1_proximal": {"l1": 0.5, "l1_proximal": True},
-    "l1_proximal, maximize": {"l1": 0.5, "l1_proximal": True, "maximize": True},
-    "noise": {"noise": 0.25, "seed": 3},
-    "noise, large seed": {"noise": 0.25, "seed": 2**64 - 1},
-    "all": {"l1": 0.05, "noise": 0.125, "weight_decay": 0.2},
-    "plain": {},
-}
-BIAS = {
-    "uncorrected": {"bias_correction": False},
-    "uncorrected, all": {"bias_correction": False, "l1": 0.1, "noise": 0.1},
-}
-HAVE_BIAS = [name for name in NAMES if "bias_correction" in CLASSES[name][0].EXTRAS]
-CASES = [(n, e) for n in NAMES for e in ({**EXTRAS, **BIAS} if n in HAVE_BIAS else EXTRAS)]
-
-
-def stepped(name, options, steps=4, lr=None, missing=()):
-    torch.manual_seed(1)
-    params = [torch.nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in SHAPES]
-    params.append(torch.nn.Parameter(torch.randn(6, 4, dtype=torch.float64).t()))
-    optimizer = CLASSES[name][0](params, **{**OPTIONS[name], **options})
-    for step in range(steps):
-        for i, p in enumerate(params):
-            gradient = torch.randn(p.shape, dtype=torch.float64)
-            p.grad = None if (step, i) in missing else gradient
-            with torch.no_grad():
-                p.view(-1)[:1].zero_() if p.is_contiguous() else None  # sign(0)
-        optimizer.step()
-    return optimizer, params
-
-
-@pytest.mark.parametrize("name, extra", CASES)
-def test_the_reference_path_computes_what_the_engine_does(name, extra, monkeypatch):
-    options = TABLE[name].kept({**EXTRAS, **BIAS}[extra])
-    missing = {(0, 2), (1, 2), (2, 3)}
-    engine = stepped(name, options, missing=missing)
-    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", True)
-    reference = stepped(name, options, missing=missing)
-    assert set(paths(reference[0])) == {"torch"}
-    assert_same_outcome(engine, reference, rtol=1e-6 if "noise" in extra or "all" in extra else 1e-12, atol=1e-9)
-    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", False)
-    assert set(paths(stepped(name, options)[0])) == {"fused"}
-
-
-@pytest.mark.parametrize("name, extra", CASES)
-def test_a_parameter_on_torchs_path_has_the_extras_of_the_engine(name, extra):
-    """A subclass among ordinary parameters, against the same as an ordinary one."""
-    options = TABLE[name].kept({**EXTRAS, **BIAS}[extra])
-    sides = []
-    for exotic in (False, True):
-        torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(40, dtype=torch.float64)) for _ in range(3)]
-        if exotic:
-            params[1] = torch.nn.Parameter(params[1].detach().as_subclass(Loud))
-        optimizer = CLASSES[name][0](params, **{**OPTIONS[name], **options})
-        for _ in range(4):
-            for p in params:
-                p.grad = torch.randn(40, dtype=torch.float64)
-            optimizer.step()
-        sides.append((optimizer, params))
-    assert paths(sides[1][0]) == ["fused", "torch", "fused"]
-    for (a, p), (b, q) in zip(*([(s[0], p) for p in s[1]] for s in sides), strict=True):
-        assert_equal(torch.Tensor(q.detach()), p, rtol=1e-7, atol=1e-9)
-        assert set(a.state[p]) == set(b.state[q])
-
-
-@each_class
-def test_a_run_that_moves_between_the_paths(name, monkeypatch):
-    """Half of the steps by the engine, half by torch: one run, noise included."""
-    straight = Twins(name, extras={"l1": 0.01, "noise": 0.25})
-    mixed = Twins(name, extras={"l1": 0.01, "noise": 0.25})
-    for step in range(6):
-        for twins in (straight, mixed):
-            twins.set_gradients()
-        straight.ours.optimizer.step()
-        with Counting() if step % 2 else contextlib.nullcontext():
-            mixed.ours.optimizer.step()
-    assert_same_outcome(straight.ours, mixed.ours, rtol=1e-7, atol=1e-9)
-
-
-@each_class
-@pytest.mark.parametrize("dampening", [0.0, 0.25])
-def test_first_steps_on_torchs_path(name, dampening):
-    """States made for one path and used on the other: a first step is a first step."""
-    options = {"dampening": dampening} if name == "SGD" else {}
-    for exotic in ([True, False, False], [False, True, False], [True, True, False]):
-        twins = Twins(name, **options)
-        for flag in exotic:
-            twins.set_gradients()
-            with Counting() if flag else contextlib.nullcontext():
-                twins.ours.optimizer.step()
-            twins.torchs.optimizer.step()
-            twins.compare()
-
-
-@each_class
-def test_complex_parameters_with_extras(name):
-    skip_unless_taken(name, "complex")
-    p = torch.nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))
-    optimizer = CLASSES[name][0]([p], **OPTIONS[name], l1=0.1, noise=0.1)
-    p.grad = torch.randn_like(p)
-    optimizer.step()
-    assert torch.view_as_real(p.detach()).isfinite().all()
-
-
-@each_class
-@pytest.mark.parametrize("fused", [None, True])
-def test_a_gradient_scale_on_torchs_path(name, fused, monkeypatch):
-    results = []
-    for forced in (False, True):
-        monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", forced)
-        torch.manual_seed(0)
-        model = torch.nn.Linear(5, 7).double()
-        optimizer = CLASSES[name][0](model.parameters(), **OPTIONS[name], fused=fused)
-        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-        for i in range(4):
-            optimizer.zero_grad()
-            scaler.scale(model(torch.ones(2, 5, dtype=torch.float64)).square().sum()).backward()
-            if i == 1:
-                model.bias.grad[0] = float("nan")
-            scaler.step(optimizer)
-            if fused:
-                assert optimizer.last_step_skipped == (i == 1)
-            scaler.update()
-        results.append((optimizer, list(model.parameters())))
-    assert_same_outcome(*results)
-
-
-# Inference mode -------------------------------------------------------------------------------------------------------
-
-
-@each_class
-def test_steps_inside_inference_mode(name):
-    """The states made there are inference tensors, which torch then refuses to step outside."""
-    twins = Twins(name)
-    for _ in range(2):
-        twins.set_gradients()
-        with torch.inference_mode():
-            twins.edit(lambda o, _: o.step())
-        twins.compare()
-    twins.set_gradients()
-    ours, torchs = (attempt(side.optimizer.step) for side in twins.sides)
-    assert ours is None or ours == torchs
-
-
-@each_class
-def test_parameters_made_in_inference_mode(name):
-    outcomes = []
-    for cls in CLASSES[name]:
-        with torch.inference_mode():
-            p = torch.ones(5)
-        optimizer = cls([p], **OPTIONS[name])
-        with torch.inference_mode():
-            p.grad = torch.ones(5)
-            outcomes.append((attempt(optimizer.step), p.clone()))
-        outcomes[-1] += (attempt(optimizer.step),)
-    assert outcomes[0][0] == outcomes[1][0]
-    assert outcomes[0][2] in (None, outcomes[1][2])  # outside of it torch refuses to write to them
-    with torch.inference_mode():
-        assert_equal(outcomes[0][1], outcomes[1][1])
-
-
-@each_class
-@pytest.mark.parametrize("what", ["parameter", "states", "step"])
-@pytest.mark.parametrize("warm", [False, True], ids=["at first", "after a step in inference mode"])
-def test_inference_tensors_are_written_to_only_in_inference_mode(name, what, warm):
-    outcomes = []
-    for cls, flags in zip(CLASSES[name], ({}, {"foreach": False}), strict=True):
-        p = torch.ones(5, dtype=torch.float64)
-        if what == "parameter":
-            with torch.inference_mode():
-                p = torch.ones(5, dtype=torch.float64)
-        optimizer = cls([p], **OPTIONS[name], **flags)
-        with torch.inference_mode():
-            p.grad = torch.ones(5, dtype=torch.float64)
-            if what != "parameter" or warm:
-                optimizer.step()
-                for key, value in optimizer.state[p].items() if what != "parameter" else ():
-                    with torch.inference_mode((key == "step") == (what == "step")):
-                        optimizer.state[p][key] = value.clone()
-            if warm:
-                optimizer.step()
-                optimizer.step()
-        outcomes.append((attempt(optimizer.step), p.tolist()))
-        with torch.inference_mode():
-            outcomes[-1] += (attempt(optimizer.step), p.tolist())
-    assert outcomes[0][0] == outcomes[1][0]
-    if name == "SGD" and what == "step":
-        return
-    assert outcomes[0][0][0] is RuntimeError and "inference" in outcomes[0][0][1]
-    assert outcomes[0][2] is outcomes[1][2] is None
-
-
-@pytest.mark.slow
-def test_imported_in_inference_mode():
-    """What an ordinary tensor is must not be learnt from one that is not."""
-    program = (
-        "import torch\nwith torch.inference_mode(): import trainopt\n"
-        "p = torch.nn.Parameter(torch.ones(3)); print(trainopt.explain(trainopt.AdamW([p]))[0].path)"
-    )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout.startswith("fused")
 
 
 # The order of states --------------------------------------------------------------------------------------------------
