@@ -116,6 +116,33 @@ def train(directory, result=None, stop_at=None, seed=0, workers=0, number=signal
     return outcome
 
 
+def default_fit(
+    directory, epochs=4, heard=None, model_of=lambda: nn.Linear(3, 4), lr=0.1, momentum=0.0, optimizer=None, **choices
+):
+    """A small run of 4 updates an epoch that says nothing of checkpoints; returns the model and the result.
+
+    Args:
+        choices: fit's, with `schedule` as a function of the optimizer.
+    """
+    torch.manual_seed(0)
+    model = model_of()
+    data = (torch.randn(20, 3), torch.randint(0, 4, (20,)))
+    optimizer = optimizer or trainopt.SGD(model.parameters(), lr=lr, momentum=momentum)
+    make = choices.pop("schedule", None)
+    choices = {"epochs": epochs, "batch_size": 5, "seed": 3, "report": heard or Silent(), **choices}
+    schedule = make and make(optimizer)
+    return model, fit(model, data, nn.CrossEntropyLoss(), optimizer, directory=directory, schedule=schedule, **choices)
+
+
+def held_out():
+    """Data to validate such a run with."""
+    return torch.randn(6, 3), torch.randint(0, 4, (6,))
+
+
+def said(heard, topic="resume"):
+    return [message.text for message in heard.named("Message") if message.topic == topic]
+
+
 def assert_same(a, b, where="run"):
     """Two trees are the same, tensors to the bit."""
     assert type(a) is type(b), where
