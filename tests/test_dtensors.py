@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import trainopt
 from trainopt._extension import _C
 
-OPTIMIZERS = {name: row.ours for name, row in TABLE.items()}
+#: Those whose shards the engine steps.
+OPTIMIZERS = {name: row.ours for name, row in TABLE.items() if not row.factors}
 CASES = {}
 
 

@@ -1,5 +1,6 @@
 """Adafactor."""
 
+import math
 from typing import Any, Unpack
 
 import torch
@@ -8,6 +9,7 @@ from trainopt import originals
 from trainopt.optim import precision
 from trainopt.optim.base import Fused
 from trainopt.optim.options import UnfusedExtras
+from trainopt.optim.trust import sum_of_squares
 
 
 class Adafactor(Fused, originals.Adafactor, rule="adafactor"):
@@ -35,8 +37,9 @@ class Adafactor(Fused, originals.Adafactor, rule="adafactor"):
 
     The states (``row_var`` and ``col_var``, or ``variance``) have the parameter's dtype; of a `state_dtype` of fewer
     bits than float32 only ``variance`` makes use. Arithmetic is float32, or float64 for float64 parameters; sums are
-    float64. Parameters on a CUDA device, and DTensors, are stepped by torch's own code. Source of the formula: Shazeer
-    & Stern, Adafactor: Adaptive learning rates with sublinear memory cost, 2018, arXiv:1804.04235.
+    float64. Parameters on a CUDA device, and DTensors, are stepped by torch's own code, which refuses sharded
+    matrices. Source of the formula: Shazeer & Stern, Adafactor: Adaptive learning rates with sublinear memory cost,
+    2018, arXiv:1804.04235.
     """
 
     _reads_parameter = True
@@ -93,4 +96,4 @@ class Adafactor(Fused, originals.Adafactor, rule="adafactor"):
 
 def _size(tensor: torch.Tensor) -> float:
     """The root of the mean of the squares."""
-    return float(tensor.double().norm()) / max(1, tensor.numel()) ** 0.5
+    return math.sqrt(float(sum_of_squares(tensor)) / max(1, tensor.numel()))
