@@ -1,20 +1,20 @@
-"""linear_cross_entropy is torch's: names, shapes, errors, options, dtypes, module; where torch has none, too."""
+"""linear_cross_entropy is torch's: names, shapes, errors, options, dtypes; where torch has none, too."""
 
-import copy
 import inspect
-import io
-import pickle
 import warnings
 
 import pytest
 import torch
+from helpers import attempt
 from loss_judge import REDUCTIONS, assert_no_worse, classes, random, run
+from ranks import mesh_of_one
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
 import trainopt
 from trainopt import functional
-from trainopt.losses import chunks, linear, older_torch, reference
+from trainopt.losses import chunks, dispatch, linear, older_torch, reference
 from trainopt.losses.options import CrossEntropyOptions
 
 TOKENS, WIDTH, WORDS = 6, 5, 7
@@ -122,6 +122,15 @@ def test_extras_of_a_k_dimensional_loss():
     torch.testing.assert_close(found, expected)
 
 
+def test_without_the_operator(monkeypatch, fallback):
+    """Other devices, subclasses, TRAINOPT_REFERENCE."""
+    expected = functional.linear_cross_entropy(X, W, LABELS, linear_bias=B)
+    monkeypatch.setattr(dispatch, "REFERENCE_FORCED", True)
+    torch.testing.assert_close(functional.linear_cross_entropy(X, W, LABELS, linear_bias=B), expected)
+    on_meta = functional.linear_cross_entropy(X.to("meta"), W.to("meta"), LABELS.to("meta"))
+    assert on_meta.is_meta and on_meta.shape == ()
+
+
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -143,22 +152,14 @@ REFUSED = {
 }
 
 
-def error_of(call):
-    try:
-        call()
-    except Exception as error:
-        return type(error), str(error)
-    return None
-
-
 @pytest.mark.parametrize(("operands", "options"), REFUSED.values(), ids=REFUSED)
 def test_refused_in_torchs_words(operands, options, fallback):
-    expected = error_of(lambda: plain(*operands, **options))
+    expected = attempt(lambda: plain(*operands, **options))
     assert expected is not None
     if hasattr(F, "linear_cross_entropy"):
-        assert error_of(lambda: F.linear_cross_entropy(*operands, **options)) == expected
-    assert error_of(lambda: functional.linear_cross_entropy(*operands, **options)) == expected
-    assert error_of(lambda: functional.linear_cross_entropy(*operands, softcap=3.0, **options)) == expected
+        assert attempt(lambda: F.linear_cross_entropy(*operands, **options)) == expected
+    assert attempt(lambda: functional.linear_cross_entropy(*operands, **options)) == expected
+    assert attempt(lambda: functional.linear_cross_entropy(*operands, softcap=3.0, **options)) == expected
 
 
 def test_names_and_order_of_before_are_refused():
@@ -209,22 +210,8 @@ def test_a_weight_that_is_not_gathered(weight, words):
         functional.linear_cross_entropy(X, weight, LABELS)
 
 
-def test_a_module_whose_weight_is_not_gathered():
-    for out_features in ((), (3,)):
-        module = trainopt.LinearCrossEntropyLoss(WIDTH, WORDS, out_features=out_features)
-        module.linear.weight = nn.Parameter(torch.empty(0))
-        with pytest.raises(RuntimeError, match="gather the weight first"):
-            module(X, LABELS)
-
-
-def test_a_dtensor(tmp_path):
-    from torch import distributed
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
+def test_a_dtensor():
+    with mesh_of_one() as mesh:
         shard = distribute_tensor(W, mesh, [Shard(0)])
         with pytest.raises(RuntimeError, match=r"linear_weight is a DTensor.*input is a Tensor.*full_tensor\(\)"):
             functional.linear_cross_entropy(X, shard, LABELS)
@@ -234,8 +221,6 @@ def test_a_dtensor(tmp_path):
         input, target, weight = (distribute_tensor(tensor, mesh, [Replicate()]) for tensor in (X, LABELS, W))
         found = functional.linear_cross_entropy(input, weight, target)
         torch.testing.assert_close(found.full_tensor(), expected)
-    finally:
-        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("value", [0, -5, 1e6, float("nan"), "1 GB"])
@@ -276,20 +261,23 @@ def seen(monkeypatch):
         found.append(None)
         return torchs(*arguments, **options)
 
-    from trainopt.losses import dispatch
-
     monkeypatch.setattr(dispatch, "torch", Torch())
     if torchs is not None:
         monkeypatch.setattr(linear, "_torch_function", watched)
     return found
 
 
+DEFAULT = chunks.MEMORY_BUDGET // (4 * WORDS)
+
+
 @pytest.mark.parametrize(
     ("options", "chunk"),
     [
-        ({}, chunks.MEMORY_BUDGET // (4 * WORDS)),
-        ({"allow_retain_graph": True}, chunks.MEMORY_BUDGET // (4 * WORDS)),
-        ({"acc_dtype": torch.float32}, chunks.MEMORY_BUDGET // (4 * WORDS)),
+        ({}, DEFAULT),
+        ({"allow_retain_graph": True}, DEFAULT),
+        ({"acc_dtype": torch.float32}, DEFAULT),
+        ({"acc_policy": "accurate"}, DEFAULT),
+        ({"acc_policy": "compact"}, DEFAULT),
         ({"batch_chunk_size": 4}, 4),
         ({"batch_chunk_size": 400}, 400),
         ({"chunking_method": None}, TOKENS),
@@ -299,16 +287,13 @@ def seen(monkeypatch):
         ({"chunking_method": "aspect_ratio:4"}, 1),
         ({"chunking_method": "aspect_ratio:64"}, 1),
         ({"chunking_method": "aspect_ratio:2", "batch_chunk_size": 2}, 2),
-        *(({"acc_policy": policy}, chunks.MEMORY_BUDGET // (4 * WORDS)) for policy in ("accurate", "compact")),
     ],
     ids=str,
 )
 def test_options_say_how_large_a_chunk_is(options, chunk, seen):
-    expected = plain(X, W, LABELS)
-    torch.testing.assert_close(functional.linear_cross_entropy(X, W, LABELS, options=OPTIONS(**options)), expected)
-    torch.testing.assert_close(
-        trainopt.LinearCrossEntropyLoss(WIDTH, WORDS, options=OPTIONS(**options))(X, LABELS).shape, expected.shape
-    )
+    expected, options = plain(X, W, LABELS), OPTIONS(**options)
+    torch.testing.assert_close(functional.linear_cross_entropy(X, W, LABELS, options=options), expected)
+    assert trainopt.LinearCrossEntropyLoss(WIDTH, WORDS, options=options)(X, LABELS).shape == expected.shape
     assert seen == [chunk, chunk]
 
 
@@ -338,14 +323,12 @@ def test_a_gpu_chooses_its_chunks_unless_it_is_told():
 
 
 def test_options_that_contradict_each_other():
-    for options in ({"batch_chunk_size": 3, "chunking_method": "aspect_ratio"},):
-        call = lambda side, options=options: side.linear_cross_entropy(X, W, LABELS, options=OPTIONS(**options))  # noqa: E731
-        with pytest.raises(
-            ValueError, match=r"batch_chunk_size \(=3\).*give different chunk sizes \(3 vs 4\)"
-        ) as caught:
-            call(functional)
-        if hasattr(F, "linear_cross_entropy"):
-            assert error_of(lambda: call(F)) == (ValueError, str(caught.value))  # noqa: B023
+    options = OPTIONS(batch_chunk_size=3, chunking_method="aspect_ratio")
+    with pytest.raises(ValueError, match=r"batch_chunk_size \(=3\).*give different chunk sizes \(3 vs 4\)") as caught:
+        functional.linear_cross_entropy(X, W, LABELS, options=options)
+    if hasattr(F, "linear_cross_entropy"):
+        refused = attempt(lambda: F.linear_cross_entropy(X, W, LABELS, options=options))
+        assert refused == (ValueError, str(caught.value))
     with pytest.raises(ValueError, match=r"memory_budget \(=100\) and options \(batch_chunk_size=3.*pass only one"):
         functional.linear_cross_entropy(X, W, LABELS, options=OPTIONS(batch_chunk_size=3), memory_budget=100)
     functional.linear_cross_entropy(X, W, LABELS, options=OPTIONS(), memory_budget=100)
@@ -370,8 +353,11 @@ def test_accumulation_in_16_bits_on_an_older_torch(monkeypatch):
 
 @has_torchs
 def test_an_accumulation_that_torch_refuses():
-    call = lambda side: side.linear_cross_entropy(X, W, LABELS, options=OPTIONS(acc_dtype=torch.float64))  # noqa: E731
-    assert error_of(lambda: call(functional)) == error_of(lambda: call(F)) is not None
+    options = OPTIONS(acc_dtype=torch.float64)
+    ours, torchs = (
+        attempt(lambda side=side: side.linear_cross_entropy(X, W, LABELS, options=options)) for side in (functional, F)
+    )
+    assert ours == torchs is not None
 
 
 def test_options_that_are_ignored_with_a_warning(fallback):
@@ -456,124 +442,3 @@ def test_a_float32_loss_of_float16_survives_the_scale_of_gradscaler():
 def test_no_floating_dtype(value):
     with pytest.raises(ValueError, match="out_dtype must be a floating dtype"):
         functional.linear_cross_entropy(X, W, LABELS, out_dtype=value)
-
-
-# The module -----------------------------------------------------------------------------------------------------------
-
-MODULES = {
-    "plain": {},
-    "all": {"bias": True, "weight": CLASS_WEIGHT, "label_smoothing": 0.1, "ignore_index": 2, "reduction": "sum"},
-    "K-dimensional": {"out_features": (3, 2), "bias": True},
-    "options": {"options": OPTIONS(batch_chunk_size=2)},
-}
-each_module = pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
-
-
-@has_torchs
-@each_module
-def test_the_module_is_torchs(options):
-    torch.manual_seed(0)
-    ours = trainopt.LinearCrossEntropyLoss(WIDTH, WORDS, **options)
-    torch.manual_seed(0)
-    torchs = nn.LinearCrossEntropyLoss(WIDTH, WORDS, **options)
-    assert isinstance(ours, nn.LinearCrossEntropyLoss) and repr(ours) == repr(torchs)
-    assert ours.state_dict().keys() == torchs.state_dict().keys()
-    target = DEEP_LABELS if options.get("out_features") else LABELS
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for module in (ours, torchs):
-            module(X, target).backward()
-    torch.testing.assert_close(ours(X, target), torchs(X, target))
-    for (name, mine), theirs in zip(ours.named_parameters(), torchs.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
-    torchs.load_state_dict(ours.state_dict())
-    ours.load_state_dict(torchs.state_dict())
-
-
-@each_module
-def test_the_module_of_an_older_torch(options, monkeypatch):
-    """The one whose base trainopt makes itself."""
-    monkeypatch.setattr(linear, "_torch_function", None)
-    body = dict(vars(trainopt.LinearCrossEntropyLoss))
-    body = {name: body[name] for name in ("forward", *trainopt.LinearCrossEntropyLoss.EXTRAS)}
-    older = type("LinearCrossEntropyLoss", (older_torch.LinearCrossEntropyLoss,), body)
-    torch.manual_seed(0)
-    module = older(WIDTH, WORDS, **options)
-    torch.manual_seed(0)
-    same = trainopt.LinearCrossEntropyLoss(WIDTH, WORDS, **options)
-    assert isinstance(module, nn.Module) and repr(module) == repr(same)
-    assert module.state_dict().keys() == same.state_dict().keys()
-    target = DEEP_LABELS if options.get("out_features") else LABELS
-    torch.testing.assert_close(module(X, target), same(X, target))
-
-
-def test_arguments_that_the_module_refuses():
-    for options, words in (
-        ({"weight": torch.ones(6)}, r"expected weight shape to be \(7,\), got \(6,\)"),
-        ({"label_smoothing": 1.5}, r"expected label_smoothing to be in range \[0, 1\], got 1.5"),
-    ):
-        for module in (trainopt.LinearCrossEntropyLoss, older_torch.LinearCrossEntropyLoss):
-            with pytest.raises(RuntimeError, match=words):
-                module(WIDTH, WORDS, **options)
-
-
-def test_the_module_is_the_function_with_its_own_layer():
-    extras = {"z_loss": 0.1, "softcap": 3.0, "empty": "zero", "memory_budget": 100, "out_dtype": torch.float64}
-    extras["temperature"] = 2.0
-    module = trainopt.LinearCrossEntropyLoss(WIDTH, WORDS, bias=True, return_z_loss=True, **extras)
-    found = module(X, LABELS)
-    layer = module.linear
-    expected = functional.linear_cross_entropy(
-        X, layer.weight, LABELS, linear_bias=layer.bias, return_z_loss=True, **extras
-    )
-    torch.testing.assert_close(found, expected)
-
-
-def test_the_modules_weight_can_be_tied_and_its_hooks_fire():
-    embedding = nn.Embedding(WORDS, WIDTH)
-    module = trainopt.LinearCrossEntropyLoss(WIDTH, WORDS)
-    module.linear.weight = embedding.weight
-    seen = []
-    module.register_forward_pre_hook(lambda module, _: seen.append(module.linear.weight.shape))
-    module(embedding(torch.arange(TOKENS)), LABELS).backward()
-    assert seen == [(WORDS, WIDTH)] and embedding.weight.grad.abs().sum() > 0
-
-
-@each_module
-def test_the_module_can_be_copied_pickled_and_saved(options):
-    module = trainopt.LinearCrossEntropyLoss(WIDTH, WORDS, out_dtype=torch.float64, **options)
-    target = DEEP_LABELS if options.get("out_features") else LABELS
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(file, weights_only=False)):
-        assert type(other) is type(module) and torch.equal(other(X, target), module(X, target))
-
-
-@has_torchs
-def test_a_pickle_of_torchs_module_becomes_ours():
-    """As it does where ours stands in torch's place when it is loaded."""
-    torchs = nn.LinearCrossEntropyLoss(WIDTH, WORDS, bias=True)
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            return (
-                trainopt.LinearCrossEntropyLoss
-                if name == "LinearCrossEntropyLoss"
-                else super().find_class(module, name)
-            )
-
-    ours = Unpickler(io.BytesIO(pickle.dumps(torchs))).load()
-    assert type(ours) is trainopt.LinearCrossEntropyLoss
-    torch.testing.assert_close(ours(X, LABELS), torchs(X, LABELS))
-
-
-def test_without_the_operator(monkeypatch, fallback):
-    """Other devices, subclasses, TRAINOPT_REFERENCE."""
-    from trainopt.losses import dispatch
-
-    expected = functional.linear_cross_entropy(X, W, LABELS, linear_bias=B)
-    monkeypatch.setattr(dispatch, "REFERENCE_FORCED", True)
-    torch.testing.assert_close(functional.linear_cross_entropy(X, W, LABELS, linear_bias=B), expected)
-    on_meta = functional.linear_cross_entropy(X.to("meta"), W.to("meta"), LABELS.to("meta"))
-    assert on_meta.is_meta and on_meta.shape == ()
