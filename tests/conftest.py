@@ -180,6 +180,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """Runs the test in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(params=VARIANTS)
 def variant(request):
     """Each SIMD variant that the processor can run, set for the test."""
