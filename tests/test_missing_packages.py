@@ -1,5 +1,6 @@
 """Where an optional package is not installed, the tests that need it are skipped by its name, and the others run."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,9 +48,10 @@ def test_a_file_that_needs_it_is_skipped(missing, skipped):
 
 def test_any_other_module_that_is_missing_is_an_error(tmp_path):
     """As one of this suite's own, or of trainopt."""
-    for name in ("conftest.py", "devices.py"):
-        (tmp_path / name).write_text((HERE / name).read_text())
+    (tmp_path / "conftest.py").write_text((HERE / "conftest.py").read_text())
     (tmp_path / "test_it.py").write_text("import no_such_module\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    run = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])  # of what conftest.py imports
+    environment = {**os.environ, "PYTHONPATH": paths}
+    run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 2 and "No module named 'no_such_module'" in run.stdout
