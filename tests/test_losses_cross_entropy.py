@@ -67,6 +67,8 @@ def compare(device, logits, target, dtype, weighted=False, ours=functional.cross
         dtype,
         options,
         constants=[target, weight_of(logits, weighted)],
+        # A small loss is what is left of two numbers of the logits' size; the truth in float64 is no nearer than that.
+        loss_unit=1.0 if dtype == torch.float64 else 0.0,
         gradient_unit=max(gradient_unit, float(is_one_class)),
     )
 
