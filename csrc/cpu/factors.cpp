@@ -78,12 +78,13 @@ void move(bool is_float64, const FactorSettings& settings, FactoredTensor& facto
 
 }  // namespace
 
-FactorCut::FactorCut(const FactoredShape& given) : shape(given) {
+FactorCut::FactorCut(const FactoredShape& shape) {
   const int64_t elements = shape.rows * shape.columns;  // not 0
   is_whole = elements <= kPartElements;
   matrices_of_part = is_whole ? std::max<int64_t>(1, kSmallElements / elements) : 1;
   columns_of_part = is_whole ? shape.columns : std::min(shape.columns, kStripColumns);
   rows_of_part = is_whole ? shape.rows : std::max<int64_t>(1, kPartElements / columns_of_part);
+  stacks = quotient(shape.matrices, matrices_of_part);
   groups = quotient(shape.rows, rows_of_part);
   strips = quotient(shape.columns, columns_of_part);
 }
@@ -128,7 +129,6 @@ void add_squares(const TensorTask& task, bool is_float64, const FactorSettings& 
 }
 
 void move_factors(bool is_float64, const FactorSettings& settings, FactoredTensor& factors) {
-  if (factors.cut.is_whole) return;  // each part has
   move(is_float64, settings, factors, 0, factors.shape.matrices, {factors.row_sums.data(), factors.column_sums.data()});
 }
 

@@ -1,6 +1,7 @@
 // Moving averages of the gradient's squares over each row and each column of a matrix, for rules that have these in
 // place of an average for each element. They are moved on before the reduce phase, by one more pass over the gradient:
-// `add_squares` for every part of a tensor, in any order and by any thread; then `move_factors`.
+// `add_squares` for every part of a tensor, in any order and by any thread; then, where parts are not whole matrices,
+// `move_factors`.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +17,12 @@ namespace trainopt::cpu {
 // threads. A part is some whole matrices, which need nothing of other parts; or some rows of a strip of one matrix's
 // columns, whose sums stay in the nearest cache.
 struct FactorCut {
-  FactoredShape shape;
   bool is_whole;
   int64_t matrices_of_part, rows_of_part, columns_of_part;
-  int64_t groups, strips;  // of one matrix: of rows, and of columns
+  int64_t stacks, groups, strips;  // of matrices; and of one matrix, groups of rows and strips of columns
 
   explicit FactorCut(const FactoredShape& shape);
-  int64_t parts() const { return (shape.matrices + matrices_of_part - 1) / matrices_of_part * groups * strips; }
+  int64_t parts() const { return stacks * groups * strips; }
 };
 
 // The parameter's averages, and what a step makes of them.

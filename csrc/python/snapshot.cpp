@@ -150,12 +150,12 @@ bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11:
     Role role = Role::kIgnored;
     const bool is_of_one = name >= count_name && name < past_names;
     if (value != Py_None && (is_of_one || (name < count_name && contains(wanted, name)))) {
-      role = name > count_name                                              ? Role::kNumber
-             : name == count_name                                           ? Role::kCount
-             : name >= first_scale                                          ? Role::kScale
-             : name >= rule.slots().states || !contains(rule.factors, name) ? Role::kState
-             : name == 0 || !contains(rule.factors, name - 1)               ? Role::kRows
-                                                                            : Role::kColumns;
+      role = name > count_name                ? Role::kNumber
+             : name == count_name             ? Role::kCount
+             : name >= first_scale            ? Role::kScale
+             : !contains(rule.factors, name)  ? Role::kState
+             : name == first_of(rule.factors) ? Role::kRows
+                                              : Role::kColumns;
       const bool is_plain = role == Role::kScale || role == Role::kCount || role == Role::kNumber;
       const c10::TensorImpl* tensor = see_state(value, is_plain, specs, operands);
       if (tensor == nullptr) break;

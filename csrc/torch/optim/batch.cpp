@@ -292,6 +292,10 @@ void Batch::move_factors(const cpu::Update (&updates)[2]) {
       cpu::add_squares(*task, is_float64, settings, *factors, i - starts[m]);
     }
   });
+  // Parts that are whole matrices have moved theirs on.
+  const auto is_done = [](const Matrix& matrix) { return matrix.factors->cut.is_whole; };
+  matrices.erase(std::remove_if(matrices.begin(), matrices.end(), is_done), matrices.end());
+  if (matrices.empty()) return;
   const auto count = static_cast<int64_t>(matrices.size());
   in_parts(parts, [&](int64_t part) {
     for (int64_t m = cut(count, part, parts); m < cut(count, part + 1, parts); ++m) {

@@ -113,21 +113,20 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   const Slots slots = rule_.slots();
   const bool param_is_16_bit = is_16_bit(task->param.dtype);
   const bool is_factored = rule_.factors != 0 && param->dim() > 1;
+  const StateSet of_it = states_of_one(static_cast<StateSet>(~0u), rule_.factors, param->dim());
   if (rule_.factors != 0 && (on_cuda || operands.shard != nullptr)) return Path::kFactors;
   bool in_two_parts = false;
   for (int s = 0; s <= slots.average(); ++s) {
     TensorView& view = task->state[s];
     view = {};
     const c10::TensorImpl* state = operands.states[s];
-    const bool is_factor = contains(rule_.factors, s);
-    if (state == nullptr || (is_factor && !is_factored)) continue;
-    if (is_factor) {
+    if (state == nullptr || (s < slots.states && !contains(of_it, s))) continue;
+    if (contains(rule_.factors, s)) {
       if (!is_beside(state) || !is_factor_of(param, state, s == first_of(rule_.factors)) || state->requires_grad())
         return Path::kStateForm;
       writes(state);
       continue;
     }
-    if (is_factored && s < slots.states) continue;
     const c10::TensorImpl* scale = s < slots.states ? operands.states[slots.scale(s)] : nullptr;
     const bool has_codes = read_codes(state, scale, contains(rule_.unsigned_states, s), &view);
     if (has_codes && task->param.dtype == DType::kFloat64) return Path::kStateForm;  // float64 arithmetic has no codes
@@ -181,8 +180,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
 
   if (is_factored && !factor(operands, task)) return Path::kDtype;
   // Random numbers belong to the logical element, whatever the memory format; and so do rows and columns.
-  const bool logical_order =
-      (is_random && !param->is_contiguous()) || (is_factored && !in_order) || (is_factored && !param->is_contiguous());
+  const bool logical_order = is_factored ? !(in_order && param->is_contiguous()) : is_random && !param->is_contiguous();
   if (in_order && !logical_order) return Path::kFused;
   if (in_two_parts && logical_order) return Path::kMemory;
   std::vector<Arranged> arranged{{param, &task->param}};
