@@ -1,7 +1,5 @@
-"""The schedule-free optimizers: their modes, the numbers of their groups, and hundreds of steps."""
+"""The schedule-free optimizers: hundreds of steps, the numbers of their groups, how z is stored, what is refused."""
 
-import copy
-import io
 import itertools
 import math
 
@@ -9,67 +7,10 @@ import pytest
 import torch
 from helpers import OPTIONS, assert_same_bits, error_of, snapshot
 from optimizer_table import TABLE
-from ranks import mesh_of_one
-from torch.distributed.tensor import Shard, distribute_tensor
+from schedule_free import NAMES, assert_same_values, each_class, numbers, step, stepped, values
 
 import trainopt
-from trainopt.optim import code8
-from trainopt.optim.stats import whole
 from trainopt.schedules import cosine
-
-NAMES = ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
-each_class = pytest.mark.parametrize("name", NAMES)
-
-#: How parameters and states are stored: dtype and options.
-STORED = {
-    "float32": (torch.float32, {}),
-    "float64": (torch.float64, {}),
-    "complex64": (torch.complex64, {}),
-    "bfloat16": (torch.bfloat16, {}),
-    "float16": (torch.float16, {}),
-    "bfloat16, states float32": (torch.bfloat16, {"state_dtype": "float32"}),
-    "8bit": (torch.float32, {"state_dtype": "8bit"}),
-    "master": (torch.bfloat16, {"precision": "master"}),
-    "float16 master": (torch.float16, {"precision": "master"}),
-    "master24, 8bit": (torch.bfloat16, {"precision": "master24", "state_dtype": "8bit"}),
-    "stochastic": (torch.bfloat16, {"precision": "stochastic"}),
-}
-each_storage = pytest.mark.parametrize("storage", STORED)
-SHAPES = ((), (7,), (33, 20), (0, 3), (5000,))
-
-
-def momentum_of(optimizer):
-    group = optimizer.param_groups[0]
-    return group["momentum"] if "momentum" in group else group["betas"][0]
-
-
-def numbers(optimizer):
-    return [
-        {key: group[key] for key in ("k", "weight_sum", "lr_max", "scheduled_lr")} for group in optimizer.param_groups
-    ]
-
-
-def stepped(name, dtype=torch.float32, steps=3, shapes=SHAPES, **options):
-    """An optimizer after some steps of random gradients, and its parameters."""
-    torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-    optimizer = getattr(trainopt, name)(params, **{**OPTIONS[name], **options})
-    optimizer.train()
-    return optimizer, step(optimizer, params, steps)
-
-
-def step(optimizer, params, steps=1, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        for p in params:
-            p.grad = torch.randn(p.shape, dtype=p.dtype, generator=generator)
-        optimizer.step()
-    return params
-
-
-def values(params):
-    return [p.detach().clone() for p in params]
-
 
 # Hundreds of steps ----------------------------------------------------------------------------------------------------
 
@@ -131,157 +72,10 @@ def test_the_average_is_that_of_the_iterates(name):
     assert optimizer.param_groups[0]["weight_sum"] == pytest.approx(total, rel=1e-14)
 
 
-# Modes ----------------------------------------------------------------------------------------------------------------
-
-
-@each_storage
-@each_class
-def test_evaluating_leaves_no_trace(name, storage, monkeypatch):
-    monkeypatch.setattr(code8, "LEAST_ELEMENTS", 0)
-    dtype, options = STORED[storage]
-    optimizer, params = stepped(name, dtype, **options)
-    before = snapshot(optimizer)
-    optimizer.eval()
-    evaluated = values(params)
-    assert not torch.equal(evaluated[4], before["params"][4]) and not optimizer.param_groups[0]["train_mode"]
-    optimizer.eval()
-    assert all(map(torch.equal, values(params), evaluated))
-    optimizer.train()
-    assert_same_bits(before, snapshot(optimizer))
-    optimizer.train()
-    assert_same_bits(before, snapshot(optimizer))
-    assert not optimizer._trained  # the copies are gone
-
-
-@each_storage
-@each_class
-def test_eval_gives_x(name, storage):
-    dtype, options = STORED[storage]
-    optimizer, params = stepped(name, dtype, **options)
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    held = [dict(optimizer.state[p]) for p in params]
-    y = [p.detach().to(wide, copy=True) for p in params]
-    optimizer.eval()
-    slack = 4 * torch.finfo(dtype).eps
-    for p, q, own in zip(params, y, held, strict=True):
-        z, beta = own["z"].to(wide), momentum_of(optimizer)
-        torch.testing.assert_close(p.detach().to(wide), (q - (1 - beta) * z) / beta, rtol=slack, atol=4 * slack)
-
-
-@each_storage
-def test_what_is_written_in_eval_mode_counts(storage):
-    dtype, options = STORED[storage]
-    optimizer, params = stepped("AdamWScheduleFree", dtype, **options)
-    y = values(params)
-    optimizer.eval()
-    with torch.no_grad():
-        params[4][::2] = 0.5
-    optimizer.train()
-    assert torch.equal(params[4][1::2], y[4][1::2])
-    beta, z = momentum_of(optimizer), optimizer.state[params[4]]["z"][::2]
-    expected = (1 - beta) * z + beta * 0.5
-    torch.testing.assert_close(params[4].detach()[::2], expected.to(dtype), rtol=4e-3, atol=4e-3)
-    assert all(torch.equal(p, q) for p, q in zip(params[:4], y[:4], strict=True))
-
-
-def test_what_is_not_finite_comes_back(dtype=torch.float32):
-    optimizer, (p,) = stepped("SGDScheduleFree", shapes=((4,),))
-    with torch.no_grad():
-        p[:3] = torch.tensor([math.nan, math.inf, -0.0])
-    before = snapshot(optimizer)
-    optimizer.eval()
-    optimizer.train()
-    assert_same_bits(before, snapshot(optimizer))
-
-
-@each_class
-def test_a_step_in_eval_mode_raises_and_changes_nothing(name):
-    p = torch.nn.Parameter(torch.ones(3))
-    p.grad = torch.ones(3)
-    optimizer = getattr(trainopt, name)([p])
-    called = []
-    for _ in range(2):
-        before = snapshot(optimizer)
-        with pytest.raises(RuntimeError, match=r"in eval mode.*optimizer\.train\(\)"):
-            optimizer.step(lambda: called.append(0))
-        assert_same_bits(before, snapshot(optimizer))
-        optimizer.train()
-        optimizer.step()
-        optimizer.eval()
-    assert not called
-
-
-def test_groups_that_are_added_have_the_mode_of_the_others():
-    optimizer, params = stepped("AdamWScheduleFree", shapes=((3,), (4,)))
-    late = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
-    optimizer.add_param_group({"params": late[:1], "lr": 0.1})
-    step(optimizer, [*params, late[0]])
-    assert [group["k"] for group in optimizer.param_groups] == [4, 1]
-    optimizer.eval()
-    optimizer.add_param_group({"params": late[1:]})
-    assert not any(group["train_mode"] for group in optimizer.param_groups)
-    optimizer.train()
-    step(optimizer, [*params, *late])
-    optimizer.eval()
-
-
-def test_modes_are_not_changed_where_the_parameters_are_averages():
-    optimizer, params = stepped("SGDScheduleFree", ema_decay=0.9)
-    for act in (optimizer.eval, optimizer.train):
-        with optimizer.averaged_parameters():
-            held = values(params)
-            with pytest.raises(RuntimeError, match=r"inside averaged_parameters"):
-                act()
-            assert all(map(torch.equal, values(params), held))
-    optimizer.eval()
-    with pytest.raises(RuntimeError, match="eval mode"):
-        optimizer.step()
-
-
-def test_shards_change_modes_as_the_whole_does():
-    outcomes = []
-    with mesh_of_one() as mesh:
-        for spread in (torch.clone, lambda whole: distribute_tensor(whole, mesh, [Shard(0)])):
-            generator = torch.Generator().manual_seed(5)
-            shapes = ((33, 20), (7,))
-            params = [torch.nn.Parameter(spread(torch.randn(shape, generator=generator))) for shape in shapes]
-            optimizer = trainopt.AdamWScheduleFree(params, **OPTIONS["AdamWScheduleFree"])
-            optimizer.train()
-            for _ in range(3):
-                for p in params:
-                    p.grad = spread(torch.randn(p.shape, generator=generator))
-                optimizer.step()
-            seen = []
-            for act in (optimizer.eval, optimizer.train):
-                act()
-                seen += [whole(p.detach()).clone() for p in params]
-            outcomes.append(seen)
-    assert all(map(torch.equal, *outcomes)) and not torch.equal(outcomes[0][0], outcomes[0][2])
-
-
-def test_parameters_without_a_state_are_left_alone():
-    used, unused = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    optimizer = trainopt.SGDScheduleFree([used, unused], lr=0.1)
-    optimizer.train()
-    step(optimizer, [used], 2)
-    optimizer.eval()
-    assert torch.equal(unused.detach(), torch.ones(3)) and unused not in optimizer.state
-
-
 # Numbers of the groups ------------------------------------------------------------------------------------------------
 
-KEYS = {
-    "params",
-    "lr",
-    "r",
-    "k",
-    "train_mode",
-    "weight_sum",
-    "lr_max",
-    "scheduled_lr",
-    "weight_lr_power",
-    "weight_decay",
-}
+KEYS = {"params", "lr", "r", "k", "train_mode", "weight_sum", "lr_max", "scheduled_lr", "weight_lr_power"}
+KEYS |= {"weight_decay"}
 OWN_KEYS = {
     "AdamWScheduleFree": {"betas", "eps", "warmup_steps", "foreach"},
     "RAdamScheduleFree": {"betas", "eps", "silent_sgd_phase", "foreach"},
@@ -308,9 +102,8 @@ def test_warm_up_and_a_changing_rate_are_in_the_weights():
         step(optimizer, [p])
         (found,) = numbers(optimizer)
         assert found["k"] == k + 1 and found["scheduled_lr"] == pytest.approx(rate)
-        assert found["lr_max"] == pytest.approx(max(rates[: k + 1])) and found["weight_sum"] == pytest.approx(
-            sum(weights[: k + 1])
-        )
+        assert found["lr_max"] == pytest.approx(max(rates[: k + 1]))
+        assert found["weight_sum"] == pytest.approx(sum(weights[: k + 1]))
 
 
 def not_made(kind, optimizer, params):
@@ -377,93 +170,33 @@ def test_a_grad_scaler_leaves_out_what_overflows():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_schedules_drive_it():
-    for scheduler_of in (
-        lambda optimizer: trainopt.Schedule(optimizer, lr=cosine(until=8)),
-        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(until=8)),
-    ):
-        p = torch.nn.Parameter(torch.ones(3))
-        optimizer = trainopt.AdamWScheduleFree([p], lr=0.1, warmup_steps=2)
-        optimizer.train()
-        scheduler, rates = scheduler_of(optimizer), []
-        for _ in range(5):
-            step(optimizer, [p])
-            scheduler.step()
-            rates.append(optimizer.param_groups[0]["scheduled_lr"])
-        assert rates == pytest.approx([0.1 * cosine(until=8)(k) * min(1, (k + 1) / 2) for k in range(5)])
+CURVE = cosine(until=8)
+SCHEDULERS = {
+    "ours": lambda optimizer: trainopt.Schedule(optimizer, lr=CURVE),
+    "torch's": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, CURVE),
+}
+
+
+@pytest.mark.parametrize("scheduler_of", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_schedules_drive_it(scheduler_of):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = trainopt.AdamWScheduleFree([p], lr=0.1, warmup_steps=2)
+    optimizer.train()
+    scheduler, rates = scheduler_of(optimizer), []
+    for _ in range(5):
+        step(optimizer, [p])
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["scheduled_lr"])
+    assert rates == pytest.approx([0.1 * CURVE(k) * min(1, (k + 1) / 2) for k in range(5)])
 
 
 @each_class
 def test_a_compiled_step_runs_as_it_is(name):
-    optimizer, params = stepped(name)
-    other, others = stepped(name)
-    for now, (held, of) in enumerate([(optimizer, params), (other, others)]):
-        made = torch.compile(held.step, backend="eager") if now else held.step
-        for seed in range(3):
-            generator = torch.Generator().manual_seed(seed)
-            for p in of:
-                p.grad = torch.randn(p.shape, generator=generator)
-            made()
-    assert_same_values(snapshot(optimizer), snapshot(other))
-    assert other.completed_steps == 6
-
-
-def assert_same_values(one, other):
-    """Of two optimizers, whatever the order of their states' keys."""
-    sides = [
-        {**side, "members": [], "states": [dict(sorted(state.items())) for state in side["states"]]}
-        for side in (one, other)
-    ]
-    assert_same_bits(*sides)
-
-
-# Saving and loading ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@each_storage
-@each_class
-def test_a_checkpoint_of_either_mode_goes_on(name, storage, mode, monkeypatch):
-    monkeypatch.setattr(code8, "LEAST_ELEMENTS", 0)
-    dtype, options = STORED[storage]
-    optimizer, params = stepped(name, dtype, **options)
-    if mode == "eval":
-        optimizer.eval()
-    file = io.BytesIO()
-    torch.save({"params": values(params), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    again = [torch.nn.Parameter(p) for p in saved["params"]]
-    resumed = getattr(trainopt, name)(again, **{**OPTIONS[name], **options})
-    resumed.load_state_dict(saved["optimizer"])
-    assert_same_values(snapshot(optimizer), snapshot(resumed))
-    for held in (optimizer, resumed):
-        held.train()
-        step(held, params if held is optimizer else again, 2)
-    if mode == "train":
-        assert_same_values(snapshot(optimizer), snapshot(resumed))
-        return
-    assert numbers(optimizer) == numbers(resumed)
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    slack = 8 * torch.finfo(dtype).eps  # y of the file is told from x and z
-    for p, q in zip(params, again, strict=True):
-        torch.testing.assert_close(p.detach().to(wide), q.detach().to(wide), rtol=slack, atol=4 * slack)
-
-
-def test_what_was_kept_is_not_that_of_a_loaded_state():
-    optimizer, params = stepped("AdamWScheduleFree")
-    saved, weights = copy.deepcopy(optimizer.state_dict()), values(params)
-    step(optimizer, params, 3, seed=9)
-    optimizer.eval()
-    optimizer.load_state_dict(saved)  # of train mode
-    with torch.no_grad():
-        for p, value in zip(params, weights, strict=True):
-            p.copy_(value)
-    optimizer.train()
-    assert all(map(torch.equal, values(params), weights))
-    optimizer.eval()
-    twin = copy.deepcopy(optimizer)
-    assert not twin._trained and not twin.param_groups[0]["train_mode"]
+    (plain, params), (compiled, others) = stepped(name), stepped(name)
+    step(plain, params, 3, seed=2)
+    step(compiled, others, 3, seed=2, make=torch.compile(compiled.step, backend="eager"))
+    assert_same_values(snapshot(plain), snapshot(compiled))
+    assert compiled.completed_steps == 6
 
 
 # How z is stored ------------------------------------------------------------------------------------------------------
@@ -480,6 +213,7 @@ def test_what_was_kept_is_not_that_of_a_loaded_state():
         (torch.bfloat16, {"precision": "master"}, (torch.float32, torch.bfloat16)),
         (torch.bfloat16, {"precision": "stochastic"}, (torch.float32, torch.bfloat16)),
     ],
+    ids=str,
 )
 def test_z_is_stored_as_a_weight(dtype, options, found):
     optimizer, (p,) = stepped("AdamWScheduleFree", dtype, shapes=((5000,),), **options)
@@ -517,23 +251,25 @@ def test_states_are_converted():
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
+REFUSED = [
+    ("AdamWScheduleFree", {"betas": (0.0, 0.9)}, ValueError, r"Invalid betas: \(0\.0, 0\.9\)"),
+    ("AdamWScheduleFree", {"betas": (1.0, 0.9)}, ValueError, "beta parameter at index 0"),
+    ("AdamWScheduleFree", {"betas": (0.9, 1.0)}, ValueError, "beta parameter at index 1"),
+    ("AdamWScheduleFree", {"warmup_steps": -1}, ValueError, "Invalid warmup_steps value: -1"),
+    ("AdamWScheduleFree", {"silent_sgd_phase": False}, TypeError, "unexpected keyword argument 'silent_sgd_phase'"),
+    ("AdamWScheduleFree", {"momentum": 0.5}, TypeError, "unexpected keyword argument 'momentum'"),
+    ("RAdamScheduleFree", {"warmup_steps": 1}, TypeError, "unexpected keyword argument 'warmup_steps'"),
+    ("RAdamScheduleFree", {"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+    ("SGDScheduleFree", {"momentum": 0.0}, ValueError, "Invalid momentum: 0.0"),
+    ("SGDScheduleFree", {"momentum": 1.0}, ValueError, "Invalid momentum: 1.0"),
+    ("SGDScheduleFree", {"state_dtype": {"z": "8bit"}}, ValueError, "Invalid state_dtype of 'z': '8bit'"),
+    ("SGDScheduleFree", {"state_dtype": {"z": torch.bfloat16}}, ValueError, "Invalid state_dtype of 'z'"),
+    ("SGDScheduleFree", {"cautious_weight_decay": True}, ValueError, "cautious_weight_decay=True is for"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "error", "words"),
-    [
-        ("AdamWScheduleFree", {"betas": (0.0, 0.9)}, ValueError, r"Invalid betas: \(0\.0, 0\.9\)"),
-        ("AdamWScheduleFree", {"betas": (1.0, 0.9)}, ValueError, "beta parameter at index 0"),
-        ("AdamWScheduleFree", {"betas": (0.9, 1.0)}, ValueError, "beta parameter at index 1"),
-        ("AdamWScheduleFree", {"warmup_steps": -1}, ValueError, "Invalid warmup_steps value: -1"),
-        ("AdamWScheduleFree", {"silent_sgd_phase": False}, TypeError, "unexpected keyword argument 'silent_sgd_phase'"),
-        ("AdamWScheduleFree", {"momentum": 0.5}, TypeError, "unexpected keyword argument 'momentum'"),
-        ("RAdamScheduleFree", {"warmup_steps": 1}, TypeError, "unexpected keyword argument 'warmup_steps'"),
-        ("RAdamScheduleFree", {"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
-        ("SGDScheduleFree", {"momentum": 0.0}, ValueError, "Invalid momentum: 0.0"),
-        ("SGDScheduleFree", {"momentum": 1.0}, ValueError, "Invalid momentum: 1.0"),
-        ("SGDScheduleFree", {"state_dtype": {"z": "8bit"}}, ValueError, "Invalid state_dtype of 'z': '8bit'"),
-        ("SGDScheduleFree", {"state_dtype": {"z": torch.bfloat16}}, ValueError, "Invalid state_dtype of 'z'"),
-        ("SGDScheduleFree", {"cautious_weight_decay": True}, ValueError, "cautious_weight_decay=True is for"),
-    ],
+    ("name", "options", "error", "words"), REFUSED, ids=[f"{name}, {options}" for name, options, *_ in REFUSED]
 )
 def test_what_makes_no_sense(name, options, error, words):
     p = torch.nn.Parameter(torch.ones(3))
