@@ -186,6 +186,21 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Sixty random digits in place of the 5,000, so that a run takes no time."""
+    from trainopt.experiments import digits, mnist
+
+    def make(seed):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(60) % 10
+        images = torch.rand(60, 784, generator=generator) * 0.1
+        images[torch.arange(60), labels] = 1
+        return mnist.Digits(images[20:], labels[20:], images[:20], labels[:20])
+
+    monkeypatch.setattr(digits, "embedded_digits", make)
+
+
 @pytest.fixture(params=VARIANTS)
 def variant(request):
     """Each SIMD variant that the processor can run, set for the test."""

