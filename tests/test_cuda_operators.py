@@ -76,7 +76,9 @@ def test_fake_optimizer_steps():
         p, g, m = (torch.empty(3, device="cuda") for _ in range(3))
         lr = torch.tensor(0.1)
         assert OPS.optimizer_step_("sgd", [p], [g], [m], [], lr, [0.9, 0.0, 0.0]) is None
-        with pytest.raises(ValueError, match="there is no rule 'nadam'"):
+        with pytest.raises(ValueError, match="there is no rule 'lbfgs'"):
+            OPS.optimizer_step_("lbfgs", [p], [g], [m], [], lr, [0.9, 0.0, 0.0])
+        with pytest.raises(ValueError, match="nadam has states that are numbers"):
             OPS.optimizer_step_("nadam", [p], [g], [m], [], lr, [0.9, 0.0, 0.0])
         with pytest.raises(ValueError, match="gradients: 0 for 1 params"):
             OPS.optimizer_step_("sgd", [p], [], [m], [], lr, [0.9, 0.0, 0.0])
