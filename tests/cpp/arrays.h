@@ -75,11 +75,11 @@ class Array {
 
   // Whether all memory that belongs to no element is as it was.
   bool is_intact() const {
-    std::vector<bool> owned(static_cast<size_t>(size_));
-    for (int64_t i = 0; i < numel_; ++i)
-      for (int64_t b = 0; b < size_of(dtype_); ++b) owned[static_cast<size_t>(place(i) - memory_ + b)] = true;
+    std::vector<unsigned char> owned(static_cast<size_t>(size_));
+    const auto width = static_cast<size_t>(size_of(dtype_));
+    for (int64_t i = 0; i < numel_; ++i) std::memset(owned.data() + (place(i) - memory_), 1, width);
     for (int64_t b = 0; b < size_; ++b)
-      if (!owned[static_cast<size_t>(b)] && memory_[b] != guard_) return false;
+      if (owned[static_cast<size_t>(b)] == 0 && memory_[b] != guard_) return false;
     return true;
   }
 

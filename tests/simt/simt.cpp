@@ -80,6 +80,7 @@ void wait(State state, Site site) {
 }
 
 void run_body() {
+  Fiber::arrive(nullptr);
   (*block.body)();
   wait(State::kDone, {"", 0});
 }
