@@ -83,7 +83,12 @@ class Usage:
 TYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
 
 #: How tensors are stored that a kernel is not compiled for one type of.
-STORAGES = {"Mixed": "any types", "Coded": "any types, in two parts", "Strided": "any types, strided"}
+STORAGES = {
+    "Mixed": "any types",
+    "Strided": "any types, strided",
+    "MixedTail": "any types, with a tail",
+    "StridedTail": "any types, strided, with a tail",
+}
 
 
 def states_of(mask: int) -> str:
@@ -96,7 +101,7 @@ def states_of(mask: int) -> str:
 
 def describe(mangled: str) -> str:
     """A kernel's name and template arguments in words."""
-    names = "update|average|prepare|gather|combine_sums|apply_sums|partial|clip|clamp|finish"
+    names = "update|tell|prepare|gather|combine_sums|apply_sums|partial|clip|clamp|finish"
     names += "|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
     found = re.search(rf"\d({names})_kernel(.*)", mangled)
     if found is None:
@@ -113,7 +118,7 @@ def describe(mangled: str) -> str:
         return f"{name}, {TYPES[types[0]]}" + (f" to {TYPES[types[1]]}" if types[1:] and types[1] != types[0] else "")
     if rule := re.search(r"^INS_\d+([A-Z][A-Za-z]+)E([fd])(?:Lh(\d+)E(.*))?", arguments):
         parts.append(rule[1] + (f" with {states_of(int(rule[3]))}" if rule[3] else ""))
-        storage = re.search(r"Mixed|Coded|Strided|BFloat16|Float16|f", rule[4] or "")
+        storage = re.search(r"(?:Mixed|Strided)(?:Tail)?|BFloat16|Float16|f", rule[4] or "")
         if storage and storage[0] in TYPES:
             return ", ".join([*parts, TYPES[storage[0]]])
         arithmetic = rule[2]
@@ -123,21 +128,21 @@ def describe(mangled: str) -> str:
         arithmetic = arguments[1:2] if arguments.startswith("I") else ""
     if arithmetic:
         parts.append(TYPES[arithmetic])
-    if "Lb1E" in arguments or (name == "average" and "Strided" in arguments):
+    if "Lb1E" in arguments:
         parts.append("strided")
     return ", ".join(parts)
 
 
 def goes_by_elements(kernel: str) -> bool:
-    """Whether an update loads its tensors one element at a time; of four states in float64 it has no room for more."""
-    return "strided" in kernel or "with 4 states, any types, float64" in kernel
+    """Whether an update loads its tensors one element at a time; of three states in float64 it has no room for more."""
+    return "strided" in kernel or bool(re.search(r"with ([34] states|states \d \d \d), any types.* float64", kernel))
 
 
 def threads_of(kernel: str) -> int:
     """The threads of a kernel's block, by its description; where they differ, so many that any number is like it."""
     if kernel.startswith(("prepare", "apply")):
         return 64
-    if kernel == "combine sums":
+    if kernel in ("combine sums", "tell"):
         return 32
     if "column" in kernel:
         return 128

@@ -28,16 +28,17 @@ TYPES = ("float32", "float64")
 
 #: How many kernels each file has.
 COUNTS = {
-    # For each set of states: in any types, strided or not; and in float32 arithmetic in two parts and in three types.
-    # And the moving average of any, strided or not.
-    "update": sum(map(len, SETS)) * (2 * len(TYPES) + 4) + 2 * len(TYPES),
+    # For each set of states: in any types and with a tail, strided or not; and in float32 arithmetic without a tail, and
+    # in one of three types.
+    "update": sum(map(len, SETS)) * (2 * len(TYPES) + 2 + 3),
     "prepare": len(RULES) * len(TYPES),
-    # Likewise, of those that gather sums of their own, and the cautious step's of all, whose kernel for two parts is
-    # that for any types; then what follows from each sum, and one that combines them.
-    "gather": sum(map(len, SUMMING)) * (2 * len(TYPES) + 4)
+    # Of those that gather sums of their own, in any types, strided or not, and in one of three; and the cautious step's
+    # of all, in any types; then what follows from each sum, and one that combines them.
+    "gather": sum(map(len, SUMMING)) * (2 * len(TYPES) + 3)
     + sum(map(len, SETS)) * 2 * len(TYPES)
     + (len(SUMMING) + len(RULES)) * len(TYPES)
     + 1,
+    "stats": 1,
     "norm": 3 * len(TYPES) * 2 + 1,  # partial, clip and clamp, strided or not; finish
     "pointwise": 2 * len(LOSSES) * len(TYPES) + 1,  # forward and backward; finish
     "cross_entropy": len(TYPES) + 2,  # count; finish of the counts and of the losses
@@ -56,7 +57,7 @@ def ceiling_of(kernel: str) -> int:
         return 255 if kernel.startswith(("update", "gather", "pointwise", "cross")) else 96
     if kernel.startswith("cross entropy block, ") and "general" not in kernel:
         return 64  # 1,024 threads a row
-    if re.search(r"(with [34] states|Adamax with 2 states), any types, (strided|in two parts), ", kernel):
+    if re.search(r"(with [34] states|states \d \d \d|Adamax with 2 states), any types, |with a tail", kernel):
         return 255  # which are seldom: one block, where two would spill
     return 128 if kernel.startswith(("update", "gather", "pointwise", "cross")) else 64
 

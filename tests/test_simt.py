@@ -22,7 +22,7 @@ FLAGS += [f"-I{SIMT}", f"-I{ROOT / 'tests' / 'cpp' / 'contract'}"]
 ROWS, COLUMNS = "cross_entropy_rows.cu", "cross_entropy_columns.cu"
 PLAIN = "cross_entropy_plain.h"
 KERNELS = (
-    *("update.cu", "prepare.cu", "gather.cu", "norm.cu", "pointwise.cu"),
+    *("update.cu", "prepare.cu", "gather.cu", "stats.cu", "norm.cu", "pointwise.cu"),
     *("cross_entropy.cu", ROWS, COLUMNS),
 )
 OTHERS = (
@@ -65,14 +65,17 @@ FAULTS = [
     Fault("half a warp's mask", "kAllLanes = 0xffffffffu", "kAllLanes = 0xffffu", "its own mask"),
     Fault("unset shared slots", "threadIdx.x % 32 == 0) of", "threadIdx.x == 0) of", "before it is set"),
     Fault("a norm's tail, one element too long", "at < chunk.end", "at <= chunk.end"),
-    Fault("an average's tail, one element too long", "at < end; at += kThreads", "at <= end; at += kThreads"),
-    Fault("an average of half a parameter", "row.beside[0], row.dtype[0]", "row.dtype[0]"),
+    Fault("an average of what is not stored", "as_stored(param[i], row.dtype[0])", "param[i]"),
+    Fault("an average of one that is not stored", "as_stored(param, row.dtype[0])", "param"),
+    Fault("stats of another tensor", "row.stats_place + run.at / kChunk", "run.at / kChunk"),
+    Fault("a chunk's stats that are left out", "c < row.chunks; c +=", "c + 1 < row.chunks; c +="),
+    Fault("a move that is not stored", "as_stored(after[i], dtype)", "after[i]"),
     Fault("a scale that is a lane's own", "combine_warp(of.largest, ", "(of.largest); combine_warp(of.largest, "),
     Fault("a block's tail, one element too long", "i < count; i += 32", "i <= count; i += 32"),
     Fault("a scale that is written before all have read it", "__syncwarp();", ""),
     Fault("a gradient that is not cleared", "role == 1 && stages.clear_gradient", "false"),
     Fault("a step's tail, one element too long", "at < end; at += kThreads", "at <= end; at += kThreads"),
-    Fault("a step after an overflow", "*table.header.found_inf != 0) return", "false) return"),
+    Fault("a step after an overflow", "*table.header.found_inf != 0", "false"),
     Fault("scalars of another group", "row.prepared = set", "row.prepared = 0"),
     Fault("a sum's tail, one element too long", "(end - at + kSumLanes - 1)", "(end - at + kSumLanes)"),
     Fault("sums in the slots of another", "__syncthreads()", "", "that thread"),
@@ -115,7 +118,7 @@ FAULTS += ORDER_FAULTS
 USERS = {
     "reduce.h": "norm.cu",
     "launch.h": "norm.cu",
-    "average.h": "update.cu",
+    "stats.h": "update.cu",
     "blocks.h": "update.cu",
     "two_parts.h": "update.cu",
     "table.h": "update.cu",
@@ -124,7 +127,8 @@ USERS = {
     PLAIN: ROWS,
 }
 #: The part of the tests that runs a file's kernels.
-PARTS = {"update.cu": "steps", "gather.cu": "steps", "norm.cu": "norms", "pointwise.cu": "pointwise"}
+PARTS = {"norm.cu": "norms", "pointwise.cu": "pointwise"}
+PARTS |= dict.fromkeys(("update.cu", "gather.cu", "stats.cu"), "steps")
 PARTS |= {name: "cross-entropy" for name in KERNELS if name.startswith("cross_entropy")}
 
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/macros.h"
+
 namespace trainopt {
 
 struct StepStats {
@@ -12,12 +14,9 @@ struct StepStats {
 };
 
 // The chunks of a tensor are added in their order, whoever has found them.
-inline void add(StepStats& to, const StepStats& more) {
-  to.gradient += more.gradient;
-  to.param += more.param;
-  to.update += more.update;
-  if (more.largest > to.largest) to.largest = more.largest;
-  to.nonfinite += more.nonfinite;
+TRAINOPT_INLINE StepStats add(const StepStats& a, const StepStats& b) {
+  return {a.gradient + b.gradient, a.param + b.param, a.update + b.update,
+          a.largest > b.largest ? a.largest : b.largest, a.nonfinite + b.nonfinite};
 }
 
 }  // namespace trainopt

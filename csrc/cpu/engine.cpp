@@ -275,7 +275,7 @@ void run_blocks(const Update& update, int64_t first, int64_t last, StepStats* st
 StepStats stats_of(const Update& update, size_t task, const StepStats* stats) {
   StepStats all{};
   for_each_chunk(update, task, 0, blocks_of(update.tasks[task].numel),
-                 [&](int64_t, int64_t, int64_t place) { add(all, stats[place]); });
+                 [&](int64_t, int64_t, int64_t place) { all = add(all, stats[place]); });
   return all;
 }
 

@@ -1,13 +1,16 @@
-// Steps by blocks of 256 elements, each by one warp: of tensors in two parts, and of any layouts. States in 8 bits have
-// a scale for each block, which follows from all of its numbers.
+// Steps by blocks of 256 elements, each by one warp: of tensors of any types, in two parts too, and of any layouts.
+// States in 8 bits have a scale for each block, which follows from all of its numbers. A parameter's moving average is
+// moved, and what its stats are made of is seen, where its elements are in registers.
 #pragma once
 
 #include <type_traits>
 
 #include "cuda/random.h"
+#include "cuda/stats.h"
 #include "cuda/step_table.h"
 #include "cuda/table.h"
 #include "cuda/two_parts.h"
+#include "rules/average.h"
 
 namespace trainopt::cuda {
 namespace {
@@ -18,12 +21,13 @@ struct Blocks {
   static constexpr int kRoles = 2 + count_of(kSet);
   const Chunk& chunk;
   const RowOf<Storage, kRoles>& row;
+  StepStats& stats;  // of this thread's elements, if they are measured
 
   // Elements [at, end), `at` a multiple of a block.
   __device__ __forceinline__ void step(int64_t at, int64_t end) const {
     for (at += threadIdx.x / 32 * kCodeBlock; at < end; at += kThreads / 32 * kCodeBlock) {
-      if (std::is_same_v<Storage, Coded> && row.vectorisable && end - at >= kCodeBlock) {
-        if constexpr (std::is_same_v<Storage, Coded>) step_by_words(at);
+      if (kHasWords && row.vectorisable && end - at >= kCodeBlock) {
+        if constexpr (kHasWords) step_by_words(at);
       } else {
         step_by_ones(at, end);
       }
@@ -31,6 +35,8 @@ struct Blocks {
   }
 
   static constexpr bool kHasCodes = sizeof(S) == sizeof(float);
+  // More words of float64 do not fit in registers.
+  static constexpr bool kHasWords = !kIsStrided<Storage> && (sizeof(S) == sizeof(float) || kRoles < 5);
   __device__ __forceinline__ bool in_codes(int role) const {
     return kHasCodes && role >= 2 && has_codes(row.dtype[role]);
   }
@@ -67,12 +73,15 @@ struct Blocks {
     unpack_param(of_param, row.dtype[0], value[0]);
 #pragma unroll
     for (int r = 1; r < kRoles; ++r) {
-      if (in_codes(r)) {
-        with_code(r, [&](auto code) { unpack_codes(words[r].word[0], code, scale[r], value[r]); });
-      } else {
-        unpack_words(words[r], row.dtype[r], value[r]);
+      if constexpr (kHasCodes) {
+        if (in_codes(r)) {
+          with_code(r, [&](auto code) { unpack_codes(words[r].word[0], code, scale[r], value[r]); });
+          continue;
+        }
       }
+      unpack_words(words[r], row.dtype[r], value[r]);
     }
+    if (is_measured()) see(value[0], value[1], stats);
     S noise[4] = {};
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {
@@ -86,27 +95,31 @@ struct Blocks {
         value[0][i] = rounded_at_random(value[0][i], bits.word[i / 2] >> (16 * (i % 2)), row.dtype[0]);
     }
     store_param(row.data[0], row.beside[0], row.dtype[0], at, value[0]);
+    if (is_measured()) {
+      S before[kItem];
+      unpack_param(of_param, row.dtype[0], before);
+      see_move(before, value[0], row.dtype[0], stats);
+    }
+    if constexpr (kHasTail<Storage>)
+      if (row.average != nullptr) move_item_of_average(at, value[0]);
 #pragma unroll
     for (int r = 1; r < kRoles; ++r) {
       if (!chunk.writes(r)) continue;
       if (chunk.clears(r))
 #pragma unroll
         for (int i = 0; i < kItem; ++i) value[r][i] = 0;
-      if (in_codes(r)) {
-        with_code(
-            r, [&](auto code) { store_codes(row.data[r], row.beside[r], at, code, stages.code_rounding, value[r]); });
-      } else {
-        store_item(row.data[r], row.dtype[r], at, value[r]);
+      if constexpr (kHasCodes) {
+        if (in_codes(r)) {
+          with_code(
+              r, [&](auto code) { store_codes(row.data[r], row.beside[r], at, code, stages.code_rounding, value[r]); });
+          continue;
+        }
       }
+      store_item(row.data[r], row.dtype[r], at, value[r]);
     }
   }
 
-  // Where element i of a tensor lies; and which of the whole it is that the tensor is a shard of, for random numbers.
-  __device__ __forceinline__ int64_t place(int role, int64_t i) const {
-    if constexpr (kIsStrided<Storage>)
-      if (row.layout[role].ndim != 0) return offset_of(row.layout[role], i);
-    return i;
-  }
+  // Which element of the whole that the tensor is a shard of element i is, for random numbers.
   __device__ __forceinline__ int64_t in_whole(int64_t i) const {
     if constexpr (kIsStrided<Storage>)
       if (row.shard.layout.ndim != 0) return row.shard.offset + offset_of(row.shard.layout, i);
@@ -135,7 +148,9 @@ struct Blocks {
         S value[kRoles][1], noise = 0;
 #pragma unroll
         for (int r = 0; r < kRoles; ++r)
-          value[r][0] = load_one<S>(row.data[r], row.beside[r], row.dtype[r], place(r, at));
+          value[r][0] = load_one<S>(row.data[r], row.beside[r], row.dtype[r], place_of(row, r, at));
+        const S before[1] = {value[0][0]};
+        if (is_last && is_measured()) see(before, value[1], stats);
         if (stages.noisy) noise = static_cast<S>(gaussian_one(stages.seed, chunk.step, chunk.tensor, in_whole(at)));
         chunk.template step_value<false>(value, 0, noise);
         if (is_last && rounds_at_random()) {
@@ -148,9 +163,12 @@ struct Blocks {
           if (in_codes(r)) {
             with_code(r, [&](auto code) { see_or_store(code, is_last, statistics[r], encoding[r], r, at, x); });
           } else if (is_last && chunk.writes(r)) {
-            store_one(row.data[r], row.beside[r], row.dtype[r], place(r, at), chunk.clears(r) ? S(0) : x);
+            store_one(row.data[r], row.beside[r], row.dtype[r], place_of(row, r, at), chunk.clears(r) ? S(0) : x);
           }
         }
+        if (is_last && is_measured()) see_move(before, value[0], row.dtype[0], stats);
+        if constexpr (kHasTail<Storage>)
+          if (is_last && row.average != nullptr) move_one_of_average(at, value[0][0]);
       }
       if (is_last) break;
 #pragma unroll
@@ -164,6 +182,32 @@ struct Blocks {
 #pragma unroll
     for (int r = 2; r < kRoles; ++r)
       if (in_codes(r) && lane == 0) static_cast<float*>(row.beside[r])[block / kCodeBlock] = encoding[r].stored;
+  }
+
+  __device__ __forceinline__ bool is_measured() const {
+    if constexpr (kHasTail<Storage>) return row.is_measured();
+    return false;
+  }
+
+  // Of the parameter's moving average: eight elements, or one.
+  __device__ __forceinline__ void move_item_of_average(int64_t at, const S (&param)[kItem]) const {
+    const Words<S> words = fetch(row.average, row.average_dtype, at, S());
+    S average[kItem];
+    unpack_words(words, row.average_dtype, average);
+#pragma unroll
+    for (int i = 0; i < kItem; ++i)
+      // tests break this: an average of what is not stored
+      move_average(chunk.stages.average_weight, as_stored(param[i], row.dtype[0]), average[i]);
+    store_item(row.average, row.average_dtype, at, average);
+  }
+  __device__ __forceinline__ void move_one_of_average(int64_t i, S param) const {
+    int64_t at = i;
+    if constexpr (kIsStrided<Storage>)
+      if (row.average_layout.ndim != 0) at = offset_of(row.average_layout, i);
+    S average = load_one<S>(row.average, row.average_dtype, at);
+    // tests break this: an average of one that is not stored
+    move_average(chunk.stages.average_weight, as_stored(param, row.dtype[0]), average);
+    store_one(row.average, row.average_dtype, at, average);
   }
 
   template <class Code>

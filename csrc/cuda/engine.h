@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "core/step_stats.h"
 #include "core/sum.h"
 #include "core/tensor_view.h"
 #include "cuda/stream.h"
@@ -38,6 +39,7 @@ union Number {
 struct TensorTask : trainopt::TensorTask {
   uint32_t prepared;              // which of the update's is its
   bool rounds_at_random = false;  // its parameter, if that is of 16 bits; as its scalars say
+  bool is_measured = false;       // the step finds out what StepStats has
   // The numbers, on the device, of a rule whose sums move them.
   Number numbers[kMaxNumbers] = {};
   bool numbers_are_float32 = false;
@@ -54,7 +56,15 @@ struct Update {
 };
 
 // Changes the parameters and states of all tasks, and their moving averages. Tasks without elements are allowed.
-void update(const Update&, Stream);
+// `chunk_stats` is memory for measured_chunks(work) of them, for `tell`. A step that is left out measures all the same.
+void update(const Update&, StepStats* chunk_stats, Stream);
+size_t measured_chunks(const Update&);
+
+// What that has found out, for each task that is measured: the norms of the gradient, of the parameter before and of
+// its move, the largest absolute element of the gradient and how many are not finite; the gradient without its scale,
+// `gradient_scale` on the device, or if that is null `scale`.
+constexpr int kToldStats = 5;
+void tell(const Update&, const StepStats* chunk_stats, const float* gradient_scale, double scale, double* out, Stream);
 
 // The launches of an update with their tables filled, for steps of the same tensors, of which only gradients move. Each
 // task's `prepared` is the one that it had then.
@@ -63,8 +73,8 @@ class StepTables {
   virtual ~StepTables() = default;
   // The gradient of the task with this index, aligned as the last one was. Several threads may each set their own.
   virtual void set_gradient(size_t task, void* data) = 0;
-  // As `update` does: the scalars and `found_inf` are this step's.
-  virtual void launch(const Prepared* prepared, const float* found_inf, Stream) = 0;
+  // As `update` does: the scalars, `found_inf` and `chunk_stats` are this step's.
+  virtual void launch(const Prepared* prepared, const float* found_inf, StepStats* chunk_stats, Stream) = 0;
 };
 std::unique_ptr<StepTables> tables_of(const Update&);
 

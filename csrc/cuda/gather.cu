@@ -71,15 +71,15 @@ __global__ void __launch_bounds__(kThreads, kMinGatherBlocks<S, Storage, 2 + cou
         const Layout& layout = row.layout[r];
         const int64_t offset = layout.ndim == 0 ? at : offset_of(layout, at);
         value[r][0] = load_one<S>(row.data[r], row.beside[r], row.dtype[r], offset);
-      } else if constexpr (kIsByBlocks<Storage>) {
+      } else if constexpr (kIsOneType<Storage>) {
+        load_apart_of<Storage>(row.data[r], at, kSumLanes, count, S(0), value[r]);
+      } else if (row.beside[r] == nullptr) {
+        load_apart(row.data[r], row.dtype[r], at, kSumLanes, count, S(0), value[r]);
+      } else {
         with_load<S>(row.data[r], row.beside[r], row.dtype[r], [&](auto load) {
 #pragma unroll
           for (int k = 0; k < kUnderWay; ++k) value[r][k] = k < count ? load(at + k * kSumLanes) : S(0);
         });
-      } else if constexpr (kIsOneType<Storage>) {
-        load_apart_of<Storage>(row.data[r], at, kSumLanes, count, S(0), value[r]);
-      } else {
-        load_apart(row.data[r], row.dtype[r], at, kSumLanes, count, S(0), value[r]);
       }
     }
 #pragma unroll
@@ -203,16 +203,16 @@ void combine_sums(const Update& work, const Sum* partials, Sum* sums, int sum_co
   filler.flush();
 }
 
-// Which kernel gathers from tensors that are stored so. Few steps ask which updates agree: that is compiled once for
-// all that have no layout.
-template <class Pass, class S, class Storage>
+// Which kernel gathers from tensors that are stored so: it has no tail. Few steps ask which updates agree: that is
+// compiled once for all that have no layout.
+template <class Pass, class Storage>
 struct KernelOf {
-  using type = Storage;
+  using Whole = std::conditional_t<kIsOneType<Storage>, Storage, Mixed>;
+  using type = std::conditional_t<kIsStrided<Storage>, Strided, Whole>;
 };
-template <class Rule, class S, class Storage>
-struct KernelOf<Agreement<Rule>, S, Storage> {
-  using Any = std::conditional_t<sizeof(S) == sizeof(float), Coded, Mixed>;  // only float has codes
-  using type = std::conditional_t<kIsStrided<Storage>, Strided, Any>;
+template <class Rule, class Storage>
+struct KernelOf<Agreement<Rule>, Storage> {
+  using type = std::conditional_t<kIsStrided<Storage>, Strided, Mixed>;
 };
 
 template <class Pass, class S>
@@ -222,7 +222,7 @@ void gather_all(const Update& work, Sum* partials, Sum* sums, Stream stream) {
   for (size_t t = 0; t < work.count; ++t) places.push_back(places.back() + chunks_of(work.tasks[t].numel));
   for_each_kind<Rule, S>(work, [&](auto set, auto storage, const std::vector<Kind>& kinds, Kind mine) {
     constexpr StateSet kSet = decltype(set)::kSet;
-    using Storage = typename KernelOf<Pass, S, decltype(storage)>::type;
+    using Storage = typename KernelOf<Pass, decltype(storage)>::type;
     using Table = GatherTable<Storage, 2 + count_of(kSet)>;
     static_assert(sizeof(Table) <= kParameterBytes);
     Table table;

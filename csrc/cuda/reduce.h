@@ -2,6 +2,7 @@
 // same bits in every run.
 #pragma once
 
+#include "core/step_stats.h"
 #include "core/sum.h"
 #include "cuda/launch.h"
 
@@ -16,6 +17,10 @@ __device__ __forceinline__ T of_lane(T value, int distance) {
 }
 __device__ __forceinline__ Sum of_lane(Sum value, int distance) {
   return {of_lane(value.high, distance), of_lane(value.low, distance)};
+}
+__device__ __forceinline__ StepStats of_lane(StepStats value, int distance) {
+  return {of_lane(value.gradient, distance), of_lane(value.param, distance), of_lane(value.update, distance),
+          of_lane(value.largest, distance), of_lane(value.nonfinite, distance)};
 }
 
 // The lanes' values by a tree; every lane has the result. combine(a, b) must have the bits of combine(b, a).

@@ -25,17 +25,28 @@ struct Row {
   bool vectorisable;  // all of them
 };
 
-// Of tensors in two parts.
+// Of tensors of any types.
 template <int kRoles>
-struct CodedRow : Row<kRoles> {
-  void* beside[kRoles];  // null: that one is whole
+struct MixedRow : Row<kRoles> {
+  void* beside[kRoles];  // the second parts of tensors that have two; null: that one is whole
 };
 
 // Of tensors that are not one run in memory: with where their elements lie.
 template <int kRoles>
-struct StridedRow : CodedRow<kRoles> {
+struct StridedRow : MixedRow<kRoles> {
   Layout layout[kRoles];  // of no dimensions: one run
   ShardLayout shard;      // where the elements lie in the whole; of no dimensions: that they are
+};
+
+// Of either, with what the step does for the parameter beside its rule.
+template <class Base>
+struct WithTail : Base {
+  void* average;  // its moving average; null: it has none
+  DType average_dtype;
+  Layout average_layout;  // of a row with layouts
+  int64_t stats_place;    // of its first chunk's stats; -1: it is not measured
+
+  __device__ __forceinline__ bool is_measured() const { return stats_place >= 0; }
 };
 
 // What the host has prepared travels with the table, so many sets at most in one launch.
@@ -44,30 +55,47 @@ struct Header {
   Prepared prepared[kSets];
   const Prepared* on_device;  // if not null: these instead
   const float* found_inf;
+  StepStats* chunk_stats;  // of all tensors that are measured
 };
 
 constexpr int kPreparedSets = kParameterBytes > 4096 ? 16 : 4;
 
-// How all tensors of a parameter are stored: as one type; as each tensor's dtype says; the same, some of them in two
-// parts, or to be rounded at random; the same as that, with layouts.
+// How all tensors of a parameter are stored: as one type; as each tensor's dtype says, some of them in two parts or to
+// be rounded at random; the same as that, with layouts. The kernels with a tail move averages and measure as well, for
+// which they take more registers. In float64 they do all, for there the others would have no fewer.
 struct Mixed {};
-struct Coded {};
 struct Strided {};
+struct MixedTail {};
+struct StridedTail {};
 template <class Storage>
-constexpr bool kIsStrided = std::is_same_v<Storage, Strided>;
+constexpr bool kHasTail = std::is_same_v<Storage, MixedTail> || std::is_same_v<Storage, StridedTail>;
+template <class Storage>
+constexpr bool kIsStrided = std::is_same_v<Storage, Strided> || std::is_same_v<Storage, StridedTail>;
 // Whether a warp takes whole blocks of 256 elements, as codes have to be.
 template <class Storage>
-constexpr bool kIsByBlocks = std::is_same_v<Storage, Coded> || kIsStrided<Storage>;
+constexpr bool kIsByBlocks = std::is_same_v<Storage, Mixed> || kIsStrided<Storage> || kHasTail<Storage>;
 template <class Storage>
-constexpr bool kIsOneType = !std::is_same_v<Storage, Mixed> && !kIsByBlocks<Storage>;
+constexpr bool kIsOneType = !kIsByBlocks<Storage>;
 
 template <class Storage, int kRoles>
-using RowOf = std::conditional_t<kIsStrided<Storage>, StridedRow<kRoles>,
-                                 std::conditional_t<kIsByBlocks<Storage>, CodedRow<kRoles>, Row<kRoles>>>;
+using PlainRowOf = std::conditional_t<kIsStrided<Storage>, StridedRow<kRoles>,
+                                      std::conditional_t<kIsByBlocks<Storage>, MixedRow<kRoles>, Row<kRoles>>>;
+template <class Storage, int kRoles>
+using RowOf = std::conditional_t<kHasTail<Storage>, WithTail<PlainRowOf<Storage, kRoles>>, PlainRowOf<Storage, kRoles>>;
 template <class Storage>
 constexpr int kSetsOf = kIsStrided<Storage> ? 1 : kPreparedSets;
 template <class Storage, int kRoles>
 using TableOf = Table<Header<kSetsOf<Storage>>, RowOf<Storage, kRoles>, kParameterBytes>;
+
+// Where element i of a row's tensor lies.
+template <int kRoles>
+__device__ __forceinline__ int64_t place_of(const MixedRow<kRoles>&, int, int64_t i) {
+  return i;
+}
+template <int kRoles>
+__device__ __forceinline__ int64_t place_of(const StridedRow<kRoles>& row, int role, int64_t i) {
+  return row.layout[role].ndim == 0 ? i : offset_of(row.layout[role], i);
+}
 
 // On the host -------------------------------------------------------------------------------------------------------
 
@@ -83,24 +111,23 @@ struct Roles {
 };
 
 // How a task's tensors are stored.
-enum class StoredAs : uint8_t { kFloat32, kBFloat16, kFloat16, kMixed, kCoded, kStrided };
+enum class StoredAs : uint8_t { kFloat32, kBFloat16, kFloat16, kMixed, kStrided, kMixedTail, kStridedTail };
 
 template <class S>
-StoredAs stored_as(const TensorTask& task, const Roles& roles) {
-  if (task.shard != nullptr) return StoredAs::kStrided;
-  bool same = sizeof(S) == sizeof(float), vectorisable = true;
+StoredAs stored_as(const TensorTask& task, const Roles& roles, const TensorView& average) {
   const DType dtype = task.param.dtype;
-  bool coded = task.rounds_at_random && is_16_bit(dtype);
+  const bool has_tail = sizeof(S) == sizeof(double) || average.data != nullptr || task.is_measured;
+  bool strided = task.shard != nullptr || average.layout != nullptr;
+  bool same = !has_tail && !(task.rounds_at_random && is_16_bit(dtype));
   for (int r = 0; r < roles.count; ++r) {
     const TensorView& view = *roles.view[r];
-    if (view.layout != nullptr) return StoredAs::kStrided;
-    same = same && view.dtype == dtype;
-    coded = coded || has_master(view.dtype) || has_codes(view.dtype);
-    vectorisable = vectorisable && is_vectorisable<S>(view);
+    strided = strided || view.layout != nullptr;
+    same = same && view.dtype == dtype && is_vectorisable<S>(view);
   }
-  if (coded) return StoredAs::kCoded;
-  if (!same || !vectorisable) return StoredAs::kMixed;
-  return dtype == DType::kFloat32    ? StoredAs::kFloat32
+  if (strided) return has_tail ? StoredAs::kStridedTail : StoredAs::kStrided;
+  if (has_tail) return StoredAs::kMixedTail;
+  return !same                       ? StoredAs::kMixed
+         : dtype == DType::kFloat32  ? StoredAs::kFloat32
          : dtype == DType::kBFloat16 ? StoredAs::kBFloat16
          : dtype == DType::kFloat16  ? StoredAs::kFloat16
                                      : StoredAs::kMixed;
@@ -126,7 +153,7 @@ void describe(const TensorTask& task, const TensorView* const* views, RowType* r
     row->data[r] = view.data;
     row->dtype[r] = view.dtype;
     row->vectorisable = row->vectorisable && is_vectorisable<S>(view);
-    if constexpr (std::is_base_of_v<CodedRow<kRoles>, RowType>) row->beside[r] = view.beside;
+    if constexpr (std::is_base_of_v<MixedRow<kRoles>, RowType>) row->beside[r] = view.beside;
     if constexpr (std::is_base_of_v<StridedRow<kRoles>, RowType>)
       row->layout[r] = view.layout != nullptr ? *view.layout : Layout{};
   }
@@ -183,7 +210,8 @@ void for_each_kind(const Update& work, Use use) {
   kinds.reserve(work.count);
   for (size_t t = 0; t < work.count; ++t) {
     const TensorTask& task = work.tasks[t];
-    kinds.push_back({states_of<Rule>(task), stored_as<S>(task, Roles(task, kStateCount<Rule>))});
+    const Roles roles(task, kStateCount<Rule>);
+    kinds.push_back({states_of<Rule>(task), stored_as<S>(task, roles, task.state[kAverage<Rule>])});
   }
   for_each_device_set<Rule>([&](auto set) {
     const auto run = [&](auto storage, StoredAs stored) {
@@ -194,10 +222,11 @@ void for_each_kind(const Update& work, Use use) {
       run(float(), StoredAs::kFloat32);
       run(BFloat16(), StoredAs::kBFloat16);
       run(Float16(), StoredAs::kFloat16);
-      run(Coded(), StoredAs::kCoded);
+      run(Mixed(), StoredAs::kMixed);
+      run(Strided(), StoredAs::kStrided);
     }
-    run(Mixed(), StoredAs::kMixed);
-    run(Strided(), StoredAs::kStrided);
+    run(MixedTail(), StoredAs::kMixedTail);
+    run(StridedTail(), StoredAs::kStridedTail);
   });
 }
 

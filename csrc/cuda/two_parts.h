@@ -27,6 +27,28 @@ __device__ __forceinline__ Split split(float x, DType dtype) {
   return {nearest_upper(rounded) >> 16, rounded >> 8 & 0xffu};
 }
 
+// A parameter's element as it is once it has been stored, and loaded again.
+template <class S>
+__device__ __forceinline__ S as_stored(S x, DType dtype) {
+  if constexpr (sizeof(S) == sizeof(float)) {
+    switch (dtype) {
+      case DType::kBFloat16: return from_stored(round_to_bfloat16(x));
+      case DType::kFloat16: return from_stored(round_to_float16(x));
+      case DType::kMaster16: {
+        const Split parts = split(x, dtype);
+        return joined(parts.upper << 16, static_cast<int16_t>(parts.rest));
+      }
+      case DType::kMaster24: {
+        const Split parts = split(x, dtype);
+        return joined(parts.upper << 16, static_cast<int8_t>(parts.rest) * 256);
+      }
+      case DType::kMasterCopy: return join_copy(round_to_float16(x), x);
+      default: break;
+    }
+  }
+  return x;
+}
+
 // Eight elements ----------------------------------------------------------------------------------------------------
 
 // Eight of one byte.

@@ -6,11 +6,11 @@
 #include <vector>
 
 #include "cuda/access.h"
-#include "cuda/average.h"
 #include "cuda/blocks.h"
 #include "cuda/engine.h"
 #include "cuda/launch.h"
 #include "cuda/random.h"
+#include "cuda/stats.h"
 #include "cuda/step_table.h"
 #include "cuda/table.h"
 #include "rules/rules.h"
@@ -23,7 +23,6 @@ template <class Rule, class S, class Storage, StateSet kSet>
 struct Chunk {
   static constexpr int kRoles = 2 + count_of(kSet);
   void* data[kRoles];  // in registers: what the table says would be read again after each store
-  DType dtypes[kRoles];
   Stages<S> stages;
   typename Rule::template Scalars<S> scalars;
   uint32_t step, tensor;
@@ -33,15 +32,7 @@ struct Chunk {
     static_assert(sizeof scalars <= kRuleScalarBytes);
     __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
 #pragma unroll
-    for (int r = 0; r < kRoles; ++r) {
-      data[r] = row.data[r];
-      dtypes[r] = row.dtype[r];
-    }
-  }
-
-  __device__ __forceinline__ DType dtype(int role) const {
-    if constexpr (kIsOneType<Storage>) return dtype_of(Storage());
-    return dtypes[role];
+    for (int r = 0; r < kRoles; ++r) data[r] = row.data[r];
   }
 
   // Element i of each tensor, in the arithmetic's type. kPlain: as for step_elements.
@@ -113,57 +104,28 @@ struct Chunk {
     }
   }
 
-  // Eight elements of tensors of any types.
-  __device__ __forceinline__ void step_item(int64_t at) const {
-    Words<S> words[kRoles];
-#pragma unroll
-    for (int r = 0; r < kRoles; ++r) words[r] = fetch(data[r], dtype(r), at, S());
-    S value[kRoles][kItem];
-#pragma unroll
-    for (int r = 0; r < kRoles; ++r) unpack_words(words[r], dtype(r), value[r]);
-    S noise[4] = {};
-#pragma unroll
-    for (int i = 0; i < kItem; ++i) {
-      if (i % 4 == 0 && stages.noisy) gaussian_quad(noise, stages, step, tensor, at + i);
-      step_value<false>(value, i, noise[i % 4]);
-    }
-#pragma unroll
-    for (int r = 0; r < kRoles; ++r) {
-      if (clears(r))
-#pragma unroll
-        for (int i = 0; i < kItem; ++i) value[r][i] = 0;
-      if (writes(r)) store_item(data[r], dtype(r), at, value[r]);
-    }
-  }
-
   template <bool kPlain>
   __device__ __forceinline__ void step_one(int64_t at) const {
     S value[kRoles][1], noise = 0;
 #pragma unroll
-    for (int r = 0; r < kRoles; ++r) value[r][0] = load_one<S>(data[r], dtype(r), at);
+    for (int r = 0; r < kRoles; ++r) value[r][0] = load_one<S>(data[r], dtype_of(Storage()), at);
     if constexpr (!kPlain)
       if (stages.noisy) noise = static_cast<S>(gaussian_one(stages.seed, step, tensor, at));
     step_value<kPlain>(value, 0, noise);
 #pragma unroll
     for (int r = 0; r < kRoles; ++r)
-      if (writes(r) && !(kPlain && r == 1)) store_one(data[r], dtype(r), at, clears(r) ? S(0) : value[r][0]);
+      if (writes(r) && !(kPlain && r == 1)) store_one(data[r], dtype_of(Storage()), at, clears(r) ? S(0) : value[r][0]);
   }
 
   // Elements [at, end) of a run: by words as far as they go, then one by one.
   template <bool kPlain>
-  __device__ __forceinline__ void step_run(int64_t at, int64_t end, bool vectorisable) const {
-    int64_t whole = at;
-    if constexpr (kIsOneType<Storage>) {
-      // Words of each tensor under way: 32 bytes; and 16 where there is noise to be made, or the like, for twice as
-      // many elements.
-      constexpr int kEach = kPerWord<Storage>, kWords = kPlain || kEach <= 4 ? 2 : 1;
-      whole += (end - at) / kEach * kEach;
-      for_each_batch<kWords, kEach, kThreads>(at, whole,
-                                              [&](const Batch<kWords, kEach>& batch) { step_words<kPlain>(batch); });
-    } else if (vectorisable && sizeof(S) * kRoles < 6 * sizeof(double)) {  // more of them do not fit in registers
-      whole += (end - at) / kItem * kItem;
-      for_each_batch<1, kItem, kThreads>(at, whole, [&](const Batch<1, kItem>& batch) { step_item(batch.first); });
-    }
+  __device__ __forceinline__ void step_run(int64_t at, int64_t end) const {
+    // Words of each tensor under way: 32 bytes; and 16 where there is noise to be made, or the like, for twice as many
+    // elements.
+    constexpr int kEach = kPerWord<Storage>, kWords = kPlain || kEach <= 4 ? 2 : 1;
+    const int64_t whole = at + (end - at) / kEach * kEach;
+    for_each_batch<kWords, kEach, kThreads>(at, whole,
+                                            [&](const Batch<kWords, kEach>& batch) { step_words<kPlain>(batch); });
     // tests break this: a step's tail, one element too long
     for (at = whole + threadIdx.x; at < end; at += kThreads) step_one<kPlain>(at);
   }
@@ -176,15 +138,13 @@ constexpr int kFewRolesBlocks = 2;  // with three, nvcc 13.0 spills 12 bytes of 
 #else
 constexpr int kFewRolesBlocks = 3;
 #endif
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ >= 1000)
-template <class Rule, class Storage, int kRoles>
-constexpr bool kSpillsWithTwo =
-    kIsByBlocks<Storage> &&
-    (kRoles >= 5 || (__CUDA_ARCH__ >= 1200 && std::is_same_v<Rule, Adamax>));  // 4 and 16 bytes, likewise
+// Of tensors of any types five or more spill with two blocks: 48 bytes of Adam's with three states, for sm_90.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+template <class Rule>
+constexpr int kMostRolesWithTwo = std::is_same_v<Rule, Adamax> ? 3 : 4;  // 16 bytes, likewise
 #else
-template <class Rule, class Storage, int kRoles>
-constexpr bool kSpillsWithTwo =
-    kIsByBlocks<Storage> && (kRoles >= 6 || std::is_same_v<Rule, AdEMAMix>);  // 492 and 48 bytes
+template <class Rule>
+constexpr int kMostRolesWithTwo = 4;
 #endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
 template <class Rule, class Storage>
@@ -194,32 +154,52 @@ template <class Rule, class Storage>
 constexpr bool kSpillsWithThree = false;
 #endif
 template <class Rule, class S, class Storage, int kRoles>
-constexpr int kMinBlocks = sizeof(S) == sizeof(double)                            ? 1
-                           : kSpillsWithThree<Rule, Storage>                      ? 2
-                           : kIsOneType<Storage> && kRoles < 5                    ? kFewRolesBlocks
-                           : kRoles < 7 && !kSpillsWithTwo<Rule, Storage, kRoles> ? 2
-                                                                                  : 1;
+constexpr int kMinBlocks = sizeof(S) == sizeof(double) || kHasTail<Storage>                           ? 1
+                           : kSpillsWithThree<Rule, Storage>                                          ? 2
+                           : kIsOneType<Storage> && kRoles < 5                                        ? kFewRolesBlocks
+                           : kRoles < 7 && (kIsOneType<Storage> || kRoles <= kMostRolesWithTwo<Rule>) ? 2
+                                                                                                      : 1;
+
+// The elements of the tensor that this block takes.
+struct ChunkRange {
+  int64_t at, end;
+
+  template <class Table>
+  __device__ __forceinline__ ChunkRange(const Table& table, int index) {
+    at = static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kChunk;
+    end = at + kChunk < table.rows[index].numel ? at + kChunk : table.rows[index].numel;
+  }
+};
 
 // One block, one chunk.
 template <class Rule, class S, StateSet kSet, class Storage>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + count_of(kSet)>)
     update_kernel(const TableOf<Storage, 2 + count_of(kSet)> __grid_constant__ table) {
   // tests break this: a step after an overflow
-  if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
+  const bool is_left_out = table.header.found_inf != nullptr && *table.header.found_inf != 0;
+  if (!kHasTail<Storage> && is_left_out) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const auto& row = table.rows[index];
-  const Prepared* on_device = table.header.on_device;
-  const Chunk<Rule, S, Storage, kSet> chunk(
-      row, on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared]);
-
-  const int64_t at = static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kChunk;
-  const int64_t end = at + kChunk < row.numel ? at + kChunk : row.numel;
-  if constexpr (kIsByBlocks<Storage>) {
-    Blocks<Rule, S, Storage, kSet, decltype(chunk)>{chunk, row}.step(at, end);
-  } else if (kIsOneType<Storage> && chunk.stages.is_plain()) {
-    chunk.template step_run<true>(at, end, true);
-  } else {
-    chunk.template step_run<false>(at, end, row.vectorisable);
+  StepStats stats{};
+  if (!is_left_out) {
+    const Prepared* on_device = table.header.on_device;
+    const Chunk<Rule, S, Storage, kSet> chunk(
+        row, on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared]);
+    const ChunkRange run(table, index);
+    if constexpr (kIsByBlocks<Storage>) {
+      Blocks<Rule, S, Storage, kSet, decltype(chunk)>{chunk, row, stats}.step(run.at, run.end);
+    } else if (chunk.stages.is_plain()) {
+      chunk.template step_run<true>(run.at, run.end);
+    } else {
+      chunk.template step_run<false>(run.at, run.end);
+    }
+  }
+  if constexpr (kHasTail<Storage>) {
+    if (!row.is_measured()) return;
+    const ChunkRange run(table, index);
+    if (is_left_out) see_run<S>(row, run.at, run.end, stats);
+    // tests break this: stats of another tensor
+    store_of_block(stats, table.header.chunk_stats + row.stats_place + run.at / kChunk);
   }
 }
 
@@ -230,42 +210,43 @@ struct Launch {
   std::unique_ptr<std::byte[]> table;
   int64_t chunks;
   std::vector<uint32_t> sets;  // of the prepared scalars, those that the table holds
-  void (*start)(const Launch&, const Prepared* prepared, const float* found_inf, Stream);
+  void (*start)(const Launch&, const Prepared* prepared, const float* found_inf, StepStats*, Stream);
 };
 
-template <class Table>
-const Table& table_of(const Launch& filled, const Prepared* prepared, const float* found_inf) {
-  auto& table = *reinterpret_cast<Table*>(filled.table.get());
-  for (size_t i = 0; i < filled.sets.size(); ++i) table.header.prepared[i] = prepared[filled.sets[i]];
-  if (table.header.on_device != nullptr) table.header.on_device = prepared;
-  table.header.found_inf = found_inf;
-  return table;
+// Where the stats of each task's first chunk go; -1 for one that is not measured.
+std::vector<int64_t> stats_places(const Update& work) {
+  std::vector<int64_t> places;
+  int64_t next = 0;
+  for (size_t t = 0; t < work.count; ++t) {
+    const bool is_measured = work.tasks[t].is_measured;
+    places.push_back(is_measured ? next : -1);
+    next += is_measured ? chunks_of(work.tasks[t].numel) : 0;
+  }
+  return places;
 }
 
 template <class Rule, class S, StateSet kSet, class Storage>
-void start_update(const Launch& filled, const Prepared* prepared, const float* found_inf, Stream stream) {
-  using Table = TableOf<Storage, 2 + count_of(kSet)>;
-  launch("update", update_kernel<Rule, S, kSet, Storage>, {filled.chunks, kThreads}, stream,
-         table_of<Table>(filled, prepared, found_inf));
-}
-
-template <class S, class Storage>
-void start_average(const Launch& filled, const Prepared* prepared, const float* found_inf, Stream stream) {
-  launch("average", average_kernel<S, Storage>, {filled.chunks, kThreads}, stream,
-         table_of<AverageTable<Storage>>(filled, prepared, found_inf));
+void start_update(const Launch& filled, const Prepared* prepared, const float* found_inf, StepStats* chunk_stats,
+                  Stream stream) {
+  auto& table = *reinterpret_cast<TableOf<Storage, 2 + count_of(kSet)>*>(filled.table.get());
+  for (size_t i = 0; i < filled.sets.size(); ++i) table.header.prepared[i] = prepared[filled.sets[i]];
+  if (table.header.on_device != nullptr) table.header.on_device = prepared;
+  table.header.found_inf = found_inf;
+  table.header.chunk_stats = chunk_stats;
+  launch("update", update_kernel<Rule, S, kSet, Storage>, {filled.chunks, kThreads}, stream, table);
 }
 
 class Launches final : public StepTables {
  public:
-  explicit Launches(size_t tasks) : places_(tasks) {}
+  explicit Launches(const Update& work) : places_(work.count), stats_places_(stats_places(work)) {}
 
   void set_gradient(size_t task, void* data) override {
     const Place& place = places_[task];
     if (place.launch >= 0) std::memcpy(launches_[place.launch].table.get() + place.offset, &data, sizeof data);
   }
 
-  void launch(const Prepared* prepared, const float* found_inf, Stream stream) override {
-    for (const Launch& filled : launches_) filled.start(filled, prepared, found_inf, stream);
+  void launch(const Prepared* prepared, const float* found_inf, StepStats* chunk_stats, Stream stream) override {
+    for (const Launch& filled : launches_) filled.start(filled, prepared, found_inf, chunk_stats, stream);
   }
 
   // Fills tables with the tasks of one kind.
@@ -278,49 +259,33 @@ class Launches final : public StepTables {
         work, table, [&](size_t t) { return kinds[t] == mine ? chunks_of(work.tasks[t].numel) : 0; },
         [&](auto& row, size_t t) {
           describe<S>(work.tasks[t], Roles(work.tasks[t], kStateCount<Rule>).view, &row);
+          if constexpr (kHasTail<Storage>)
+            describe_tail<S>(work.tasks[t].state[kAverage<Rule>], stats_places_[t], &row);
           const auto* gradient = reinterpret_cast<const std::byte*>(&row.data[1]);
           places_[t] = {static_cast<int32_t>(launches_.size()),
                         static_cast<int32_t>(gradient - reinterpret_cast<const std::byte*>(&table))};
         },
         [&](const Table& full, int64_t chunks, std::vector<uint32_t> sets) {
-          keep(full, chunks, std::move(sets), start_update<Rule, S, kSet, Storage>);
-        });
-  }
-
-  // Fills tables with the moving averages, which have this place among a task's states. After the updates.
-  template <class S, class Storage>
-  void add_averages(const Update& work, int place) {
-    using Table = AverageTable<Storage>;
-    static_assert(sizeof(Table) <= kParameterBytes && std::is_trivially_copyable_v<Table>);
-    Table table;
-    fill_tables(
-        work, table,
-        [&](size_t t) {
-          const TensorTask& task = work.tasks[t];
-          const TensorView& average = task.state[place];
-          const bool is_strided = task.param.layout != nullptr || average.layout != nullptr;
-          return average.data != nullptr && is_strided == kIsStrided<Storage> ? chunks_of(task.numel) : 0;
-        },
-        [&](auto& row, size_t t) {
-          const TensorView* const views[] = {&work.tasks[t].param, &work.tasks[t].state[place]};
-          describe<S>(work.tasks[t], views, &row);
-        },
-        [&](const Table& full, int64_t chunks, std::vector<uint32_t> sets) {
-          keep(full, chunks, std::move(sets), start_average<S, Storage>);
+          Launch& filled = launches_.emplace_back();
+          filled.table.reset(new std::byte[sizeof full]);
+          const auto* begin = reinterpret_cast<const std::byte*>(&full);
+          const auto* end = reinterpret_cast<const std::byte*>(full.rows + full.count);
+          std::memcpy(filled.table.get(), begin, static_cast<size_t>(end - begin));
+          filled.chunks = chunks;
+          filled.sets = std::move(sets);
+          filled.start = start_update<Rule, S, kSet, Storage>;
         });
   }
 
  private:
-  template <class Table>
-  void keep(const Table& full, int64_t chunks, std::vector<uint32_t> sets, decltype(Launch::start) start) {
-    Launch& filled = launches_.emplace_back();
-    filled.table.reset(new std::byte[sizeof full]);
-    const auto* begin = reinterpret_cast<const std::byte*>(&full);
-    const auto* end = reinterpret_cast<const std::byte*>(full.rows + full.count);
-    std::memcpy(filled.table.get(), begin, static_cast<size_t>(end - begin));
-    filled.chunks = chunks;
-    filled.sets = std::move(sets);
-    filled.start = start;
+  // What a row with a tail has beside its tensors.
+  template <class S, class RowType>
+  static void describe_tail(const TensorView& average, int64_t stats_place, RowType* row) {
+    row->average = average.data;
+    row->average_dtype = average.dtype;
+    row->stats_place = stats_place;
+    row->vectorisable = row->vectorisable && (average.data == nullptr || is_vectorisable<S>(average));
+    row->average_layout = average.layout != nullptr ? *average.layout : Layout{};
   }
 
   // Where the address of a task's gradient stands; nowhere for one without elements.
@@ -329,16 +294,15 @@ class Launches final : public StepTables {
   };
   std::vector<Launch> launches_;
   std::vector<Place> places_;
+  std::vector<int64_t> stats_places_;
 };
 
 template <class Rule, class S>
 std::unique_ptr<StepTables> fill_all(const Update& work) {
-  auto launches = std::make_unique<Launches>(work.count);
+  auto launches = std::make_unique<Launches>(work);
   for_each_kind<Rule, S>(work, [&](auto set, auto storage, const std::vector<Kind>& kinds, Kind mine) {
     launches->template add<Rule, S, decltype(set)::kSet, decltype(storage)>(work, kinds, mine);
   });
-  launches->template add_averages<S, Coded>(work, kAverage<Rule>);
-  launches->template add_averages<S, Strided>(work, kAverage<Rule>);
   return launches;
 }
 
@@ -352,6 +316,8 @@ std::unique_ptr<StepTables> tables_of(const Update& work) {
   return kFill[work.rule][work.is_float64](work);
 }
 
-void update(const Update& work, Stream stream) { tables_of(work)->launch(work.prepared, work.found_inf, stream); }
+void update(const Update& work, StepStats* chunk_stats, Stream stream) {
+  tables_of(work)->launch(work.prepared, work.found_inf, chunk_stats, stream);
+}
 
 }  // namespace trainopt::cuda

@@ -431,8 +431,13 @@ pybind11::list Plan::stats() const {
   pybind11::list found;
   if (is_running_) return found;  // another thread's step is writing them
   for (const auto& [tensor, stats, scale] : batch_.stats())
-    found.append(pybind11::make_tuple(tensor, std::sqrt(stats.gradient) / scale, std::sqrt(stats.param),
-                                      std::sqrt(stats.update), stats.largest / scale, stats.nonfinite));
+    found.append(pybind11::make_tuple(
+        tensor, pybind11::make_tuple(std::sqrt(stats.gradient) / scale, std::sqrt(stats.param), std::sqrt(stats.update),
+                                     stats.largest / scale, stats.nonfinite)));
+  for (const aten::ToldOnDevice& told : batch_.stats_on_devices())
+    for (size_t i = 0; i < told.tensors.size(); ++i)
+      found.append(pybind11::make_tuple(told.tensors[i] - batch_.first_tensor(),
+                                        wrap(told.rows.select(0, static_cast<int64_t>(i)))));
   return found;
 }
 

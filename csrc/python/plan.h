@@ -79,8 +79,9 @@ class Plan {
                         const pybind11::object& found_inf, const pybind11::object& gradient_norm, bool gradients_seen);
 
   // What the last step has found out, a tuple for each parameter that the engine has stepped in a group with stats: its
-  // index in the optimizer, the norms of gradient, parameter and update, the largest absolute element of the gradient
-  // that is not NaN, and how many of its elements are not finite.
+  // index in the optimizer; then the norms of gradient, parameter and update, the largest absolute element of the
+  // gradient that is not NaN, and how many of its elements are not finite: these as a tuple, or for a parameter on a
+  // CUDA device as a tensor of float64 there, which nothing has waited for.
   pybind11::list stats() const;
 
   // The sums over all parameters that the last step went by, of a rule that has such, for the numbers that follow from

@@ -70,6 +70,18 @@ def test_replays_with_a_changing_learning_rate(device, name, way, monkeypatch):
     assert_same_bits(*outcomes)
 
 
+def test_a_replay_tells_what_it_has_seen(device):
+    optimizer, params, _, gradients = prepared("AdamW", device, stats=True)
+    graph = captured(optimizer.step, device)
+    for now in gradients:
+        before = [p.detach().cpu().double() for p in params]
+        set_gradients(params, now)
+        graph.replay()
+        for told, p, old, g in zip(optimizer.stats().values(), params, before, now, strict=True):
+            norms = [x.cpu().double().norm().item() for x in (g, old, p.detach().cpu().double() - old)]
+            assert [told.gradient_norm, told.parameter_norm, told.update_norm] == pytest.approx(norms)
+
+
 @each_row
 def test_a_scaled_step_skips_in_the_graph(device, name):
     optimizer, params, _, gradients = prepared(name, device, fused=True)

@@ -51,6 +51,7 @@ def kinds_of(name, device):
         "numbers on the device": with_device_numbers(name, device),
         "everything": {k: v for k, v in TABLE[name].everything.items() if k != "lr"},
         "noise": {"noise": 0.1},
+        "stats and averages": {"stats": True, "ema_decay": 0.9},
     }
 
 

@@ -180,7 +180,7 @@ void test_many() {
         if (expected[i]->numel > 0) run_cpu(settings[tasks[i].prepared], one, false, 0);
       }
       simt::take_launches();
-      cuda::update({rule, false, tasks.data(), tasks.size(), prepared.data(), false, nullptr}, nullptr);
+      cuda::update({rule, false, tasks.data(), tasks.size(), prepared.data(), false, nullptr}, nullptr, nullptr);
       const std::string what = std::to_string(count) + " tensors, " + std::to_string(sets) + " groups";
       check(same_bits(expected, found, true), what + ": not the CPU's bits");
       check(is_intact(found), what + ": written where nothing is to be written");
@@ -258,7 +258,7 @@ void test_first() {
   std::vector<cuda::Prepared> prepared(tasks.size());
   cuda::prepare({0, false, &source, 1, counts.data(), counts.size(), 1, 0, nullptr, nullptr, nullptr, prepared.data()},
                 nullptr);
-  cuda::update({0, false, tasks.data(), tasks.size(), prepared.data(), true, nullptr}, nullptr);
+  cuda::update({0, false, tasks.data(), tasks.size(), prepared.data(), true, nullptr}, nullptr, nullptr);
   check(same_bits(expected, found, true), "a first step that is not counted");
   check_no_faults("a first step that is not counted");
   drop(expected);
@@ -322,7 +322,7 @@ void test_huge() {
   simt::take_launches();
   const unsigned last = static_cast<unsigned>((n - 1) / 16384);
   simt::set_blocks({0, last - 1, last});
-  cuda::update({0, false, &task, 1, &prepared, false, nullptr}, nullptr);
+  cuda::update({0, false, &task, 1, &prepared, false, nullptr}, nullptr, nullptr);
   simt::set_blocks({});
   check(simt::take_launches() == std::vector<unsigned>{last + 1}, "a huge tensor takes one launch");
   const uint16_t stepped = to_bfloat16(-0.1f).bits;
@@ -358,6 +358,7 @@ int main(int count, char** arguments) {
     test_groups();
     test_huge();
     test_steps_in_two_parts();
+    test_stats();
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

@@ -42,7 +42,7 @@ inline void step(const Setting& s, cuda::Update work, std::vector<cuda::TensorTa
     work.prepared = finished[pass].data();
     work.prepared_on_device = true;
   }
-  cuda::update(work, nullptr);
+  cuda::update(work, nullptr, nullptr);
 }
 
 // With scalars that the host prepared.

@@ -133,7 +133,7 @@ void step(Memory& m, cuda::Stream stream) {
   task.state[1] = view(m.squares);
   const int adam = cpu::find_rule("adam")->index;
   cuda::prepare({adam, false, &group, 1, &count, 1, 1, 0, nullptr, nullptr, &m.found_inf, m.prepared.data()}, stream);
-  cuda::update({adam, false, &task, 1, m.prepared.data(), true, &m.found_inf}, stream);
+  cuda::update({adam, false, &task, 1, m.prepared.data(), true, &m.found_inf}, nullptr, stream);
 
   for (auto [memory, bytes] : {std::pair<void*, size_t>{&gradients, sizeof gradients},
                                {&group, sizeof group},

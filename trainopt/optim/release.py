@@ -176,7 +176,7 @@ class _FusedStep(_Step):
         if record.pass_stats_of != record.steps:
             record.pass_stats, record.pass_stats_of = {}, record.steps
         own = self.view._record
-        for _, found in (*stats.of_plan(self.view._plan), *stats.of_record(own)):
+        for found in (stats.of_plan(self.view._plan) | own.stats).values():
             record.pass_stats[id(self.params[0])] = found
         own.stats.clear()
 

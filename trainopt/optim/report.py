@@ -10,7 +10,7 @@ import torch
 from trainopt.optim.wrappers import unwrapped
 
 if TYPE_CHECKING:
-    from trainopt.optim.stats import ParameterStats
+    from trainopt.optim.stats import Numbers
 
 
 class Record:
@@ -26,11 +26,11 @@ class Record:
         self.compiled_steps: torch.Tensor | None = None  # of a compiled program, into which a number would be compiled
         self.grad_norm: torch.Tensor | None = None  # before clipping, in the last step that had a limit
         #: What has been measured in the last step beside the plan, by the parameter's index: `trainopt.optim.stats`.
-        self.stats: dict[int, tuple[Any, ...]] = {}
+        self.stats: dict[int, Numbers] = {}
         self.names: list[str | int] | None = None  # of the parameters in that step; None if it has nothing to tell
         self.plan: Any = None  # that it was made by
         self.compiled_before = 0  # compiled steps before it
-        self.pass_stats: dict[int, ParameterStats] = {}  # by the parameter's id, within the backward pass before a step
+        self.pass_stats: dict[int, Numbers] = {}  # by the parameter's id, within the backward pass before a step
         self.pass_stats_of = -1  # `steps` then
         self.holds_averages = False  # whether the parameters are their moving averages now
         self.asked_at: int | None = None  # `steps` when a step last asked for states to be made

@@ -1,7 +1,8 @@
 """What a step tells of each parameter (``stats=True``): norms of gradient, parameter and update, what is not finite.
 
-The engine gathers them from memory that the step has in the nearest cache (csrc/cpu/stats_tile.h). For what torch's
-code steps, and for steps that are left out, passes of their own do.
+The engine gathers them from memory that the step has in the nearest cache (csrc/cpu/stats_tile.h), or in registers
+(csrc/cuda/stats.h). For what torch's code steps, and for steps that the host leaves out, passes of their own do. What
+is found on a device stays there until somebody asks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from trainopt.optim.distributed import reals_of
 from trainopt.optim.options import extra
 
 Numbered = tuple[int, dict[str, Any], Tensor]  # index over all groups, group, parameter
+#: The numbers of `ParameterStats`, in its order: on the host, or as a tensor of five float64 on a device.
+Numbers = tuple[float, float, float, float, int] | Tensor
 
 
 class ParameterStats(NamedTuple):
@@ -52,10 +55,12 @@ def end_step(optimizer: Any) -> None:
         passed = {i: record.pass_stats[id(param)] for i, param in enumerate(params) if id(param) in record.pass_stats}
         record.stats = passed | record.stats
     record.pass_stats = {}
+    left_out = record.skipped is True  # by the host: the plan has made no step
     names: list[str | int] = []
     for group in groups:
         names += group.get("param_names") or range(len(names), len(names) + len(group["params"]))
-    record.names, record.plan, record.compiled_before = names, optimizer._plan, record.compiled()
+    record.names, record.plan = names, None if left_out else optimizer._plan
+    record.compiled_before = record.compiled()
 
 
 def by_name(optimizer: Any) -> dict[str | int, ParameterStats]:
@@ -65,22 +70,33 @@ def by_name(optimizer: Any) -> dict[str | int, ParameterStats]:
     record = optimizer._record
     if record.names is None or record.compiled() != record.compiled_before:
         return {}
-    found = dict(() if record.was_skipped() else of_plan(record.plan))
-    found.update(of_record(record))
+    found = read({**of_plan(record.plan), **record.stats})
     return {record.names[index]: found[index] for index in sorted(found)}
 
 
-def of_plan(plan: Any) -> Iterator[tuple[int, ParameterStats]]:
+def of_plan(plan: Any) -> dict[int, Numbers]:
     """What the engine has gathered in its last step, by the parameter's index in the optimizer."""
-    for index, gradient, parameter, update, largest, nonfinite in () if plan is None else plan.stats():
-        yield index, ParameterStats(gradient, parameter, update, _or_nan(largest, gradient), nonfinite)
+    return {} if plan is None else dict(plan.stats())
 
 
-def of_record(record: Any) -> Iterator[tuple[int, ParameterStats]]:
-    """What has been measured beside the plan."""
-    for index, numbers in record.stats.items():
-        gradient, parameter, update, largest = map(float, numbers[:4])
-        yield index, ParameterStats(gradient, parameter, update, _or_nan(largest, gradient), int(numbers[4]))
+def read(found: dict[int, Numbers]) -> dict[int, ParameterStats]:
+    """Numbers as the host reads them, with one wait for each device that they lie on."""
+    by_device: dict[torch.device, dict[int, Tensor]] = {}
+    on_host = {}
+    for index, numbers in found.items():
+        if isinstance(numbers, Tensor):
+            by_device.setdefault(numbers.device, {})[index] = numbers
+        else:
+            on_host[index] = _stats(*numbers)
+    for rows in by_device.values():
+        for index, row in zip(rows, torch.stack(list(rows.values())).tolist(), strict=True):
+            on_host[index] = _stats(*row)
+    return on_host
+
+
+def _stats(gradient: float, parameter: float, update: float, largest: float, nonfinite: float) -> ParameterStats:
+    largest = math.nan if math.isnan(gradient) else largest
+    return ParameterStats(gradient, parameter, update, largest, int(nonfinite))
 
 
 def note_left_out(optimizer: Any, params: Iterable[Numbered], scale: float = 1.0) -> None:
@@ -98,11 +114,8 @@ def measured(optimizer: Any, params: Iterable[Numbered], scale: float = 1.0) -> 
     for (index, group, param), (value, of_gradient) in zip(chosen, before, strict=True):
         norm, largest, nonfinite = of_gradient
         moved = _value(optimizer, group, param).double().sub_(value)
-        optimizer._record.stats[index] = (norm, _norm(value), _norm(moved), largest, nonfinite)
-
-
-def _or_nan(largest: float, norm: float) -> float:
-    return math.nan if math.isnan(norm) else largest
+        numbers = (norm, _norm(value), _norm(moved), largest, nonfinite)
+        optimizer._record.stats[index] = torch.stack([number.double() for number in numbers])
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainopt.optim.base import Fused
 from trainopt.optim.distributed import is_dtensor
-from trainopt.optim.gradients import clears, clips
+from trainopt.optim.gradients import DEVICE_TYPES, clears, clips
 from trainopt.optim.options import DEFAULTS, extra
 from trainopt.optim.stats import ParameterStats
 from trainopt.training.average import WeightAverage
@@ -54,7 +54,7 @@ class Tail:
         is_able = steps_alone(self.optimizer) and not self.options.step_in_backward
         self.clips = is_able and (self.options.clip is not None or all(map(clips, groups)))
         # Elsewhere stats are taken round a step of torch's, which differs from the engine's in its last bits.
-        self.measures = is_shown and is_able and all(param.is_cpu and not is_dtensor(param) for param in params)
+        self.measures = is_shown and is_able and all(map(_is_on_engine, params))
         # All processes that share weights must look in the same way; and the watch sees none of their gradients.
         is_watched = is_watched and not self.state.is_sharded
         # A step that is left out clears what it would have cleared: nobody could say any more what was not finite.
@@ -152,3 +152,7 @@ def steps_alone(optimizer: Any) -> bool:
         and not optimizer._has_hooks()
         and not any(group.get("differentiable") for group in optimizer.param_groups)
     )
+
+
+def _is_on_engine(param: Tensor) -> bool:
+    return (param.is_cpu or param.device.type in DEVICE_TYPES) and not is_dtensor(param)

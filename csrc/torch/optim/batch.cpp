@@ -390,7 +390,7 @@ void Batch::work(bool counts, bool updates, const AddShards& add_shards) {
   if (updates && rule_.number_count > 0) write_numbers(each);
   if (!updates || !is_measured_) return;
   for (const Entry& entry : entries) {
-    if (entry.group->stats == 0) continue;
+    if (entry.group->stats == 0 || entry.on_cuda.part >= 0) continue;
     StepStats found{};
     if (entry.task >= 0)
       found =

@@ -106,14 +106,20 @@ class Batch {
   // Those of the last step, of a rule that has such; nothing where no parameter had a gradient. Waits for a device.
   std::optional<std::vector<double>> sums_over_all() const;
 
-  // What the step has found out about the parameters on the CPU whose groups ask for it, until it is forgotten.
+  // What the step has found out about the parameters whose groups ask for it, until it is forgotten: about those on
+  // the CPU and those without elements, and about those on devices, whose `tensors` begin with `first_tensor`.
   struct Found {
     uint32_t tensor;
     StepStats stats;
     double gradient_scale;  // with which the gradient came
   };
   const std::vector<Found>& stats() const { return stats_; }
-  void forget_stats() { stats_.clear(); }
+  decltype(auto) stats_on_devices() const { return cuda.stats(); }
+  uint32_t first_tensor() const { return first_tensor_; }
+  void forget_stats() {
+    stats_.clear();
+    cuda.forget_stats();
+  }
 
   // Whether every parameter lies on a CUDA device.
   bool lies_on_devices() const { return cuda_entries_ == entries.size(); }

@@ -68,6 +68,7 @@ CudaPlace CudaBatch::add(const TensorTask& task, const GroupValues* group, c10::
   cuda::TensorTask& added = part->tasks.emplace_back();
   static_cast<TensorTask&>(added) = task;
   added.rounds_at_random = group->round_at_random != 0;
+  added.is_measured = group->stats != 0;
   added.numbers_are_float32 = numbers.values.are_float32;
   for (int n = 0; n < numbers.count; ++n) added.numbers[n].data = numbers.data[n];
   part->sources.push_back({group, first, count, numbers, shard});
@@ -119,7 +120,7 @@ bool CudaBatch::is_captured() const {
 void CudaBatch::run(const GradientScaling& scaling, const DeviceScaling& on_device, const AddShards& add_shards) {
   if (!gradients_stay_aligned_.exchange(true))
     for (Part& part : parts_) part.tables.reset();
-  for (Part& part : parts_) run_part(part, {scaling, on_device, add_shards, &over_all_});
+  for (Part& part : parts_) run_part(part, {scaling, on_device, add_shards, &over_all_, &told_});
 }
 
 std::vector<Sum> CudaBatch::sums_over_all() const {
@@ -257,10 +258,7 @@ void CudaBatch::update(Part& part, const cuda::Prepared* prepared, bool on_devic
   cuda::Update work{rule_.index, part.is_float64, part.tasks.data(), count, prepared, on_device, found_inf};
   const bool is_cautious = std::any_of(part.sources.begin(), part.sources.end(),
                                        [](const Source& source) { return source.group->cautious != 0; });
-  if (rule_.sum_count == 0 && !is_cautious) {
-    if (part.tables == nullptr) part.tables = cuda::tables_of(work);
-    return part.tables->launch(prepared, found_inf, stream);
-  }
+  if (rule_.sum_count == 0 && !is_cautious) return launch_update(part, work, true, step, stream);
 
   // The reduce phase: each task has scalars of its own from then on, on the device.
   part.forget();
@@ -290,7 +288,32 @@ void CudaBatch::update(Part& part, const cuda::Prepared* prepared, bool on_devic
     work.prepared = finished;
     work.prepared_on_device = true;
   }
-  cuda::update(work, stream);
+  launch_update(part, work, false, step, stream);
+}
+
+// The update itself, and what it finds out.
+void CudaBatch::launch_update(Part& part, const cuda::Update& work, bool keeps_tables, const Step& step,
+                              cuda::Stream stream) const {
+  ToldOnDevice told;
+  for (const cuda::TensorTask& task : part.tasks)
+    if (task.is_measured) told.tensors.push_back(task.tensor);
+  std::vector<at::Tensor> kept;
+  StepStats* chunk_stats = nullptr;
+  if (!told.tensors.empty())
+    chunk_stats =
+        static_cast<StepStats*>(memory_on(part.device, cuda::measured_chunks(work) * sizeof(StepStats), &kept));
+  if (keeps_tables) {
+    if (part.tables == nullptr) part.tables = cuda::tables_of(work);
+    part.tables->launch(work.prepared, work.found_inf, chunk_stats, stream);
+  } else {
+    cuda::update(work, chunk_stats, stream);
+  }
+  if (told.tensors.empty()) return;
+  told.rows = at::empty({static_cast<int64_t>(told.tensors.size()), cuda::kToldStats},
+                        at::TensorOptions(part.device).dtype(at::kDouble));
+  cuda::tell(work, chunk_stats, float_on(step.on_device.gradient_scale, part.device, &kept), step.scaling.scale,
+             static_cast<double*>(told.rows.mutable_data_ptr()), stream);
+  step.told->push_back(std::move(told));
 }
 
 }  // namespace trainopt::aten

@@ -48,6 +48,12 @@ struct StepCount {
   bool on_host = false;
 };
 
+// What a step has found out about parameters on a device: a row of float64 for each, as cuda::tell has it.
+struct ToldOnDevice {
+  at::Tensor rows;
+  std::vector<uint32_t> tensors;  // whose they are
+};
+
 // Where a CudaBatch has a parameter.
 struct CudaPlace {
   int part = -1;  // -1: nowhere
@@ -92,6 +98,10 @@ class CudaBatch {
 
   // Whether the rule's sums are over tensors of which other processes hold parts.
   bool sums_over_shards() const { return sums_over_shards_; }
+
+  // What the last step has found out, until it is forgotten. Waits for no device.
+  const std::vector<ToldOnDevice>& stats() const { return told_; }
+  void forget_stats() { told_.clear(); }
 
   // Launches the step. `add_shards` is called where a rule with a reduce phase meets DTensors.
   void run(const GradientScaling&, const DeviceScaling&, const AddShards& add_shards);
@@ -145,13 +155,15 @@ class CudaBatch {
     const GradientScaling& scaling;
     const DeviceScaling& on_device;
     const AddShards& add_shards;
-    at::Tensor* over_all;  // where sums over all tensors are to be kept
+    at::Tensor* over_all;             // where sums over all tensors are to be kept
+    std::vector<ToldOnDevice>* told;  // where stats are
   };
 
   const cpu::Rule& rule_;
   std::vector<Part> parts_;
   std::vector<c10::Device> devices_;
   at::Tensor over_all_;
+  std::vector<ToldOnDevice> told_;
   bool counts_on_host_ = false, sums_over_shards_ = false;
   std::atomic<bool> gradients_stay_aligned_ = true;  // as they were when the tables were filled
 
@@ -160,6 +172,7 @@ class CudaBatch {
   void run_by_host(Part&, const Step&) const;
   void run_by_device(Part&, const Step&) const;
   void update(Part&, const cuda::Prepared*, bool on_device, const float* found_inf, const Step&, cuda::Stream) const;
+  void launch_update(Part&, const cuda::Update&, bool keeps_tables, const Step&, cuda::Stream) const;
 };
 
 #else
@@ -183,6 +196,8 @@ class CudaBatch {
   size_t part_count() const { return 0; }
   std::vector<Sum> sums_over_all() const { return {}; }
   bool sums_over_shards() const { return false; }
+  std::vector<ToldOnDevice> stats() const { return {}; }
+  void forget_stats() {}
   void run(const GradientScaling&, const DeviceScaling&, const AddShards&) {}
 
  private:
