@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
+
+Compile = Callable[[Any], Callable[[], object]]  # makes an optimizer's step a compiled one
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Peer:
     settings: dict[str, Any] = field(default_factory=dict)
     writes_gradient: bool = False  # and so needs gradients of its own
     differs: str = ""  # why it is not compared with the others
+    compile: Compile | None = None
 
     @property
     def package(self) -> str:
@@ -37,6 +40,19 @@ class Peer:
         module, _, name = self.path.rpartition(".")
         found = imported(module)
         return None if isinstance(found, Exception) else getattr(found, name)
+
+
+def by_torch(optimizer: Any) -> Callable[[], object]:
+    """All of it."""
+    step: Callable[[], object] = torch.compile(optimizer.step)
+    return step
+
+
+def by_itself(optimizer: Any) -> Callable[[], object]:
+    """What pytorch-optimizer's create_optimizer(compile=True) does: all but what changes from step to step."""
+    optimizer._compile_foreach()
+    step: Callable[[], object] = optimizer.step
+    return step
 
 
 def both_ways(title: str, path: str, differs: str = "", writes_gradient: bool = False, **settings: Any) -> list[Peer]:
@@ -52,9 +68,17 @@ def timm(name: str, differs: str = "", **settings: Any) -> list[Peer]:
     return both_ways("timm", f"timm.optim.{name}", differs, **settings)
 
 
+def timm_compiled(name: str, **settings: Any) -> list[Peer]:
+    """And a third, of those that are not compiled anew in each step for the count of steps."""
+    path = f"timm.optim.{name}"
+    return [*timm(name, **settings), Peer("timm compiled", path, {**settings, "foreach": True}, compile=by_torch)]
+
+
 def kozistr(name: str, differs: str = "", **settings: Any) -> list[Peer]:
-    """Both of pytorch-optimizer's, which works in the gradient's memory."""
-    return both_ways("pytorch-optimizer", f"pytorch_optimizer.{name}", differs, writes_gradient=True, **settings)
+    """All three of pytorch-optimizer's, which works in the gradient's memory."""
+    title, path = "pytorch-optimizer", f"pytorch_optimizer.{name}"
+    compiled = Peer(f"{title} compiled", path, {**settings, "foreach": True}, True, differs, by_itself)
+    return [*both_ways(title, path, differs, writes_gradient=True, **settings), compiled]
 
 
 def authors(name: str) -> list[Peer]:
@@ -73,22 +97,23 @@ PEERS: dict[str, list[Peer]] = {
     "Lion": [
         Peer("lion-pytorch", "lion_pytorch.Lion", {"use_triton": False}),
         Peer("lion-pytorch foreach", "lion_pytorch.foreach.Lion"),
-        *timm("Lion"),
+        Peer("lion-pytorch compiled", "lion_pytorch.foreach.Lion", compile=by_torch),
+        *timm_compiled("Lion"),
         *kozistr("Lion"),
     ],
     # timm clips by default. pytorch-optimizer corrects the first bias alone, or with `adam_debias` none, so that
     # the rule corrects none either; it decays as the others if told not to decouple; and it bounds the parameter's norm
     # by 10, which 64M of 0.001 keep.
     "LAMB": [
-        *timm("Lamb", max_grad_norm=None),
+        *timm_compiled("Lamb", max_grad_norm=None),
         *kozistr("Lamb", weight_decouple=False, adam_debias=True),
     ],
     "LARS": [
-        *timm("Lars"),
+        *timm_compiled("Lars"),
         *kozistr("LARS", "it steps tensors of one dimension as SGD does, without norms and decay"),
     ],
     "NovoGrad": [Peer("timm", "timm.optim.NvNovoGrad"), *kozistr("NovoGrad")],
-    "Adan": [*timm("Adan"), *kozistr("Adan")],
+    "Adan": [*timm_compiled("Adan"), *kozistr("Adan")],
     "AdEMAMix": kozistr("AdEMAMix"),
     "Prodigy": [Peer("prodigyopt", "prodigyopt.Prodigy"), *kozistr("Prodigy")],
     "AdamWScheduleFree": [*authors("AdamWScheduleFree"), *kozistr("ScheduleFreeAdamW")],
