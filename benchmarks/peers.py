@@ -113,7 +113,7 @@ PEERS: dict[str, list[Peer]] = {
         *kozistr("LARS", "it steps tensors of one dimension as SGD does, without norms and decay"),
     ],
     "NovoGrad": [Peer("timm", "timm.optim.NvNovoGrad"), *kozistr("NovoGrad")],
-    "Adan": [*timm_compiled("Adan"), *kozistr("Adan")],
+    "Adan": [*timm("Adan"), *kozistr("Adan")],
     "AdEMAMix": kozistr("AdEMAMix"),
     "Prodigy": [Peer("prodigyopt", "prodigyopt.Prodigy"), *kozistr("Prodigy")],
     "AdamWScheduleFree": [*authors("AdamWScheduleFree"), *kozistr("ScheduleFreeAdamW")],
