@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from benchmarks import loss_cases
 from benchmarks.clip import LIBRARIES
 from benchmarks.formats import FORMATS, Format
 from benchmarks.loss_cases import EAGER, OURS, Case, Step
-from benchmarks.optimizers import RULES, USUAL, Rule
+from benchmarks.optimizers import FIELD, RULES, USUAL, Rule
 from benchmarks.tail import DECAY, LIMIT
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -113,25 +112,24 @@ def apex_optimizers(rule: Rule) -> dict[str, Callable[..., torch.optim.Optimizer
     return {"apex FusedSGD": optimizers.FusedSGD}
 
 
-#: The other optimizers, with their settings and the values of an element that a step moves.
-#: LAMB and LARS read what their norms are of, and then all of it again.
-OTHER_RULES: tuple[tuple[str, dict[str, Any], int], ...] = (
-    *((rule.name, rule.settings, rule.moved) for name, rule in RULES.items() if name not in USUAL),
-    ("Lion", {"lr": 1e-4}, 3 + 2),
-    ("LAMB", {"lr": 1e-3}, 4 + 4 + 3),
-    ("LARS", {"lr": 1e-3, "momentum": 0.9}, 2 + 3 + 2),
-)
+#: The other optimizers: torch's, and some that it does not have.
+OTHER_RULES = [
+    rule
+    for name, rule in RULES.items()
+    if name not in USUAL and (name not in FIELD or name in ("lion", "lamb", "lars"))
+]
 
 
-def rule_task(name: str, settings: dict[str, Any], values: int, workload: Workload) -> Task:
+def rule_task(rule: Rule, workload: Workload) -> Task:
     """An optimizer against torch's foreach step, where torch has it, and beside a fused one that may refuse."""
+    name, settings = rule.name, rule.settings
     contenders: dict[str, Prepare] = {}
     if stock := getattr(torch.optim, name, None):
         ways = [way for way in ("foreach", "fused") if way in inspect.signature(stock).parameters]
         contenders = {f"torch {way}": stepped(workload, partial(stock, **{way: True}, **settings)) for way in ways}
     reference = next(iter(contenders), COPY)
     contenders[OURS] = stepped(workload, partial(getattr(trainopt, name), **settings))
-    moved = values * workload.elements * workload.dtype.itemsize
+    moved = rule.moved * workload.elements * workload.dtype.itemsize
     return Task("rules", f"{name}, {workload.title}", moved, reference, contenders)
 
 
@@ -252,7 +250,7 @@ def tasks(quick: bool) -> Iterator[Task]:
         for workload in workloads:
             yield optimizer_task(rule, workload)
     models = [SMALL] if quick else [WORKLOADS["gpt2"], WORKLOADS["gpt2-bf16"]]
-    yield from (rule_task(*rule, workload) for rule in OTHER_RULES for workload in models)
+    yield from (rule_task(rule, workload) for rule in OTHER_RULES for workload in models)
     yield from (format_task(stored, models[0]) for stored in FORMATS if stored.cls is trainopt.AdamW and stored.options)
     yield from map(tail_task, [SMALL] if quick else [*models, WORKLOADS["1000x64"]])
     cross_entropy, pointwise = loss_cases._cross_entropy, loss_cases._pointwise

@@ -11,11 +11,13 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from timeit import timeit
 
 import torch
 from torch.utils.benchmark import Timer
 
 BLOCK_SECONDS = 0.02
+LONG_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,18 @@ def interleave(
 
     A round times one block of calls of each contender, in an order drawn anew; a block is as many calls as fill
     `block_seconds`, at least one. The timer makes two or more calls before each block, so that a contender finds its
-    own data in the caches, as far as they fit, and not those of the contender before it.
+    own data in the caches, as far as they fit, and not those of the contender before it. A call of LONG_SECONDS or
+    more makes no others: filling the caches is next to nothing of it.
     """
     threads = torch.get_num_threads()
     timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in contenders.items()}
-    calls = {name: max(1, round(block_seconds / timer.timeit(1).median)) for name, timer in timers.items()}
+    single = {name: timer.timeit(1).median for name, timer in timers.items()}
+    calls = {name: max(1, round(block_seconds / once)) for name, once in single.items()}
+
+    def block(name: str) -> float:
+        if single[name] >= LONG_SECONDS:
+            return timeit(contenders[name], number=1)
+        return timers[name].timeit(calls[name]).median
 
     order = list(timers)
     shuffle = random.Random(seed).shuffle
@@ -62,7 +71,7 @@ def interleave(
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            seconds[name].append(timers[name].timeit(calls[name]).median)
+            seconds[name].append(block(name))
     return seconds
 
 

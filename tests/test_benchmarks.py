@@ -1,11 +1,13 @@
 """The benchmarks' shape lists, pairing and tables. No time is asserted: only that everything asked for is measured."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import in_backward, loss_cases, losses, memory, muon, optimizers, tables, tail, timing, training
+from benchmarks import in_backward, loss_cases, losses, memory, muon, optimizers, peers, tables, tail, timing, training
 from benchmarks.bandwidth import ReadModifyWrite
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -62,16 +64,77 @@ def test_memory_pass_reads_and_writes_the_traffic(traffic):
     assert 2 * memory.tensor.nbytes == traffic
 
 
-@pytest.mark.parametrize(("rule", "bytes_an_element"), [("adamw", 28), ("sgd", 20), ("adagrad", 20), ("rprop", 28)])
+@pytest.mark.parametrize(
+    ("rule", "bytes_an_element"),
+    [
+        ("adamw", 28),
+        ("sgd", 20),
+        ("adagrad", 20),
+        ("rprop", 28),
+        ("lion", 20),
+        ("lamb", 44),
+        ("lars", 28),
+        ("novograd", 24),
+        ("adan", 44),
+        ("ademamix", 36),
+        ("prodigy", 52),
+        ("adamwschedulefree", 28),
+        ("radamschedulefree", 28),
+        ("sgdschedulefree", 20),
+    ],
+)
 def test_a_measurement_has_all_contenders(rule, bytes_an_element):
     result = optimizers.measure(SMALL, optimizers.RULES[rule], rounds=2)
-    fused = set() if rule == "rprop" else {"torch fused"}  # which torch has not for it
-    assert {"torch default", "torch foreach", "trainopt"} | fused <= result.seconds.keys()
+    of_torch = set() if rule in optimizers.FIELD else {"torch default", "torch foreach"}
+    if of_torch and rule != "rprop":
+        of_torch.add("torch fused")
+    assert {"trainopt"} | of_torch <= result.seconds.keys()
+    installed = {peer.title for peer in peers.PEERS.get(optimizers.RULES[rule].name, []) if peer.load()}
+    assert {title for title in installed if "compiled" not in title} <= result.seconds.keys() | {"DeepSpeedCPUAdam"}
+    assert result.left_out.keys() <= {"DeepSpeedCPUAdam"}  # which compiles, where it can
     assert all(len(values) == 2 for values in (*result.seconds.values(), result.memory))
     assert result.traffic == bytes_an_element * 18
-    assert result.reference in (fused or {"torch default", "torch foreach"})
+    assert (result.reference == "trainopt") == (result.seconds.keys() - result.not_compared.keys() == {"trainopt"})
     assert result.speedup(result.reference).median == 1.0
-    assert optimizers.details(result).count("\n") >= 6 + len(fused)
+    assert optimizers.details(result).count("\n") >= 3 + len(result.seconds)
+
+
+def test_packages_that_are_missing_are_named_and_those_that_differ_are_marked(monkeypatch):
+    rows = [peers.Peer("gone", "no_such.optim.Lion"), peers.Peer("other", "torch.optim.AdamW", differs="of AdamW")]
+    monkeypatch.setitem(peers.PEERS, "Lion", rows)
+    assert peers.missing(["Lion", "Adagrad"]) == {"no_such": "ModuleNotFoundError: No module named 'no_such'"}
+    result = optimizers.measure(SMALL, optimizers.RULES["lion"], rounds=1)
+    assert result.seconds.keys() == {"other", "trainopt"} and result.not_compared == {"other": "of AdamW"}
+    assert result.reference == "trainopt"  # it is compared with nobody
+    assert "other is not compared with the others: of AdamW" in optimizers.details(result)
+    assert "other is not compared with the others: of AdamW." in optimizers.summary([result])
+
+
+@pytest.mark.parametrize("differs", [{}, {"rho": 0.5}])
+def test_peers_are_compared_by_what_they_change(monkeypatch, differs):
+    """From parameters that are much larger than their change, and by one that clears its gradients."""
+
+    class Peer(torch.optim.Adadelta):
+        def step(self):
+            super().step()
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.grad.zero_()
+
+    monkeypatch.setattr(peers, "imported", lambda module: SimpleNamespace(Peer=Peer))
+    monkeypatch.setitem(peers.PEERS, "Adadelta", [peers.Peer("peer", "its.Peer", differs, writes_gradient=True)])
+    rule = replace(optimizers.RULES["adadelta"], start=1.0, steps=2)
+    result = optimizers.measure(SMALL, rule, rounds=1)
+    assert ("peer" in result.left_out) == bool(differs)
+    assert result.left_out.keys() <= {"peer"}
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_contenders_where_they_are_asked_for():
+    steps = [
+        optimizers.measure(SMALL, optimizers.RULES["sgd"], rounds=1, most_compiled=most).seconds for most in (2, 3)
+    ]
+    assert ["torch compiled" in seconds for seconds in steps] == [False, True]
 
 
 def test_a_contender_that_does_not_do_the_work_is_no_peer(monkeypatch):
@@ -84,12 +147,12 @@ def test_a_contender_that_does_not_do_the_work_is_no_peer(monkeypatch):
             raise RuntimeError("no compiler")
 
     stock = optimizers.contenders
-    extra = {"torch fused": lambda parameters: Idle(parameters), "broken": lambda parameters: Broken(parameters)}
-    monkeypatch.setattr(optimizers, "contenders", lambda rule: stock(rule) | extra)
+    extra = {"torch fused": optimizers.Contender(Idle), "broken": optimizers.Contender(Broken)}
+    monkeypatch.setattr(optimizers, "contenders", lambda *options: stock(*options) | extra)
     result = optimizers.measure(SMALL, optimizers.RULES["sgd"], rounds=1)
     assert "100 %" in result.left_out["torch fused"]
     assert result.left_out["broken"] == "RuntimeError: no compiler"
-    assert result.reference in ("torch default", "torch foreach")
+    assert result.reference not in extra
     assert "torch fused is left out" in optimizers.details(result)
     assert "no peer" in optimizers.summary([result])
 
@@ -111,9 +174,10 @@ def test_command_line(monkeypatch, capsys, tmp_path):
     ("option", "value"),
     [
         ("--workload", "lenet"),
-        ("--optimizer", "lamb"),
+        ("--optimizer", "lbfgs"),
         ("--rounds", "0"),
         ("--threads", "two"),
+        ("--compiled", "0"),
         ("--json", "/no/such/f"),
     ],
 )

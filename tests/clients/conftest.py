@@ -7,12 +7,12 @@ Models are made from configurations and data from random numbers: nothing is dow
 installed (the extra `clients` has them all) is skipped.
 """
 
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
-import torch
+
+from benchmarks.peers import names_for_torchvision
 
 HERE = Path(__file__).parent
 
@@ -25,16 +25,4 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-def names_for_torchvision() -> torch.library.Library | None:
-    """For timm, which imports torchvision. The one on PyPI has its operators in a library for CUDA, which does not load
-    beside torch's build for CPUs, and then it fails over their names. With the names it imports; timm needs no more.
-    """
-    if torch.version.cuda is not None or importlib.util.find_spec("torchvision") is None:
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-TORCHVISION = names_for_torchvision()  # for as long as the process
+names_for_torchvision()  # before timm is imported
