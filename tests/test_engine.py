@@ -42,14 +42,13 @@ def test_any_cut_of_a_tensor(row, options, dtype):
 @each_combination
 def test_any_number_of_threads(row, options, dtype):
     # Split inside the big tensor, between tensors, and at ends that are no multiples of a chunk.
-    sizes = (SPLIT_SIZE * 3 + 77, 5, SPLIT_SIZE, 255, *([300] * 100), SPLIT_SIZE + 1)
+    sizes = (SPLIT_SIZE * 3 + 77, 5, 255, *([300] * 50), SPLIT_SIZE + 1)
     start, gradients = random_problem(sizes, dtype, 2, 2)
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         torch.set_num_threads(threads)
         results.append(result_of(row.make, start, gradients, **options, noise=0.1, seed=3))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    assert_same_bits(*results)
 
 
 @each_dtype
@@ -62,7 +61,8 @@ def test_every_simd_variant(row, dtype, options, each_variant):
         "all": row.settings["all"],
         "noise": {**row.settings["all"], "noise": 0.3, "seed": 9},
     }[options]
-    sizes = (*range(1, 71), 255, 256, 257, 1000, 12_345)
+    # Whatever is left of a vector of 16, 8 or 4.
+    sizes = (*range(1, 19), 31, 33, 63, 65, 255, 257, 12_345)
     start, gradients = random_problem(sizes, dtype, 3, 3)
     results = [result_of(row.make, start, gradients, **chosen) for _ in each_variant()]
     for other in results[1:]:
@@ -172,7 +172,7 @@ def allocations_in(action):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @each_row
 def test_no_allocation_from_the_second_step_on(row, dtype):
-    start, gradients = random_problem([64] * 1000, dtype, 1, 18)
+    start, gradients = random_problem([64] * 100, dtype, 1, 18)
     optimizer, params = run(row.make, start, gradients, **row.everything, noise=0.1)
     for p in params[::2]:  # and strided work
         p.grad = p.grad[0].expand_as(p)
