@@ -185,17 +185,14 @@ DEPRECATED = ("cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "kl_div"
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("make", WARNING.values(), ids=WARNING)
-def test_modules_that_warn_compile(make, backend):
+def test_modules_that_warn_compile(make):
     """A warning in Python ends a graph; torch's modules have one and compile whole."""
     for shape in ((6, 9), (6, 1)) if isinstance(make(trainopt), torch.nn.MSELoss | torch.nn.L1Loss) else ((6, 9),):
         target = random(*shape, seed=1).softmax(1).float()
         results = []
-        for side in (trainopt, torch.nn):
-            torch._dynamo.reset()
-            function = torch.compile(make(side), fullgraph=True, backend=backend)
-            results.append(gradient(lambda x, f=function, t=target: f(x.log_softmax(1), t).sum(), logits()))
+        for module in (compiled(make(trainopt)), make(torch.nn)):
+            results.append(gradient(lambda x, f=module, t=target: f(x.log_softmax(1), t).sum(), logits()))
         for mine, theirs in zip(*results, strict=True):
             torch.testing.assert_close(mine, theirs)
 
@@ -204,12 +201,9 @@ def test_modules_that_warn_compile(make, backend):
 @pytest.mark.parametrize("options", [{"size_average": False}, {"reduce": False}, {"reduction": "elementwise_mean"}])
 @pytest.mark.parametrize("name", DEPRECATED)
 def test_deprecated_arguments_compile(name, options):
-    results = []
-    for side in (functional, F):
-        loss = partial(getattr(side, name), target=PROBABILITIES, **options)
-        function = compiled(lambda x, loss=loss: loss(x.sigmoid()).sum())
-        results.append(gradient(function, logits()))
-    for mine, theirs in zip(*results, strict=True):
+    ours, torchs = (partial(getattr(side, name), target=PROBABILITIES, **options) for side in (functional, F))
+    found = gradient(compiled(lambda x: ours(x.sigmoid()).sum()), logits())
+    for mine, theirs in zip(found, gradient(lambda x: torchs(x.sigmoid()).sum(), logits()), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 

@@ -65,13 +65,13 @@ def judge(row, peer, dtype, options, sizes, steps, seeds):
     )
 
 
-@each_dtype
+# Of 16 bits each step is judged alone, below, for every option: it is the formula, rounded once.
+@each_wide
 @pytest.mark.parametrize("row, options", SETTINGS)
 def test_no_worse_than_torch(row, options, dtype):
     judge(row, row.make_plain_loop, dtype, options, SIZES, STEPS, seeds=(0, 1))
 
 
-# In 16 bits the sign of a parameter near zero is a matter of luck, which one step at a time (below) leaves out.
 @each_wide
 @pytest.mark.parametrize("row, options", EXTRAS)
 def test_no_worse_than_formula(row, options, dtype):
