@@ -24,7 +24,6 @@ FORMS = {
     "flattened, full": StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True, cpu_offload=True),
 }
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-each_form_of_files = pytest.mark.parametrize("form", [*FORMS.values()][:2], ids=[*FORMS][:2])
 
 
 def set_state(model, optimizer, saved, form):
@@ -69,7 +68,7 @@ def test_in_memory(name, options, way, form):
 
 @each_case
 @each_way
-@each_form_of_files
+@pytest.mark.parametrize("form", [FORMS["nested"], FORMS["flattened"]], ids=["nested", "flattened"])
 def test_in_files(name, options, way, form, tmp_path):
     source, target = (CLASSES[name][side] for side in way)
     first = made(source, options)

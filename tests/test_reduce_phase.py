@@ -2,20 +2,11 @@
 
 import copy
 
+import judge
 import pytest
 import torch
 from helpers import skip_unless_taken
-from judge import (
-    DTYPES,
-    TABLE,
-    assert_no_worse,
-    assert_same_bits,
-    assert_same_bits_everywhere,
-    outcome,
-    random_problem,
-    result_of,
-    run,
-)
+from judge import DTYPES, TABLE, assert_no_worse, assert_same_bits, outcome, random_problem, result_of, run
 
 import trainopt
 from trainopt._extension import _C
@@ -38,7 +29,7 @@ def test_the_module_names_the_sums():
 @each_dtype
 @each_row
 def test_the_same_bits_for_any_threads_and_any_variant(row, dtype):
-    assert_same_bits_everywhere(row, *random_problem(SIZES, dtype, 2, 1), **row.usual)
+    judge.assert_same_bits_everywhere(row, *random_problem(SIZES, dtype, 2, 1), **row.usual)
 
 
 @each_row

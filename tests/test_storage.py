@@ -32,7 +32,7 @@ def any_size(monkeypatch):
     monkeypatch.setattr(code8, "LEAST_ELEMENTS", 0)
 
 
-@each_way
+@pytest.mark.parametrize("way", [*WAYS, (torch.float64, {})], ids=str)
 @each_optimizer
 def test_the_same_bits_for_any_number_of_threads_and_every_variant(name, way):
     row, (dtype, storage) = TABLE[name], way
