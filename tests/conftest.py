@@ -43,6 +43,14 @@ for name in ("_single_tensor_adafactor", "_multi_tensor_adafactor"):
     setattr(torch.optim._adafactor, name, of_elements(getattr(torch.optim._adafactor, name)))
 
 
+#: The tests of devices are not even loaded where none is: each of thousands was a line of its own that says so.
+collect_ignore = [] if IS_EMULATED or HAS_GPU else ["cuda"]
+
+
+def pytest_report_header():
+    return "tests/cuda is left out: there is neither a GPU nor `make emulated`" if collect_ignore else None
+
+
 LEFT_TO_TORCH = {name for name, row in TABLE.items() if not row.steps_on_devices}
 
 

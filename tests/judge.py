@@ -112,17 +112,21 @@ def assert_same_bits(one: dict[str, Tensors], other: dict[str, Tensors], any_nan
             assert len(bad) == 0, f"{name}[{i}] of {a.numel()}: {len(bad)} elements differ, first at {bad[0].tolist()}"
 
 
+def everywhere() -> Iterator[None]:
+    """Sets each SIMD variant, and for all but the first three threads, which cut every tensor where one does not."""
+    for variant, threads in ((VARIANTS[0], 1), *((name, 3) for name in VARIANTS[1:] or VARIANTS)):
+        _C.set_cpu_variant(variant)
+        torch.set_num_threads(threads)
+        yield
+
+
 def assert_same_bits_everywhere(row: Row, start: Tensors, gradients: Sequence[Tensors], **options) -> None:
     """The outcome has the same bits for any number of threads and every SIMD variant. Gradients stay as they are."""
-    results = []
-    for variant in VARIANTS:
-        for threads in (1, 3):  # three cut every tensor where two and one do not
-            _C.set_cpu_variant(variant)
-            torch.set_num_threads(threads)
-            own = [[g.clone() for g in now] for now in gradients]
-            results.append(outcome(*run(row.make, start, own, **options)))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    first, *others = (
+        outcome(*run(row.make, start, [[g.clone() for g in now] for now in gradients], **options)) for _ in everywhere()
+    )
+    for other in others:
+        assert_same_bits(first, other)
 
 
 def assert_resumes(row: Row, start: Tensors, gradients: Sequence[Tensors], options: dict[str, Any]) -> Any:
@@ -174,7 +178,7 @@ def root_mean_square(x: torch.Tensor) -> float:
 
 def undecided_elements(row, start, gradients, dtype, options) -> torch.Tensor:
     """Elements, of all parameters one after the other, for which a rounding to this dtype may decide a sign."""
-    optimizer = row.make_formula([torch.nn.Parameter(p.detach().double()) for p in start], **options)
+    optimizer = row.make_formula([torch.nn.Parameter(p.detach().double().clone()) for p in start], **options)
     optimizer.eps = torch.finfo(dtype).eps
     for now in gradients:
         for p, g in zip(optimizer.params, now, strict=True):

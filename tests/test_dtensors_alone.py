@@ -145,8 +145,7 @@ EDITS = {
 }
 
 
-@each_class
-@pytest.mark.parametrize("warm", [1, 3])
+@pytest.mark.parametrize("name, warm", [*((name, 3) for name in CLASSES), ("SGD", 1), ("AdamW", 1), ("NAdam", 1)])
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edit_takes_effect_at_the_next_step(name, edit, warm, mesh):
     skip_unless_shards_are_taken(name)

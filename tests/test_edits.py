@@ -27,7 +27,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 import trainopt
 
-at_first_and_later = pytest.mark.parametrize("warm", [0, 2], ids=["at first", "later"])
+#: Which class it is makes a difference to what is kept from step to step: before the first one, a few are asked.
+FEW = ("SGD", "AdamW", "NAdam", "Rprop")
+FIRST_AND_LATER = [*((name, 0) for name in FEW), *((name, 2) for name in NAMES)]
 
 
 def edited(twins, change, warm, after=2, **tolerance):
@@ -66,12 +68,11 @@ def test_an_edit_that_went_unnoticed_would_be_found_out():
 
 
 @pytest.mark.parametrize(
-    "name, key, value",
-    [(n, *row) for n in NAMES for row in options_of(n)],
+    "name, warm, key, value",
+    [(name, warm, *row) for name, warm in FIRST_AND_LATER for row in options_of(name)],
     ids=lambda part: part if isinstance(part, str) else repr(part)[:24],
 )
-@at_first_and_later
-def test_a_value_of_an_option(name, key, value, warm):
+def test_a_value_of_an_option(name, warm, key, value):
     twins = Twins(name, foreach=False)
     rough = {"rtol": 1e-6, "atol": 1e-6} if isinstance(value, np.float32) else {}
     change = lambda optimizer, _: optimizer.param_groups[0].update({key: value})  # noqa: E731
@@ -109,8 +110,9 @@ def test_a_state_of_none_ends_no_iterator():
     assert attempt(lambda: list(map(lambda _: twins.ours.optimizer.step(), range(3))))[0] is AttributeError
 
 
-@each_class
-@pytest.mark.parametrize("warm, container", [(0, c) for c in OF_GROUPS] + [(2, c) for c in CONTAINERS])
+@pytest.mark.parametrize(
+    "name, warm, container", [(n, w, c) for n, w in FIRST_AND_LATER for c in (CONTAINERS if w else OF_GROUPS)]
+)
 def test_containers_that_torch_accepts(name, container, warm):
     twins = Twins(name, foreach=False)
     twins.edit(lambda optimizer, params: [optimizer.state[p] for p in params] if warm else None)
@@ -154,8 +156,7 @@ def test_containers_at_construction(given):
     assert messages[0] == messages[1]
 
 
-@each_class
-@at_first_and_later
+@pytest.mark.parametrize("name, warm", FIRST_AND_LATER)
 @pytest.mark.parametrize("share", SHARING)
 def test_shared_memory_is_stepped_in_order(name, share, warm):
     """Torch's plain loop, one parameter after the other, says what is right."""

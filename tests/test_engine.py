@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from judge import DTYPES, TABLE, WIDTHS, assert_no_worse, assert_same_bits, bits, random_problem, result_of, run
+from judge import TABLE, WIDTHS, assert_same_bits, bits, random_problem, result_of, run
 from rows import each_combination, each_dtype, each_row, states_of
 
 from trainopt._extension import _C
@@ -27,7 +27,7 @@ def test_any_cut_of_a_tensor(row, options, dtype):
     start, gradients = random_problem((size,), dtype, 3, 1)
     whole = result_of(row.make, start, gradients, **options)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(6):
+    for _ in range(4):
         count = 1 + int(torch.randint(0, 200, (), generator=generator))
         cuts = sorted((torch.randperm(size - 1, generator=generator)[:count] + 1).tolist())
         lengths = [end - begin for begin, end in zip([0, *cuts], [*cuts, size], strict=True)]
@@ -42,27 +42,26 @@ def test_any_cut_of_a_tensor(row, options, dtype):
 @each_combination
 def test_any_number_of_threads(row, options, dtype):
     # Split inside the big tensor, between tensors, and at ends that are no multiples of a chunk.
-    sizes = (SPLIT_SIZE * 3 + 77, 5, SPLIT_SIZE, 255, *([300] * 100), SPLIT_SIZE + 1)
+    sizes = (SPLIT_SIZE * 3 + 77, 5, 255, *([300] * 50), SPLIT_SIZE + 1)
     start, gradients = random_problem(sizes, dtype, 2, 2)
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         torch.set_num_threads(threads)
         results.append(result_of(row.make, start, gradients, **options, noise=0.1, seed=3))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    assert_same_bits(*results)
 
 
 @each_dtype
 @each_row
-@pytest.mark.parametrize("options", ["usual", "everything", "all", "noise"])
+@pytest.mark.parametrize("options", ["usual", "everything", "noise"])
 def test_every_simd_variant(row, dtype, options, each_variant):
     chosen = {
         "usual": row.usual,
         "everything": row.everything,
-        "all": row.settings["all"],
         "noise": {**row.settings["all"], "noise": 0.3, "seed": 9},
     }[options]
-    sizes = (*range(1, 71), 255, 256, 257, 1000, 12_345)
+    # Whatever is left of a vector of 16, 8 or 4.
+    sizes = (*range(1, 19), 31, 33, 63, 65, 255, 257, 12_345)
     start, gradients = random_problem(sizes, dtype, 3, 3)
     results = [result_of(row.make, start, gradients, **chosen) for _ in each_variant()]
     for other in results[1:]:
@@ -83,13 +82,6 @@ def test_special_values_in_every_simd_variant(row, dtype, each_variant):
             # Which NaN it is the processor's instructions do not agree on.
             assert torch.equal(a.isnan(), b.isnan()), name
             assert torch.equal(bits(a)[~a.isnan()], bits(b)[~b.isnan()]), name
-
-
-@each_combination
-def test_two_runs(row, options):
-    start, gradients = random_problem((5000, 17), torch.float32, 5, 4)
-    one = result_of(row.make, start, gradients, **options, noise=0.1)
-    assert_same_bits(one, result_of(row.make, start, gradients, **options, noise=0.1))
 
 
 # Every element --------------------------------------------------------------------------------------------------------
@@ -172,7 +164,7 @@ def allocations_in(action):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @each_row
 def test_no_allocation_from_the_second_step_on(row, dtype):
-    start, gradients = random_problem([64] * 1000, dtype, 1, 18)
+    start, gradients = random_problem([64] * 100, dtype, 1, 18)
     optimizer, params = run(row.make, start, gradients, **row.everything, noise=0.1)
     for p in params[::2]:  # and strided work
         p.grad = p.grad[0].expand_as(p)
@@ -225,17 +217,3 @@ def test_variants_by_name():
     assert _C.cpu_variant() == "baseline"
     with pytest.raises(ValueError, match="baseline"):
         _C.set_cpu_variant("avx1024")
-
-
-@each_row
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_every_variant_is_right(row, dtype, variant):
-    start, gradients = random_problem((1000, 7), dtype, 8, 20)
-    options = row.settings["all"]
-    assert_no_worse(
-        result_of(row.make, start, gradients, **options),
-        result_of(row.make_plain_loop, start, gradients, **options),
-        result_of(row.make_plain_loop, start, gradients, torch.float64, **options),
-        dtype,
-        in_common=row.in_common is not None,
-    )

@@ -252,8 +252,7 @@ def scaled_run(cls, recipe, options, overflow_at=(), steps=5, seen=None):
 
 @each_class
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("fused", [None, True])
-@pytest.mark.parametrize("overflow_at", [(), (0,), (2,), (0, 1, 3)])
+@pytest.mark.parametrize("fused, overflow_at", [(None, ()), (None, (0,)), (None, (2,)), (True, (0, 1, 3))])
 def test_gradscaler(name, recipe, fused, overflow_at):
     ours, torchs = CLASSES[name]
     options = {**OPTIONS[name], **({"dampening": 0.25} if name == "SGD" else TABLE[name].kept({"eps": 1e-3}))}
@@ -268,8 +267,7 @@ def test_gradscaler(name, recipe, fused, overflow_at):
 @each_class
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("overflow_at", [0, 3])
-@pytest.mark.parametrize("extras", [{}, {"noise": 0.1, "l1": 0.1}], ids=["", "extras"])
+@pytest.mark.parametrize("overflow_at, extras", [(0, {}), (3, {"noise": 0.1, "l1": 0.1})], ids=["", "extras"])
 def test_an_overflow_leaves_everything_as_it_was(name, fused, recipe, overflow_at, extras):
     skipped = []
 

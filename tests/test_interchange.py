@@ -55,20 +55,20 @@ def assert_goes_on(first, second, steps=3):
 @each_case
 @each_way
 @each_form
-@pytest.mark.parametrize("split", [False, True], ids=["one group", "two groups"])
-def test_in_memory(name, options, way, form, split):
+def test_in_memory(name, options, way, form):
+    """Of two groups; of one, in files."""
     source, target = (CLASSES[name][side] for side in way)
-    first = made(source, options, split)
+    first = made(source, options, split=True)
     train(*first, 3)
     saved = copy.deepcopy(get_optimizer_state_dict(*first, options=form))
-    second = made(target, options, split)
+    second = made(target, options, split=True)
     set_state(*second, saved, form)
     assert_goes_on(first, second)
 
 
 @each_case
 @each_way
-@each_form
+@pytest.mark.parametrize("form", [FORMS["nested"], FORMS["flattened"]], ids=["nested", "flattened"])
 def test_in_files(name, options, way, form, tmp_path):
     source, target = (CLASSES[name][side] for side in way)
     first = made(source, options)

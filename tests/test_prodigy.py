@@ -1,6 +1,7 @@
 """Prodigy's d, which all parameters have in common: its numbers in the groups, one way for all parameters of a step."""
 
 import copy
+import functools
 import math
 from unittest import mock
 
@@ -41,25 +42,29 @@ def descend(optimizer, params, steps, noise=0.1):
     return optimizer
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"weight_decay": 0.01, "use_bias_correction": True, "safeguard_warmup": True, "d_coef": 0.7},
-        {"betas": (0.0, 0.99), "beta3": 0.9, "growth_rate": 1.05, "decouple": False, "weight_decay": 0.01, "lr": 0.5},
-    ],
-    ids=["default", "decoupled", "coupled"],
-)
+DOWN = {
+    "default": {},
+    "decoupled": {"weight_decay": 0.01, "use_bias_correction": True, "safeguard_warmup": True, "d_coef": 0.7},
+    "coupled": dict(betas=(0.0, 0.99), beta3=0.9, growth_rate=1.05, decouple=False, weight_decay=0.01, lr=0.5),
+}
+SHAPES_DOWN = ((30, 7), (257,), ())
+
+
+@functools.cache
+def formula_down(case):
+    """The formula's optimizer and its parameters, after 300 steps."""
+    exact = parameters(*SHAPES_DOWN)
+    return descend(ROW.make_formula(exact, **DOWN[case]), exact, 300), exact
+
+
+@pytest.mark.parametrize("case", DOWN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @each_path
-def test_hundreds_of_steps_are_the_formulas(make, options, dtype):
+def test_hundreds_of_steps_are_the_formulas(make, case, dtype):
     """From d0 = 1e-6 up to where the bowl's bottom is. The first steps are a few units of a float32 near 1."""
-    shapes = ((30, 7), (257,), ())
-    start = [p.detach().clone() for p in parameters(*shapes)]
-    params = [torch.nn.Parameter(p.to(dtype, copy=True)) for p in start]
-    optimizer = descend(getattr(ROW, make)(params, **options), params, 300)
-    exact = [torch.nn.Parameter(p.clone()) for p in start]
-    formula = descend(ROW.make_formula(exact, **options), exact, 300)
+    params = parameters(*SHAPES_DOWN, dtype=dtype)
+    optimizer = descend(getattr(ROW, make)(params, **DOWN[case]), params, 300)
+    formula, exact = formula_down(case)
     assert formula.numbers["d"] > 0.01 and formula.numbers["k"] == 300
     found, tolerance = numbers_of(optimizer), 2e-2 if dtype == torch.float32 else 1e-9
     for name in ("d", "d_max", "d_numerator", "k"):

@@ -10,13 +10,15 @@ from edits import ANYWHERE as EDITS  # noqa: F401  (tests of a device go over th
 from edits import SHAPES
 from helpers import CLASSES, OPTIONS, Twins, assert_equal, each_class
 
-MANY = 500  # parameters: enough for several threads to compare them
+#: Enough parameters and elements for several threads to compare: kFewTensors and kGrainElements in csrc.
+MANY = 72
+LARGE = (100_001,)
 
 
 @pytest.mark.parametrize("edit", edits.EDITS)
 def test_nothing_is_overlooked_by_several_threads(edit):
     """With few parameters, and for every class, `test_edits.py` says so."""
-    twins = Twins("Adam", shapes=SHAPES + ((2,),) * (MANY - len(SHAPES)))
+    twins = Twins("Adam", shapes=(*SHAPES, *((2,),) * MANY, LARGE))
     twins.step(2)
     twins.set_gradients()
     twins.edit(edits.EDITS[edit])
@@ -26,7 +28,7 @@ def test_nothing_is_overlooked_by_several_threads(edit):
 
 @each_class
 def test_gradients_that_come_and_go(name):
-    twins = Twins(name, shapes=((9,),) * MANY)
+    twins = Twins(name, shapes=(*((9,),) * (MANY - 1), LARGE))
     for missing in ((), range(0, MANY, 2), range(0, MANY, 2), range(MANY), ()):
         twins.step(1, missing)
 
@@ -49,11 +51,11 @@ def test_groups_that_part_and_meet_again(name):
 
 @each_class
 def test_version_counters_move_by_one_whoever_shares_them(name):
-    params = [torch.nn.Parameter(torch.ones(9)) for _ in range(MANY)]
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in (*((9,),) * MANY, LARGE)]
     optimizer = CLASSES[name][0](params, **OPTIONS[name])
     for _ in range(3):
         for p in params:
-            p.grad = torch.ones(9)
+            p.grad = torch.ones_like(p)
         views = [p.detach() for p in params[::2]]  # which share their counters
         before = [p._version for p in params]
         written = [v for state in optimizer.state.values() for v in state.values()]

@@ -46,9 +46,8 @@ def assert_skipped(optimizer, params):
 
 
 @each_class
-@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("value, before", zip(VALUES, (0, 2, 2), strict=True))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("before", [0, 2])
 def test_left_out_bit_for_bit(name, value, dtype, before, path):
     optimizer, params = optimizer_of(name, dtype, noise=0.1)
     plain, others = optimizer_of(name, dtype, noise=0.1, skip_nonfinite=False)

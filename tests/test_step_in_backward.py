@@ -54,8 +54,15 @@ def run(make, in_backward, steps=4, dtype=torch.float32, schedule=None, network=
     return outcome(optimizer, list(model.parameters()))
 
 
-@pytest.mark.parametrize("path", ["engine", "torch's path"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+#: The path has no part in what a dtype changes.
+each_path = pytest.mark.parametrize(
+    "path, dtype",
+    [*(("engine", dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)), ("torch's path", torch.float32)],
+    ids=str,
+)
+
+
+@each_path
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.in_common is None])
 def test_the_results_of_ordinary_steps(name, dtype, path, monkeypatch):
     monkeypatch.setattr(switches, "REFERENCE_FORCED", path != "engine")
@@ -90,8 +97,7 @@ MUONS = {
 }
 
 
-@pytest.mark.parametrize("path", ["engine", "torch's path"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@each_path
 @pytest.mark.parametrize("name", MUONS)
 def test_muons_matrices_of_different_shapes_have_the_results_of_ordinary_steps(name, dtype, path, monkeypatch):
     monkeypatch.setattr(switches, "REFERENCE_FORCED", path != "engine")

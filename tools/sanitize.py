@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from csrc.compiler import Compiler, compile_all, fail, jobs_at_once
 from csrc.module import (
@@ -52,7 +53,25 @@ WITH_TABLES = ("gather", "norm", "prepare", "stats", "update")
 #: What the program is told to run: of these kernels, and of the others.
 PARTS_WITH_TABLES, OTHER_PARTS = ["norms", "steps"], ["cross-entropy", "large-rows", "pointwise"]
 
+#: The longest to compile, and to run: these first, or in the end one core waits for them.
+FIRST_COMPILED = ("kernels_baseline", "kernels_avx512", "kernels_avx2", "gather", "update", "pointwise")
+FIRST_RUN = ("engine_test", "steps")
+
 Job = tuple[Compiler, Path, list[str]]  # compiles a file with these flags
+
+
+class Program(NamedTuple):
+    """What is linked of these objects, and run with each of these arguments, or with none."""
+
+    name: str
+    jobs: list[Job]
+    parts: Sequence[str] = ()
+    sanitizer: Sequence[str] = MEMORY
+
+    def commands(self) -> list[list[Path | str]]:
+        objects = compile_all(self.jobs)  # which have been made
+        made = Compiler(FOLDER / self.name).link(objects, FOLDER / self.name / "test", [*self.sanitizer, "-pthread"])
+        return [[made, part] for part in self.parts] or [[made]]
 
 
 def main() -> None:
@@ -60,15 +79,29 @@ def main() -> None:
     said = "of the kernels' parameters, to test with these alone"
     parser.add_argument("--parameter-bytes", type=int, choices=PARAMETER_BYTES, help=said)
     given = parser.parse_args().parameter_bytes
-    sizes = PARAMETER_BYTES if given is None else (given,)
-    cpu = sources(*KERNEL_SOURCES)
-    engine_jobs = jobs_into("cpu", cpu, sanitizer=MEMORY_OF_KERNELS)
-    # What takes minutes, all at once: else a core waits for each program's last file.
-    tables = [job for size in sizes for job in jobs_of_tables(size)]
-    compile_all([*engine_jobs, *tables, *jobs_of_threads()])
-    engine = compile_all(engine_jobs)
-    run_all([*programs_of_threads(), *programs_of_cpu(engine), *programs_of_cuda(engine, sizes)])
-    fuzz([made for source, made in zip(cpu, engine, strict=True) if "loss" in source.stem])
+    engine = jobs_into("cpu", sources(*KERNEL_SOURCES), sanitizer=MEMORY_OF_KERNELS)
+    programs = [program_of_threads(), *programs_of_cpu(engine)]
+    programs += programs_of_cuda(engine, PARAMETER_BYTES if given is None else (given,))
+    module = Compiler(FOLDER / "module")
+    bindings = jobs_of_bindings(module)
+    # All at once, and each only once: programs have objects in common.
+    jobs = {(job[0].folder, job[1]): job for job in [*bindings, *(job for program in programs for job in program.jobs)]}
+    compile_all(sorted(jobs.values(), key=lambda job: rank(job[1].stem, FIRST_COMPILED)))
+    commands = [command for program in programs for command in program.commands()]
+    run_all(sorted(commands, key=lambda command: min(rank(name, FIRST_RUN) for name in names_in(command))))
+    if bindings:
+        fuzz(module, compile_all([*(job for job in engine if "loss" in job[1].stem), *bindings]))
+    else:
+        print("the module is not fuzzed: its sanitizer is GCC's on Linux")
+
+
+def rank(name: str, order: Sequence[str]) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def names_in(command: list[Path | str]) -> list[str]:
+    """The program's folder, and the part that it runs."""
+    return [Path(command[0]).parent.name, *map(str, command[1:])]
 
 
 def jobs_into(name: str, files: list[Path], flags: Sequence[str] = (), sanitizer: Sequence[str] = MEMORY) -> list[Job]:
@@ -77,43 +110,38 @@ def jobs_into(name: str, files: list[Path], flags: Sequence[str] = (), sanitizer
     return [(compiler, file, [*rules, *kernel_flags(file), *sanitizer, *flags]) for file in files]
 
 
-def jobs_of_threads() -> list[Job]:
+def program_of_threads() -> Program:
     """With the kernels of one SIMD variant: which it is makes no difference to what several threads do."""
     steps = [source for source in sources(*KERNEL_SOURCES) if "loss" not in source.stem]
     steps = [source for source in steps if variant_of(source) not in SIMD_FLAGS]
-    return jobs_into("threads", [*steps, Path("tests/cpp/threads_test.cpp")], ["-UTRAINOPT_X86"], THREADS)
+    jobs = jobs_into("threads", [*steps, Path("tests/cpp/threads_test.cpp")], ["-UTRAINOPT_X86"], THREADS)
+    return Program("threads", jobs, sanitizer=THREADS)
 
 
-def jobs_of_tables(size: int) -> list[Job]:
-    """What depends on the bytes of a kernel's parameters."""
-    tables = [*(CUDA / f"{name}.cu" for name in WITH_TABLES), SIMT / "engine_test.cpp"]
-    return jobs_into(f"cuda-{size}", tables, [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"])
-
-
-def link(name: str, objects: list[Path], sanitizer: Sequence[str] = MEMORY) -> Path:
-    return Compiler(FOLDER / name).link(objects, FOLDER / name / "test", [*sanitizer, "-pthread"])
-
-
-def programs_of_threads() -> list[list[Path | str]]:
-    return [[link("threads", compile_all(jobs_of_threads()), THREADS)]]
-
-
-def programs_of_cpu(engine: list[Path]) -> list[list[Path | str]]:
+def programs_of_cpu(engine: list[Job]) -> list[Program]:
     tests = sorted(Path("tests", "cpp").glob("*_test.cpp"))
-    return [[link(test.stem, engine + compile_all(jobs_into(test.stem, [test])))] for test in tests]
+    return [Program(test.stem, [*engine, *jobs_into(test.stem, [test])]) for test in tests]
 
 
-def programs_of_cuda(engine: list[Path], sizes: Sequence[int]) -> list[list[Path | str]]:
-    machine = [SIMT / "simt.cpp", SIMT / "queue.cpp"]
-    faults = compile_all(jobs_into("simt", [SIMT / "faults_test.cpp", *machine], SIMT_FLAGS))
-    runs: list[list[Path | str]] = [[link("simt", faults)]]
-    apart = {SIMT / "faults_test.cpp", SIMT / "engine_test.cpp", *(CUDA / f"{name}.cu" for name in WITH_TABLES)}
-    others = [*sorted({*CUDA.glob("*.cu"), *SIMT.glob("*_test.cpp")} - apart), *machine]
-    common = engine + compile_all(jobs_into("cuda", others, SIMT_FLAGS))
+def programs_of_cuda(engine: list[Job], sizes: Sequence[int]) -> list[Program]:
+    machine = jobs_into("simt", [SIMT / "simt.cpp", SIMT / "queue.cpp"], SIMT_FLAGS)
+    programs = [Program("simt", [*jobs_into("simt", [SIMT / "faults_test.cpp"], SIMT_FLAGS), *machine])]
+    tables = [*(CUDA / f"{name}.cu" for name in WITH_TABLES), SIMT / "engine_test.cpp"]
+    others = {*CUDA.glob("*.cu"), *SIMT.glob("*_test.cpp")} - {SIMT / "faults_test.cpp", *tables}
+    common = [*engine, *machine, *jobs_into("cuda", sorted(others), SIMT_FLAGS)]
     for size in sizes:
-        program = link(f"cuda-{size}", common + compile_all(jobs_of_tables(size)))
-        runs += [[program, part] for part in (*(OTHER_PARTS if size == sizes[0] else ()), *PARTS_WITH_TABLES)]
-    return runs
+        jobs = jobs_into(f"cuda-{size}", tables, [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"])
+        parts = [*PARTS_WITH_TABLES, *(OTHER_PARTS if size == sizes[0] else ())]
+        programs.append(Program(f"cuda-{size}", common + jobs, parts))
+    return programs
+
+
+def jobs_of_bindings(module: Compiler) -> list[Job]:
+    """What sees torch; nothing where the compiler is not the one that can share a process with it."""
+    if not module.threaded:
+        return []
+    flags = [*binding_flags(import_torch(), module.threaded), *MEMORY, "-fno-sanitize=undefined"]
+    return [(module, unit, flags) for unit in units(*BINDINGS)]
 
 
 def run_all(commands: list[list[Path | str]]) -> None:
@@ -131,7 +159,7 @@ def run_all(commands: list[list[Path | str]]) -> None:
         fail(f"failed: {', '.join(failed)}")
 
 
-def fuzz(losses: list[Path]) -> None:
+def fuzz(module: Compiler, instrumented: list[Path]) -> None:
     """Calls the losses with anything, in a module where they and all that sees torch are instrumented.
 
     The optimizers' kernels are those of the build: here Python asks for every rule.
@@ -139,20 +167,13 @@ def fuzz(losses: list[Path]) -> None:
     Python and torch are not instrumented, so the sanitizer's library has to be loaded before them. With it comes the
     C++ library: the sanitizer looks for __cxa_throw once, when it is loaded, and Python alone has none.
     """
-    torch = import_torch()
-    own = Compiler(FOLDER / "module")
-    if not own.threaded:
-        print("the module is not fuzzed: its sanitizer is GCC's on Linux")
-        return
-    flags, instrumented = binding_flags(torch, own.threaded), [*MEMORY, "-fno-sanitize=undefined"]
     others = {source: kernel_flags(source) for source in sources(*KERNEL_SOURCES) if "loss" not in source.stem}
-    objects = losses + Compiler(KERNELS).compile(others)
-    objects += own.compile({unit: flags + instrumented for unit in units(*BINDINGS)})
+    objects = instrumented + Compiler(KERNELS).compile(others)
     package = FOLDER / "package" / "trainopt"
-    link_flags = [*module_flags(torch), "-fsanitize=address,undefined"]
-    make_package(package, own.link(objects, own.folder / module_name(), link_flags))
+    link_flags = [*module_flags(import_torch()), "-fsanitize=address,undefined"]
+    make_package(package, module.link(objects, module.folder / module_name(), link_flags))
     libraries = (
-        subprocess.check_output([*own.command, f"-print-file-name={name}"], text=True).strip()
+        subprocess.check_output([*module.command, f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so.6")
     )
     environment = {
