@@ -39,6 +39,7 @@ ELEMENTS = 124_439_808
 TRAFFIC = {
     "AdamW, float32": 28,
     "AdamW with amsgrad, float32": 36,
+    "AdamW with an average and stats, float32": 36,
     "AdamW, bfloat16": 14,
     "AdamW, float32 with 8-bit states": 16 + SCALES,
     'AdamW, bfloat16 `"master"`': 18,

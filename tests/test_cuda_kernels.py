@@ -28,8 +28,8 @@ TYPES = ("float32", "float64")
 
 #: How many kernels each file has.
 COUNTS = {
-    # For each set of states: in any types and with a tail, strided or not; and in float32 arithmetic without a tail, and
-    # in one of three types.
+    # For each set of states: in any types with a tail, strided or not; and in float32 arithmetic likewise without one,
+    # and in one of three types.
     "update": sum(map(len, SETS)) * (2 * len(TYPES) + 2 + 3),
     "prepare": len(RULES) * len(TYPES),
     # Of those that gather sums of their own, in any types, strided or not, and in one of three; and the cautious step's
