@@ -1,7 +1,10 @@
 """The schedule-free optimizers' train and eval modes, in which the parameters are y and x, and files of either."""
 
 import copy
+import gc
 import math
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -212,3 +215,38 @@ def test_what_was_kept_is_not_that_of_a_loaded_state():
     optimizer.eval()
     twin = copy.deepcopy(optimizer)
     assert not twin._trained and not twin.param_groups[0]["train_mode"]
+
+
+# Watching a model -----------------------------------------------------------------------------------------------------
+
+
+@each_class
+def test_a_watched_model_warns_when_it_is_evaluated_in_train_mode(name, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout())
+    optimizer = getattr(trainopt, name)(model.parameters(), lr=0.1)
+    handle = optimizer.watch(model)
+    optimizer.train()
+    with warnings.catch_warnings(action="error"):
+        model.eval()(torch.ones(3))  # no step yet: x and y are the same
+        model.train()(torch.ones(3)).sum().backward()
+        optimizer.step()
+        model(torch.ones(3))
+        copy.deepcopy(model).eval()(torch.ones(3))
+        torch.save(model, tmp_path / "model.pt")
+        torch.load(tmp_path / "model.pt", weights_only=False).eval()(torch.ones(3))
+        optimizer.eval()
+        model.eval()(torch.ones(3))
+    optimizer.train()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=rf"evaluated while {name} is in train mode: .* Call optimizer\.eval\(\)"):
+            model(torch.ones(3))
+    with warnings.catch_warnings(action="error"):
+        handle.remove()
+        model(torch.ones(3))
+        handle, kept = optimizer.watch(model), weakref.ref(optimizer)
+        del optimizer
+        gc.collect()
+        assert kept() is None
+        model(torch.ones(3))
+    with pytest.raises(TypeError, match=r"model is 3: it must be a torch\.nn\.Module"):
+        getattr(trainopt, name)(model.parameters()).watch(3)

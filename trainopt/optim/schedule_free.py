@@ -6,11 +6,14 @@ groups; a step moves them on before the engine reads them, and back if it is not
 """
 
 import math
+import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from trainopt import checks
 from trainopt.optim import precision
@@ -91,6 +94,26 @@ class ScheduleFree(Fused):
                     self._store(group, param, trained)
                     self._trained.pop(param, None)
                 group["train_mode"] = True
+
+    def watch(self, model: nn.Module) -> RemovableHandle:
+        """Warns whenever the model is evaluated in train mode, in which its parameters are y and not the averages.
+
+            optimizer.watch(model)
+
+        An optimizer does not know whose parameters it has; this tells it. Evaluated is a module whose forward is called
+        in evaluation mode (``model.eval()``), once the optimizer has made a step. A program that torch.compile has made
+        does not warn.
+
+        Returns:
+            a handle, whose ``remove()`` ends it. The model does not keep the optimizer alive, and copies of it do not
+            warn.
+
+        Raises:
+            TypeError: `model` is not a module.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {model!r}: it must be a torch.nn.Module")
+        return model.register_forward_pre_hook(_Watch(self))
 
     def _check_parameters(self, what: str) -> None:
         if self._record.holds_averages:
@@ -173,6 +196,27 @@ class ScheduleFree(Fused):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._trained = {}
         super().__setstate__(state)
+
+
+class _Watch:
+    """A module's hook that knows an optimizer; a copy of it knows none."""
+
+    def __init__(self, optimizer: ScheduleFree | None = None) -> None:
+        self.optimizer = None if optimizer is None else weakref.ref(optimizer)
+
+    def __reduce__(self) -> tuple[type["_Watch"], tuple[()]]:
+        return _Watch, ()
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        if module.training or self.optimizer is None or torch.compiler.is_compiling():
+            return
+        optimizer = self.optimizer()
+        if optimizer is not None and any(group["train_mode"] and group["k"] > 0 for group in optimizer.param_groups):
+            warnings.warn(
+                f"the model is evaluated while {type(optimizer).__name__} is in train mode: its parameters are not the"
+                " averages that training is to result in. Call optimizer.eval() before, and optimizer.train() after it",
+                stacklevel=3,
+            )
 
 
 def _weight(group: Mapping[str, Any]) -> float:
