@@ -26,7 +26,7 @@ struct Blocks {
   // Elements [at, end), `at` a multiple of a block.
   __device__ __forceinline__ void step(int64_t at, int64_t end) const {
     for (at += threadIdx.x / 32 * kCodeBlock; at < end; at += kThreads / 32 * kCodeBlock) {
-      if (kHasWords && row.vectorisable && end - at >= kCodeBlock) {
+      if (kHasWords && can_take_words() && end - at >= kCodeBlock) {
         if constexpr (kHasWords) step_by_words(at);
       } else {
         step_by_ones(at, end);
@@ -35,8 +35,14 @@ struct Blocks {
   }
 
   static constexpr bool kHasCodes = sizeof(S) == sizeof(float);
-  // More words of float64 do not fit in registers.
-  static constexpr bool kHasWords = !kIsStrided<Storage> && (sizeof(S) == sizeof(float) || kRoles < 5);
+  // More words of float64 do not fit in registers, nor do any with a tail that is used.
+  static constexpr bool kHasWords = !kIsStrided<Storage> && (kHasCodes || kRoles < 5);
+  static constexpr bool kWordsHaveTail = kHasTail<Storage> && kHasCodes;
+  __device__ __forceinline__ bool can_take_words() const {
+    if constexpr (kHasTail<Storage> && !kWordsHaveTail)
+      if (row.is_used()) return false;
+    return row.vectorisable;
+  }
   __device__ __forceinline__ bool in_codes(int role) const {
     return kHasCodes && role >= 2 && has_codes(row.dtype[role]);
   }
@@ -81,7 +87,7 @@ struct Blocks {
       }
       unpack_words(words[r], row.dtype[r], value[r]);
     }
-    if (is_measured()) see(value[0], value[1], stats);
+    if (kWordsHaveTail && is_measured()) see(value[0], value[1], stats);
     S noise[4] = {};
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {
@@ -95,12 +101,12 @@ struct Blocks {
         value[0][i] = rounded_at_random(value[0][i], bits.word[i / 2] >> (16 * (i % 2)), row.dtype[0]);
     }
     store_param(row.data[0], row.beside[0], row.dtype[0], at, value[0]);
-    if (is_measured()) {
+    if (kWordsHaveTail && is_measured()) {
       S before[kItem];
       unpack_param(of_param, row.dtype[0], before);
       see_move(before, value[0], row.dtype[0], stats);
     }
-    if constexpr (kHasTail<Storage>)
+    if constexpr (kWordsHaveTail)
       if (row.average != nullptr) move_item_of_average(at, value[0]);
 #pragma unroll
     for (int r = 1; r < kRoles; ++r) {

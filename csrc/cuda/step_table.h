@@ -38,15 +38,20 @@ struct StridedRow : MixedRow<kRoles> {
   ShardLayout shard;      // where the elements lie in the whole; of no dimensions: that they are
 };
 
-// Of either, with what the step does for the parameter beside its rule.
-template <class Base>
-struct WithTail : Base {
+// What the step does for a parameter beside its rule.
+struct Tail {
   void* average;  // its moving average; null: it has none
   DType average_dtype;
-  Layout average_layout;  // of a row with layouts
-  int64_t stats_place;    // of its first chunk's stats; -1: it is not measured
+  int64_t stats_place;  // of its first chunk's stats; -1: it is not measured
 
   __device__ __forceinline__ bool is_measured() const { return stats_place >= 0; }
+  __device__ __forceinline__ bool is_used() const { return is_measured() || average != nullptr; }
+};
+template <int kRoles>
+struct MixedTailRow : MixedRow<kRoles>, Tail {};
+template <int kRoles>
+struct StridedTailRow : StridedRow<kRoles>, Tail {
+  Layout average_layout;  // likewise
 };
 
 // What the host has prepared travels with the table, so many sets at most in one launch.
@@ -78,10 +83,27 @@ template <class Storage>
 constexpr bool kIsOneType = !kIsByBlocks<Storage>;
 
 template <class Storage, int kRoles>
-using PlainRowOf = std::conditional_t<kIsStrided<Storage>, StridedRow<kRoles>,
-                                      std::conditional_t<kIsByBlocks<Storage>, MixedRow<kRoles>, Row<kRoles>>>;
+struct RowFor {
+  using type = Row<kRoles>;
+};
+template <int kRoles>
+struct RowFor<Mixed, kRoles> {
+  using type = MixedRow<kRoles>;
+};
+template <int kRoles>
+struct RowFor<Strided, kRoles> {
+  using type = StridedRow<kRoles>;
+};
+template <int kRoles>
+struct RowFor<MixedTail, kRoles> {
+  using type = MixedTailRow<kRoles>;
+};
+template <int kRoles>
+struct RowFor<StridedTail, kRoles> {
+  using type = StridedTailRow<kRoles>;
+};
 template <class Storage, int kRoles>
-using RowOf = std::conditional_t<kHasTail<Storage>, WithTail<PlainRowOf<Storage, kRoles>>, PlainRowOf<Storage, kRoles>>;
+using RowOf = typename RowFor<Storage, kRoles>::type;
 template <class Storage>
 constexpr int kSetsOf = kIsStrided<Storage> ? 1 : kPreparedSets;
 template <class Storage, int kRoles>

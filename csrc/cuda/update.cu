@@ -260,7 +260,7 @@ class Launches final : public StepTables {
         [&](auto& row, size_t t) {
           describe<S>(work.tasks[t], Roles(work.tasks[t], kStateCount<Rule>).view, &row);
           if constexpr (kHasTail<Storage>)
-            describe_tail<S>(work.tasks[t].state[kAverage<Rule>], stats_places_[t], &row);
+            describe_tail<S, kIsStrided<Storage>>(work.tasks[t].state[kAverage<Rule>], stats_places_[t], &row);
           const auto* gradient = reinterpret_cast<const std::byte*>(&row.data[1]);
           places_[t] = {static_cast<int32_t>(launches_.size()),
                         static_cast<int32_t>(gradient - reinterpret_cast<const std::byte*>(&table))};
@@ -279,13 +279,13 @@ class Launches final : public StepTables {
 
  private:
   // What a row with a tail has beside its tensors.
-  template <class S, class RowType>
+  template <class S, bool kHasLayouts, class RowType>
   static void describe_tail(const TensorView& average, int64_t stats_place, RowType* row) {
     row->average = average.data;
     row->average_dtype = average.dtype;
     row->stats_place = stats_place;
     row->vectorisable = row->vectorisable && (average.data == nullptr || is_vectorisable<S>(average));
-    row->average_layout = average.layout != nullptr ? *average.layout : Layout{};
+    if constexpr (kHasLayouts) row->average_layout = average.layout != nullptr ? *average.layout : Layout{};
   }
 
   // Where the address of a task's gradient stands; nowhere for one without elements.
