@@ -46,7 +46,7 @@ def assert_skipped(optimizer, params):
 
 
 @each_class
-@pytest.mark.parametrize("value, before", zip(VALUES, (0, 2, 2), strict=True))
+@pytest.mark.parametrize("value, before", list(zip(VALUES, (0, 2, 2), strict=True)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_left_out_bit_for_bit(name, value, dtype, before, path):
     optimizer, params = optimizer_of(name, dtype, noise=0.1)
