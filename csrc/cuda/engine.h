@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "core/step_stats.h"
 #include "core/sum.h"
@@ -59,6 +60,8 @@ struct Update {
 // `chunk_stats` is memory for measured_chunks(work) of them, for `tell`. A step that is left out measures all the same.
 void update(const Update&, StepStats* chunk_stats, Stream);
 size_t measured_chunks(const Update&);
+// Where among them those of each task's first chunk are; -1 for one that is not measured.
+std::vector<int64_t> stats_places(const Update&);
 
 // What that has found out, for each task that is measured: the norms of the gradient, of the parameter before and of
 // its move, the largest absolute element of the gradient and how many are not finite; the gradient without its scale,

@@ -1,4 +1,6 @@
 // What a step has found out about each parameter, of the stats of its chunks.
+#include <vector>
+
 #include "cuda/engine.h"
 #include "cuda/launch.h"
 #include "cuda/reduce.h"
@@ -35,13 +37,29 @@ __global__ void __launch_bounds__(32) tell_kernel(const TellTable __grid_constan
   out[4] = static_cast<double>(all.nonfinite);
 }
 
+// Calls use(task, place of its first chunk's stats, chunks) for each task that is measured; the chunks of all.
+template <class Use>
+int64_t for_each_measured(const Update& work, Use use) {
+  int64_t place = 0;
+  for (size_t t = 0; t < work.count; ++t) {
+    if (!work.tasks[t].is_measured) continue;
+    const int64_t chunks = chunks_of(work.tasks[t].numel);
+    use(t, place, chunks);
+    place += chunks;
+  }
+  return place;
+}
+
 }  // namespace
 
 size_t measured_chunks(const Update& work) {
-  int64_t chunks = 0;
-  for (size_t t = 0; t < work.count; ++t)
-    if (work.tasks[t].is_measured) chunks += chunks_of(work.tasks[t].numel);
-  return static_cast<size_t>(chunks);
+  return static_cast<size_t>(for_each_measured(work, [](size_t, int64_t, int64_t) {}));
+}
+
+std::vector<int64_t> stats_places(const Update& work) {
+  std::vector<int64_t> places(work.count, -1);
+  for_each_measured(work, [&](size_t task, int64_t place, int64_t) { places[task] = place; });
+  return places;
 }
 
 void tell(const Update& work, const StepStats* chunk_stats, const float* gradient_scale, double scale, double* out,
@@ -53,13 +71,10 @@ void tell(const Update& work, const StepStats* chunk_stats, const float* gradien
     table.header.out += tensors * kToldStats;
   };
   Filler<TellTable, decltype(start)> filler(table, start);
-  int64_t place = 0;
-  for (size_t t = 0; t < work.count; ++t) {
-    if (!work.tasks[t].is_measured) continue;
+  for_each_measured(work, [&](size_t, int64_t place, int64_t chunks) {
     filler.make_room(1);
-    filler.add(1) = {place, chunks_of(work.tasks[t].numel)};
-    place += chunks_of(work.tasks[t].numel);
-  }
+    filler.add(1) = {place, chunks};
+  });
   filler.flush();
 }
 

@@ -68,10 +68,22 @@ constexpr int kPreparedSets = kParameterBytes > 4096 ? 16 : 4;
 // How all tensors of a parameter are stored: as one type; as each tensor's dtype says, some of them in two parts or to
 // be rounded at random; the same as that, with layouts. The kernels with a tail move averages and measure as well, for
 // which they take more registers. In float64 they do all, for there the others would have no fewer.
-struct Mixed {};
-struct Strided {};
-struct MixedTail {};
-struct StridedTail {};
+struct Mixed {
+  template <int kRoles>
+  using Row = MixedRow<kRoles>;
+};
+struct Strided {
+  template <int kRoles>
+  using Row = StridedRow<kRoles>;
+};
+struct MixedTail {
+  template <int kRoles>
+  using Row = MixedTailRow<kRoles>;
+};
+struct StridedTail {
+  template <int kRoles>
+  using Row = StridedTailRow<kRoles>;
+};
 template <class Storage>
 constexpr bool kHasTail = std::is_same_v<Storage, MixedTail> || std::is_same_v<Storage, StridedTail>;
 template <class Storage>
@@ -82,25 +94,13 @@ constexpr bool kIsByBlocks = std::is_same_v<Storage, Mixed> || kIsStrided<Storag
 template <class Storage>
 constexpr bool kIsOneType = !kIsByBlocks<Storage>;
 
-template <class Storage, int kRoles>
+template <class Storage, int kRoles, class = void>
 struct RowFor {
   using type = Row<kRoles>;
 };
-template <int kRoles>
-struct RowFor<Mixed, kRoles> {
-  using type = MixedRow<kRoles>;
-};
-template <int kRoles>
-struct RowFor<Strided, kRoles> {
-  using type = StridedRow<kRoles>;
-};
-template <int kRoles>
-struct RowFor<MixedTail, kRoles> {
-  using type = MixedTailRow<kRoles>;
-};
-template <int kRoles>
-struct RowFor<StridedTail, kRoles> {
-  using type = StridedTailRow<kRoles>;
+template <class Storage, int kRoles>
+struct RowFor<Storage, kRoles, std::enable_if_t<kIsByBlocks<Storage>>> {
+  using type = typename Storage::template Row<kRoles>;
 };
 template <class Storage, int kRoles>
 using RowOf = typename RowFor<Storage, kRoles>::type;

@@ -213,18 +213,6 @@ struct Launch {
   void (*start)(const Launch&, const Prepared* prepared, const float* found_inf, StepStats*, Stream);
 };
 
-// Where the stats of each task's first chunk go; -1 for one that is not measured.
-std::vector<int64_t> stats_places(const Update& work) {
-  std::vector<int64_t> places;
-  int64_t next = 0;
-  for (size_t t = 0; t < work.count; ++t) {
-    const bool is_measured = work.tasks[t].is_measured;
-    places.push_back(is_measured ? next : -1);
-    next += is_measured ? chunks_of(work.tasks[t].numel) : 0;
-  }
-  return places;
-}
-
 template <class Rule, class S, StateSet kSet, class Storage>
 void start_update(const Launch& filled, const Prepared* prepared, const float* found_inf, StepStats* chunk_stats,
                   Stream stream) {

@@ -69,6 +69,7 @@ CudaPlace CudaBatch::add(const TensorTask& task, const GroupValues* group, c10::
   static_cast<TensorTask&>(added) = task;
   added.rounds_at_random = group->round_at_random != 0;
   added.is_measured = group->stats != 0;
+  if (added.is_measured) part->measured.push_back(task.tensor);
   added.numbers_are_float32 = numbers.values.are_float32;
   for (int n = 0; n < numbers.count; ++n) added.numbers[n].data = numbers.data[n];
   part->sources.push_back({group, first, count, numbers, shard});
@@ -157,6 +158,7 @@ void CudaBatch::run_part(Part& part, const Step& step) const {
     Part& to = is_by_host(part.sources[i]) ? host : device;
     to.tasks.push_back(part.tasks[i]);
     to.sources.push_back(part.sources[i]);
+    if (part.tasks[i].is_measured) to.measured.push_back(part.tasks[i].tensor);
   }
   host.find_runs();
   run_by_host(host, step);
@@ -294,12 +296,9 @@ void CudaBatch::update(Part& part, const cuda::Prepared* prepared, bool on_devic
 // The update itself, and what it finds out.
 void CudaBatch::launch_update(Part& part, const cuda::Update& work, bool keeps_tables, const Step& step,
                               cuda::Stream stream) const {
-  ToldOnDevice told;
-  for (const cuda::TensorTask& task : part.tasks)
-    if (task.is_measured) told.tensors.push_back(task.tensor);
   std::vector<at::Tensor> kept;
   StepStats* chunk_stats = nullptr;
-  if (!told.tensors.empty())
+  if (!part.measured.empty())
     chunk_stats =
         static_cast<StepStats*>(memory_on(part.device, cuda::measured_chunks(work) * sizeof(StepStats), &kept));
   if (keeps_tables) {
@@ -308,12 +307,12 @@ void CudaBatch::launch_update(Part& part, const cuda::Update& work, bool keeps_t
   } else {
     cuda::update(work, chunk_stats, stream);
   }
-  if (told.tensors.empty()) return;
-  told.rows = at::empty({static_cast<int64_t>(told.tensors.size()), cuda::kToldStats},
-                        at::TensorOptions(part.device).dtype(at::kDouble));
+  if (part.measured.empty()) return;
+  const at::Tensor rows = at::empty({static_cast<int64_t>(part.measured.size()), cuda::kToldStats},
+                                    at::TensorOptions(part.device).dtype(at::kDouble));
   cuda::tell(work, chunk_stats, float_on(step.on_device.gradient_scale, part.device, &kept), step.scaling.scale,
-             static_cast<double*>(told.rows.mutable_data_ptr()), stream);
-  step.told->push_back(std::move(told));
+             static_cast<double*>(rows.mutable_data_ptr()), stream);
+  step.told->push_back({rows, part.measured});
 }
 
 }  // namespace trainopt::aten

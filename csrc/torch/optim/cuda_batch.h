@@ -131,7 +131,8 @@ class CudaBatch {
     c10::Device device;
     bool is_float64;
     std::vector<cuda::TensorTask> tasks;
-    std::vector<Source> sources;  // of the tasks
+    std::vector<Source> sources;     // of the tasks
+    std::vector<uint32_t> measured;  // the tensors of those that are
 
     // How the last step was made, for one of the same parameters: as it stands, only gradients and scalars change.
     enum class By { kUnknown, kHost, kDevice, kBoth } by = By::kUnknown;  // who prepares the scalars
