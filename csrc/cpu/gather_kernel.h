@@ -36,7 +36,7 @@ struct LaneSums {
     for (int s = 0; s < kCount; ++s)
       for (int v = 0; v < kVectors; ++v) {
         const int at = v * Vec<double>::kSize;
-        add_term(of[s][v], load_wide(terms.a[s] + at) * load_wide(terms.b[s] + at));
+        add_term<S>(of[s][v], load_wide(terms.a[s] + at) * load_wide(terms.b[s] + at));
       }
   }
 
@@ -52,8 +52,13 @@ struct LaneSums {
   }
 };
 
+template <class Pass>
+constexpr bool kHasPlainTerms = false;
+template <class Rule>
+constexpr bool kHasPlainTerms<OwnSums<Rule>> = true;
+
 // Terms of kSumLanes elements. parts: those of the parameter, the gradient and the states.
-template <class Pass, class S>
+template <class Pass, bool kPlain, class S>
 TRAINOPT_FUNCTION void terms_of(const Stages<S>& stages, const typename Pass::Rule::template Scalars<S>& scalars,
                                 const S* const* parts, LaneTerms<S, Pass::kCount>* terms) {
   using Rule = typename Pass::Rule;
@@ -62,7 +67,7 @@ TRAINOPT_FUNCTION void terms_of(const Stages<S>& stages, const typename Pass::Ru
     T state[kStateCount<Rule>];
     for (int s = 0; s < kStateCount<Rule>; ++s) state[s] = load(parts[2 + s] + i);
     Term<T> of[Pass::kCount];
-    Pass::gather(stages, scalars, load(parts[0] + i), load(parts[1] + i), state, of);
+    Pass::template gather<kPlain>(stages, scalars, load(parts[0] + i), load(parts[1] + i), state, of);
     for (int s = 0; s < Pass::kCount; ++s) {
       store(terms->a[s] + i, of[s].a);
       store(terms->b[s] + i, of[s].b);
@@ -72,11 +77,10 @@ TRAINOPT_FUNCTION void terms_of(const Stages<S>& stages, const typename Pass::Ru
 
 // One kernel for all sets of states, as a third of the time that the kernels took to compile was that of one for each:
 // those that a task does not have are read as zeros.
-template <class Pass, class S>
-void gather(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
+template <class Pass, bool kPlain, class S>
+void gather_as(const TensorTask& task, const Stages<S>& stages, int64_t begin, int64_t end, Sum* sums) {
   using Rule = typename Pass::Rule;
   constexpr int kParts = 2 + kStateCount<Rule>, kCount = Pass::kCount;
-  const Stages<S> stages = stages_of(*task.scalars, S());
   typename Rule::template Scalars<S> scalars;
   __builtin_memcpy(&scalars, task.scalars->rule, sizeof scalars);
   const StateSet states = states_of<Rule>(task);
@@ -99,7 +103,7 @@ void gather(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
                                            : static_cast<const S*>(buffer[2 + s]);
       int i = 0;
       for (; i + kSumLanes <= count; i += kSumLanes) {
-        terms_of<Pass>(stages, scalars, parts, &terms);
+        terms_of<Pass, kPlain>(stages, scalars, parts, &terms);
         lanes.add_terms(terms);
         for (const S*& part : parts) part += kSumLanes;
       }
@@ -112,13 +116,22 @@ void gather(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
         __builtin_memcpy(padded[r], parts[r], static_cast<size_t>(rest) * sizeof(S));
         parts[r] = padded[r];
       }
-      terms_of<Pass>(stages, scalars, parts, &terms);
+      terms_of<Pass, kPlain>(stages, scalars, parts, &terms);
       for (int s = 0; s < kCount; ++s)
         for (int k = rest; k < kSumLanes; ++k) terms.a[s][k] = terms.b[s][k] = 0;
       lanes.add_terms(terms);
     }
     for (int s = 0; s < kCount; ++s) sums[s] = add(sums[s], lanes.combined(s));
   }
+}
+
+template <class Pass, class S>
+void gather(const TensorTask& task, int64_t begin, int64_t end, Sum* sums) {
+  const Stages<S> stages = stages_of(*task.scalars, S());
+  // A cautious step, which is the reason for its pass, is never plain.
+  if constexpr (kHasPlainTerms<Pass>)
+    if (stages.is_plain()) return gather_as<Pass, true>(task, stages, begin, end, sums);
+  gather_as<Pass, false>(task, stages, begin, end, sums);
 }
 
 // Null for the sums of a rule that has none.

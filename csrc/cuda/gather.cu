@@ -91,10 +91,10 @@ __global__ void __launch_bounds__(kThreads, kMinGatherBlocks<S, Storage, 2 + cou
       for (int s = 0; s < kStateCount<Rule>; ++s)
         if (contains(kSet, s)) state[s] = value[role++][i];
       Term<S> terms[kCount];
-      Pass::gather(stages, scalars, value[0][i], value[1][i], state, terms);
+      Pass::template gather<false>(stages, scalars, value[0][i], value[1][i], state, terms);
 #pragma unroll
       for (int s = 0; s < kCount; ++s)
-        add_term(sums[s], static_cast<double>(terms[s].a) * static_cast<double>(terms[s].b));
+        add_term<S>(sums[s], static_cast<double>(terms[s].a) * static_cast<double>(terms[s].b));
     }
   }
   TRAINOPT_SHARED(Sum, of_warp, kWarps);

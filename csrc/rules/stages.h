@@ -183,11 +183,11 @@ struct OwnSums {
   using Rule = R;
   static constexpr int kCount = kSumCount<Rule>;
 
-  template <class T, class S>
+  template <bool kPlain, class T, class S>
   TRAINOPT_INLINE static void gather(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T p,
                                      T g, T* state, Term<T>* terms) {
     T decayed = p;
-    const T direction = before_rule<false>(stages, decayed, g);
+    const T direction = before_rule<kPlain>(stages, decayed, g);
     Rule::gather(scalars, kSumsAreBeforeDecay<Rule> ? p : decayed, direction, state, terms);
   }
 
@@ -205,10 +205,10 @@ struct Agreement {
   using Rule = R;
   static constexpr int kCount = 2;
 
-  template <class T, class S>
+  template <bool kPlain, class T, class S>
   TRAINOPT_INLINE static void gather(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T p,
                                      T g, T* state, Term<T>* terms) {
-    const T direction = before_rule<false>(stages, p, g), one(S(1));
+    const T direction = before_rule<kPlain>(stages, p, g), one(S(1));
     terms[0] = {where_same_sign(Rule::update(scalars, p, direction, state), direction, one), one};
     terms[1] = {one, one};
   }
