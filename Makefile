@@ -41,7 +41,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # For a part of gpu-check.
 GPU = --results '$(RESULTS)' $(if $(MINUTES),--minutes $(MINUTES))
 # The tests that run on a GPU, or on the device that is emulated; those outside tests/cuda run on the CPU too.
-ON_A_DEVICE = tests/cuda $(addprefix tests/test_,tail.py state_dtype.py code8.py precision.py stats.py) $(addprefix tests/test_losses_,cross_entropy.py linear.py pointwise.py)
+ON_A_DEVICE = tests/cuda $(addprefix tests/test_,adafactor.py tail.py state_dtype.py code8.py precision.py stats.py) $(addprefix tests/test_losses_,cross_entropy.py linear.py pointwise.py)
 CXX_FILES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h csrc/*/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*/*.h tests/simt/*/*.cpp)
 
 # command || $(FAIL) "what to do"

@@ -26,7 +26,7 @@ from csrc.cuda import toolkit
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "build" / "cuda_kernels"
 FILES = (
-    *("update", "prepare", "gather", "stats", "norm", "pointwise"),
+    *("update", "prepare", "gather", "factors", "stats", "norm", "pointwise"),
     *("cross_entropy", "cross_entropy_rows", "cross_entropy_columns"),
 )
 #: Those of the build.

@@ -103,7 +103,7 @@ def states_of(mask: int) -> str:
 def describe(mangled: str) -> str:
     """A kernel's name and template arguments in words."""
     names = "update|tell|prepare|gather|combine_sums|apply_sums|partial|clip|clamp|finish"
-    names += "|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
+    names += "|add_squares|move_averages|divide_rows|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
     found = re.search(rf"\d({names})_kernel(.*)", mangled)
     if found is None:
         raise ValueError(f"{mangled} is no kernel that this knows")
@@ -127,6 +127,8 @@ def describe(mangled: str) -> str:
             parts.append(STORAGES[storage[0]])
     else:
         arithmetic = arguments[1:2] if arguments.startswith("I") else ""
+        if storage := re.search(r"^I[fd]N\w*?\d(Mixed|Strided)E", arguments):
+            parts.append(STORAGES[storage[1]])
     if arithmetic:
         parts.append(TYPES[arithmetic])
     if "Lb1E" in arguments:

@@ -11,7 +11,6 @@ import patches
 import pytest
 import torch
 from devices import DEVICES, HAS_GPU, IS_EMULATED, VARIANTS
-from optimizer_table import TABLE
 from torch.optim.optimizer import _get_scalar_dtype
 
 import trainopt
@@ -49,9 +48,6 @@ collect_ignore = [] if IS_EMULATED or HAS_GPU else ["cuda"]
 
 def pytest_report_header():
     return "tests/cuda is left out: there is neither a GPU nor `make emulated`" if collect_ignore else None
-
-
-LEFT_TO_TORCH = {name for name, row in TABLE.items() if not row.steps_on_devices}
 
 
 def pytest_addoption(parser):
@@ -152,14 +148,6 @@ def own_random_numbers():
     """A test that draws without a generator of its own draws the same whatever ran before it: with those of others one
     in a hundred draws was of a loss that nobody could tell from another."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def what_the_engine_steps(request):
-    """On a device, where some rows are torch's own."""
-    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if given.get("device", "cpu") != "cpu" and given.get("name") in LEFT_TO_TORCH:
-        pytest.skip("on devices its step is torch's")
 
 
 @pytest.fixture(autouse=True)

@@ -57,11 +57,6 @@ class Row:
         return self.ours._factors
 
     @property
-    def steps_on_devices(self) -> bool:
-        """Whether the engine does."""
-        return not self.factors
-
-    @property
     def numbers(self) -> tuple[str, ...]:
         """Those that are one number for a parameter."""
         return self.ours._numbers

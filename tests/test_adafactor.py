@@ -151,14 +151,15 @@ def test_a_step_that_repeats_the_last_sees_a_state_that_was_resized():
         optimizer.step()
 
 
-def test_on_a_device_it_is_torchs_own_step(device):
+@pytest.mark.parametrize("options", [{}, {"l1": 0.3, "weight_decay": 0.2, "cautious_weight_decay": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
+def test_a_device_finds_the_cpus_bits(shapes, dtype, options, device):
     if device == "cpu":
-        pytest.skip("the engine's")
-    start, gradients = random_problem(((9, 4), (5,)), torch.float32, 3, 4)
-    optimizer, params = run(
-        trainopt.Adafactor, [p.to(device) for p in start], [[g.to(device) for g in now] for now in gradients]
-    )
-    _, truth = run(torch.optim.Adafactor, start, gradients)
-    assert all("rows and columns" in p.reason and p.path == "torch" for p in trainopt.explain(optimizer))
-    for p, q in zip(params, truth, strict=True):
-        torch.testing.assert_close(p.cpu(), q)
+        pytest.skip("the CPU's own")
+    start, gradients = random_problem(shapes, dtype, 3, 0)
+    here = outcome(*run(ROW.make, start, gradients, **options))
+    moved = [p.to(device) for p in start], [[g.to(device) for g in now] for now in gradients]
+    optimizer, params = run(ROW.make, *moved, **options)
+    assert all(p.reason == "" for p in trainopt.explain(optimizer))
+    assert_same_bits(here, {name: [t.cpu() for t in tensors] for name, tensors in outcome(optimizer, params).items()})

@@ -18,9 +18,9 @@ pytestmark = [
 RULES = re.findall(r"\bDO\((\w+)\)", (ROOT / "csrc" / "rules" / "rules.h").read_text())
 HEADERS = [(ROOT / "csrc" / "rules" / f"{rule.lower()}.h").read_text() for rule in RULES]
 #: The sets of states of each rule that there are kernels of a step for, as its header lists them.
-SETS = [
-    [] if "kFactors" in header else re.search(r"kStateSets\[\] = \{(.*)\}", header)[1].split(",") for header in HEADERS
-]
+SETS = [re.search(r"kStateSets\[\] = \{(.*)\}", header)[1].split(",") for header in HEADERS]
+#: The rules that have averages over rows and columns, which one of their sets of states is: of any types alone.
+FACTORED = sum("kFactors" in header for header in HEADERS)
 #: Those of the rules that have a reduce phase.
 SUMMING = [sets for header, sets in zip(HEADERS, SETS, strict=True) if "kSums[]" in header]
 LOSSES = re.findall(r"\bDO\((\w+)\)", (ROOT / "csrc" / "losses" / "pointwise.h").read_text())
@@ -30,14 +30,16 @@ TYPES = ("float32", "float64")
 COUNTS = {
     # For each set of states: in any types with a tail, strided or not; and in float32 arithmetic likewise without one,
     # and in one of three types.
-    "update": sum(map(len, SETS)) * (2 * len(TYPES) + 2 + 3),
+    "update": sum(map(len, SETS)) * (2 * len(TYPES) + 2 + 3) - FACTORED * 3,
     "prepare": len(RULES) * len(TYPES),
     # Of those that gather sums of their own, in any types, strided or not, and in one of three; and the cautious step's
     # of all, in any types; then what follows from each sum, and one that combines them.
     "gather": sum(map(len, SUMMING)) * (2 * len(TYPES) + 3)
+    - FACTORED * 3
     + sum(map(len, SETS)) * 2 * len(TYPES)
     + (len(SUMMING) + len(RULES)) * len(TYPES)
     + 1,
+    "factors": 2 * len(TYPES) + FACTORED * 2 * len(TYPES),  # the sums, strided or not; the averages, and the division
     "stats": 1,
     "norm": 3 * len(TYPES) * 2 + 1,  # partial, clip and clamp, strided or not; finish
     "pointwise": 2 * len(LOSSES) * len(TYPES) + 1,  # forward and backward; finish

@@ -22,13 +22,13 @@ FLAGS += [f"-I{SIMT}", f"-I{ROOT / 'tests' / 'cpp' / 'contract'}"]
 ROWS, COLUMNS = "cross_entropy_rows.cu", "cross_entropy_columns.cu"
 PLAIN = "cross_entropy_plain.h"
 KERNELS = (
-    *("update.cu", "prepare.cu", "gather.cu", "stats.cu", "norm.cu", "pointwise.cu"),
+    *("update.cu", "prepare.cu", "gather.cu", "factors.cu", "stats.cu", "norm.cu", "pointwise.cu"),
     *("cross_entropy.cu", ROWS, COLUMNS),
 )
 OTHERS = (
     *(
         ROOT / "csrc" / "cpu" / f"{name}.cpp"
-        for name in ("engine", "kernels_baseline", "losses", "loss_kernels_baseline")
+        for name in ("engine", "factors", "kernels_baseline", "losses", "loss_kernels_baseline")
     ),
     *(SIMT / "simt.cpp", SIMT / "queue.cpp"),
     *sorted(set(SIMT.glob("*_test.cpp")) - {SIMT / "faults_test.cpp"}),  # which is a program of its own
@@ -82,6 +82,11 @@ FAULTS = [
     Fault("sums of another tensor", "row.place = places[t]", "row.place = 0"),
     Fault("a chunk's sum that is left out", "c < row.chunks; c +=", "c + 1 < row.chunks; c +="),
     Fault("sums that nothing follows from", "Pass::finish(stages, scalars, values, numbers);", ""),
+    Fault("sums of a column that is another piece's", "lane + 32 * k < width", "lane + 32 * k <= width"),
+    Fault("the first group of rows alone", "i < count; ++i", "i < 1; ++i"),
+    Fault("lanes that are still to be added to", "__syncthreads();", ""),
+    Fault("a matrix with a row too long", "column_ >= shape_.columns", "column_ > shape_.columns"),
+    Fault("a stack of one matrix's columns", "of_columns_ += shape_.columns;", ""),
     Fault("a neighbour's chunk", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
     Fault("a loss's tail, one element too long", "i < item_end", "i <= item_end"),
     Fault("a gradient's tail, one element short", "i < end; i +=", "i + 1 < end; i +="),
@@ -123,12 +128,13 @@ USERS = {
     "two_parts.h": "update.cu",
     "table.h": "update.cu",
     "step_table.h": "update.cu",
+    "factored.h": "gather.cu",
     "cross_entropy_row.h": COLUMNS,
     PLAIN: ROWS,
 }
 #: The part of the tests that runs a file's kernels.
 PARTS = {"norm.cu": "norms", "pointwise.cu": "pointwise"}
-PARTS |= dict.fromkeys(("update.cu", "gather.cu", "stats.cu"), "steps")
+PARTS |= dict.fromkeys(("update.cu", "gather.cu", "factors.cu", "stats.cu"), "steps")
 PARTS |= {name: "cross-entropy" for name in KERNELS if name.startswith("cross_entropy")}
 
 

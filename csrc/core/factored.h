@@ -1,28 +1,67 @@
 // Matrices of which there is one number for each row and one for each column, as Adafactor has its second moments:
 // element (i, j) is the product of the two. A tensor of more than two dimensions is a stack of matrices, which its last
 // two dimensions are.
+//
+// The numbers are moving averages of the means of squares over rows and over columns. Squares are added up in double,
+// in one order on every engine: over a row by pieces of 256 columns, one after the other, and in each element i is
+// added to lane i % 32, and the lanes are combined pairwise, 16 apart, then 8, ...; over a column by groups of 64 rows,
+// one after the other, and in each row by row. A warp of a GPU takes a group's rows of a piece.
 #pragma once
 
 #include <cstdint>
 
+#include "core/macros.h"
+#include "core/tensor_view.h"
+
 namespace trainopt {
+
+constexpr int64_t kPieceColumns = 256;
+constexpr int64_t kGroupRows = 64;
+constexpr int kRowLanes = 32;
+constexpr int kMeanLanes = 256;  // of the rows' mean: row r is added to lane r % 256
 
 struct FactoredShape {
   int64_t matrices, rows, columns;
+
+  TRAINOPT_INLINE int64_t pieces() const { return (columns + kPieceColumns - 1) / kPieceColumns; }
+  TRAINOPT_INLINE int64_t groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
+  // Of one matrix: the sums over each row in its first piece, in the next, ...; over each column in its first group,
+  // ...
+  TRAINOPT_INLINE int64_t row_sums() const { return pieces() * rows; }
+  TRAINOPT_INLINE int64_t column_sums() const { return groups() * columns; }
+  TRAINOPT_INLINE int64_t numbers() const { return matrices * (rows + columns); }
 };
 
 // The numbers that a step goes by, of its arithmetic's type: those of the first matrix, then of the next.
 struct Factored {
   FactoredShape shape;
-  const void* rows = nullptr;
-  const void* columns = nullptr;
+  const void* rows;
+  const void* columns;
 };
 
-// Rows [row, row_end) and columns [column, column_end) of matrices [matrix, matrix + matrices) beside each other, with
-// where the sums over them are put: of each matrix's rows one after the other, and of its columns.
-struct FactorPart {
-  int64_t matrix, matrices, row, row_end, column, column_end;
-  double *row_sums, *column_sums;
+// With the averages that they are made of, as these are stored.
+struct FactoredViews : Factored {
+  TensorView row_average, column_average;
 };
+
+// Combines lanes [0, count), of a power of two of them, pairwise: the first has the result.
+template <class T>
+TRAINOPT_FUNCTION void combine_pairwise(T* lanes, int width, int count) {
+  for (width /= 2; width > 0; width /= 2)
+    for (int i = 0; i < width && i + width < count; ++i) lanes[i] = lanes[i] + lanes[i + width];
+}
+
+// An average that a mean is taken into, as torch.lerp has it: from the nearer end.
+template <class S>
+TRAINOPT_FUNCTION S moved_average(S average, S mean, S weight) {
+  const S difference = mean - average;
+  return weight < S(0.5) ? average + weight * difference : mean - difference * (S(1) - weight);
+}
+
+// A row's number by the mean of those of its matrix, which counts as `least` at least.
+template <class S>
+TRAINOPT_FUNCTION S over_mean(S number, double mean, double least) {
+  return static_cast<S>(static_cast<double>(number) / (mean < least ? least : mean));
+}
 
 }  // namespace trainopt

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/factored.h"
+#include "cpu/kernel_table.h"
 #include "cpu/norm_kernel.h"
 #include "cpu/tile.h"
 #include "cpu/vec.h"
@@ -10,35 +11,35 @@
 namespace trainopt::cpu {
 namespace {
 
-// A row's squares are added in so many lanes, whatever the vectors' size, and these in one order.
-constexpr int kRowLanes = 8;
+static_assert(kPieceColumns == kBlock && kRowLanes == kLanes);
 
-// Adds the squares of elements beside each other to their columns' sums, and returns the sum of them.
+// Adds the squares of a row's elements in a piece to their columns' sums, and returns the sum of them.
 template <class S>
-TRAINOPT_FUNCTION double add_row(const S* direction, int count, double* columns) {
+TRAINOPT_FUNCTION double add_piece(const S* direction, int count, double* columns) {
   using T = Vec<double>;
   constexpr int kVectors = kRowLanes / T::kSize;
-  T lanes[kVectors];
-  for (T& lane : lanes) lane = T(0.0);
+  double lanes[kRowLanes];
   int i = 0;
-  for (; i + kRowLanes <= count; i += kRowLanes)
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = i + v * T::kSize;
-      const T x = load_wide(direction + at), square = x * x;
-      store(columns + at, load(columns + at) + square);
-      lanes[v] = lanes[v] + square;
-    }
-  double parts[kRowLanes];
-  for (int v = 0; v < kVectors; ++v) store(parts + v * T::kSize, lanes[v]);
-  for (int width = kRowLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) parts[lane] += parts[lane + width];
-  double sum = parts[0];
-  for (; i < count; ++i) {
+  if (count >= kRowLanes) {
+    T sums[kVectors];
+    for (T& sum : sums) sum = T(0.0);
+    for (; i + kRowLanes <= count; i += kRowLanes)
+      for (int v = 0; v < kVectors; ++v) {
+        const int at = i + v * T::kSize;
+        const T x = load_wide(direction + at), square = x * x;
+        store(columns + at, load(columns + at) + square);
+        sums[v] = sums[v] + square;
+      }
+    for (int v = 0; v < kVectors; ++v) store(lanes + v * T::kSize, sums[v]);
+  }
+  const bool is_begun = i > 0;
+  for (int lane = 0; i < count; ++i, ++lane) {
     const double x = static_cast<double>(direction[i]), square = x * x;
     columns[i] += square;
-    sum += square;
+    lanes[lane] = is_begun ? lanes[lane] + square : square;
   }
-  return sum;
+  combine_pairwise(lanes, kRowLanes, count < kRowLanes ? count : kRowLanes);
+  return lanes[0];
 }
 
 // What the rule will be given as the gradient.
@@ -58,31 +59,28 @@ TRAINOPT_FUNCTION const S* direction_tile(const TensorTask& task, const Stages<S
 template <class S>
 void add_squares_kernel(const TensorTask& task, const FactoredShape& shape, const FactorPart& part) {
   const Stages<S> stages = stages_of(*task.scalars, S());
-  const int64_t width = part.column_end - part.column, height = part.row_end - part.row;
-  const bool is_whole = width == shape.columns;  // its rows are one run
-  double* columns = part.column_sums;
-  for (int64_t i = 0; i < part.matrices * height; ++i) part.row_sums[i] = 0;
-  for (int64_t i = 0; i < part.matrices * width; ++i) columns[i] = 0;
+  const int64_t width = part.column_end - part.column;
+  // Rows that lie beside each other in memory go into one tile, as many as it has room for.
+  const int64_t most_rows = width == shape.columns && width <= kBlock ? kBlock / width : 1;
   S buffer[3][kBlock];
-  const int64_t first = (part.matrix * shape.rows + part.row) * shape.columns + part.column;
-  const int64_t length = is_whole ? part.matrices * height * width : width;
-  int64_t row = 0, rows_left = height, column = 0;
-  for (int64_t run = 0; run < (is_whole ? 1 : height); ++run) {
-    const int64_t begin = first + run * shape.columns, end = begin + length;
-    for (int64_t at = begin; at < end; at += kBlock) {
-      const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
-      const S* direction = direction_tile(task, stages, at, count, buffer);
-      for (int i = 0; i < count;) {
-        const int here = static_cast<int>(width - column < count - i ? width - column : count - i);
-        part.row_sums[row] += add_row(direction + i, here, columns + column);
-        i += here;
-        column += here;
-        if (column < width) continue;
-        column = 0;
-        ++row;
-        if (--rows_left > 0) continue;
-        rows_left = height;  // the next matrix
-        columns += width;
+  for (int64_t m = 0; m < part.matrices; ++m) {
+    double* const row_sums = part.row_sums + m * shape.row_sums();
+    double* const column_sums = part.column_sums + m * shape.column_sums();
+    const int64_t first = (part.matrix + m) * shape.rows;
+    for (int64_t group = part.row; group < part.row_end; group += kGroupRows) {
+      const int64_t group_end = group + kGroupRows < part.row_end ? group + kGroupRows : part.row_end;
+      double* const columns = column_sums + group / kGroupRows * shape.columns;
+      for (int64_t c = part.column; c < part.column_end; ++c) columns[c] = 0;
+      for (int64_t row = group; row < group_end;) {
+        const int64_t rows = group_end - row < most_rows ? group_end - row : most_rows;
+        for (int64_t column = part.column; column < part.column_end; column += kBlock) {
+          const int count = static_cast<int>(part.column_end - column < kBlock ? part.column_end - column : kBlock);
+          const int64_t at = (first + row) * shape.columns + column;
+          const S* direction = direction_tile(task, stages, at, static_cast<int>(rows) * count, buffer);
+          double* const sums = row_sums + column / kPieceColumns * shape.rows + row;
+          for (int64_t r = 0; r < rows; ++r) sums[r] = add_piece(direction + r * count, count, columns + column);
+        }
+        row += rows;
       }
     }
   }

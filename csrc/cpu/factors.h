@@ -13,9 +13,8 @@
 
 namespace trainopt::cpu {
 
-// How a tensor is cut into parts, which depends on nothing but its shape: so sums have the same bits for any number of
-// threads. A part is some whole matrices, which need nothing of other parts; or some rows of a strip of one matrix's
-// columns, whose sums stay in the nearest cache.
+// How a tensor is cut into parts. A part is some whole matrices, which need nothing of other parts; or a group of one
+// matrix's rows within a strip of its columns, whose sums stay in the nearest cache.
 struct FactorCut {
   bool is_whole;
   int64_t matrices_of_part, rows_of_part, columns_of_part;
@@ -26,17 +25,19 @@ struct FactorCut {
 };
 
 // The parameter's averages, and what a step makes of them.
-struct FactoredTensor : Factored {
-  TensorView row_average, column_average;
+struct FactoredTensor : FactoredViews {
   FactorCut cut;
-  // Sums of squares of each row within each strip, and of each column within each group of rows; none where parts are
-  // whole matrices, of which there may be nearly as many rows and columns as there are elements.
+  // The sums of each matrix; none where parts are whole matrices, of which there may be nearly as many rows and columns
+  // as there are elements.
   std::vector<double> row_sums, column_sums;
   std::vector<double> numbers;  // the memory of `rows` and `columns`
 
-  FactoredTensor(const FactoredShape& shape, const TensorView& row_average, const TensorView& column_average,
-                 bool is_float64);
+  FactoredTensor(const FactoredShape& of, const TensorView& rows, const TensorView& columns)
+      : FactoredViews{{of, nullptr, nullptr}, rows, columns}, cut(of) {}
   FactoredTensor(const FactoredTensor&) = delete;
+
+  // Makes room for a step's numbers and sums, which `add_squares` needs. A tensor that is only looked at has none.
+  void reserve(bool is_float64);
 };
 
 inline FactoredTensor& factors_of(const TensorTask& task, int state) {

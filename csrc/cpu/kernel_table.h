@@ -15,6 +15,13 @@ constexpr int kRules = TRAINOPT_FOR_EACH_RULE(TRAINOPT_COUNT);
 // Whether it pays to ask for memory that will be written: see prefetch_ahead.
 extern const bool kAsksAhead;
 
+// Rows [row, row_end), from a group's first on, and columns [column, column_end), from a piece's first on, of matrices
+// [matrix, matrix + matrices), with where the sums of the first of these matrices are put.
+struct FactorPart {
+  int64_t matrix, matrices, row, row_end, column, column_end;
+  double *row_sums, *column_sums;
+};
+
 struct KernelTable {
   Kernel rule[kRules][2];                   // [..][0] float arithmetic, [..][1] double
   GatherKernel gather[kRules][kPasses][2];  // null for the sums of a rule that has none

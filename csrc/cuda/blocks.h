@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "cuda/factored.h"
 #include "cuda/random.h"
 #include "cuda/stats.h"
 #include "cuda/step_table.h"
@@ -72,6 +73,7 @@ struct Blocks {
     float scale[kRoles];
 #pragma unroll
     for (int r = 1; r < kRoles; ++r) {
+      if (r == kFactoredRole<Rule, kSet>) continue;
       words[r] = fetch_or_codes<S>(row.data[r], row.dtype[r], at);
       if (in_codes(r)) scale[r] = static_cast<const float*>(row.beside[r])[block / kCodeBlock];
     }
@@ -79,6 +81,10 @@ struct Blocks {
     unpack_param(of_param, row.dtype[0], value[0]);
 #pragma unroll
     for (int r = 1; r < kRoles; ++r) {
+      if (r == kFactoredRole<Rule, kSet>) {
+        factored_apart(row.data[r], at, 1, kItem, value[r]);
+        continue;
+      }
       if constexpr (kHasCodes) {
         if (in_codes(r)) {
           with_code(r, [&](auto code) { unpack_codes(words[r].word[0], code, scale[r], value[r]); });
@@ -154,7 +160,9 @@ struct Blocks {
         S value[kRoles][1], noise = 0;
 #pragma unroll
         for (int r = 0; r < kRoles; ++r)
-          value[r][0] = load_one<S>(row.data[r], row.beside[r], row.dtype[r], place_of(row, r, at));
+          value[r][0] = r == kFactoredRole<Rule, kSet>
+                            ? factored_one<S>(row.data[r], at)
+                            : load_one<S>(row.data[r], row.beside[r], row.dtype[r], place_of(row, r, at));
         const S before[1] = {value[0][0]};
         if (is_last && is_measured()) see(before, value[1], stats);
         if (stages.noisy) noise = static_cast<S>(gaussian_one(stages.seed, chunk.step, chunk.tensor, in_whole(at)));

@@ -81,6 +81,11 @@ class StepTables {
 };
 std::unique_ptr<StepTables> tables_of(const Update&);
 
+// Of a rule whose matrices have averages over rows and columns: moves these on, for the passes after it. `memory` is of
+// factor_bytes(work), aligned; the states of `tasks`, a copy of work's, are in it from then on.
+void move_factors(const Update&, void* memory, TensorTask* tasks, Stream);
+size_t factor_bytes(const Update&);
+
 // A pass of the reduce phase: the sums of each task, one after the other, in `sums`. `partials` is memory for
 // partial_sums(work, ...) of them. Tasks without elements have sums of 0.
 void gather(const Update&, Pass, Sum* partials, Sum* sums, Stream);

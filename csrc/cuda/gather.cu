@@ -7,6 +7,7 @@
 #include "core/sum.h"
 #include "cuda/access.h"
 #include "cuda/engine.h"
+#include "cuda/factored.h"
 #include "cuda/launch.h"
 #include "cuda/numbers.h"
 #include "cuda/reduce.h"
@@ -55,6 +56,7 @@ __global__ void __launch_bounds__(kThreads, kMinGatherBlocks<S, Storage, 2 + cou
   const Stages<S> stages = stages_of(prepared.scalars, S());
   typename Rule::template Scalars<S> scalars;
   __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
+  complete_for_tensor<Rule>(scalars, kSet, row.dtype[0], row.numel);
 
   const int64_t chunk = static_cast<int32_t>(blockIdx.x) - table.first_chunk[index];
   const int64_t begin = chunk * kChunk + threadIdx.x / 32 * kSumSegment;
@@ -67,6 +69,10 @@ __global__ void __launch_bounds__(kThreads, kMinGatherBlocks<S, Storage, 2 + cou
     S value[kRoles][kUnderWay];
 #pragma unroll
     for (int r = 0; r < kRoles; ++r) {
+      if (r == kFactoredRole<Rule, kSet>) {
+        factored_apart(row.data[r], at, kSumLanes, count, value[r]);
+        continue;
+      }
       if constexpr (kIsStrided<Storage>) {
         const Layout& layout = row.layout[r];
         const int64_t offset = layout.ndim == 0 ? at : offset_of(layout, at);
@@ -146,13 +152,22 @@ struct NumbersFinishRow : PlainFinishRow {
   bool are_float32;
   Number numbers[kMaxNumbers];
 };
+// Of a rule whose scalars know their tensor.
+struct TensorFinishRow : PlainFinishRow {
+  int64_t numel;
+  StateSet states;
+  DType dtype;
+};
 // Of a rule whose sums move its numbers on; the passes after its own leave them.
 template <class Pass>
 constexpr int kMovedNumbers = 0;
 template <class Rule>
 constexpr int kMovedNumbers<OwnSums<Rule>> = kNumberCount<Rule>;
 template <class Pass>
-using FinishRow = std::conditional_t<(kMovedNumbers<Pass> > 0), NumbersFinishRow, PlainFinishRow>;
+constexpr bool kKnowsTensor = kFactorStates<typename Pass::Rule> != 0;
+template <class Pass>
+using FinishRow = std::conditional_t<(kMovedNumbers<Pass> > 0), NumbersFinishRow,
+                                     std::conditional_t<kKnowsTensor<Pass>, TensorFinishRow, PlainFinishRow>>;
 template <class Pass>
 using FinishTable = Table<WithSums<Header<kPreparedSets>>, FinishRow<Pass>, kParameterBytes>;
 
@@ -169,6 +184,10 @@ __global__ void __launch_bounds__(kFinishThreads) apply_sums_kernel(const Finish
   Stages<S> stages = stages_of(prepared.scalars, S());
   typename Pass::Rule::template Scalars<S> scalars;
   __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
+  if constexpr (kKnowsTensor<Pass>) {
+    const TensorFinishRow& row = table.rows[i];
+    complete_for_tensor<typename Pass::Rule>(scalars, row.states, row.dtype, row.numel);
+  }
   double values[Pass::kCount];
 #pragma unroll
   for (int s = 0; s < Pass::kCount; ++s) values[s] = value_of(table.header.sums[i * table.header.stride + s]);
@@ -255,6 +274,11 @@ void finish_all(const Update& work, const Sum* sums, bool of_all, Prepared* out,
         if constexpr (kMovedNumbers<Pass> > 0) {
           row.are_float32 = work.tasks[t].numbers_are_float32;
           std::copy_n(work.tasks[t].numbers, kMaxNumbers, row.numbers);
+        }
+        if constexpr (kKnowsTensor<Pass>) {
+          row.numel = work.tasks[t].numel;
+          row.states = states_of<typename Pass::Rule>(work.tasks[t]);
+          row.dtype = work.tasks[t].param.dtype;
         }
       },
       [&](const Table& full, int64_t tensors, const std::vector<uint32_t>&) {

@@ -219,13 +219,8 @@ void fill_tables(const Update& work, Table& table, Blocks blocks, Fill fill, Sta
   filler.flush();
 }
 
-template <class Rule, class Use>
-void for_each_device_set(Use use) {
-  if constexpr (kFactorStates<Rule> == 0) for_each_set<Rule>(use);
-}
-
-// Calls use(set, storage, kinds, mine) for each kind of which there are tasks. Sums over rows and columns are only the
-// CPU's.
+// Calls use(set, storage, kinds, mine) for each kind of which there are tasks. Products of rows' and columns' numbers
+// are of no type that the others could be of.
 template <class Rule, class S, class Use>
 void for_each_kind(const Update& work, Use use) {
   std::vector<Kind> kinds;
@@ -235,15 +230,18 @@ void for_each_kind(const Update& work, Use use) {
     const Roles roles(task, kStateCount<Rule>);
     kinds.push_back({states_of<Rule>(task), stored_as<S>(task, roles, task.state[kAverage<Rule>])});
   }
-  for_each_device_set<Rule>([&](auto set) {
+  for_each_set<Rule>([&](auto set) {
+    constexpr bool kIsFactored = (decltype(set)::kSet & kFactorStates<Rule>) != 0;
     const auto run = [&](auto storage, StoredAs stored) {
       const Kind mine{decltype(set)::kSet, stored};
       if (std::find(kinds.begin(), kinds.end(), mine) != kinds.end()) use(set, storage, kinds, mine);
     };
-    if constexpr (sizeof(S) == sizeof(float)) {
+    if constexpr (sizeof(S) == sizeof(float) && !kIsFactored) {
       run(float(), StoredAs::kFloat32);
       run(BFloat16(), StoredAs::kBFloat16);
       run(Float16(), StoredAs::kFloat16);
+    }
+    if constexpr (sizeof(S) == sizeof(float)) {
       run(Mixed(), StoredAs::kMixed);
       run(Strided(), StoredAs::kStrided);
     }

@@ -7,9 +7,8 @@ import torch
 
 Outcome = dict[str, judge.Tensors]
 
+TABLE = judge.TABLE
 #: The rows of which the host reads nothing in a step: no number that parameters have in common.
-#: The rows of what the engine steps on devices.
-TABLE = {name: row for name, row in judge.TABLE.items() if row.steps_on_devices}
 UNREAD = [name for name, row in TABLE.items() if row.in_common is None and not row.needs_host]
 
 # Nothing, less than a thread's eight, around a warp's 256 and a block's 2,048; a scalar and a matrix.

@@ -107,9 +107,10 @@ def test_a_scaled_step_is_made_or_skipped_on_the_device(device, name, dtype, way
     assert_fused(optimizer)
 
 
-# Random numbers follow the indices and codes the memory: where these differ the step is torch's, as on the CPU.
+# Random numbers and rows follow the indices, codes and masters the memory: where these differ the step is torch's, as
+# on the CPU.
 @pytest.mark.parametrize(("dtype", "way"), [p for p in WAYS if p.values[1] != {"precision": "stochastic", **CODES}])
-@each_row
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if not row.factors])
 def test_layouts(device, name, dtype, way):
     """And gradients of another order than their parameters', whose blocks follow the memory all the same."""
     row = TABLE[name]

@@ -359,6 +359,7 @@ int main(int count, char** arguments) {
     test_huge();
     test_steps_in_two_parts();
     test_stats();
+    test_factors();
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

@@ -22,6 +22,7 @@ void test_large_rows();
 void test_streams();
 void test_steps_in_two_parts();
 void test_stats();
+void test_factors();
 
 inline void check_no_faults(const std::string& what) {
   const std::vector<simt::Fault> faults = simt::take_faults();

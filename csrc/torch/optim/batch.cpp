@@ -279,7 +279,9 @@ void Batch::move_factors(const cpu::Update (&updates)[2]) {
       const cpu::TensorTask& task = update.tasks[t];
       if (task.state[state].data == nullptr) continue;
       const cpu::FactorSettings settings = rule_.factor_settings(*task.scalars, update.is_float64, task.param.dtype);
-      matrices.push_back({&task, update.is_float64, settings, &cpu::factors_of(task, state)});
+      cpu::FactoredTensor& factors = cpu::factors_of(task, state);
+      factors.reserve(update.is_float64);
+      matrices.push_back({&task, update.is_float64, settings, &factors});
       starts.push_back(starts.back() + matrices.back().factors->cut.parts());
     }
   const int64_t parts = this->parts();

@@ -265,6 +265,13 @@ void CudaBatch::update(Part& part, const cuda::Prepared* prepared, bool on_devic
   // The reduce phase: each task has scalars of its own from then on, on the device.
   part.forget();
   std::vector<at::Tensor> kept;
+  std::vector<cuda::TensorTask> factored;  // whose states lie in this step's memory
+  if (rule_.factors != 0) {
+    factored = part.tasks;
+    cuda::move_factors(work, memory_on(part.device, cuda::factor_bytes(work), &kept), factored.data(), stream);
+    work.tasks = factored.data();
+  }
+  std::vector<cuda::TensorTask>& tasks = rule_.factors != 0 ? factored : part.tasks;
   std::vector<const Shard*> shards;
   for (const Source& source : part.sources) shards.push_back(source.shard);
   const bool has_shards =
@@ -286,7 +293,7 @@ void CudaBatch::update(Part& part, const cuda::Prepared* prepared, bool on_devic
     auto* const finished = static_cast<cuda::Prepared*>(memory_on(part.device, count * sizeof(cuda::Prepared), &kept));
     const auto* const found = of_all ? static_cast<const Sum*>(step.over_all->const_data_ptr()) : own;
     cuda::finish(work, pass, found, of_all, finished, stream);
-    for (size_t t = 0; t < count; ++t) part.tasks[t].prepared = static_cast<uint32_t>(t);
+    for (size_t t = 0; t < count; ++t) tasks[t].prepared = static_cast<uint32_t>(t);
     work.prepared = finished;
     work.prepared_on_device = true;
   }

@@ -114,7 +114,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   const bool param_is_16_bit = is_16_bit(task->param.dtype);
   const bool is_factored = rule_.factors != 0 && param->dim() > 1;
   const StateSet of_it = states_of_one(static_cast<StateSet>(~0u), rule_.factors, param->dim());
-  if (rule_.factors != 0 && (on_cuda || operands.shard != nullptr)) return Path::kFactors;
+  if (rule_.factors != 0 && operands.shard != nullptr) return Path::kFactors;
   bool in_two_parts = false;
   for (int s = 0; s <= slots.average(); ++s) {
     TensorView& view = task->state[s];
@@ -202,8 +202,7 @@ bool Batch::factor(const Operands& operands, TensorTask* task) {
   if (task->numel == 0) return true;
   const c10::IntArrayRef sizes = operands.param->sizes();
   const int64_t rows = sizes[sizes.size() - 2], columns = sizes.back();
-  factored_.emplace_back(FactoredShape{task->numel / rows / columns, rows, columns}, averages[0], averages[1],
-                         task->param.dtype == DType::kFloat64);
+  factored_.emplace_back(FactoredShape{task->numel / rows / columns, rows, columns}, averages[0], averages[1]);
   task->state[first] = {&factored_.back(), nullptr, DType::kFactored};
   return true;
 }

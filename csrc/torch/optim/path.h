@@ -10,13 +10,13 @@ enum class Path {
   kOptions,
   kDevice,
   kDtype,
-  kStats,  // of a tensor on a CUDA device, or that other processes hold parts of
+  kStats,  // of a tensor that other processes hold parts of
   kGradient,
   kStateForm,
   kStateValue,
   kPlacement,
   kPending,  // none: there is no step of a sum that is still to be taken
-  kFactors,  // of a tensor on a CUDA device, or that other processes hold parts of
+  kFactors,  // of a tensor that other processes hold parts of
   kMemory,
   kTogether,
   kInference,

@@ -3,7 +3,7 @@
 // has yet. The other rules' arithmetic is judged from Python; to compile them here would take minutes.
 #pragma once
 
-#define TRAINOPT_FOR_EACH_RULE(DO) DO(Sgd) DO(Adam) DO(Lamb) DO(Lars) DO(Eight) DO(Four)
+#define TRAINOPT_FOR_EACH_RULE(DO) DO(Sgd) DO(Adam) DO(Lamb) DO(Lars) DO(Adafactor) DO(Eight) DO(Four)
 #include_next "rules/rules.h"
 
 namespace trainopt {

@@ -1,0 +1,315 @@
+// Moving averages of the gradient's squares over the rows and columns of matrices, before the reduce phase: the sums,
+// in the order of core/factored.h, which is the CPU engine's too; the averages and the numbers of the step; and these
+// by the mean of their matrix. Three launches, and nothing waits for the device.
+#include <type_traits>
+
+#include "cuda/engine.h"
+#include "cuda/factored.h"
+#include "cuda/launch.h"
+#include "cuda/reduce.h"
+#include "cuda/step_table.h"
+#include "cuda/table.h"
+#include "cuda/two_parts.h"
+#include "rules/rules.h"
+
+namespace trainopt::cuda {
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+static_assert(kRowLanes == 32 && kMeanLanes == kThreads && kPieceColumns % 32 == 0);
+
+// Adds up the squares of what the rule will be given as the gradient. -------------------------------------------------
+
+template <class Base>
+struct WithSquares : Base {
+  FactoredShape shape;
+  double *row_sums, *column_sums;  // of the first matrix
+};
+template <class Storage>
+using SquaresTable = Table<Header<kSetsOf<Storage>>, WithSquares<RowOf<Storage, 2>>, kParameterBytes>;
+
+TRAINOPT_FUNCTION int64_t groups_of(const FactoredShape& shape) {
+  return shape.matrices * shape.groups() * shape.pieces();
+}
+
+constexpr int kColumnsOfLane = static_cast<int>(kPieceColumns / 32);
+
+// One warp, one group of a matrix's rows in a piece of its columns.
+template <class S, class Storage>
+__global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
+    add_squares_kernel(const SquaresTable<Storage> __grid_constant__ table) {
+  if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
+  const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
+  const auto& row = table.rows[index];
+  const FactoredShape shape = row.shape;
+  const int64_t pieces = shape.pieces(), groups = shape.groups();
+  const int64_t unit =
+      static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kWarps + threadIdx.x / 32;
+  if (unit >= groups_of(shape)) return;
+  const Prepared* on_device = table.header.on_device;
+  const Prepared& prepared = on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared];
+  const Stages<S> stages = stages_of(prepared.scalars, S());
+  const bool reads_param = stages.decay_gradient || !stages.is_plain();
+
+  const int64_t piece = unit % pieces, group = unit / pieces % groups, matrix = unit / pieces / groups;
+  const int64_t first_row = group * kGroupRows, first_column = piece * kPieceColumns;
+  const int64_t rows_left = shape.rows - first_row, columns_left = shape.columns - first_column;
+  const int rows = static_cast<int>(rows_left < kGroupRows ? rows_left : kGroupRows);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int width = static_cast<int>(columns_left < kPieceColumns ? columns_left : kPieceColumns);
+  double* const row_sums = row.row_sums + matrix * shape.row_sums() + piece * shape.rows + first_row;
+  double* const column_sums = row.column_sums + matrix * shape.column_sums() + group * shape.columns + first_column;
+  double of_column[kColumnsOfLane] = {};
+  for (int r = 0; r < rows; ++r) {
+    const int64_t at = (matrix * shape.rows + first_row + r) * shape.columns + first_column + lane;
+    S value[2][kColumnsOfLane] = {};
+#pragma unroll
+    for (int role = 0; role < 2; ++role) {
+      if (role == 0 && !reads_param) continue;
+      with_load<S>(row.data[role], row.beside[role], row.dtype[role], [&](auto load) {
+#pragma unroll
+        for (int k = 0; k < kColumnsOfLane; ++k)
+          if (lane + 32 * k < width) value[role][k] = load(place_of(row, role, at + 32 * k));
+      });
+    }
+    double of_row = 0;
+#pragma unroll
+    for (int k = 0; k < kColumnsOfLane; ++k) {
+      if (lane + 32 * k >= width) break;
+      const auto x = static_cast<double>(before_rule<false>(stages, value[0][k], value[1][k]));
+      of_row += x * x;
+      of_column[k] += x * x;
+    }
+    of_row = combine_warp(of_row, [](double a, double b) { return a + b; });
+    if (lane == 0) row_sums[r] = of_row;
+  }
+#pragma unroll
+  for (int k = 0; k < kColumnsOfLane; ++k)
+    // tests break this: sums of a column that is another piece's
+    if (lane + 32 * k < width) column_sums[lane + 32 * k] = of_column[k];
+}
+
+// What the averages and the step's numbers are made of. ---------------------------------------------------------------
+
+struct MatricesRow {
+  FactoredShape shape;
+  const double *row_sums, *column_sums;
+  void *row_average, *column_average, *numbers;
+  Factored* out;
+  uint32_t prepared;
+  DType row_dtype, column_dtype, param_dtype;
+};
+using MatricesTable = Table<Header<kPreparedSets>, MatricesRow, kParameterBytes>;
+
+template <class Rule, class S>
+__device__ __forceinline__ typename Rule::template Scalars<S> scalars_of(const MatricesTable& table,
+                                                                         const MatricesRow& row) {
+  const Prepared* on_device = table.header.on_device;
+  const Prepared& prepared = on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared];
+  typename Rule::template Scalars<S> scalars;
+  __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
+  return scalars;
+}
+
+// The sum of `count` numbers, `step` apart.
+__device__ __forceinline__ double sum_apart(const double* from, int64_t step, int64_t count) {
+  double sum = from[0];
+#pragma unroll 8
+  for (int64_t i = 1; i < count; ++i) sum += from[i * step];  // tests break this: the first group of rows alone
+  return sum;
+}
+
+// One thread, one row or column of all matrices. The first makes the view of the numbers.
+template <class Rule, class S>
+__global__ void __launch_bounds__(kThreads) move_averages_kernel(const MatricesTable __grid_constant__ table) {
+  if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
+  const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
+  const MatricesRow& row = table.rows[index];
+  const FactoredShape shape = row.shape;
+  S* const of_rows = static_cast<S*>(row.numbers);
+  S* const of_columns = of_rows + shape.matrices * shape.rows;
+  int64_t i =
+      static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kThreads + threadIdx.x;
+  if (i == 0) *row.out = {shape, of_rows, of_columns};
+  if (i >= shape.numbers()) return;
+  const S weight = static_cast<S>(scalars_of<Rule, S>(table, row).weight);
+  const bool is_row = i < shape.matrices * shape.rows;
+  if (!is_row) i -= shape.matrices * shape.rows;
+  const int64_t length = is_row ? shape.rows : shape.columns, matrix = i / length, place = i - matrix * length;
+  const double* const sums =
+      is_row ? row.row_sums + matrix * shape.row_sums() : row.column_sums + matrix * shape.column_sums();
+  const double sum = sum_apart(sums + place, length, is_row ? shape.pieces() : shape.groups());
+  const S mean = static_cast<S>(sum / static_cast<double>(is_row ? shape.columns : shape.rows));
+  void* const average = is_row ? row.row_average : row.column_average;
+  const DType dtype = is_row ? row.row_dtype : row.column_dtype;
+  const S moved = moved_average(load_one<S>(average, dtype, i), mean, weight);
+  store_one(average, dtype, i, moved);
+  (is_row ? of_rows : of_columns)[i] = moved;
+}
+
+// A matrix's rows, by their mean: by a warp for few of them, whose lanes the others would have added zeros to, else by
+// a block.
+constexpr int64_t kRowsOfWarp = 32;
+
+template <class Rule, class S>
+__global__ void __launch_bounds__(kThreads) divide_rows_kernel(const MatricesTable __grid_constant__ table) {
+  if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
+  const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
+  const MatricesRow& row = table.rows[index];
+  const FactoredShape shape = row.shape;
+  const bool by_warp = shape.rows <= kRowsOfWarp;
+  const int64_t block = static_cast<int32_t>(blockIdx.x) - table.first_chunk[index];
+  const int64_t matrix = by_warp ? block * kWarps + threadIdx.x / 32 : block;
+  TRAINOPT_SHARED(double, lanes, kMeanLanes);
+  if (by_warp && matrix >= shape.matrices) return;
+  const int lane = static_cast<int>(by_warp ? threadIdx.x % 32 : threadIdx.x), step = by_warp ? 32 : kMeanLanes;
+  S* const numbers = static_cast<S*>(row.numbers) + matrix * shape.rows;
+  double sum = 0;
+  for (int64_t r = lane; r < shape.rows; r += step) sum += static_cast<double>(numbers[r]);
+  if (!by_warp) {
+    lanes[lane] = sum;
+    for (int width = kMeanLanes / 2; width >= 32; width /= 2) {
+      __syncthreads();  // tests break this: lanes that are still to be added to
+      if (lane < width) lanes[lane] = sum = sum + lanes[lane + width];
+    }
+    __syncthreads();
+    sum = lanes[lane % 32];
+  }
+  sum = combine_warp(sum, [](double a, double b) { return a + b; });
+  const double mean = sum / static_cast<double>(shape.rows);
+  const double least = Rule::eps1_of(scalars_of<Rule, S>(table, row), row.param_dtype);
+  for (int64_t r = lane; r < shape.rows; r += step) numbers[r] = over_mean(numbers[r], mean, least);
+}
+
+// On the host
+// -----------------------------------------------------------------------------------------------------------
+
+// Where a tensor's numbers and sums lie in the memory of all of them, in bytes.
+struct Memory {
+  int64_t view, numbers, row_sums, column_sums, end;
+
+  Memory(int64_t begin, const FactoredShape& shape, int64_t size_of_number) {
+    const auto aligned = [](int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; };
+    view = begin;
+    numbers = view + aligned(sizeof(Factored));
+    row_sums = numbers + aligned(shape.numbers() * size_of_number);
+    column_sums = row_sums + aligned(shape.matrices * shape.row_sums() * sizeof(double));
+    end = column_sums + aligned(shape.matrices * shape.column_sums() * sizeof(double));
+  }
+};
+
+int64_t blocks_of(int64_t units, int64_t units_of_block) { return (units + units_of_block - 1) / units_of_block; }
+
+// The view that the host has of a task's matrices; null: it has none, or no elements.
+template <class Rule>
+const FactoredViews* views_of(const TensorTask& task) {
+  const TensorView& state = task.state[__builtin_ctz(kFactorStates<Rule>)];
+  return state.dtype == DType::kFactored ? static_cast<const FactoredViews*>(state.data) : nullptr;
+}
+
+template <class Rule, class S>
+size_t bytes_for(const Update& work) {
+  int64_t bytes = 0;
+  for (size_t t = 0; t < work.count; ++t)
+    if (const FactoredViews* views = views_of<Rule>(work.tasks[t])) bytes = Memory(bytes, views->shape, sizeof(S)).end;
+  return static_cast<size_t>(bytes);
+}
+
+template <class S, class Storage>
+void add_squares(const Update& work, const std::vector<MatricesRow>& matrices, Stream stream) {
+  SquaresTable<Storage> table;
+  static_assert(sizeof table <= kParameterBytes);
+  fill_tables(
+      work, table,
+      [&](size_t t) {
+        const TensorTask& task = work.tasks[t];
+        const bool is_strided = task.param.layout != nullptr || task.gradient.layout != nullptr;
+        return is_strided == kIsStrided<Storage> ? blocks_of(groups_of(matrices[t].shape), kWarps) : 0;
+      },
+      [&](auto& row, size_t t) {
+        const TensorView* const views[] = {&work.tasks[t].param, &work.tasks[t].gradient};
+        describe<S>(work.tasks[t], views, &row);
+        row.shape = matrices[t].shape;
+        row.row_sums = const_cast<double*>(matrices[t].row_sums);
+        row.column_sums = const_cast<double*>(matrices[t].column_sums);
+      },
+      [&](const SquaresTable<Storage>& full, int64_t blocks, const std::vector<uint32_t>&) {
+        launch("add_squares", add_squares_kernel<S, Storage>, {blocks, kThreads}, stream, full);
+      });
+}
+
+template <class Rule, class S>
+void move_all(const Update& work, void* memory, TensorTask* tasks, Stream stream) {
+  std::vector<MatricesRow> matrices(work.count);  // of no elements where a task has none
+  int64_t end = 0;
+  for (size_t t = 0; t < work.count; ++t) {
+    const FactoredViews* views = views_of<Rule>(work.tasks[t]);
+    if (views == nullptr) continue;
+    const Memory place(end, views->shape, sizeof(S));
+    const auto at = [&](int64_t bytes) { return static_cast<void*>(static_cast<char*>(memory) + bytes); };
+    end = place.end;
+    matrices[t] = {views->shape,
+                   static_cast<double*>(at(place.row_sums)),
+                   static_cast<double*>(at(place.column_sums)),
+                   views->row_average.data,
+                   views->column_average.data,
+                   at(place.numbers),
+                   static_cast<Factored*>(at(place.view)),
+                   0,
+                   views->row_average.dtype,
+                   views->column_average.dtype,
+                   work.tasks[t].param.dtype};
+  }
+  add_squares<S, Mixed>(work, matrices, stream);
+  add_squares<S, Strided>(work, matrices, stream);
+  MatricesTable table;
+  static_assert(sizeof table <= kParameterBytes);
+  const auto run = [&](const char* name, auto kernel, auto blocks) {
+    fill_tables(
+        work, table, [&](size_t t) { return blocks(matrices[t].shape); },
+        [&](MatricesRow& row, size_t t) {
+          const uint32_t prepared = row.prepared;
+          row = matrices[t];
+          row.prepared = prepared;
+        },
+        [&](const MatricesTable& full, int64_t total, const std::vector<uint32_t>&) {
+          launch(name, kernel, {total, kThreads}, stream, full);
+        });
+  };
+  run("move_averages", move_averages_kernel<Rule, S>,
+      [](const FactoredShape& shape) { return blocks_of(shape.numbers(), kThreads); });
+  run("divide_rows", divide_rows_kernel<Rule, S>, [](const FactoredShape& shape) {
+    return shape.rows <= kRowsOfWarp ? blocks_of(shape.matrices, kWarps) : shape.matrices;
+  });
+  for (size_t t = 0; t < work.count; ++t)
+    if (matrices[t].out != nullptr)
+      tasks[t].state[__builtin_ctz(kFactorStates<Rule>)] = {matrices[t].out, nullptr, DType::kFactored};
+}
+
+struct Functions {
+  size_t (*bytes)(const Update&);
+  void (*move)(const Update&, void*, TensorTask*, Stream);
+};
+
+template <class Rule, class S>
+constexpr Functions functions() {
+  if constexpr (kFactorStates<Rule> != 0) return {bytes_for<Rule, S>, move_all<Rule, S>};
+  return {nullptr, nullptr};
+}
+
+const Functions& functions_of(const Update& work) {
+#define TRAINOPT_FACTORS(rule) {functions<rule, float>(), functions<rule, double>()},
+  static constexpr Functions kFunctions[][2] = {TRAINOPT_FOR_EACH_RULE(TRAINOPT_FACTORS)};
+#undef TRAINOPT_FACTORS
+  return kFunctions[work.rule][work.is_float64];
+}
+
+}  // namespace
+
+size_t factor_bytes(const Update& work) { return functions_of(work).bytes(work); }
+
+void move_factors(const Update& work, void* memory, TensorTask* tasks, Stream stream) {
+  functions_of(work).move(work, memory, tasks, stream);
+}
+
+}  // namespace trainopt::cuda
