@@ -103,7 +103,7 @@ def states_of(mask: int) -> str:
 def describe(mangled: str) -> str:
     """A kernel's name and template arguments in words."""
     names = "update|tell|prepare|gather|combine_sums|apply_sums|partial|clip|clamp|finish"
-    names += "|add_squares|move_averages|divide_rows|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
+    names += "|add_squares|move_averages|finish_rows|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
     found = re.search(rf"\d({names})_kernel(.*)", mangled)
     if found is None:
         raise ValueError(f"{mangled} is no kernel that this knows")

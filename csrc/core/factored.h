@@ -1,11 +1,13 @@
-// Matrices of which there is one number for each row and one for each column, as Adafactor has its second moments:
-// element (i, j) is the product of the two. A tensor of more than two dimensions is a stack of matrices, which its last
-// two dimensions are.
+// Matrices of which there is one number for each row and one for each column, as Adafactor has its second moments: by
+// the product of the two element (i, j) of the gradient is multiplied. A tensor of more than two dimensions is a stack
+// of matrices, which its last two dimensions are.
 //
-// The numbers are moving averages of the means of squares over rows and over columns. Squares are added up in double,
-// in one order on every engine: over a row by pieces of 256 columns, one after the other, and in each element i is
-// added to lane i % 32, and the lanes are combined pairwise, 16 apart, then 8, ...; over a column by groups of 64 rows,
-// one after the other, and in each row by row. A warp of a GPU takes a group's rows of a piece.
+// What is kept are moving averages of the means of squares over rows and over columns. A step goes by numbers that
+// follow from them, 1 / sqrt(row / mean of the rows) and 1 / sqrt(column): so an element costs two products, and
+// neither a root nor a division. Squares are added up in double, in one order on every engine: over a row by pieces of
+// 256 columns, one after the other, and in each element i is added to lane i % 32, and the lanes are combined pairwise,
+// 16 apart, then 8, ...; over a column by groups of 64 rows, one after the other, and in each row by row. A warp of a
+// GPU takes a group's rows of a piece.
 #pragma once
 
 #include <cstdint>
@@ -58,10 +60,15 @@ TRAINOPT_FUNCTION S moved_average(S average, S mean, S weight) {
   return weight < S(0.5) ? average + weight * difference : mean - difference * (S(1) - weight);
 }
 
-// A row's number by the mean of those of its matrix, which counts as `least` at least.
+// The number of a column by its average; and that of a row, by the mean of those of its matrix too, which counts as
+// `least` at least.
 template <class S>
-TRAINOPT_FUNCTION S over_mean(S number, double mean, double least) {
-  return static_cast<S>(static_cast<double>(number) / (mean < least ? least : mean));
+TRAINOPT_FUNCTION S number_of_column(S average) {
+  return static_cast<S>(1 / __builtin_sqrt(static_cast<double>(average)));
+}
+template <class S>
+TRAINOPT_FUNCTION S number_of_row(S average, double mean, double least) {
+  return static_cast<S>(1 / __builtin_sqrt(static_cast<double>(average) / (mean < least ? least : mean)));
 }
 
 }  // namespace trainopt

@@ -12,6 +12,11 @@ TRAINOPT_FUNCTION double square_root(double x) { return __builtin_sqrt(x); }
 // The larger of two numbers; NaN if either is, as torch.maximum.
 TRAINOPT_FUNCTION float maximum(float a, float b) { return b > a || b != b ? b : a; }
 TRAINOPT_FUNCTION double maximum(double a, double b) { return b > a || b != b ? b : a; }
+// The smaller, likewise; of vectors of them too.
+template <class T>
+TRAINOPT_FUNCTION T minimum(T a, T b) {
+  return -maximum(-a, -b);
+}
 
 // 1, -1 or 0 with the sign of x; 0 for NaN.
 TRAINOPT_FUNCTION float sign_of(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }

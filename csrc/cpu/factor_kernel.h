@@ -56,12 +56,21 @@ TRAINOPT_FUNCTION const S* direction_tile(const TensorTask& task, const Stages<S
   return buffer[2];
 }
 
+// Asks for what will be read a row later, which begins where no processor expects it: the rows of a strip are apart.
+template <class S>
+TRAINOPT_FUNCTION void prefetch_piece(const TensorView& gradient, int64_t at, int count) {
+  if (!is_run_of<S>(gradient)) return;
+  const char* const piece = reinterpret_cast<const char*>(static_cast<const S*>(gradient.data) + at);
+  for (size_t line = 0; line < static_cast<size_t>(count) * sizeof(S); line += 64) __builtin_prefetch(piece + line);
+}
+
 template <class S>
 void add_squares_kernel(const TensorTask& task, const FactoredShape& shape, const FactorPart& part) {
   const Stages<S> stages = stages_of(*task.scalars, S());
   const int64_t width = part.column_end - part.column;
   // Rows that lie beside each other in memory go into one tile, as many as it has room for.
-  const int64_t most_rows = width == shape.columns && width <= kBlock ? kBlock / width : 1;
+  const bool is_strip = width < shape.columns;
+  const int64_t most_rows = !is_strip && width <= kBlock ? kBlock / width : 1;
   S buffer[3][kBlock];
   for (int64_t m = 0; m < part.matrices; ++m) {
     double* const row_sums = part.row_sums + m * shape.row_sums();
@@ -76,6 +85,7 @@ void add_squares_kernel(const TensorTask& task, const FactoredShape& shape, cons
         for (int64_t column = part.column; column < part.column_end; column += kBlock) {
           const int count = static_cast<int>(part.column_end - column < kBlock ? part.column_end - column : kBlock);
           const int64_t at = (first + row) * shape.columns + column;
+          if (is_strip && row + 1 < part.row_end) prefetch_piece<S>(task.gradient, at + shape.columns, count);
           const S* direction = direction_tile(task, stages, at, static_cast<int>(rows) * count, buffer);
           double* const sums = row_sums + column / kPieceColumns * shape.rows + row;
           for (int64_t r = 0; r < rows; ++r) sums[r] = add_piece(direction + r * count, count, columns + column);

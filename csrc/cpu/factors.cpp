@@ -63,12 +63,13 @@ void move_matrices(const FactorSettings& settings, FactoredTensor& factors, int6
   for (int64_t m = first; m < last; ++m) {
     S* const row = row_numbers + m * rows;
     move_all(factors.row_average, m * rows, rows, sums.rows, factors.shape.pieces(), columns, weight, row);
-    move_all(factors.column_average, m * columns, columns, sums.columns, factors.shape.groups(), rows, weight,
-             column_numbers + m * columns);
+    S* const column = column_numbers + m * columns;
+    move_all(factors.column_average, m * columns, columns, sums.columns, factors.shape.groups(), rows, weight, column);
+    for (int64_t c = 0; c < columns; ++c) column[c] = number_of_column(column[c]);
     sums.rows += factors.shape.row_sums();
     sums.columns += factors.shape.column_sums();
     const double mean = sum_of_rows(row, rows) / static_cast<double>(rows);
-    for (int64_t r = 0; r < rows; ++r) row[r] = over_mean(row[r], mean, settings.least);
+    for (int64_t r = 0; r < rows; ++r) row[r] = number_of_row(row[r], mean, settings.least);
   }
 }
 

@@ -125,8 +125,8 @@ TRAINOPT_FUNCTION void run_direct(const TensorTask& task, const Stages<S>& stage
   }
 }
 
-// Any types, any layouts, any stages: what is not a run of the arithmetic's type goes through a buffer.
-template <class Rule, StateSet kSet, class S>
+// Any types, any layouts, any stages, unless kPlain: what is not a run of the arithmetic's type goes through a buffer.
+template <class Rule, bool kPlain, StateSet kSet, class S>
 TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& stages,
                                     const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
   S buffer[3 + kStateCount<Rule>][kBlock];
@@ -142,12 +142,12 @@ TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& sta
         load_tile(task.param, at, count, buffer[0]), load_tile(task.gradient, at, count, buffer[1]), {}, nullptr};
     for (int s = 0; s < kStateCount<Rule>; ++s)
       if (contains(kSet, s)) tile.state[s] = load_tile(task.state[s], at, count, buffer[3 + s]);
-    if (stages.noisy) {
+    if (!kPlain && stages.noisy) {
       random_tile<Gaussians>(gaussians, task, at, count, key);
       for (int i = 0; i < kBlock; ++i) buffer[2][i] = gaussians[i];
       tile.noise = buffer[2];
     }
-    run_tile<Rule, false, kSet>(stages, scalars, tile, count);
+    run_tile<Rule, kPlain, kSet>(stages, scalars, tile, count);
     if constexpr (sizeof(S) == sizeof(float)) {
       if (rounds_at_random) {
         random_tile<RoundingBits>(bits, task, at, count, key);
@@ -230,7 +230,7 @@ template <class Rule, StateSet kSet, class Stored, class S>
 TRAINOPT_FUNCTION void run_uniform(const TensorTask& task, const Stages<S>& stages,
                                    const typename Rule::template Scalars<S>& scalars, int64_t begin, int64_t end) {
   if (stages.needs_random(sizeof(Stored) == sizeof(BFloat16)))
-    return run_buffered<Rule, kSet>(task, stages, scalars, begin, end);
+    return run_buffered<Rule, false, kSet>(task, stages, scalars, begin, end);
   if (stages.is_plain()) return run_direct<Rule, true, kSet, Stored>(task, stages, scalars, begin, end);
   run_direct<Rule, false, kSet, Stored>(task, stages, scalars, begin, end);
 }
@@ -249,7 +249,11 @@ void run_set(const TensorTask& task, int64_t begin, int64_t end) {
     if (is_uniform<Float16>(task, kSet)) return run_uniform<Rule, kSet, Float16>(task, stages, scalars, begin, end);
     begin = run_if_coded<Rule, kSet>(task, stages, scalars, begin, end);
   }
-  run_buffered<Rule, kSet>(task, stages, scalars, begin, end);
+  // The usual way of a state that no memory holds: without the stages 64M elements took 37 ms in place of 58, one
+  // thread.
+  if constexpr ((kSet & kFactorStates<Rule>) != 0)
+    if (stages.is_plain()) return run_buffered<Rule, true, kSet>(task, stages, scalars, begin, end);
+  run_buffered<Rule, false, kSet>(task, stages, scalars, begin, end);
 }
 
 // By the states that the task has: the kernel of that set.

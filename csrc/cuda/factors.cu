@@ -1,6 +1,6 @@
 // Moving averages of the gradient's squares over the rows and columns of matrices, before the reduce phase: the sums,
-// in the order of core/factored.h, which is the CPU engine's too; the averages and the numbers of the step; and these
-// by the mean of their matrix. Three launches, and nothing waits for the device.
+// in the order of core/factored.h, which is the CPU engine's too; the averages, and the numbers of columns; and those
+// of rows, for which the mean of all rows must be known. Three launches, and nothing waits for the device.
 #include <type_traits>
 
 #include "cuda/engine.h"
@@ -144,15 +144,19 @@ __global__ void __launch_bounds__(kThreads) move_averages_kernel(const MatricesT
   const DType dtype = is_row ? row.row_dtype : row.column_dtype;
   const S moved = moved_average(load_one<S>(average, dtype, i), mean, weight);
   store_one(average, dtype, i, moved);
-  (is_row ? of_rows : of_columns)[i] = moved;
+  if (is_row) {
+    of_rows[i] = moved;  // until the next kernel knows the mean of them
+  } else {
+    of_columns[i] = number_of_column(moved);
+  }
 }
 
-// A matrix's rows, by their mean: by a warp for few of them, whose lanes the others would have added zeros to, else by
-// a block.
+// The numbers of a matrix's rows, by the mean of their averages: by a warp for few of them, whose lanes the others
+// would have added zeros to, else by a block.
 constexpr int64_t kRowsOfWarp = 32;
 
 template <class Rule, class S>
-__global__ void __launch_bounds__(kThreads) divide_rows_kernel(const MatricesTable __grid_constant__ table) {
+__global__ void __launch_bounds__(kThreads) finish_rows_kernel(const MatricesTable __grid_constant__ table) {
   if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const MatricesRow& row = table.rows[index];
@@ -178,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) divide_rows_kernel(const MatricesTab
   sum = combine_warp(sum, [](double a, double b) { return a + b; });
   const double mean = sum / static_cast<double>(shape.rows);
   const double least = Rule::eps1_of(scalars_of<Rule, S>(table, row), row.param_dtype);
-  for (int64_t r = lane; r < shape.rows; r += step) numbers[r] = over_mean(numbers[r], mean, least);
+  for (int64_t r = lane; r < shape.rows; r += step) numbers[r] = number_of_row(numbers[r], mean, least);
 }
 
 // On the host
@@ -278,7 +282,7 @@ void move_all(const Update& work, void* memory, TensorTask* tasks, Stream stream
   };
   run("move_averages", move_averages_kernel<Rule, S>,
       [](const FactoredShape& shape) { return blocks_of(shape.numbers(), kThreads); });
-  run("divide_rows", divide_rows_kernel<Rule, S>, [](const FactoredShape& shape) {
+  run("finish_rows", finish_rows_kernel<Rule, S>, [](const FactoredShape& shape) {
     return shape.rows <= kRowsOfWarp ? blocks_of(shape.matrices, kWarps) : shape.matrices;
   });
   for (size_t t = 0; t < work.count; ++t)

@@ -31,6 +31,7 @@ struct Adafactor {
   struct Scalars {
     AverageWeights<S> second;
     S least;      // of the second moment
+    S most;       // one over its root
     S step_size;  // from `finish` on
     bool is_factored, rounds;
     double weight, rate, eps1, eps2, clipping, count;
@@ -42,7 +43,7 @@ struct Adafactor {
     Scalars<S> k;
     k.weight = __builtin_pow(info.step, options[kBeta2Decay]);
     k.second = weights_of<S>(1 - k.weight, k.weight);
-    k.least = k.step_size = S(0);
+    k.least = k.most = k.step_size = S(0);
     k.is_factored = false;
     k.rounds = info.single_lr && !(longest < info.lr);
     k.rate = longest < info.lr ? longest : info.lr;
@@ -62,14 +63,15 @@ struct Adafactor {
   TRAINOPT_INLINE static void for_tensor(Scalars<S>& k, bool is_factored, DType dtype, int64_t numel) {
     k.count = static_cast<double>(numel);
     k.least = static_cast<S>(eps1_of(k, dtype) * eps1_of(k, dtype));
+    k.most = static_cast<S>(1 / eps1_of(k, dtype));
     k.is_factored = is_factored;
   }
 
   template <class T, class S>
   TRAINOPT_INLINE static T direction(const Scalars<S>& k, T g, T* state) {
-    T v = state[0];
-    if (!k.is_factored) v = state[2] = averaged(k.second, state[2], g * g);
-    return g / square_root(maximum(T(k.least), v));
+    if (k.is_factored) return g * minimum(T(k.most), state[0]);
+    state[2] = averaged(k.second, state[2], g * g);
+    return g / square_root(maximum(T(k.least), state[2]));
   }
 
   template <class T, class S>

@@ -46,9 +46,9 @@
 // (Adafactor):
 //   kFactors                 the two states that these averages are, the rows' first. A tensor of two dimensions or
 //   more
-//                            has them, and of the others none; any other has the others. `update` is given the product
-//                            of the two, the rows' divided by their mean, as the first state, and moves on neither: the
-//                            engine does, with the squares of g
+//                            has them, and of the others none; any other has the others. `update` is given, as the
+//                            first state, one over the root of their product, with the rows' divided by their mean, and
+//                            moves on neither: the engine does, with the squares of g
 //   Scalars::weight          of a mean of squares in its average
 //   for_tensor(scalars, is_factored, dtype, numel)
 //                            puts into the scalars which of both the tensor is, and what its type and its size say
