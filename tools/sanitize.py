@@ -49,7 +49,7 @@ THREADS = shlex.split("-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread")
 #: The kernels' parameters are larger from CUDA 13 on, which matters only to those that take tables of tensors: their
 #: tests run as for old and for new drivers.
 PARAMETER_BYTES = (4096, 32764)
-WITH_TABLES = ("gather", "norm", "prepare", "stats", "update")
+WITH_TABLES = ("factors", "gather", "norm", "prepare", "stats", "update")
 #: What the program is told to run: of these kernels, and of the others.
 PARTS_WITH_TABLES, OTHER_PARTS = ["norms", "steps"], ["cross-entropy", "large-rows", "pointwise"]
 

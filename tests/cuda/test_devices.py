@@ -99,9 +99,11 @@ def test_a_step_on_a_side_stream_is_ordered_with_what_is_there(device, name):
 # What torch does ------------------------------------------------------------------------------------------------------
 
 
-def assert_torch_takes_it(make_params, set_gradients, device):
+def assert_torch_takes_it(make_params, set_gradients, device, refused_by=()):
     """With torch's results, and the other parameter's step fused, unless parameters have something in common."""
     for name, row in TABLE.items():
+        if name in refused_by:
+            continue
         outcomes = []
         for cls in (row.ours, row.peer):
             params = [*make_params(), torch.nn.Parameter(torch.ones(5, device=device))]
@@ -125,7 +127,7 @@ def test_a_complex_parameter(device):
     def make():
         return [torch.nn.Parameter(torch.ones(4, dtype=torch.complex64, device=device))]
 
-    assert_torch_takes_it(make, set_gradient, device)
+    assert_torch_takes_it(make, set_gradient, device, refused_by=("Adafactor",))  # as torch's class does
 
 
 def test_a_subclass(device):
