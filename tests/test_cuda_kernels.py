@@ -50,18 +50,22 @@ COUNTS = {
 }
 
 
+#: Kernels of which a thread has many elements under way.
+HEAVY = ("update", "gather", "add squares", "pointwise", "cross")
+
+
 def ceiling_of(kernel: str) -> int:
     """Registers of a thread at most: two blocks of 256 threads on a multiprocessor, and one for float64."""
     if is_step_preparation(kernel):
         return 128  # blocks of 64
     if "float64" in kernel:
         # CUDA's own exp and log of float64 take what they can get, and so do the words of many tensors.
-        return 255 if kernel.startswith(("update", "gather", "pointwise", "cross")) else 96
+        return 255 if kernel.startswith(HEAVY) else 96
     if kernel.startswith("cross entropy block, ") and "general" not in kernel:
         return 64  # 1,024 threads a row
     if re.search(r"(with [34] states|states \d \d \d|Adamax with 2 states), any types, |with a tail", kernel):
         return 255  # which are seldom: one block, where two would spill
-    return 128 if kernel.startswith(("update", "gather", "pointwise", "cross")) else 64
+    return 128 if kernel.startswith(HEAVY) else 64
 
 
 def is_step_preparation(kernel: str) -> bool:
