@@ -75,7 +75,7 @@ FAULTS = [
     Fault("a scale that is written before all have read it", "__syncwarp();", ""),
     Fault("a gradient that is not cleared", "role == 1 && stages.clear_gradient", "false"),
     Fault("a step's tail, one element too long", "at < end; at += kThreads", "at <= end; at += kThreads"),
-    Fault("a step after an overflow", "*table.header.found_inf != 0", "false"),
+    Fault("a step after an overflow", "*header.found_inf != 0", "false"),
     Fault("scalars of another group", "row.prepared = set", "row.prepared = 0"),
     Fault("a sum's tail, one element too long", "(end - at + kSumLanes - 1)", "(end - at + kSumLanes)"),
     Fault("sums in the slots of another", "__syncthreads()", "", "that thread"),

@@ -46,13 +46,6 @@ struct FactoredViews : Factored {
   TensorView row_average, column_average;
 };
 
-// Combines lanes [0, count), of a power of two of them, pairwise: the first has the result.
-template <class T>
-TRAINOPT_FUNCTION void combine_pairwise(T* lanes, int width, int count) {
-  for (width /= 2; width > 0; width /= 2)
-    for (int i = 0; i < width && i + width < count; ++i) lanes[i] = lanes[i] + lanes[i + width];
-}
-
 // An average that a mean is taken into, as torch.lerp has it: from the nearer end.
 template <class S>
 TRAINOPT_FUNCTION S moved_average(S average, S mean, S weight) {

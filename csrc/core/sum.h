@@ -59,10 +59,16 @@ TRAINOPT_FUNCTION double value_of(Sum sum) {
   return value - value == 0 ? value : sum.high;
 }
 
-// Combines the first `count` of these, and no more than kSumLanes: the first has the result.
-TRAINOPT_FUNCTION Sum combine_lanes(Sum (&lanes)[kSumLanes], int count) {
-  for (int width = kSumLanes / 2; width > 0; width /= 2)
+TRAINOPT_FUNCTION double add(double a, double b) { return a + b; }
+
+// Combines the first `count` of so many lanes, a power of two, pairwise: the first has the result.
+template <class T>
+TRAINOPT_FUNCTION void combine_pairwise(T* lanes, int width, int count) {
+  for (width /= 2; width > 0; width /= 2)
     for (int i = 0; i < width && i + width < count; ++i) lanes[i] = add(lanes[i], lanes[i + width]);
+}
+TRAINOPT_FUNCTION Sum combine_lanes(Sum (&lanes)[kSumLanes], int count) {
+  combine_pairwise(lanes, kSumLanes, count);
   return lanes[0];
 }
 

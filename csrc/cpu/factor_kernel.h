@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/factored.h"
+#include "core/sum.h"
 #include "cpu/kernel_table.h"
 #include "cpu/norm_kernel.h"
 #include "cpu/tile.h"

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/sum.h"
 #include "cpu/kernel_table.h"
 #include "cpu/tile.h"
 

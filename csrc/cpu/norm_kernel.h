@@ -3,6 +3,7 @@
 
 #include "core/math.h"
 #include "core/norm.h"
+#include "core/sum.h"
 #include "cpu/tile.h"
 #include "cpu/vec.h"
 
@@ -57,8 +58,7 @@ struct Sums<0> {
 };
 
 TRAINOPT_FUNCTION double sum_of_lanes(double (&lanes)[kLanes]) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] + lanes[i + width];
+  combine_pairwise(lanes, kLanes, kLanes);
   return lanes[0];
 }
 

@@ -1,7 +1,7 @@
 // Moving averages of the gradient's squares over the rows and columns of matrices, before the reduce phase: the sums,
 // in the order of core/factored.h, which is the CPU engine's too; the averages, and the numbers of columns; and those
 // of rows, for which the mean of all rows must be known. Three launches, and nothing waits for the device.
-#include <type_traits>
+#include <vector>
 
 #include "cuda/engine.h"
 #include "cuda/factored.h"
@@ -38,7 +38,7 @@ constexpr int kColumnsOfLane = static_cast<int>(kPieceColumns / 32);
 template <class S, class Storage>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
     add_squares_kernel(const SquaresTable<Storage> __grid_constant__ table) {
-  if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
+  if (is_left_out(table.header)) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const auto& row = table.rows[index];
   const FactoredShape shape = row.shape;
@@ -46,9 +46,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
   const int64_t unit =
       static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kWarps + threadIdx.x / 32;
   if (unit >= groups_of(shape)) return;
-  const Prepared* on_device = table.header.on_device;
-  const Prepared& prepared = on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared];
-  const Stages<S> stages = stages_of(prepared.scalars, S());
+  const Stages<S> stages = stages_of(prepared_in(table.header, row.prepared).scalars, S());
   const bool reads_param = stages.decay_gradient || !stages.is_plain();
 
   const int64_t piece = unit % pieces, group = unit / pieces % groups, matrix = unit / pieces / groups;
@@ -93,23 +91,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
 
 struct MatricesRow {
   FactoredShape shape;
-  const double *row_sums, *column_sums;
+  double *row_sums, *column_sums;
   void *row_average, *column_average, *numbers;
   Factored* out;
   uint32_t prepared;
   DType row_dtype, column_dtype, param_dtype;
 };
 using MatricesTable = Table<Header<kPreparedSets>, MatricesRow, kParameterBytes>;
-
-template <class Rule, class S>
-__device__ __forceinline__ typename Rule::template Scalars<S> scalars_of(const MatricesTable& table,
-                                                                         const MatricesRow& row) {
-  const Prepared* on_device = table.header.on_device;
-  const Prepared& prepared = on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared];
-  typename Rule::template Scalars<S> scalars;
-  __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
-  return scalars;
-}
 
 // The sum of `count` numbers, `step` apart.
 __device__ __forceinline__ double sum_apart(const double* from, int64_t step, int64_t count) {
@@ -122,7 +110,7 @@ __device__ __forceinline__ double sum_apart(const double* from, int64_t step, in
 // One thread, one row or column of all matrices. The first makes the view of the numbers.
 template <class Rule, class S>
 __global__ void __launch_bounds__(kThreads) move_averages_kernel(const MatricesTable __grid_constant__ table) {
-  if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
+  if (is_left_out(table.header)) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const MatricesRow& row = table.rows[index];
   const FactoredShape shape = row.shape;
@@ -132,7 +120,7 @@ __global__ void __launch_bounds__(kThreads) move_averages_kernel(const MatricesT
       static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kThreads + threadIdx.x;
   if (i == 0) *row.out = {shape, of_rows, of_columns};
   if (i >= shape.numbers()) return;
-  const S weight = static_cast<S>(scalars_of<Rule, S>(table, row).weight);
+  const S weight = static_cast<S>(scalars_in<Rule, S>(prepared_in(table.header, row.prepared)).weight);
   const bool is_row = i < shape.matrices * shape.rows;
   if (!is_row) i -= shape.matrices * shape.rows;
   const int64_t length = is_row ? shape.rows : shape.columns, matrix = i / length, place = i - matrix * length;
@@ -157,7 +145,7 @@ constexpr int64_t kRowsOfWarp = 32;
 
 template <class Rule, class S>
 __global__ void __launch_bounds__(kThreads) finish_rows_kernel(const MatricesTable __grid_constant__ table) {
-  if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
+  if (is_left_out(table.header)) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const MatricesRow& row = table.rows[index];
   const FactoredShape shape = row.shape;
@@ -181,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) finish_rows_kernel(const MatricesTab
   }
   sum = combine_warp(sum, [](double a, double b) { return a + b; });
   const double mean = sum / static_cast<double>(shape.rows);
-  const double least = Rule::eps1_of(scalars_of<Rule, S>(table, row), row.param_dtype);
+  const double least = Rule::eps1_of(scalars_in<Rule, S>(prepared_in(table.header, row.prepared)), row.param_dtype);
   for (int64_t r = lane; r < shape.rows; r += step) numbers[r] = number_of_row(numbers[r], mean, least);
 }
 
@@ -234,8 +222,8 @@ void add_squares(const Update& work, const std::vector<MatricesRow>& matrices, S
         const TensorView* const views[] = {&work.tasks[t].param, &work.tasks[t].gradient};
         describe<S>(work.tasks[t], views, &row);
         row.shape = matrices[t].shape;
-        row.row_sums = const_cast<double*>(matrices[t].row_sums);
-        row.column_sums = const_cast<double*>(matrices[t].column_sums);
+        row.row_sums = matrices[t].row_sums;
+        row.column_sums = matrices[t].column_sums;
       },
       [&](const SquaresTable<Storage>& full, int64_t blocks, const std::vector<uint32_t>&) {
         launch("add_squares", add_squares_kernel<S, Storage>, {blocks, kThreads}, stream, full);

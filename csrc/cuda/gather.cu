@@ -48,14 +48,12 @@ __global__ void __launch_bounds__(kThreads, kMinGatherBlocks<S, Storage, 2 + cou
     gather_kernel(const GatherTable<Storage, 2 + count_of(kSet)> __grid_constant__ table) {
   using Rule = typename Pass::Rule;
   constexpr int kRoles = 2 + count_of(kSet), kCount = Pass::kCount, kUnderWay = kElements<Storage>;
-  if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
+  if (is_left_out(table.header)) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const auto& row = table.rows[index];
-  const Prepared* on_device = table.header.on_device;
-  const Prepared& prepared = on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared];
+  const Prepared& prepared = prepared_in(table.header, row.prepared);
   const Stages<S> stages = stages_of(prepared.scalars, S());
-  typename Rule::template Scalars<S> scalars;
-  __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
+  auto scalars = scalars_in<Rule, S>(prepared);
   complete_for_tensor<Rule>(scalars, kSet, row.dtype[0], row.numel);
 
   const int64_t chunk = static_cast<int32_t>(blockIdx.x) - table.first_chunk[index];
@@ -127,7 +125,7 @@ struct ChunksRow {
 using ChunksTable = Table<ChunksHeader, ChunksRow, kParameterBytes>;
 
 __global__ void __launch_bounds__(32) combine_sums_kernel(const ChunksTable __grid_constant__ table) {
-  if (table.header.found_inf != nullptr && *table.header.found_inf != 0) return;
+  if (is_left_out(table.header)) return;
   const ChunksRow& row = table.rows[blockIdx.x];
   const int count = table.header.sum_count;
   for (int s = 0; s < count; ++s) {
@@ -177,13 +175,10 @@ constexpr int kFinishThreads = 64;
 template <class Pass, class S>
 __global__ void __launch_bounds__(kFinishThreads) apply_sums_kernel(const FinishTable<Pass> __grid_constant__ table) {
   const int i = static_cast<int>(blockIdx.x) * kFinishThreads + static_cast<int>(threadIdx.x);
-  if (i >= table.count || (table.header.found_inf != nullptr && *table.header.found_inf != 0)) return;
-  const Prepared* on_device = table.header.on_device;
-  const uint32_t set = table.rows[i].prepared;
-  const Prepared& prepared = on_device != nullptr ? on_device[set] : table.header.prepared[set];
+  if (i >= table.count || is_left_out(table.header)) return;
+  const Prepared& prepared = prepared_in(table.header, table.rows[i].prepared);
   Stages<S> stages = stages_of(prepared.scalars, S());
-  typename Pass::Rule::template Scalars<S> scalars;
-  __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
+  auto scalars = scalars_in<typename Pass::Rule, S>(prepared);
   if constexpr (kKnowsTensor<Pass>) {
     const TensorFinishRow& row = table.rows[i];
     complete_for_tensor<typename Pass::Rule>(scalars, row.states, row.dtype, row.numel);

@@ -63,6 +63,26 @@ struct Header {
   StepStats* chunk_stats;  // of all tensors that are measured
 };
 
+// Whether the step is left out.
+template <class Header>
+__device__ __forceinline__ bool is_left_out(const Header& header) {
+  return header.found_inf != nullptr && *header.found_inf != 0;  // tests break this: a step after an overflow
+}
+
+template <int kSets>
+__device__ __forceinline__ const Prepared& prepared_in(const Header<kSets>& header, uint32_t set) {
+  return header.on_device != nullptr ? header.on_device[set] : header.prepared[set];
+}
+
+// The rule's own scalars.
+template <class Rule, class S>
+__device__ __forceinline__ typename Rule::template Scalars<S> scalars_in(const Prepared& prepared) {
+  typename Rule::template Scalars<S> scalars;
+  static_assert(sizeof scalars <= kRuleScalarBytes);
+  __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
+  return scalars;
+}
+
 constexpr int kPreparedSets = kParameterBytes > 4096 ? 16 : 4;
 
 // How all tensors of a parameter are stored: as one type; as each tensor's dtype says, some of them in two parts or to

@@ -28,9 +28,10 @@ struct Chunk {
   uint32_t step, tensor;
 
   __device__ __forceinline__ Chunk(const Row<kRoles>& row, const Prepared& prepared)
-      : stages(stages_of(prepared.scalars, S())), step(prepared.step), tensor(row.tensor) {
-    static_assert(sizeof scalars <= kRuleScalarBytes);
-    __builtin_memcpy(&scalars, prepared.scalars.rule, sizeof scalars);
+      : stages(stages_of(prepared.scalars, S())),
+        scalars(scalars_in<Rule, S>(prepared)),
+        step(prepared.step),
+        tensor(row.tensor) {
 #pragma unroll
     for (int r = 0; r < kRoles; ++r) data[r] = row.data[r];
   }
@@ -175,16 +176,13 @@ struct ChunkRange {
 template <class Rule, class S, StateSet kSet, class Storage>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + count_of(kSet)>)
     update_kernel(const TableOf<Storage, 2 + count_of(kSet)> __grid_constant__ table) {
-  // tests break this: a step after an overflow
-  const bool is_left_out = table.header.found_inf != nullptr && *table.header.found_inf != 0;
-  if (!kHasTail<Storage> && is_left_out) return;
+  const bool left_out = is_left_out(table.header);
+  if (!kHasTail<Storage> && left_out) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const auto& row = table.rows[index];
   StepStats stats{};
-  if (!is_left_out) {
-    const Prepared* on_device = table.header.on_device;
-    const Chunk<Rule, S, Storage, kSet> chunk(
-        row, on_device != nullptr ? on_device[row.prepared] : table.header.prepared[row.prepared]);
+  if (!left_out) {
+    const Chunk<Rule, S, Storage, kSet> chunk(row, prepared_in(table.header, row.prepared));
     const ChunkRange run(table, index);
     if constexpr (kIsByBlocks<Storage>) {
       Blocks<Rule, S, Storage, kSet, decltype(chunk)>{chunk, row, stats}.step(run.at, run.end);
@@ -197,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + cou
   if constexpr (kHasTail<Storage>) {
     if (!row.is_measured()) return;
     const ChunkRange run(table, index);
-    if (is_left_out) see_run<S>(row, run.at, run.end, stats);
+    if (left_out) see_run<S>(row, run.at, run.end, stats);
     // tests break this: stats of another tensor
     store_of_block(stats, table.header.chunk_stats + row.stats_place + run.at / kChunk);
   }

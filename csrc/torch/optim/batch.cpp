@@ -282,7 +282,7 @@ void Batch::move_factors(const cpu::Update (&updates)[2]) {
       cpu::FactoredTensor& factors = cpu::factors_of(task, state);
       factors.reserve(update.is_float64);
       matrices.push_back({&task, update.is_float64, settings, &factors});
-      starts.push_back(starts.back() + matrices.back().factors->cut.parts());
+      starts.push_back(starts.back() + factors.cut.parts());
     }
   const int64_t parts = this->parts();
   in_parts(parts, [&](int64_t part) {
