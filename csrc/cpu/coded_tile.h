@@ -6,6 +6,7 @@
 #include "core/master.h"
 #include "core/tensor_view.h"
 #include "cpu/engine.h"
+#include "cpu/vec.h"
 
 namespace trainopt::cpu {
 namespace {
@@ -48,18 +49,42 @@ struct MasterCopy {
   }
 };
 
+// The first elements of a tile of float16 numbers with their copies, likewise by vectors.
+template <class First, class Second>
+TRAINOPT_FUNCTION int join_vectors(const First*, const Second*, int, float*) {
+  return 0;
+}
+TRAINOPT_FUNCTION int join_vectors(const Float16* stored, const float* copies, int count, float* out) {
+  float rounded[kBlock];
+  Float16 halves[kBlock];
+  const int whole = store_vectors(copies, count, halves);
+  load_vectors(halves, whole, rounded);
+  load_vectors(stored, whole, out);
+  for (int i = 0; i < whole; ++i) out[i] = bits_of(rounded[i]) == bits_of(out[i]) ? copies[i] : out[i];
+  return whole;
+}
+template <class First, class Second>
+TRAINOPT_FUNCTION int split_vectors(const float*, int, First*, Second*) {
+  return 0;
+}
+TRAINOPT_FUNCTION int split_vectors(const float* in, int count, Float16* stored, float* copies) {
+  const int whole = store_vectors(in, count, stored);
+  __builtin_memcpy(copies, in, static_cast<size_t>(whole) * sizeof(float));
+  return whole;
+}
+
 template <class Parts>
 void load_parts(const TensorView& view, int64_t begin, int count, float* __restrict out) {
   const auto* first = static_cast<const typename Parts::First*>(view.data) + begin;
   const auto* second = static_cast<const typename Parts::Second*>(view.beside) + begin;
-  for (int i = 0; i < count; ++i) out[i] = Parts::join(first[i], second[i]);
+  for (int i = join_vectors(first, second, count, out); i < count; ++i) out[i] = Parts::join(first[i], second[i]);
 }
 
 template <class Parts>
 void store_parts(const TensorView& view, int64_t begin, int count, const float* __restrict in) {
   auto* __restrict first = static_cast<typename Parts::First*>(view.data) + begin;
   auto* __restrict second = static_cast<typename Parts::Second*>(view.beside) + begin;
-  for (int i = 0; i < count; ++i) Parts::split(in[i], &first[i], &second[i]);
+  for (int i = split_vectors(in, count, first, second); i < count; ++i) Parts::split(in[i], &first[i], &second[i]);
 }
 
 template <class Code>

@@ -68,7 +68,8 @@ template <class Stored, class S>
 void load_as(const TensorView& view, int64_t begin, int count, S* out) {
   const Stored* data = static_cast<const Stored*>(view.data);
   if (view.layout == nullptr) {
-    for (int i = 0; i < count; ++i) out[i] = static_cast<S>(from_stored(data[begin + i]));
+    for (int i = load_vectors(data + begin, count, out); i < count; ++i)
+      out[i] = static_cast<S>(from_stored(data[begin + i]));
   } else {
     for_each_offset(*view.layout, begin, count,
                     [&](int64_t offset, int i) { out[i] = static_cast<S>(from_stored(data[offset])); });
@@ -79,7 +80,7 @@ template <class Stored, class S>
 void store_as(const TensorView& view, int64_t begin, int count, const S* in) {
   Stored* data = static_cast<Stored*>(view.data);
   if (view.layout == nullptr) {
-    for (int i = 0; i < count; ++i) to_stored(in[i], &data[begin + i]);
+    for (int i = store_vectors(in, count, data + begin); i < count; ++i) to_stored(in[i], &data[begin + i]);
   } else {
     for_each_offset(*view.layout, begin, count, [&](int64_t offset, int i) { to_stored(in[i], &data[offset]); });
   }

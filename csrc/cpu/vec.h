@@ -321,6 +321,29 @@ TRAINOPT_FUNCTION void store(Float16* to, Vec<float> v) {
 #endif
 }
 
+// The whole vectors of a run whose conversion the processor has an instruction for, which no compiler makes of a loop
+// over numbers: tiles of float16 took four times as long. Returns how many elements that is.
+template <class Stored, class S>
+TRAINOPT_FUNCTION int load_vectors(const Stored*, int, S*) {
+  return 0;
+}
+template <class S, class Stored>
+TRAINOPT_FUNCTION int store_vectors(const S*, int, Stored*) {
+  return 0;
+}
+#if defined(__F16C__)
+TRAINOPT_FUNCTION int load_vectors(const Float16* from, int count, float* out) {
+  int i = 0;
+  for (; i + Vec<float>::kSize <= count; i += Vec<float>::kSize) store(out + i, load(from + i));
+  return i;
+}
+TRAINOPT_FUNCTION int store_vectors(const float* from, int count, Float16* out) {
+  int i = 0;
+  for (; i + Vec<float>::kSize <= count; i += Vec<float>::kSize) store(out + i, load(from + i));
+  return i;
+}
+#endif
+
 // What elements of a stored type are worked on in.
 template <class Stored>
 struct RegisterOf {
