@@ -240,7 +240,7 @@ TRAINOPT_FUNCTION void run_coded_block(const TensorTask& task, const Stages<floa
       });
       step_elements<Rule, kPlain>(stages, scalars, p, g, state, T(0.0f));
       Param::template put<kPart>(p_out, p);
-      if constexpr (!kPlain) Gradient::template put<kPart>(g_out, stages.clear_gradient ? T(0.0f) : g);
+      if constexpr (!kPlain) Gradient::template put<kPart>(g_out, g);
       for_each_in<kSet>([&](auto s) {
         if constexpr (State::kHasCodes) {
           store(&decoded[s][row + kPart * kWords], state[s]);

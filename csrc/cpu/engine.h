@@ -54,6 +54,7 @@ struct Rule {
   const char* name;
   const char* const* options;
   int option_count;
+  OptionSet true_options, options_or_none;  // true where a group has not got them; None or a number
   const char* const* states;
   int state_count;
   StateSet unsigned_states;
@@ -65,7 +66,7 @@ struct Rule {
   int sums_in(Pass pass) const { return pass == kOwnSums ? sum_count : 2; }
   const char* const* numbers;
   int number_count;
-  bool counts_steps, needs_lr;
+  bool counts_steps, needs_lr, has_differentiable;
   StateSet (*states_needed)(const double* options);
   bool (*takes)(const double* options);
   Decay (*decay)(const double* options);

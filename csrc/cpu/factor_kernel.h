@@ -48,7 +48,7 @@ template <class S>
 TRAINOPT_FUNCTION const S* direction_tile(const TensorTask& task, const Stages<S>& stages, int64_t at, int count,
                                           S (&buffer)[3][kBlock]) {
   const S* g = load_tile(task.gradient, at, count, buffer[0]);
-  if (stages.is_plain() && !stages.decay_gradient) return g;
+  if (stages.keeps_gradient()) return g;
   const S* p = load_tile(task.param, at, count, buffer[1]);
   for (int i = 0; i < count; ++i) {
     S p_here = p[i], g_here = g[i];

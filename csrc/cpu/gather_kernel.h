@@ -76,16 +76,18 @@ TRAINOPT_FUNCTION void terms_of(const Stages<S>& stages, const typename Pass::Ru
 }
 
 // One kernel for all sets of states, as a third of the time that the kernels took to compile was that of one for each:
-// those that a task does not have are read as zeros.
+// those that a task does not have, or the pass does not read, are zeros.
 template <class Pass, bool kPlain, class S>
 void gather_as(const TensorTask& task, const Stages<S>& stages, int64_t begin, int64_t end, Sum* sums) {
   using Rule = typename Pass::Rule;
   constexpr int kParts = 2 + kStateCount<Rule>, kCount = Pass::kCount;
   typename Rule::template Scalars<S> scalars;
   __builtin_memcpy(&scalars, task.scalars->rule, sizeof scalars);
-  const StateSet states = states_of<Rule>(task);
-  complete_for_tensor<Rule>(scalars, states, task.param.dtype, task.numel);
+  const StateSet present = states_of<Rule>(task), states = present & Pass::kStates;
+  complete_for_tensor<Rule>(scalars, present, task.param.dtype, task.numel);
+  const bool reads_param = Pass::kOfParam || stages.adds_parameter();
   S buffer[kParts][kBlock];
+  if (!reads_param) __builtin_memset(buffer[0], 0, sizeof buffer[0]);
   for (int s = 0; s < kStateCount<Rule>; ++s)
     if (!contains(states, s)) __builtin_memset(buffer[2 + s], 0, sizeof buffer[0]);
   LaneTerms<S, kCount> terms;
@@ -96,7 +98,7 @@ void gather_as(const TensorTask& task, const Stages<S>& stages, int64_t begin, i
     for (int64_t at = segment; at < segment_end; at += kBlock) {
       const int count = static_cast<int>(segment_end - at < kBlock ? segment_end - at : kBlock);
       const S* parts[kParts];
-      parts[0] = load_tile(task.param, at, count, buffer[0]);
+      parts[0] = reads_param ? load_tile(task.param, at, count, buffer[0]) : static_cast<const S*>(buffer[0]);
       parts[1] = load_tile(task.gradient, at, count, buffer[1]);
       for (int s = 0; s < kStateCount<Rule>; ++s)
         parts[2 + s] = contains(states, s) ? load_tile(task.state[s], at, count, buffer[2 + s])

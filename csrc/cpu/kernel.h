@@ -39,7 +39,7 @@ TRAINOPT_FUNCTION void update_at(const Stages<S>& stages, const typename Rule::t
   store(tile.p + i, p);
   for (int s = 0; s < kStateCount<Rule>; ++s)
     if (contains(kWrittenStates<Rule, kSet>, s)) store(tile.state[s] + i, state[s]);
-  if (!kPlain && stages.write_gradient) store(tile.g + i, stages.clear_gradient ? T(S(0)) : g);
+  if (!kPlain && stages.write_gradient) store(tile.g + i, g);
 }
 
 template <class Rule, bool kPlain, StateSet kSet, class Stored, class S>
@@ -113,13 +113,14 @@ TRAINOPT_FUNCTION void run_direct(const TensorTask& task, const Stages<S>& stage
       if (contains(kSet, s)) tile.state[s] = static_cast<Stored*>(task.state[s].data) + at;
     if (kAsksAhead && task.numel - at >= kAheadElements) {
       prefetch_ahead(tile.p);
-      if (!kPlain && stages.write_gradient) prefetch_ahead(tile.g);
+      if (stages.write_gradient || stages.clear_gradient) prefetch_ahead(tile.g);
       for (int s = 0; s < kStateCount<Rule>; ++s)
         if (contains(kSet, s)) prefetch_ahead(tile.state[s]);
       if (average.data != nullptr && is_run_of<S>(average)) prefetch_ahead(static_cast<const S*>(average.data) + at);
     }
     if (task.stats != nullptr) note_before<S>(task, at, count);
     run_tile<Rule, kPlain, kSet>(stages, scalars, tile, count);
+    if (stages.clear_gradient) clear_tile(task.gradient, at, count);
     if (task.stats != nullptr) note_after<S>(task, at, count);
     if (average.data != nullptr) average_tile(task.param, average, stages.average_weight, at, count);
   }
@@ -159,6 +160,7 @@ TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& sta
       if (contains(kWrittenStates<Rule, kSet>, s))
         store_tile(task.state[s], at, count, tile.state[s], stages.code_rounding);
     if (stages.write_gradient) store_tile(task.gradient, at, count, tile.g);
+    if (stages.clear_gradient) clear_tile(task.gradient, at, count);
     if (task.stats != nullptr) note_after<S>(task, at, count);
     if (average.data != nullptr) average_tile(task.param, average, stages.average_weight, at, count);
   }
@@ -179,6 +181,7 @@ template <class Rule, bool kPlain, StateSet kSet, class Param, class State>
   for (; at + kBlock <= end; at += kBlock) {
     if (task.stats != nullptr) note_before<float>(task, at, kBlock);
     run_coded_block<Rule, kPlain, kSet, Param, State>(task, stages, scalars, at);
+    if (stages.clear_gradient) clear_tile(task.gradient, at, kBlock);
     if (task.stats != nullptr) note_after<float>(task, at, kBlock);
     if (average.data != nullptr) average_tile(task.param, average, stages.average_weight, at, kBlock);
   }

@@ -134,7 +134,7 @@ struct Preparation {
   size_t group_count;
   const Count* counts;
   size_t count;
-  double scale, norm;           // the gradients', where the host knows them: see Settings::divisor
+  double scale, norm;           // the gradients', where the host knows them: see Settings::gradient_factor
   const float* gradient_scale;  // on the device, in place of `scale`; or null
   const double* gradient_norm;  // likewise in place of `norm`
   const float* found_inf;       // on the device, or null: no step is counted unless it is 0

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
       static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kWarps + threadIdx.x / 32;
   if (unit >= groups_of(shape)) return;
   const Stages<S> stages = stages_of(prepared_in(table.header, row.prepared).scalars, S());
-  const bool reads_param = stages.decay_gradient || !stages.is_plain();
+  const bool reads_param = stages.adds_parameter();
 
   const int64_t piece = unit % pieces, group = unit / pieces % groups, matrix = unit / pieces / groups;
   const int64_t first_row = group * kGroupRows, first_column = piece * kPieceColumns;

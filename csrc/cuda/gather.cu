@@ -42,6 +42,14 @@ constexpr int kElements = kIsStrided<Storage> ? 1 : 8;
 template <class S, class Storage, int kRoles>
 constexpr int kMinGatherBlocks = sizeof(S) == sizeof(double) || (kIsByBlocks<Storage> && kRoles >= 6) ? 1 : 2;
 
+// Whether a pass reads a role: all but a state that its sums are not made of.
+template <class Pass, StateSet kSet>
+TRAINOPT_FUNCTION constexpr bool is_gathered(int role) {
+  for (int s = 0, r = 2; s < kStateCount<typename Pass::Rule>; ++s)
+    if (contains(kSet, s) && r++ == role) return contains(Pass::kStates, s);
+  return true;
+}
+
 // One block, one chunk; a warp, a segment of it.
 template <class Pass, class S, StateSet kSet, class Storage>
 __global__ void __launch_bounds__(kThreads, kMinGatherBlocks<S, Storage, 2 + count_of(kSet)>)
@@ -56,6 +64,7 @@ __global__ void __launch_bounds__(kThreads, kMinGatherBlocks<S, Storage, 2 + cou
   auto scalars = scalars_in<Rule, S>(prepared);
   complete_for_tensor<Rule>(scalars, kSet, row.dtype[0], row.numel);
 
+  const bool reads_param = Pass::kOfParam || stages.adds_parameter();
   const int64_t chunk = static_cast<int32_t>(blockIdx.x) - table.first_chunk[index];
   const int64_t begin = chunk * kChunk + threadIdx.x / 32 * kSumSegment;
   const int64_t end = begin + kSumSegment < row.numel ? begin + kSumSegment : row.numel;
@@ -69,6 +78,11 @@ __global__ void __launch_bounds__(kThreads, kMinGatherBlocks<S, Storage, 2 + cou
     for (int r = 0; r < kRoles; ++r) {
       if (r == kFactoredRole<Rule, kSet>) {
         factored_apart(row.data[r], at, kSumLanes, count, value[r]);
+        continue;
+      }
+      if (!is_gathered<Pass, kSet>(r) || (r == 0 && !reads_param)) {
+#pragma unroll
+        for (int k = 0; k < kUnderWay; ++k) value[r][k] = S(0);
         continue;
       }
       if constexpr (kIsStrided<Storage>) {

@@ -58,9 +58,10 @@ struct Chunk {
       if (contains(kSet, s)) roles |= static_cast<uint32_t>(contains(kConstantStates<Rule>, s)) << role++;
     return roles;
   }
+  template <bool kPlain>
   __device__ __forceinline__ bool writes(int role) const {
     constexpr uint32_t kConstantRoles = constant_roles();
-    return role == 1 ? stages.write_gradient : !contains(kConstantRoles, role);
+    return role == 1 ? (!kPlain && stages.write_gradient) || stages.clear_gradient : !contains(kConstantRoles, role);
   }
   // tests break this: a gradient that is not cleared
   __device__ __forceinline__ bool clears(int role) const { return role == 1 && stages.clear_gradient; }
@@ -95,7 +96,7 @@ struct Chunk {
       }
 #pragma unroll
       for (int r = 0; r < kRoles; ++r) {
-        if (!writes(r) || (kPlain && r == 1)) continue;
+        if (!writes<kPlain>(r)) continue;
         // Here, and not among the stages: there nvcc 13.0 spills 16 bytes of Lion's registers.
         if (clears(r))
 #pragma unroll
@@ -115,7 +116,7 @@ struct Chunk {
     step_value<kPlain>(value, 0, noise);
 #pragma unroll
     for (int r = 0; r < kRoles; ++r)
-      if (writes(r) && !(kPlain && r == 1)) store_one(data[r], dtype_of(Storage()), at, clears(r) ? S(0) : value[r][0]);
+      if (writes<kPlain>(r)) store_one(data[r], dtype_of(Storage()), at, clears(r) ? S(0) : value[r][0]);
   }
 
   // Elements [at, end) of a run: by words as far as they go, then one by one.

@@ -166,22 +166,18 @@ class Reader {
   }
 
   // The rule's option `index`.
-  double option(const OptionKey& key, int index) {
-    // What not every class of a rule has is true where a group says nothing of it.
-    static PyObject* const kTrue[] = {python::key("bias_correction"), python::key("silent_sgd_phase")};
-    if (key.name == kTrue[0] || key.name == kTrue[1]) return own(key.name, 1);
+  double option(const cpu::Rule& rule, const OptionKey& key, int index) {
+    if (contains(rule.true_options, index)) return own(key.name, 1);
     PyObject* value = require(key.name);
-    static PyObject* const kBeta3 = python::key("beta3");
-    if (key.name == kBeta3 && value == Py_None) return std::numeric_limits<double>::quiet_NaN();  // what betas imply
-    if (key.element < 0) return number_or_device(value, index);
-    if (!is_plain_sequence(value) || PySequence_Fast_GET_SIZE(value) != key.count) {
-      group_->unreadable = 1;
-      return 0;
+    if (key.element >= 0) {
+      if (!is_plain_sequence(value) || PySequence_Fast_GET_SIZE(value) != key.count) {
+        group_->unreadable = 1;
+        return 0;
+      }
+      value = PySequence_Fast_GET_ITEM(value, key.element);
     }
-    PyObject* element = PySequence_Fast_GET_ITEM(value, key.element);
-    static PyObject* const kEps = python::key("eps");
-    if (key.name == kEps && element == Py_None) return std::numeric_limits<double>::quiet_NaN();  // the type's own
-    return number_or_device(element, index);
+    if (value == Py_None && contains(rule.options_or_none, index)) return std::numeric_limits<double>::quiet_NaN();
+    return number_or_device(value, index);
   }
 
   bool has_read(PyObject* value) const { return std::find(values_.begin(), values_.end(), value) != values_.end(); }
@@ -271,8 +267,8 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   std::fill(std::begin(on_device), std::end(on_device), DeviceOption());
   tensors.clear();
   unreadable = 0;
-  for (int i = 0; i < rule.option_count; ++i) options[i] = reader.option(rule_keys[i], i);
-  if (rule.sums_over_all) read_device_numbers(rule);  // the host goes by them in each step all the same
+  for (int i = 0; i < rule.option_count; ++i) options[i] = reader.option(rule, rule_keys[i], i);
+  if (needs_device_numbers(rule)) read_device_numbers(rule);
   if (!rule.takes(options)) unreadable = 1;
   averages = reader.is_given(keys.ema_decay);
   ema_decay = averages != 0 ? reader.own(keys.ema_decay, 0) : 0;
@@ -285,8 +281,7 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
                   THPVariable_Unpack(lr_value).scalar_type() == at::kFloat;
   weight_decay = rule.decay(options) == Decay::kNone ? 0 : reader.torchs(reader.require(keys.weight_decay));
   maximize = reader.truth(reader.require(keys.maximize));
-  // Of a rule with factors torch's class has no such option.
-  PyObject* graph = rule.factors == 0 ? reader.require(keys.differentiable) : reader.find(keys.differentiable);
+  PyObject* graph = rule.has_differentiable ? reader.require(keys.differentiable) : reader.find(keys.differentiable);
   differentiable = graph != nullptr && reader.truth(graph);
   l1 = reader.own(keys.l1, 0);
   l1_proximal = reader.own(keys.l1_proximal, 0) != 0;

@@ -14,6 +14,8 @@ struct Adafactor {
   static constexpr const char* kName = "adafactor";
   enum Option { kBeta2Decay, kEps1, kEps2, kClipping };
   static constexpr const char* kOptions[] = {"beta2_decay", "eps.0", "eps.1", "d"};
+  static constexpr OptionSet kMayBeNone = 1u << kEps1;  // the epsilon of the parameter's type
+  static constexpr bool kDifferentiable = false;
   static constexpr const char* kStates[] = {"row_var", "col_var", "variance"};
   static constexpr StateSet kStateSets[] = {0b001, 0b100};
   static constexpr StateSet kFactors = 0b011;

@@ -13,6 +13,7 @@ struct Adam {
   enum Option { kBeta1, kBeta2, kEps, kAmsgrad, kDecoupled, kBiasCorrection };
   static constexpr const char* kOptions[] = {"betas.0",        "betas.1", "eps", "amsgrad", "decoupled_weight_decay",
                                              "bias_correction"};
+  static constexpr OptionSet kTrueByDefault = 1u << kBiasCorrection;
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
   static constexpr StateSet kStateSets[] = {0b011, 0b111};
   static constexpr StateSet kUnsigned = 0b110;

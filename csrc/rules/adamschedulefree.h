@@ -17,6 +17,7 @@ struct AdamScheduleFree {
   static constexpr const char* kOptions[] = {"betas.0",         "betas.1",         "eps",        "k",
                                              "scheduled_lr",    "lr_max",          "weight_sum", "r",
                                              "weight_lr_power", "silent_sgd_phase"};
+  static constexpr OptionSet kTrueByDefault = 1u << kSilent;
   static constexpr const char* kStates[] = {"z", "exp_avg_sq"};
   static constexpr StateSet kStateSets[] = {0b11};
   static constexpr StateSet kUnsigned = 0b10;

@@ -13,6 +13,7 @@ struct Lamb {
   enum Option { kBeta1, kBeta2, kEps, kTrustClip, kAlwaysAdapt, kBiasCorrection };
   static constexpr const char* kOptions[] = {"betas.0",    "betas.1",      "eps",
                                              "trust_clip", "always_adapt", "bias_correction"};
+  static constexpr OptionSet kTrueByDefault = 1u << kBiasCorrection;
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
   static constexpr StateSet kStateSets[] = {0b11};
   static constexpr StateSet kUnsigned = 0b10;

@@ -16,6 +16,8 @@ struct NovoGrad {
   static constexpr StateSet kStateSets[] = {0b1};
   static constexpr const char* kNumbers[] = {"exp_avg_sq"};
   static constexpr const char* kSums[] = {"squares of the gradient"};
+  static constexpr StateSet kSumsOfStates = 0;
+  static constexpr bool kSumsOfParam = false;
   static constexpr bool kCountsSteps = false;
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b1; }

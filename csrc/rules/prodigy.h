@@ -14,7 +14,7 @@ struct Prodigy {
   enum Option {
     kBeta1,
     kBeta2,
-    kBeta3,  // NaN for None: the root of beta2
+    kBeta3,
     kEps,
     kDecouple,
     kUseBiasCorrection,
@@ -30,11 +30,13 @@ struct Prodigy {
   static constexpr const char* kOptions[] = {
       "betas.0", "betas.1", "beta3", "eps",         "decouple", "use_bias_correction", "safeguard_warmup",
       "d",       "d0",      "d_max", "d_numerator", "d_coef",   "growth_rate",         "k"};
+  static constexpr OptionSet kMayBeNone = 1u << kBeta3;  // the root of beta2
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "s", "p0"};
   static constexpr StateSet kStateSets[] = {0b1111, 0b1110};
   static constexpr StateSet kUnsigned = 0b10;
   static constexpr StateSet kConstant = 0b1000;
   static constexpr const char* kSums[] = {"the gradient times the way back", "absolute values of s"};
+  static constexpr StateSet kSumsOfStates = 0b1100;
   static constexpr bool kSumsOverAll = true;
   static constexpr bool kCountsSteps = true;
 

@@ -6,6 +6,10 @@
 //   kOptions, enum Option    the hyper-parameters that it reads from a parameter group, as doubles; "betas.0" is the
 //                            first of a pair. Those that all rules share (lr, weight_decay, maximize, l1, noise) are
 //                            the engine's
+//   kTrueByDefault           if it is there: the options that are true where a group does not have them, as not every
+//                            class of the rule has; 1 << an option for each
+//   kMayBeNone               if it is there: likewise those that may be None, which is a NaN here
+//   kDifferentiable          if it is there, it is false: torch's class has no option of that name
 //   kStates                  the names of its states in torch's state dict, eight at most
 //   kStateSets               the sets of states that its options can call for; each is compiled into kernels of its own
 //   kCountsSteps             whether it needs the number of steps of each parameter
@@ -40,15 +44,16 @@
 //                            any decay
 //   finish(scalars, sums)    puts what follows from the tensor's sums into its scalars, before any of its updates; with
 //                            kNumbers finish(scalars, sums, numbers), which may move these on as well
+//   kSumsOfStates            if it is there: the states that `gather` reads; the others are 0 for it, and not loaded
+//   kSumsOfParam             if it is there, it is false: `gather` does not read p, which is 0 then
 //   kSumsOverAll             if it is there, it is true: the sums are those over all tensors of the step
 //   kSumsBeforeDecay         if it is there, it is true: p is what it is before any decay here too
 // and, where what a matrix has in place of a state is one average for each of its rows and one for each of its columns
 // (Adafactor):
-//   kFactors                 the two states that these averages are, the rows' first. A tensor of two dimensions or
-//   more
-//                            has them, and of the others none; any other has the others. `update` is given, as the
-//                            first state, one over the root of their product, with the rows' divided by their mean, and
-//                            moves on neither: the engine does, with the squares of g
+//   kFactors                 the two states that these averages are, the rows' first. A tensor of two dimensions and
+//                            more has them, and of the others none; any other has the others. `update` is given, as
+//                            the first state, one over the root of their product, with the rows' divided by their mean,
+//                            and moves on neither: the engine does, with the squares of g
 //   Scalars::weight          of a mean of squares in its average
 //   for_tensor(scalars, is_factored, dtype, numel)
 //                            puts into the scalars which of both the tensor is, and what its type and its size say
@@ -67,6 +72,8 @@ namespace trainopt {
 constexpr int kMaxStates = 8;
 constexpr int kMaxViews = kMaxStates + 1;  // of a parameter: its states, then its moving average, which is the engine's
 constexpr int kMaxOptions = 14;
+using OptionSet = uint32_t;  // bit i stands for kOptions[i]
+static_assert(kMaxOptions <= 8 * sizeof(OptionSet));
 constexpr int kMaxSums = 4;
 constexpr int kMaxNumbers = 2;
 
@@ -89,6 +96,22 @@ template <class Rule>
 constexpr int kAverage = kStateCount<Rule>;
 template <class Rule>
 constexpr int kSetCount = sizeof(Rule::kStateSets) / sizeof(Rule::kStateSets[0]);
+
+// The options of a rule that are true by default, and those that may be None.
+template <class Rule, class = void>
+constexpr OptionSet kTrueOptions = 0;
+template <class Rule>
+constexpr OptionSet kTrueOptions<Rule, decltype(void(Rule::kTrueByDefault))> = Rule::kTrueByDefault;
+template <class Rule, class = void>
+constexpr OptionSet kOptionsOrNone = 0;
+template <class Rule>
+constexpr OptionSet kOptionsOrNone<Rule, decltype(void(Rule::kMayBeNone))> = Rule::kMayBeNone;
+
+// Whether groups have the option `differentiable`.
+template <class Rule, class = void>
+constexpr bool kHasDifferentiable = true;
+template <class Rule>
+constexpr bool kHasDifferentiable<Rule, decltype(void(Rule::kDifferentiable))> = Rule::kDifferentiable;
 
 // The states of a rule that are never below 0.
 template <class Rule, class = void>
@@ -131,6 +154,16 @@ template <class Rule, class = void>
 constexpr int kSumCount = 0;
 template <class Rule>
 constexpr int kSumCount<Rule, decltype(void(Rule::kSums))> = sizeof(Rule::kSums) / sizeof(Rule::kSums[0]);
+
+// What its sums are made of beside the gradient.
+template <class Rule, class = void>
+constexpr StateSet kGatheredStates = static_cast<StateSet>((1 << kStateCount<Rule>)-1);
+template <class Rule>
+constexpr StateSet kGatheredStates<Rule, decltype(void(Rule::kSumsOfStates))> = Rule::kSumsOfStates;
+template <class Rule, class = void>
+constexpr bool kGathersParam = true;
+template <class Rule>
+constexpr bool kGathersParam<Rule, decltype(void(Rule::kSumsOfParam))> = Rule::kSumsOfParam;
 
 // The number of a rule's numbers.
 template <class Rule, class = void>

@@ -32,22 +32,26 @@ struct Settings {
     return clear_gradient != 0 || (is_scaled && max_grad_norm == 0);
   }
 
-  // What gradients are divided by, of this scale and with this norm, which has the scale in it: torch's clip_grad_norm_
-  // multiplies them by min(1, max_norm / (norm + 1e-6)) once the scale is out of both. A norm of NaN makes them NaN.
-  TRAINOPT_INLINE double divisor(double gradient_scale, double norm) const {
-    if (max_grad_norm == 0) return gradient_scale;
+  // What the tensor's gradient, which has this norm, is multiplied by for the rule: the sign, and clipping as torch's
+  // clip_grad_norm_ has it, which multiplies by min(1, max_norm / (norm + 1e-6)), once the scale is out of both. A norm
+  // of NaN makes it NaN.
+  TRAINOPT_INLINE double gradient_factor(double gradient_scale, double norm) const {
+    const double sign = maximize != 0 ? -1 : 1;
+    if (max_grad_norm == 0) return sign;
     const double excess = (norm / gradient_scale + 1e-6) / max_grad_norm;
-    return excess <= 1 ? gradient_scale : gradient_scale * excess;
+    return sign / (excess <= 1 ? gradient_scale : gradient_scale * excess);
   }
 };
 
 // The same for all parameters of a group at one step. S is the arithmetic's type.
 template <class S>
 struct Stages {
-  bool scaled, negate, decay_gradient, l1_gradient, l1_proximal, noisy, write_gradient, clear_gradient;
+  bool scaled, has_factor, decay_gradient, l1_gradient, l1_proximal, noisy;
+  bool write_gradient, clear_gradient;  // with what it is without its scale; with zeros
   bool cautious, cautious_decay;
   bool round_at_random;  // a 16-bit parameter
-  S divisor;             // of the gradient, if it is scaled
+  S scale;               // the gradient is divided by it, if it is scaled: torch's fused optimizers divide
+  S gradient_factor;     // then it is multiplied by this, if it has one
   S weight_decay;        // L2: added to the gradient, times the parameter
   S decay_factor;        // decoupled decay: the parameter is multiplied by it; else 1
   S cautious_scale;      // of an update that agrees with the gradient, once the reduce phase has found it
@@ -60,10 +64,14 @@ struct Stages {
   uint64_t seed;         // of the noise, with
   uint32_t step;         // the step that it belongs to: see random_key
 
-  // Whether there is nothing but weight decay.
+  // Whether there is nothing but clipping, sign and weight decay.
   TRAINOPT_INLINE bool is_plain() const {
-    return !(scaled || negate || l1_gradient || l1_proximal || noisy || write_gradient || cautious || cautious_decay);
+    return !(scaled || l1_gradient || l1_proximal || noisy || cautious || cautious_decay);
   }
+  // Whether the gradient that a rule is given depends on the parameter.
+  TRAINOPT_INLINE bool adds_parameter() const { return decay_gradient || l1_gradient; }
+  // Whether a rule is given the gradient as it is in memory.
+  TRAINOPT_INLINE bool keeps_gradient() const { return is_plain() && !has_factor && !decay_gradient; }
   // Whether random numbers are wanted for a parameter of a 16-bit type, or of another.
   TRAINOPT_INLINE bool needs_random(bool is_16_bit) const { return noisy || (round_at_random && is_16_bit); }
 };
@@ -89,16 +97,16 @@ template <class S>
 TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const StepInfo& info, Decay decay,
                                            double gradient_scale, double norm) {
   Stages<S> stages;
-  const double divisor = group.divisor(gradient_scale, norm);
-  stages.scaled = divisor != 1;
-  stages.write_gradient = group.writes_gradient(gradient_scale != 1);
+  stages.scaled = gradient_scale != 1 && group.max_grad_norm == 0;
   stages.clear_gradient = group.clear_gradient != 0;
-  stages.negate = group.maximize != 0;
+  stages.write_gradient = stages.scaled && !stages.clear_gradient;
   stages.decay_gradient = decay == Decay::kGradient && group.weight_decay != 0;
   stages.l1_gradient = group.l1 != 0 && group.l1_proximal == 0;
   stages.l1_proximal = group.l1 != 0 && group.l1_proximal != 0;
   stages.noisy = group.noise != 0;
-  stages.divisor = static_cast<S>(divisor);
+  stages.scale = static_cast<S>(gradient_scale);
+  stages.gradient_factor = static_cast<S>(group.gradient_factor(gradient_scale, norm));
+  stages.has_factor = stages.gradient_factor != 1;
   stages.weight_decay = static_cast<S>(group.weight_decay);
   stages.round_at_random = group.round_at_random != 0;
   stages.cautious = group.cautious != 0;
@@ -119,15 +127,13 @@ TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const StepInfo
   return stages;
 }
 
-// The stages before the rule: changes p and g, and returns what the rule takes for the gradient. kPlain: only weight
-// decay, if anything.
+// The stages before the rule: changes p and g, and returns what the rule takes for the gradient. kPlain: see is_plain.
 template <bool kPlain, class T, class S>
 TRAINOPT_FUNCTION T before_rule(const Stages<S>& stages, T& p, T& g) {
   if constexpr (!kPlain)
-    if (stages.scaled) g = g / T(stages.divisor);
+    if (stages.scaled) g = g / T(stages.scale);
   T direction = g;
-  if constexpr (!kPlain)
-    if (stages.negate) direction = -direction;
+  if (stages.has_factor) direction = direction * T(stages.gradient_factor);
   if (stages.decay_gradient) direction = direction + p * T(stages.weight_decay);
   if constexpr (!kPlain)
     if (stages.l1_gradient) direction = direction + sign_of(p) * T(stages.l1);
@@ -182,6 +188,8 @@ template <class R>
 struct OwnSums {
   using Rule = R;
   static constexpr int kCount = kSumCount<Rule>;
+  static constexpr StateSet kStates = kGatheredStates<Rule>;  // that `gather` reads
+  static constexpr bool kOfParam = kGathersParam<Rule>;       // whether it reads the parameter
 
   template <bool kPlain, class T, class S>
   TRAINOPT_INLINE static void gather(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T p,
@@ -204,6 +212,8 @@ template <class R>
 struct Agreement {
   using Rule = R;
   static constexpr int kCount = 2;
+  static constexpr StateSet kStates = static_cast<StateSet>((1 << kStateCount<Rule>)-1);
+  static constexpr bool kOfParam = true;
 
   template <bool kPlain, class T, class S>
   TRAINOPT_INLINE static void gather(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T p,

@@ -100,6 +100,23 @@ def test_a_learning_rate_on_the_device_for_a_parameter_on_the_cpu(device, name):
     assert_same_bits(judge.outcome(optimizer, params), judge.outcome(truth, peers))
 
 
+@each_row
+def test_an_option_on_the_device_is_that_number(device, name):
+    """Of each in turn, and of those too that say which states there are, as SGD's momentum does."""
+    options = TABLE[name].everything
+    truth, peers = make(name, "cpu", **options)
+    for now in PROBLEM[1]:
+        set_gradients(peers, now)
+        truth.step()
+    for key in (key for key, value in options.items() if isinstance(value, float)):
+        optimizer, params = make(name, device, **options)
+        optimizer.param_groups[0][key] = torch.tensor(options[key], dtype=torch.float64, device=device)
+        for now in PROBLEM[1]:
+            set_gradients(params, now)
+            optimizer.step()
+        assert_near(here(judge.outcome(optimizer, params)), judge.outcome(truth, peers))
+
+
 # GradScaler -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,8 @@
 #include "torch/optim/group_values.h"
 
+#include <algorithm>
+#include <iterator>
+
 #include "torch/cuda_device.h"
 #include "torch/inspect.h"
 
@@ -14,6 +17,17 @@ bool GroupValues::leave_on_device(const at::Tensor& number, int64_t option) {
     return true;
   }
   return false;
+}
+
+bool GroupValues::needs_device_numbers(const cpu::Rule& rule) const {
+  if (on_device[0].tensor == nullptr) return false;
+  if (rule.sums_over_all) return true;
+  // As yet those numbers are 0 here: would another one change anything?
+  double others[kMaxOptions];
+  std::copy(std::begin(options), std::end(options), others);
+  for (const DeviceOption& place : on_device)
+    if (place.tensor != nullptr && place.option != cuda::DeviceNumber::kLr) others[place.option] = 1;
+  return rule.states_needed(others) != rule.states_needed(options) || rule.decay(others) != rule.decay(options);
 }
 
 void GroupValues::read_device_numbers(const cpu::Rule& rule) {

@@ -47,6 +47,9 @@ struct GroupValues : Settings {
 
   // Leaves a number on its device if it can stay there; false if the host must read it.
   bool leave_on_device(const at::Tensor& number, int64_t option);
+  // Whether the host goes by numbers that lie on a device: for what it does between two launches, or to know which
+  // states there are and where the decay belongs.
+  bool needs_device_numbers(const cpu::Rule& rule) const;
   // Reads what lies on a device, and waits for it: for a parameter that lies elsewhere. It stays noted.
   void read_device_numbers(const cpu::Rule& rule);
 };
