@@ -116,7 +116,7 @@ struct Blocks {
       if (row.average != nullptr) move_item_of_average(at, value[0]);
 #pragma unroll
     for (int r = 1; r < kRoles; ++r) {
-      if (!chunk.template writes<false>(r)) continue;
+      if (!chunk.writes(r)) continue;
       if (chunk.clears(r))
 #pragma unroll
         for (int i = 0; i < kItem; ++i) value[r][i] = 0;
@@ -176,7 +176,7 @@ struct Blocks {
           const S x = value[r][0];
           if (in_codes(r)) {
             with_code(r, [&](auto code) { see_or_store(code, is_last, statistics[r], encoding[r], r, at, x); });
-          } else if (is_last && chunk.template writes<false>(r)) {
+          } else if (is_last && chunk.writes(r)) {
             store_one(row.data[r], row.beside[r], row.dtype[r], place_of(row, r, at), chunk.clears(r) ? S(0) : x);
           }
         }

@@ -36,7 +36,7 @@ struct Chunk {
     for (int r = 0; r < kRoles; ++r) data[r] = row.data[r];
   }
 
-  // Element i of each tensor, in the arithmetic's type. kPlain: as for step_elements.
+  // Element i of each tensor, in the arithmetic's type. kPlain: as for step_elements, and the gradient stays as it is.
   template <bool kPlain, int kCount>
   __device__ __forceinline__ void step_value(S (&value)[kRoles][kCount], int i, S noise) const {
     S state[kStateCount<Rule>] = {};
@@ -58,10 +58,9 @@ struct Chunk {
       if (contains(kSet, s)) roles |= static_cast<uint32_t>(contains(kConstantStates<Rule>, s)) << role++;
     return roles;
   }
-  template <bool kPlain>
   __device__ __forceinline__ bool writes(int role) const {
     constexpr uint32_t kConstantRoles = constant_roles();
-    return role == 1 ? (!kPlain && stages.write_gradient) || stages.clear_gradient : !contains(kConstantRoles, role);
+    return role == 1 ? stages.write_gradient || stages.clear_gradient : !contains(kConstantRoles, role);
   }
   // tests break this: a gradient that is not cleared
   __device__ __forceinline__ bool clears(int role) const { return role == 1 && stages.clear_gradient; }
@@ -96,7 +95,7 @@ struct Chunk {
       }
 #pragma unroll
       for (int r = 0; r < kRoles; ++r) {
-        if (!writes<kPlain>(r)) continue;
+        if (!writes(r) || (kPlain && r == 1)) continue;
         // Here, and not among the stages: there nvcc 13.0 spills 16 bytes of Lion's registers.
         if (clears(r))
 #pragma unroll
@@ -116,7 +115,7 @@ struct Chunk {
     step_value<kPlain>(value, 0, noise);
 #pragma unroll
     for (int r = 0; r < kRoles; ++r)
-      if (writes<kPlain>(r)) store_one(data[r], dtype_of(Storage()), at, clears(r) ? S(0) : value[r][0]);
+      if (writes(r) && !(kPlain && r == 1)) store_one(data[r], dtype_of(Storage()), at, clears(r) ? S(0) : value[r][0]);
   }
 
   // Elements [at, end) of a run: by words as far as they go, then one by one.
@@ -187,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + cou
     const ChunkRange run(table, index);
     if constexpr (kIsByBlocks<Storage>) {
       Blocks<Rule, S, Storage, kSet, decltype(chunk)>{chunk, row, stats}.step(run.at, run.end);
-    } else if (chunk.stages.is_plain()) {
+    } else if (chunk.stages.is_plain() && !chunk.stages.clear_gradient) {
       chunk.template step_run<true>(run.at, run.end);
     } else {
       chunk.template step_run<false>(run.at, run.end);
