@@ -251,7 +251,7 @@ TRAINOPT_FUNCTION void run_coded_block(const TensorTask& task, const Stages<floa
       });
     });
     Param::store(task.param, at, p_out);
-    if (!kPlain && stages.write_gradient) Gradient::store(task.gradient, at, g_out);
+    if (!kPlain && stages.leaves_unscaled()) Gradient::store(task.gradient, at, g_out);
     if constexpr (!State::kHasCodes)
       for_each_in<kWrittenStates<Rule, kSet>>([&](auto s) { State::store(task.state[s], at, state_out[s]); });
   }

@@ -39,7 +39,7 @@ TRAINOPT_FUNCTION void update_at(const Stages<S>& stages, const typename Rule::t
   store(tile.p + i, p);
   for (int s = 0; s < kStateCount<Rule>; ++s)
     if (contains(kWrittenStates<Rule, kSet>, s)) store(tile.state[s] + i, state[s]);
-  if (!kPlain && stages.write_gradient) store(tile.g + i, g);
+  if (!kPlain && stages.leaves_unscaled()) store(tile.g + i, g);
 }
 
 template <class Rule, bool kPlain, StateSet kSet, class Stored, class S>
@@ -69,7 +69,7 @@ TRAINOPT_FUNCTION void run_tile(const Stages<S>& stages, const typename Rule::te
   __builtin_memcpy(tile.p + i, rest.p, bytes);
   for (int s = 0; s < kStateCount<Rule>; ++s)
     if (contains(kWrittenStates<Rule, kSet>, s)) __builtin_memcpy(tile.state[s] + i, rest.state[s], bytes);
-  if (!kPlain && stages.write_gradient) __builtin_memcpy(tile.g + i, rest.g, bytes);
+  if (!kPlain && stages.leaves_unscaled()) __builtin_memcpy(tile.g + i, rest.g, bytes);
 }
 
 // Asks for a block that is to be read and written, four blocks before its turn: Intel's own prefetching asks for it as
@@ -113,7 +113,7 @@ TRAINOPT_FUNCTION void run_direct(const TensorTask& task, const Stages<S>& stage
       if (contains(kSet, s)) tile.state[s] = static_cast<Stored*>(task.state[s].data) + at;
     if (kAsksAhead && task.numel - at >= kAheadElements) {
       prefetch_ahead(tile.p);
-      if (stages.write_gradient || stages.clear_gradient) prefetch_ahead(tile.g);
+      if (stages.write_gradient) prefetch_ahead(tile.g);
       for (int s = 0; s < kStateCount<Rule>; ++s)
         if (contains(kSet, s)) prefetch_ahead(tile.state[s]);
       if (average.data != nullptr && is_run_of<S>(average)) prefetch_ahead(static_cast<const S*>(average.data) + at);
@@ -159,7 +159,7 @@ TRAINOPT_FUNCTION void run_buffered(const TensorTask& task, const Stages<S>& sta
     for (int s = 0; s < kStateCount<Rule>; ++s)
       if (contains(kWrittenStates<Rule, kSet>, s))
         store_tile(task.state[s], at, count, tile.state[s], stages.code_rounding);
-    if (stages.write_gradient) store_tile(task.gradient, at, count, tile.g);
+    if (stages.leaves_unscaled()) store_tile(task.gradient, at, count, tile.g);
     if (stages.clear_gradient) clear_tile(task.gradient, at, count);
     if (task.stats != nullptr) note_after<S>(task, at, count);
     if (average.data != nullptr) average_tile(task.param, average, stages.average_weight, at, count);

@@ -60,7 +60,7 @@ struct Chunk {
   }
   __device__ __forceinline__ bool writes(int role) const {
     constexpr uint32_t kConstantRoles = constant_roles();
-    return role == 1 ? stages.write_gradient || stages.clear_gradient : !contains(kConstantRoles, role);
+    return role == 1 ? stages.write_gradient : !contains(kConstantRoles, role);
   }
   // tests break this: a gradient that is not cleared
   __device__ __forceinline__ bool clears(int role) const { return role == 1 && stages.clear_gradient; }
@@ -142,7 +142,9 @@ constexpr int kFewRolesBlocks = 3;
 // Of tensors of any types five or more spill with two blocks: 48 bytes of Adam's with three states, for sm_90.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 template <class Rule>
-constexpr int kMostRolesWithTwo = std::is_same_v<Rule, Adamax> ? 3 : 4;  // 16 bytes, likewise
+constexpr int kMostRolesWithTwo = std::is_same_v<Rule, Adafactor> ? 2  // 80 bytes, likewise
+                                  : std::is_same_v<Rule, Adamax>  ? 3  // 16
+                                                                  : 4;
 #else
 template <class Rule>
 constexpr int kMostRolesWithTwo = 4;
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Rule, S, Storage, 2 + cou
     const ChunkRange run(table, index);
     if constexpr (kIsByBlocks<Storage>) {
       Blocks<Rule, S, Storage, kSet, decltype(chunk)>{chunk, row, stats}.step(run.at, run.end);
-    } else if (chunk.stages.is_plain() && !chunk.stages.clear_gradient) {
+    } else if (chunk.stages.is_plain() && !chunk.stages.write_gradient) {
       chunk.template step_run<true>(run.at, run.end);
     } else {
       chunk.template step_run<false>(run.at, run.end);
