@@ -91,48 +91,39 @@ TRAINOPT_FUNCTION constexpr int count_of(StateSet set) {
 
 template <class Rule>
 constexpr int kStateCount = sizeof(Rule::kStates) / sizeof(Rule::kStates[0]);
+template <class Rule>
+constexpr StateSet kAllStates = static_cast<StateSet>((1 << kStateCount<Rule>)-1);
 // The place of the moving average among a parameter's states: after the rule's.
 template <class Rule>
 constexpr int kAverage = kStateCount<Rule>;
 template <class Rule>
 constexpr int kSetCount = sizeof(Rule::kStateSets) / sizeof(Rule::kStateSets[0]);
 
+// A fact that a rule's header may leave out: its `member`, or else `otherwise`.
+#define TRAINOPT_FACT(type, name, member, otherwise) \
+  template <class Rule, class = void>                \
+  constexpr type name = otherwise;                   \
+  template <class Rule>                              \
+  constexpr type name<Rule, decltype(void(Rule::member))> = Rule::member
+
 // The options of a rule that are true by default, and those that may be None.
-template <class Rule, class = void>
-constexpr OptionSet kTrueOptions = 0;
-template <class Rule>
-constexpr OptionSet kTrueOptions<Rule, decltype(void(Rule::kTrueByDefault))> = Rule::kTrueByDefault;
-template <class Rule, class = void>
-constexpr OptionSet kOptionsOrNone = 0;
-template <class Rule>
-constexpr OptionSet kOptionsOrNone<Rule, decltype(void(Rule::kMayBeNone))> = Rule::kMayBeNone;
+TRAINOPT_FACT(OptionSet, kTrueOptions, kTrueByDefault, 0);
+TRAINOPT_FACT(OptionSet, kOptionsOrNone, kMayBeNone, 0);
 
 // Whether groups have the option `differentiable`.
-template <class Rule, class = void>
-constexpr bool kHasDifferentiable = true;
-template <class Rule>
-constexpr bool kHasDifferentiable<Rule, decltype(void(Rule::kDifferentiable))> = Rule::kDifferentiable;
+TRAINOPT_FACT(bool, kHasDifferentiable, kDifferentiable, true);
 
 // The states of a rule that are never below 0.
-template <class Rule, class = void>
-constexpr StateSet kUnsignedStates = 0;
-template <class Rule>
-constexpr StateSet kUnsignedStates<Rule, decltype(void(Rule::kUnsigned))> = Rule::kUnsigned;
+TRAINOPT_FACT(StateSet, kUnsignedStates, kUnsigned, 0);
 
 // The states of a rule that its updates only read.
-template <class Rule, class = void>
-constexpr StateSet kConstantStates = 0;
-template <class Rule>
-constexpr StateSet kConstantStates<Rule, decltype(void(Rule::kConstant))> = Rule::kConstant;
+TRAINOPT_FACT(StateSet, kConstantStates, kConstant, 0);
 // Of a set, those that they write.
 template <class Rule, StateSet kSet>
 constexpr StateSet kWrittenStates = kSet & ~kConstantStates<Rule>;
 
 // The states of a rule that are averages over rows and columns.
-template <class Rule, class = void>
-constexpr StateSet kFactorStates = 0;
-template <class Rule>
-constexpr StateSet kFactorStates<Rule, decltype(void(Rule::kFactors))> = Rule::kFactors;
+TRAINOPT_FACT(StateSet, kFactorStates, kFactors, 0);
 // Of the states that options call for, those that a parameter has.
 TRAINOPT_FUNCTION constexpr StateSet states_of_one(StateSet needed, StateSet factors, int64_t dimensions) {
   return static_cast<StateSet>(dimensions > 1 && factors != 0 ? needed & factors : needed & ~factors);
@@ -144,10 +135,7 @@ TRAINOPT_INLINE void complete_for_tensor(Scalars& scalars, StateSet states, DTyp
 }
 
 // Whether every step needs a learning rate.
-template <class Rule, class = void>
-constexpr bool kAlwaysNeedsLr = true;
-template <class Rule>
-constexpr bool kAlwaysNeedsLr<Rule, decltype(void(Rule::kNeedsLr))> = Rule::kNeedsLr;
+TRAINOPT_FACT(bool, kAlwaysNeedsLr, kNeedsLr, true);
 
 // The number of a rule's sums; 0 for one that has no reduce phase.
 template <class Rule, class = void>
@@ -156,14 +144,8 @@ template <class Rule>
 constexpr int kSumCount<Rule, decltype(void(Rule::kSums))> = sizeof(Rule::kSums) / sizeof(Rule::kSums[0]);
 
 // What its sums are made of beside the gradient.
-template <class Rule, class = void>
-constexpr StateSet kGatheredStates = static_cast<StateSet>((1 << kStateCount<Rule>)-1);
-template <class Rule>
-constexpr StateSet kGatheredStates<Rule, decltype(void(Rule::kSumsOfStates))> = Rule::kSumsOfStates;
-template <class Rule, class = void>
-constexpr bool kGathersParam = true;
-template <class Rule>
-constexpr bool kGathersParam<Rule, decltype(void(Rule::kSumsOfParam))> = Rule::kSumsOfParam;
+TRAINOPT_FACT(StateSet, kGatheredStates, kSumsOfStates, kAllStates<Rule>);
+TRAINOPT_FACT(bool, kGathersParam, kSumsOfParam, true);
 
 // The number of a rule's numbers.
 template <class Rule, class = void>
@@ -171,16 +153,12 @@ constexpr int kNumberCount = 0;
 template <class Rule>
 constexpr int kNumberCount<Rule, decltype(void(Rule::kNumbers))> = sizeof(Rule::kNumbers) / sizeof(Rule::kNumbers[0]);
 // Whether they are over all tensors of a step.
-template <class Rule, class = void>
-constexpr bool kSumsAreOverAll = false;
-template <class Rule>
-constexpr bool kSumsAreOverAll<Rule, decltype(void(Rule::kSumsOverAll))> = Rule::kSumsOverAll;
+TRAINOPT_FACT(bool, kSumsAreOverAll, kSumsOverAll, false);
 
 // Whether they are taken of the parameter before any decay.
-template <class Rule, class = void>
-constexpr bool kSumsAreBeforeDecay = kSumsAreOverAll<Rule>;
-template <class Rule>
-constexpr bool kSumsAreBeforeDecay<Rule, decltype(void(Rule::kSumsBeforeDecay))> = Rule::kSumsBeforeDecay;
+TRAINOPT_FACT(bool, kSumsAreBeforeDecay, kSumsBeforeDecay, kSumsAreOverAll<Rule>);
+
+#undef TRAINOPT_FACT
 
 // What the learning rate is multiplied by.
 template <class Rule, class = void>

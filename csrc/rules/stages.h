@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "core/code8.h"
@@ -101,7 +102,7 @@ TRAINOPT_FUNCTION Stages<S> prepare_stages(const Settings& group, const StepInfo
   Stages<S> stages;
   stages.scaled = gradient_scale != 1 && group.max_grad_norm == 0;
   stages.clear_gradient = group.clear_gradient != 0;
-  stages.write_gradient = stages.scaled || stages.clear_gradient;
+  stages.write_gradient = group.writes_gradient(gradient_scale != 1);
   stages.decay_gradient = decay == Decay::kGradient && group.weight_decay != 0;
   stages.l1_gradient = group.l1 != 0 && group.l1_proximal == 0;
   stages.l1_proximal = group.l1 != 0 && group.l1_proximal != 0;
@@ -136,7 +137,7 @@ TRAINOPT_FUNCTION T before_rule(const Stages<S>& stages, T& p, T& g) {
     if (stages.scaled) g = g / T(stages.scale);
   T direction = g;
   // A GPU multiplies by 1 in place of keeping one more register: Lion's 16-bit steps spilled 8 bytes.
-  if (sizeof(T) == sizeof(S) || stages.has_factor) direction = direction * T(stages.gradient_factor);
+  if (std::is_same_v<T, S> || stages.has_factor) direction = direction * T(stages.gradient_factor);
   if (stages.decay_gradient) direction = direction + p * T(stages.weight_decay);
   if constexpr (!kPlain)
     if (stages.l1_gradient) direction = direction + sign_of(p) * T(stages.l1);
@@ -215,7 +216,7 @@ template <class R>
 struct Agreement {
   using Rule = R;
   static constexpr int kCount = 2;
-  static constexpr StateSet kStates = static_cast<StateSet>((1 << kStateCount<Rule>)-1);
+  static constexpr StateSet kStates = kAllStates<Rule>;
   static constexpr bool kOfParam = true;
 
   template <bool kPlain, class T, class S>
