@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import trainopt
 from trainopt._extension import _C
 
-#: Those whose shards the engine steps.
-OPTIMIZERS = {name: row.ours for name, row in TABLE.items() if not row.factors}
+OPTIMIZERS = {name: row.ours for name, row in TABLE.items()}
 CASES = {}
 
 
@@ -57,7 +56,9 @@ def check_same(ours, alone, **tolerance):
             mine = ours.state[p][key]
             assert isinstance(mine, DTensor) == (isinstance(p, DTensor) and not is_number(ours, key)), key
             if isinstance(mine, DTensor):
-                assert mine.placements == p.placements and mine.device_mesh == p.device_mesh
+                in_whole = tuple(Replicate() for _ in p.placements)
+                assert mine.placements == (in_whole if key in TABLE[ours.__class__.__name__].factors else p.placements)
+                assert mine.device_mesh == p.device_mesh
             assert_equal(whole(mine), value, f"{key} of parameter {i}", **tolerance)
 
 
@@ -166,7 +167,7 @@ def tensor_parallel(mesh, name):
     assert paths(optimizers[0]) == ["torch", "torch", *[others] * 4]
 
 
-@case("AdamW")
+@case("AdamW", "Adafactor")
 def full_state_dicts(mesh, name):
     """What one process would have saved, and the way back."""
     from torch.distributed.checkpoint.state_dict import (
@@ -178,7 +179,7 @@ def full_state_dicts(mesh, name):
 
     model, alone = network(), network()
     fully_shard(model, mesh=mesh)
-    optimizer, truth = (trainopt.AdamW(m.parameters(), **OPTIONS[name]) for m in (model, alone))
+    optimizer, truth = (OPTIMIZERS[name](m.parameters(), **OPTIONS[name]) for m in (model, alone))
     train(model, optimizer, slice(dist.get_rank(), None, 2))
     train(alone, truth)
     options = StateDictOptions(full_state_dict=True)
@@ -188,7 +189,7 @@ def full_state_dicts(mesh, name):
             for state, value in truth.state[q].items():
                 assert_equal(saved["state"][key][state], value)
     optimizer.zero_grad()  # torch makes no states to load into where there are gradients
-    resumed = trainopt.AdamW(model.parameters(), **OPTIONS[name])
+    resumed = OPTIMIZERS[name](model.parameters(), **OPTIONS[name])
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_optimizer_state_dict(model, resumed, saved, options=options)
     train(model, resumed, slice(dist.get_rank(), None, 2))
@@ -250,15 +251,38 @@ def plain_tensors_in_the_same_group(mesh, name):
     assert set(paths(optimizers[0])) == {"fused"}
 
 
+@case(*((name, dim) for name in OPTIMIZERS if TABLE[name].factors for dim in range(-1, 4)))
+def stacks_of_matrices(mesh, name, dim):
+    """Their last two dimensions are the matrices; -1 stands for replicas."""
+    shapes = [(1, 5, 4, 6), (1, 1, 3, 1)]
+    if dim != 1:
+        shapes += [(3, 1, 4, 6), (2, 3, 130, 5)]
+    *_, optimizers = steps_of_both(mesh, name, Replicate() if dim < 0 else Shard(dim), shapes)
+    check_same(*optimizers)
+    assert set(paths(optimizers[0])) == {"fused"}
+
+
+@case(*(name for name in OPTIMIZERS if TABLE[name].factors))
+def matrices_that_do_not_lie_beside_each_other(mesh, name):
+    for matrices in (4, 1):  # of one, a process has none
+        p = nn.Parameter(spread(mesh, random((2, matrices, 3, 3), 1), Shard(1)))
+        assert "block of rows and columns" in trainopt.explain(OPTIMIZERS[name]([p]))[0].reason
+
+
 SUMMING = [name for name, cls in OPTIMIZERS.items() if _C.rules()[cls._rule].sums]
 
 
 @case(*((n, where, dtype) for n in SUMMING for where in PLACEMENTS for dtype in ("float32", "float64", "bfloat16")))
 def sums_do_not_depend_on_shards(mesh, name, where, dtype):
-    """A step that depends on the whole tensor's norms has the same bits whoever holds which part of it."""
+    """A step that depends on the whole tensor's norms has the same bits whoever holds which part of it; of sums over
+    rows and columns, which are plain doubles, float64 parameters see the last digits."""
+    is_close = TABLE[name].factors and dtype == "float64"
     for optimizers in steps_of_both(mesh, name, PLACEMENTS[where], dtype=getattr(torch, dtype)):
         for p, q in zip(*(optimizer.param_groups[0]["params"] for optimizer in optimizers), strict=True):
-            assert torch.equal(bits(whole(p.detach())), bits(q)), tuple(p.shape)
+            if is_close:
+                assert_equal(whole(p.detach()), q, str(tuple(p.shape)), rtol=1e-14, atol=1e-14)
+            else:
+                assert torch.equal(bits(whole(p.detach())), bits(q)), tuple(p.shape)
     assert set(paths(optimizers[0])) == {"fused"}
 
 
@@ -356,19 +380,24 @@ def a_gradient_scale(mesh, name):
 
 @case(*SUMMING)
 def one_collective_for_each_dimension_of_a_mesh(mesh, name):
-    """For all tensors together, in a step that looks at everything and in those that repeat it; none for replicas."""
+    """For all tensors together, in a step that looks at everything and in those that repeat it; none for replicas. One
+    more for the sums over rows and columns."""
     grid = dist.device_mesh.init_device_mesh("cpu", (1, 2))
     cases = [
         (1, [[Shard(0), Shard(1)], [Shard(0), Shard(0)], [Shard(0), Replicate()], [Replicate(), Shard(0)]]),
         (0, [[Replicate(), Replicate()], [Shard(0), Replicate()]]),
     ]
-    original, called = dist.all_gather_into_tensor, []
+    originals, called = (dist.all_reduce, dist.all_gather_into_tensor), []
 
-    def count(output, own, group):
-        called.append(dist.get_process_group_ranks(group))
-        return original(output, own, group)
+    def counted(original):
+        def call(*args):
+            called.append((original.__name__, dist.get_process_group_ranks(args[2])))
+            return original(*args)
 
-    dist.all_gather_into_tensor = count
+        return call
+
+    of_step = [*["all_reduce"] * bool(TABLE[name].factors), "all_gather_into_tensor"]
+    dist.all_reduce, dist.all_gather_into_tensor = map(counted, originals)
     try:
         for calls, placements in cases:
             spread_out = [distribute_tensor(random((4, 6), i), grid, placements[i % len(placements)]) for i in range(9)]
@@ -379,9 +408,9 @@ def one_collective_for_each_dimension_of_a_mesh(mesh, name):
                     p.grad = torch.ones_like(p)
                 called.clear()
                 optimizer.step()
-                assert called == [[0, 1]] * calls
+                assert called == [(collective, [0, 1]) for collective in of_step] * calls
     finally:
-        dist.all_gather_into_tensor = original
+        dist.all_reduce, dist.all_gather_into_tensor = originals
 
 
 # In two processes -----------------------------------------------------------------------------------------------------

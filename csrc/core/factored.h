@@ -41,9 +41,17 @@ struct Factored {
   const void* columns;
 };
 
-// With the averages that they are made of, as these are stored.
+// Which part of a stack of matrices a shard is: rows and columns beside each other, of matrices beside each other.
+struct FactoredBlock {
+  FactoredShape whole;
+  int64_t matrix, row, column;  // the first
+};
+
+// With the averages that they are made of, as these are stored. A shard has those of the whole.
 struct FactoredViews : Factored {
   TensorView row_average, column_average;
+  bool is_shard;
+  FactoredBlock block;  // of a shard
 };
 
 // An average that a mean is taken into, as torch.lerp has it: from the nearer end.

@@ -49,7 +49,7 @@ template <class R, class S>
 void complete_as(const TensorTask& task, Scalars* out) {
   typename R::template Scalars<S> scalars;
   std::memcpy(&scalars, out->rule, sizeof scalars);
-  complete_for_tensor<R>(scalars, states_of<R>(task), task.param.dtype, task.numel);
+  complete_for_tensor<R>(scalars, states_of<R>(task), task.param.dtype, task.whole_numel());
   std::memcpy(out->rule, &scalars, sizeof scalars);
 }
 template <class R>

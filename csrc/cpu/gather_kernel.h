@@ -84,7 +84,7 @@ void gather_as(const TensorTask& task, const Stages<S>& stages, int64_t begin, i
   typename Rule::template Scalars<S> scalars;
   __builtin_memcpy(&scalars, task.scalars->rule, sizeof scalars);
   const StateSet present = states_of<Rule>(task), states = present & Pass::kStates;
-  complete_for_tensor<Rule>(scalars, present, task.param.dtype, task.numel);
+  complete_for_tensor<Rule>(scalars, present, task.param.dtype, task.whole_numel());
   const bool reads_param = Pass::kOfParam || stages.adds_parameter();
   S buffer[kParts][kBlock];
   if (!reads_param) __builtin_memset(buffer[0], 0, sizeof buffer[0]);

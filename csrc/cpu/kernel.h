@@ -245,7 +245,7 @@ void run_set(const TensorTask& task, int64_t begin, int64_t end) {
   typename Rule::template Scalars<S> scalars;
   static_assert(sizeof scalars <= kRuleScalarBytes);
   __builtin_memcpy(&scalars, task.scalars->rule, sizeof scalars);
-  complete_for_tensor<Rule>(scalars, kSet, task.param.dtype, task.numel);
+  complete_for_tensor<Rule>(scalars, kSet, task.param.dtype, task.whole_numel());
   if (is_uniform<S>(task, kSet)) return run_uniform<Rule, kSet, S>(task, stages, scalars, begin, end);
   if constexpr (sizeof(S) == sizeof(float)) {
     if (is_uniform<BFloat16>(task, kSet)) return run_uniform<Rule, kSet, BFloat16>(task, stages, scalars, begin, end);

@@ -82,9 +82,13 @@ class StepTables {
 std::unique_ptr<StepTables> tables_of(const Update&);
 
 // Of a rule whose matrices have averages over rows and columns: moves these on, for the passes after it. `memory` is of
-// factor_bytes(work), aligned; the states of `tasks`, a copy of work's, are in it from then on.
-void move_factors(const Update&, void* memory, TensorTask* tasks, Stream);
+// factor_bytes(work), aligned; the states of `tasks`, a copy of work's, are in it from the second call on. Of shards,
+// the first puts what they add to the sums over the whole's rows and columns into `totals`, which is 0 before: as many
+// of it for each task as shared_numbers(work) says. In the second it is the sum over all shards.
+void add_squares(const Update&, void* memory, double* totals, Stream);
+void move_factors(const Update&, void* memory, double* totals, TensorTask* tasks, Stream);
 size_t factor_bytes(const Update&);
+std::vector<int64_t> shared_numbers(const Update&);
 
 // A pass of the reduce phase: the sums of each task, one after the other, in `sums`. `partials` is memory for
 // partial_sums(work, ...) of them. Tasks without elements have sums of 0.

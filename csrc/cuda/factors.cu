@@ -1,6 +1,8 @@
 // Moving averages of the gradient's squares over the rows and columns of matrices, before the reduce phase: the sums,
 // in the order of core/factored.h, which is the CPU engine's too; the averages, and the numbers of columns; and those
-// of rows, for which the mean of all rows must be known. Three launches, and nothing waits for the device.
+// of rows, for which the mean of all rows must be known. Three launches, and nothing waits for the device. Shards take
+// two more: their sums are brought together before the averages are moved on, and their numbers taken out of the
+// whole's.
 #include <vector>
 
 #include "cuda/engine.h"
@@ -91,11 +93,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
 
 struct MatricesRow {
   FactoredShape shape;
-  double *row_sums, *column_sums;
+  const double *row_sums, *column_sums;
   void *row_average, *column_average, *numbers;
   Factored* out;
   uint32_t prepared;
   DType row_dtype, column_dtype, param_dtype;
+  bool are_totals;  // the sums, of a shard's whole: not in parts
 };
 using MatricesTable = Table<Header<kPreparedSets>, MatricesRow, kParameterBytes>;
 
@@ -124,9 +127,9 @@ __global__ void __launch_bounds__(kThreads) move_averages_kernel(const MatricesT
   const bool is_row = i < shape.matrices * shape.rows;
   if (!is_row) i -= shape.matrices * shape.rows;
   const int64_t length = is_row ? shape.rows : shape.columns, matrix = i / length, place = i - matrix * length;
-  const double* const sums =
-      is_row ? row.row_sums + matrix * shape.row_sums() : row.column_sums + matrix * shape.column_sums();
-  const double sum = sum_apart(sums + place, length, is_row ? shape.pieces() : shape.groups());
+  const int64_t parts = row.are_totals ? 1 : is_row ? shape.pieces() : shape.groups();
+  const double* const sums = (is_row ? row.row_sums : row.column_sums) + matrix * parts * length;
+  const double sum = sum_apart(sums + place, length, parts);
   const S mean = static_cast<S>(sum / static_cast<double>(is_row ? shape.columns : shape.rows));
   void* const average = is_row ? row.row_average : row.column_average;
   const DType dtype = is_row ? row.row_dtype : row.column_dtype;
@@ -173,18 +176,77 @@ __global__ void __launch_bounds__(kThreads) finish_rows_kernel(const MatricesTab
   for (int64_t r = lane; r < shape.rows; r += step) numbers[r] = number_of_row(numbers[r], mean, least);
 }
 
-// On the host
-// -----------------------------------------------------------------------------------------------------------
+// Shards. -------------------------------------------------------------------------------------------------------------
+
+struct ShardRow {
+  FactoredShape shape;
+  FactoredBlock block;
+  const double *row_sums, *column_sums;
+  double* totals;        // of the whole: all of its matrices' rows first
+  const void* of_whole;  // numbers, likewise
+  void* numbers;
+  Factored* out;
+  uint32_t prepared;
+};
+using ShardsTable = Table<Header<kPreparedSets>, ShardRow, kParameterBytes>;
+
+// One thread, one row or column of a shard's matrices: its place there, and among the numbers of the whole.
+struct ShardPlace {
+  bool is_row;
+  int64_t matrix, place, length, in_whole;
+
+  __device__ __forceinline__ ShardPlace(const ShardRow& row, int64_t i) {
+    const auto& [whole, first_matrix, first_row, first_column] = row.block;
+    is_row = i < row.shape.matrices * row.shape.rows;
+    if (!is_row) i -= row.shape.matrices * row.shape.rows;
+    length = is_row ? row.shape.rows : row.shape.columns;
+    matrix = i / length;
+    place = i - matrix * length;
+    in_whole = is_row ? (first_matrix + matrix) * whole.rows + first_row + place
+                      : whole.matrices * whole.rows + (first_matrix + matrix) * whole.columns + first_column + place;
+  }
+};
+
+// What a shard adds to the sums over the rows and columns of the whole.
+__global__ void __launch_bounds__(kThreads) total_squares_kernel(const ShardsTable __grid_constant__ table) {
+  if (is_left_out(table.header)) return;
+  const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
+  const ShardRow& row = table.rows[index];
+  const int64_t i =
+      static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kThreads + threadIdx.x;
+  if (i >= row.shape.numbers()) return;
+  const ShardPlace at(row, i);
+  const int64_t parts = at.is_row ? row.shape.pieces() : row.shape.groups();
+  const double* const sums = (at.is_row ? row.row_sums : row.column_sums) + at.matrix * parts * at.length;
+  row.totals[at.in_whole] = sum_apart(sums + at.place, at.length, parts);
+}
+
+// A shard's numbers, out of those of the whole. The first thread makes the view of them.
+template <class S>
+__global__ void __launch_bounds__(kThreads) take_block_kernel(const ShardsTable __grid_constant__ table) {
+  if (is_left_out(table.header)) return;
+  const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
+  const ShardRow& row = table.rows[index];
+  const int64_t i =
+      static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kThreads + threadIdx.x;
+  S* const numbers = static_cast<S*>(row.numbers);
+  if (i == 0) *row.out = {row.shape, numbers, numbers + row.shape.matrices * row.shape.rows};
+  if (i < row.shape.numbers()) numbers[i] = static_cast<const S*>(row.of_whole)[ShardPlace(row, i).in_whole];
+}
+
+// On the host ---------------------------------------------------------------------------------------------------------
 
 // Where a tensor's numbers and sums lie in the memory of all of them, in bytes.
 struct Memory {
-  int64_t view, numbers, row_sums, column_sums, end;
+  int64_t view, numbers, of_whole, row_sums, column_sums, end;
 
-  Memory(int64_t begin, const FactoredShape& shape, int64_t size_of_number) {
+  Memory(int64_t begin, const FactoredViews& of, int64_t size_of_number) {
     const auto aligned = [](int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; };
+    const FactoredShape& shape = of.shape;
     view = begin;
     numbers = view + aligned(sizeof(Factored));
-    row_sums = numbers + aligned(shape.numbers() * size_of_number);
+    of_whole = numbers + aligned(shape.numbers() * size_of_number);
+    row_sums = of_whole + (of.is_shard ? aligned(of.block.whole.numbers() * size_of_number) : 0);
     column_sums = row_sums + aligned(shape.matrices * shape.row_sums() * sizeof(double));
     end = column_sums + aligned(shape.matrices * shape.column_sums() * sizeof(double));
   }
@@ -203,12 +265,42 @@ template <class Rule, class S>
 size_t bytes_for(const Update& work) {
   int64_t bytes = 0;
   for (size_t t = 0; t < work.count; ++t)
-    if (const FactoredViews* views = views_of<Rule>(work.tasks[t])) bytes = Memory(bytes, views->shape, sizeof(S)).end;
+    if (const FactoredViews* views = views_of<Rule>(work.tasks[t])) bytes = Memory(bytes, *views, sizeof(S)).end;
   return static_cast<size_t>(bytes);
 }
 
+// A task's place in the memory of all; of no elements where it has no matrices.
+struct Place {
+  const FactoredViews* views;
+  FactoredShape shape;
+  Factored* out;
+  void *numbers, *of_whole;
+  double *row_sums, *column_sums;
+};
+
+template <class Rule, class S>
+std::vector<Place> places_of(const Update& work, void* memory) {
+  std::vector<Place> places(work.count);
+  int64_t end = 0;
+  for (size_t t = 0; t < work.count; ++t) {
+    const FactoredViews* views = views_of<Rule>(work.tasks[t]);
+    if (views == nullptr) continue;
+    const Memory place(end, *views, sizeof(S));
+    const auto at = [&](int64_t bytes) { return static_cast<void*>(static_cast<char*>(memory) + bytes); };
+    places[t] = {views,
+                 views->shape,
+                 static_cast<Factored*>(at(place.view)),
+                 at(place.numbers),
+                 at(place.of_whole),
+                 static_cast<double*>(at(place.row_sums)),
+                 static_cast<double*>(at(place.column_sums))};
+    end = place.end;
+  }
+  return places;
+}
+
 template <class S, class Storage>
-void add_squares(const Update& work, const std::vector<MatricesRow>& matrices, Stream stream) {
+void add_squares_of(const Update& work, const std::vector<Place>& places, Stream stream) {
   SquaresTable<Storage> table;
   static_assert(sizeof table <= kParameterBytes);
   fill_tables(
@@ -216,77 +308,131 @@ void add_squares(const Update& work, const std::vector<MatricesRow>& matrices, S
       [&](size_t t) {
         const TensorTask& task = work.tasks[t];
         const bool is_strided = task.param.layout != nullptr || task.gradient.layout != nullptr;
-        return is_strided == kIsStrided<Storage> ? blocks_of(groups_of(matrices[t].shape), kWarps) : 0;
+        return is_strided == kIsStrided<Storage> ? blocks_of(groups_of(places[t].shape), kWarps) : 0;
       },
       [&](auto& row, size_t t) {
         const TensorView* const views[] = {&work.tasks[t].param, &work.tasks[t].gradient};
         describe<S>(work.tasks[t], views, &row);
-        row.shape = matrices[t].shape;
-        row.row_sums = matrices[t].row_sums;
-        row.column_sums = matrices[t].column_sums;
+        row.shape = places[t].shape;
+        row.row_sums = places[t].row_sums;
+        row.column_sums = places[t].column_sums;
       },
       [&](const SquaresTable<Storage>& full, int64_t blocks, const std::vector<uint32_t>&) {
         launch("add_squares", add_squares_kernel<S, Storage>, {blocks, kThreads}, stream, full);
       });
 }
 
-template <class Rule, class S>
-void move_all(const Update& work, void* memory, TensorTask* tasks, Stream stream) {
-  std::vector<MatricesRow> matrices(work.count);  // of no elements where a task has none
-  int64_t end = 0;
-  for (size_t t = 0; t < work.count; ++t) {
-    const FactoredViews* views = views_of<Rule>(work.tasks[t]);
-    if (views == nullptr) continue;
-    const Memory place(end, views->shape, sizeof(S));
-    const auto at = [&](int64_t bytes) { return static_cast<void*>(static_cast<char*>(memory) + bytes); };
-    end = place.end;
-    matrices[t] = {views->shape,
-                   static_cast<double*>(at(place.row_sums)),
-                   static_cast<double*>(at(place.column_sums)),
-                   views->row_average.data,
-                   views->column_average.data,
-                   at(place.numbers),
-                   static_cast<Factored*>(at(place.view)),
-                   0,
-                   views->row_average.dtype,
-                   views->column_average.dtype,
-                   work.tasks[t].param.dtype};
-  }
-  add_squares<S, Mixed>(work, matrices, stream);
-  add_squares<S, Strided>(work, matrices, stream);
-  MatricesTable table;
+// One kernel over the rows that `blocks` gives blocks to; `make` makes those.
+template <class Table, class Row, class Kernel, class Blocks, class Make>
+void run_over(const Update& work, const char* name, Kernel kernel, Stream stream, Blocks blocks, Make make) {
+  Table table;
   static_assert(sizeof table <= kParameterBytes);
-  const auto run = [&](const char* name, auto kernel, auto blocks) {
-    fill_tables(
-        work, table, [&](size_t t) { return blocks(matrices[t].shape); },
-        [&](MatricesRow& row, size_t t) {
-          const uint32_t prepared = row.prepared;
-          row = matrices[t];
-          row.prepared = prepared;
-        },
-        [&](const MatricesTable& full, int64_t total, const std::vector<uint32_t>&) {
-          launch(name, kernel, {total, kThreads}, stream, full);
-        });
-  };
-  run("move_averages", move_averages_kernel<Rule, S>,
-      [](const FactoredShape& shape) { return blocks_of(shape.numbers(), kThreads); });
-  run("finish_rows", finish_rows_kernel<Rule, S>, [](const FactoredShape& shape) {
-    return shape.rows <= kRowsOfWarp ? blocks_of(shape.matrices, kWarps) : shape.matrices;
-  });
+  fill_tables(
+      work, table, blocks,
+      [&](Row& row, size_t t) {
+        const uint32_t prepared = row.prepared;
+        row = make(t);
+        row.prepared = prepared;
+      },
+      [&](const Table& full, int64_t total, const std::vector<uint32_t>&) {
+        launch(name, kernel, {total, kThreads}, stream, full);
+      });
+}
+
+// Those shards alone that have elements.
+template <class Kernel>
+void run_over_shards(const Update& work, const std::vector<Place>& places, const char* name, Kernel kernel,
+                     double* totals, Stream stream) {
+  std::vector<double*> begins;
+  for (const Place& place : places) {
+    begins.push_back(totals);
+    if (place.views != nullptr && place.views->is_shard) totals += place.views->block.whole.numbers();
+  }
+  run_over<ShardsTable, ShardRow>(
+      work, name, kernel, stream,
+      [&](size_t t) {
+        const bool is_one = places[t].views != nullptr && places[t].views->is_shard && work.tasks[t].numel > 0;
+        return is_one ? blocks_of(places[t].shape.numbers(), kThreads) : 0;
+      },
+      [&](size_t t) {
+        const Place& place = places[t];
+        return ShardRow{place.shape, place.views->block, place.row_sums, place.column_sums, begins[t],
+                        place.of_whole, place.numbers, place.out, 0};
+      });
+}
+
+template <class Rule, class S>
+void add_all_squares(const Update& work, void* memory, double* totals, Stream stream) {
+  const std::vector<Place> places = places_of<Rule, S>(work, memory);
+  add_squares_of<S, Mixed>(work, places, stream);
+  add_squares_of<S, Strided>(work, places, stream);
+  run_over_shards(work, places, "total_squares", total_squares_kernel, totals, stream);
+}
+
+template <class Rule, class S>
+void move_all(const Update& work, void* memory, double* totals, TensorTask* tasks, Stream stream) {
+  const std::vector<Place> places = places_of<Rule, S>(work, memory);
+  std::vector<MatricesRow> matrices(work.count);
+  const double* sums = totals;
+  for (size_t t = 0; t < work.count; ++t) {
+    const Place& place = places[t];
+    if (place.views == nullptr) continue;
+    const FactoredViews& views = *place.views;
+    matrices[t] = {place.shape,
+                   place.row_sums,
+                   place.column_sums,
+                   views.row_average.data,
+                   views.column_average.data,
+                   place.numbers,
+                   place.out,
+                   0,
+                   views.row_average.dtype,
+                   views.column_average.dtype,
+                   work.tasks[t].param.dtype,
+                   false};
+    if (!views.is_shard) continue;
+    const FactoredShape& whole = views.block.whole;
+    matrices[t].shape = whole;
+    matrices[t].row_sums = sums;
+    matrices[t].column_sums = sums + whole.matrices * whole.rows;
+    matrices[t].numbers = place.of_whole;
+    matrices[t].are_totals = true;
+    sums += whole.numbers();
+  }
+  const auto row_of = [&](size_t t) { return matrices[t]; };
+  run_over<MatricesTable, MatricesRow>(
+      work, "move_averages", move_averages_kernel<Rule, S>, stream,
+      [&](size_t t) { return blocks_of(matrices[t].shape.numbers(), kThreads); }, row_of);
+  run_over<MatricesTable, MatricesRow>(
+      work, "finish_rows", finish_rows_kernel<Rule, S>, stream,
+      [&](size_t t) {
+        const FactoredShape& shape = matrices[t].shape;
+        return shape.rows <= kRowsOfWarp ? blocks_of(shape.matrices, kWarps) : shape.matrices;
+      },
+      row_of);
+  run_over_shards(work, places, "take_block", take_block_kernel<S>, totals, stream);
   for (size_t t = 0; t < work.count; ++t)
-    if (matrices[t].out != nullptr)
-      tasks[t].state[__builtin_ctz(kFactorStates<Rule>)] = {matrices[t].out, nullptr, DType::kFactored};
+    if (places[t].out != nullptr)
+      tasks[t].state[__builtin_ctz(kFactorStates<Rule>)] = {places[t].out, nullptr, DType::kFactored};
+}
+
+template <class Rule>
+int64_t shared_numbers_as(const TensorTask& task) {
+  const FactoredViews* views = views_of<Rule>(task);
+  return views != nullptr && views->is_shard ? views->block.whole.numbers() : 0;
 }
 
 struct Functions {
   size_t (*bytes)(const Update&);
-  void (*move)(const Update&, void*, TensorTask*, Stream);
+  int64_t (*shared_numbers)(const TensorTask&);
+  void (*add)(const Update&, void*, double*, Stream);
+  void (*move)(const Update&, void*, double*, TensorTask*, Stream);
 };
 
 template <class Rule, class S>
 constexpr Functions functions() {
-  if constexpr (kFactorStates<Rule> != 0) return {bytes_for<Rule, S>, move_all<Rule, S>};
-  return {nullptr, nullptr};
+  if constexpr (kFactorStates<Rule> != 0) return {bytes_for<Rule, S>, shared_numbers_as<Rule>, add_all_squares<Rule, S>, move_all<Rule, S>};
+  return {};
 }
 
 const Functions& functions_of(const Update& work) {
@@ -300,8 +446,18 @@ const Functions& functions_of(const Update& work) {
 
 size_t factor_bytes(const Update& work) { return functions_of(work).bytes(work); }
 
-void move_factors(const Update& work, void* memory, TensorTask* tasks, Stream stream) {
-  functions_of(work).move(work, memory, tasks, stream);
+std::vector<int64_t> shared_numbers(const Update& work) {
+  std::vector<int64_t> numbers;
+  for (size_t t = 0; t < work.count; ++t) numbers.push_back(functions_of(work).shared_numbers(work.tasks[t]));
+  return numbers;
+}
+
+void add_squares(const Update& work, void* memory, double* totals, Stream stream) {
+  functions_of(work).add(work, memory, totals, stream);
+}
+
+void move_factors(const Update& work, void* memory, double* totals, TensorTask* tasks, Stream stream) {
+  functions_of(work).move(work, memory, totals, tasks, stream);
 }
 
 }  // namespace trainopt::cuda

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kMinGatherBlocks<S, Storage, 2 + cou
   const Prepared& prepared = prepared_in(table.header, row.prepared);
   const Stages<S> stages = stages_of(prepared.scalars, S());
   auto scalars = scalars_in<Rule, S>(prepared);
-  complete_for_tensor<Rule>(scalars, kSet, row.dtype[0], row.numel);
+  complete_for_tensor<Rule>(scalars, kSet, row.dtype[0], row.numel);  // which of a whole's is for `finish` to know
 
   const bool reads_param = Pass::kOfParam || stages.adds_parameter();
   const int64_t chunk = static_cast<int32_t>(blockIdx.x) - table.first_chunk[index];
@@ -166,7 +166,7 @@ struct NumbersFinishRow : PlainFinishRow {
 };
 // Of a rule whose scalars know their tensor.
 struct TensorFinishRow : PlainFinishRow {
-  int64_t numel;
+  int64_t numel;  // of the whole, of which a task may be a shard
   StateSet states;
   DType dtype;
 };
@@ -285,7 +285,7 @@ void finish_all(const Update& work, const Sum* sums, bool of_all, Prepared* out,
           std::copy_n(work.tasks[t].numbers, kMaxNumbers, row.numbers);
         }
         if constexpr (kKnowsTensor<Pass>) {
-          row.numel = work.tasks[t].numel;
+          row.numel = work.tasks[t].whole_numel();
           row.states = states_of<typename Pass::Rule>(work.tasks[t]);
           row.dtype = work.tasks[t].param.dtype;
         }

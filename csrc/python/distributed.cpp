@@ -87,22 +87,24 @@ bool Specs::learn() {
   const auto describe = pybind11::module_::import("trainopt.optim.distributed").attr("describe");
   for (const pybind11::object& spec : std::exchange(strangers_, {})) {
     using Sizes = std::vector<int64_t>;
-    const auto [key, is_pending, sizes, offset] =
-        describe(spec).cast<std::tuple<pybind11::object, bool, Sizes, std::optional<Sizes>>>();
+    const auto [key, is_pending, cuts, sizes, offset] =
+        describe(spec).cast<std::tuple<pybind11::object, bool, Sizes, Sizes, std::optional<Sizes>>>();
     const auto same = [&key = key](const pybind11::object& other) { return other.equal(key); };
     const auto kind = std::find_if(placements_.begin(), placements_.end(), same) - placements_.begin();
     if (kind == static_cast<std::ptrdiff_t>(placements_.size())) placements_.push_back(key);
-    known_[spec.ptr()] = {spec, {kind, is_pending, sizes, offset.value_or(Sizes()), offset.has_value()}, true};
+    const Shard shard{kind, is_pending, cuts, sizes, offset.value_or(Sizes()), offset.has_value()};
+    known_[spec.ptr()] = {spec, shard, true};
   }
   return true;
 }
 
-void Specs::add_shards(const at::Tensor& sums, const std::vector<const Shard*>& shards) const {
+void Specs::add_shards(const at::Tensor& sums, const std::vector<const Shard*>& shards,
+                       const std::vector<int64_t>& rows) const {
   const pybind11::gil_scoped_acquire acquired;
   pybind11::list placements;
   for (const Shard* shard : shards)
     placements.append(shard == nullptr ? pybind11::none() : placements_[static_cast<size_t>(shard->kind)]);
-  pybind11::module_::import("trainopt.optim.distributed").attr("add_shards")(wrap(sums), placements);
+  pybind11::module_::import("trainopt.optim.distributed").attr("add_shards")(wrap(sums), placements, rows);
 }
 
 void Specs::forget_unused() {

@@ -46,7 +46,8 @@ class Specs {
 
   // Adds up the sums of shards over the processes that hold them: see AddShards. Runs Python code, and waits for the
   // other processes.
-  void add_shards(const at::Tensor& sums, const std::vector<const Shard*>& shards) const;
+  void add_shards(const at::Tensor& sums, const std::vector<const Shard*>& shards,
+                  const std::vector<int64_t>& rows) const;
 
   // Forgets what the last walk has not found. Lets go of Python's objects, which may run Python code.
   void forget_unused();

@@ -423,8 +423,8 @@ void Plan::run_unlocked() {
       if (option.tensor != nullptr) kept_options_.push_back(tensor_from(option.tensor));
   batch_.count();
   const pybind11::gil_scoped_release release;
-  batch_.update(
-      [this](const at::Tensor& sums, const std::vector<const Shard*>& shards) { specs_.add_shards(sums, shards); });
+  batch_.update([this](const at::Tensor& sums, const std::vector<const Shard*>& shards,
+                       const std::vector<int64_t>& rows) { specs_.add_shards(sums, shards, rows); });
 }
 
 pybind11::list Plan::stats() const {
@@ -483,6 +483,7 @@ std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& grou
       }
     }
   }
+  if (learn()) return paths(groups, state);  // of DTensors without a gradient, which no walk looks into
   const auto is_fused = [](Path path) { return path == Path::kFused; };
   are_together = are_together && std::all_of(found.begin(), found.end(), is_fused);
   std::vector<std::string> result;

@@ -76,7 +76,8 @@ void prefetch_tensor(const SeenTensor& tensor) {
 }  // namespace
 
 inline bool Snapshot::is_in_dtensor(size_t i) const {
-  return distributed_ != nullptr && items_[i].role == Role::kState;
+  const Role role = items_[i].role;
+  return distributed_ != nullptr && (role == Role::kState || role == Role::kRows || role == Role::kColumns);
 }
 
 inline const c10::TensorImpl* Snapshot::tensor_of(size_t i) const {
@@ -113,15 +114,19 @@ bool Snapshot::see_param(PyObject* param, Specs* specs, Operands* operands) {
 }
 
 // The tensor in a value of the state dict, whose item is the next; null if the engine does not take it.
-const c10::TensorImpl* Snapshot::see_state(PyObject* value, bool is_plain, Specs* specs, Operands* operands) {
+const c10::TensorImpl* Snapshot::see_state(PyObject* value, Role role, Specs* specs, Operands* operands) {
   operands->states_are_known = THPVariable_Check(value);
+  const bool is_plain = role == Role::kScale || role == Role::kCount || role == Role::kNumber;
   if (distributed_ == nullptr || is_plain) {
     operands->states_are_tensors = THPVariable_CheckExact(value);
     return operands->states_are_tensors ? impl_of(value) : nullptr;
   }
   const Leaf leaf = leaf_of(value, specs);
-  operands->placements_match =
-      operands->placements_match && have_same_placements({nullptr, operands->outers[0], operands->shard}, leaf);
+  // Every process has the averages over rows and columns whole.
+  const bool matches = role == Role::kState
+                           ? have_same_placements({nullptr, operands->outers[0], operands->shard}, leaf)
+                           : leaf.shard != nullptr && leaf.shard->is_replica();
+  operands->placements_match = operands->placements_match && matches;
   operands->states_are_tensors = leaf.local != nullptr && !leaf.outer->requires_grad();
   if (!operands->states_are_tensors) return nullptr;
   distributed_->items.resize(items_.size() + 1);
@@ -156,8 +161,7 @@ bool Snapshot::see(PyObject* param, PyObject* state, const std::vector<pybind11:
              : !contains(rule.factors, name)  ? Role::kState
              : name == first_of(rule.factors) ? Role::kRows
                                               : Role::kColumns;
-      const bool is_plain = role == Role::kScale || role == Role::kCount || role == Role::kNumber;
-      const c10::TensorImpl* tensor = see_state(value, is_plain, specs, operands);
+      const c10::TensorImpl* tensor = see_state(value, role, specs, operands);
       if (tensor == nullptr) break;
       (name > count_name    ? operands->numbers[name - count_name - 1]
        : name == count_name ? operands->steps
@@ -272,6 +276,7 @@ bool Snapshot::gradient_matches(const c10::TensorImpl* param, const c10::TensorI
 bool Snapshot::items_match(const c10::TensorImpl* param, Entry& entry, bool* all_next) const {
   if (state_ == nullptr) return true;
   if (!is_plain_dict(state_) || PyDict_GET_SIZE(state_) != static_cast<Py_ssize_t>(items_.size())) return false;
+  const c10::IntArrayRef whole = impl_of(object_)->sizes();
   Py_ssize_t position = 0;
   PyObject *key, *value;
   for (size_t i = 0; i < items_.size(); ++i) {
@@ -284,7 +289,7 @@ bool Snapshot::items_match(const c10::TensorImpl* param, Entry& entry, bool* all
     if (item.role == Role::kState) {
       if (requires_grad(tensor) || !same_elements(param, tensor)) return false;
     } else if (item.role == Role::kRows || item.role == Role::kColumns) {
-      if (requires_grad(tensor) || !is_factor_of(param, tensor, item.role == Role::kRows)) return false;
+      if (requires_grad(tensor) || !is_factor_of(whole, tensor, item.role == Role::kRows)) return false;
     } else if (item.role == Role::kScale) {
       if (tensor->numel() != scales_of(param->numel()) || !tensor->is_contiguous()) return false;
     } else if (item.role == Role::kNumber) {

@@ -103,7 +103,7 @@ class Snapshot {
   bool is_in_dtensor(size_t item) const;
   const c10::TensorImpl* tensor_of(size_t item) const;
   bool see_param(PyObject* param, Specs* specs, Operands* operands);
-  const c10::TensorImpl* see_state(PyObject* value, bool is_plain, Specs* specs, Operands* operands);
+  const c10::TensorImpl* see_state(PyObject* value, Role role, Specs* specs, Operands* operands);
   bool look_into_dtensors();
   bool gradient_matches(const c10::TensorImpl* param, const c10::TensorImpl* gradient, Batch& batch, Entry& entry);
   bool items_match(const c10::TensorImpl* param, Entry& entry, bool* all_next) const;

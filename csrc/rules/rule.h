@@ -56,7 +56,8 @@
 //                            and moves on neither: the engine does, with the squares of g
 //   Scalars::weight          of a mean of squares in its average
 //   for_tensor(scalars, is_factored, dtype, numel)
-//                            puts into the scalars which of both the tensor is, and what its type and its size say
+//                            puts into the scalars which of both the tensor is, and what its type and its size say;
+//                            the size is that of the whole in `finish`, and elsewhere it may be that of a shard
 //   eps1_of(scalars, dtype)  the least that the mean of a matrix's rows counts as
 // A rule without kSums has one pass over its tensors, and costs what it did; so does one without kNumbers.
 // Its functions are TRAINOPT_INLINE, which lets them run on a GPU too.

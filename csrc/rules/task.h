@@ -22,6 +22,9 @@ struct TensorTask {
   const ShardLayout* shard = nullptr;  // likewise: null for a whole
   // In the rule's order, then the moving average; without data where the options call for none.
   TensorView state[kMaxViews];
+  int64_t numel_of_whole = -1;  // -1: `numel`, where it is no shard
+
+  TRAINOPT_INLINE int64_t whole_numel() const { return numel_of_whole < 0 ? numel : numel_of_whole; }
 };
 
 // The states of the rule's that a task has.

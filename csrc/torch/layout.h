@@ -25,8 +25,12 @@ bool arrange(const std::vector<Arranged>& operands, bool logical_order, std::deq
 struct Shard {
   int64_t kind;                        // the same for the same mesh and placements
   bool is_pending;                     // the whole is a sum over a mesh that is still to be taken
+  std::vector<int64_t> cuts;           // which dimensions are spread over processes, the same on all of them
   std::vector<int64_t> sizes, offset;  // of the whole; and where in it the local tensor begins
   bool is_block;                       // `offset` tells it: the local tensor is one block of the whole
+
+  // Whether every process has the whole.
+  bool is_replica() const { return is_block && cuts.empty(); }
 };
 
 // Where the elements of a shard, of these sizes, lie in the whole; null in `layout` where it is the whole. False if

@@ -1,6 +1,8 @@
 """A step on the device has the numbers of the CPU engine: to the bit where the host prepares the scalars, and within
 two roundings where the device does; every option, dtype, size, alignment, layout and number of tensors."""
 
+import math
+
 import judge
 import pytest
 import torch
@@ -8,12 +10,12 @@ import torch.distributed as dist
 from judge import DTYPES
 from ranks import mesh_of_one
 from steps import SHAPES, TABLE, assert_near, assert_same_bits, counts_on_device, here, on_device, outcome_on
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 import trainopt
 from trainopt._extension import _C
-from trainopt.optim import distributed
+from trainopt.optim import distributed, states
 
 CASES = [
     pytest.param(row, {**options, **extra}, id=f"{name}-{what}")
@@ -236,7 +238,7 @@ def mesh():
         yield mesh
 
 
-@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.has_sums and row.takes_shards])
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.has_sums])
 def test_sums_over_shards(device, name, mesh, monkeypatch):
     """As if another process held the other half of each tensor, with the same elements: half a step of the whole."""
     row, called = TABLE[name], []
@@ -254,23 +256,47 @@ def test_sums_over_shards(device, name, mesh, monkeypatch):
             return "the group"
 
     def gather(output, own, group):
-        called.append((group, own.device.type))
+        called.append(("gather", group, own.device.type))
         output.copy_(torch.cat((own, own)))
+
+    def reduce(own, op, group):
+        called.append(("reduce", group, own.device.type))
+        for rows, columns in filter(math.prod, shapes):
+            of_rows, of_columns, own = own.split((2 * rows, columns, len(own) - 2 * rows - columns))
+            of_rows[rows:] = of_rows[:rows]
+            of_columns *= 2
 
     half = Half()
     monkeypatch.setattr(
         distributed,
         "describe",
-        lambda spec: ((half, spec.placements), False, tuple(spec.shape), (0,) * len(spec.shape)),
+        lambda spec: (
+            (half, spec.placements),
+            False,
+            () if spec.placements == (Replicate(),) else (0,),
+            tuple(spec.shape),
+            (0,) * len(spec.shape),
+        ),
     )
     monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
-    start, gradients = judge.random_problem(((9, 5), (0, 3), (700, 30)), torch.float32, 3)
+    monkeypatch.setattr(dist, "all_reduce", reduce)
+    shapes = ((9, 5), (0, 3), (700, 30))
+    start, gradients = judge.random_problem(shapes, torch.float32, 3)
+
+    def dtensor(local, rows, placement):
+        shape = torch.Size((rows, local.shape[1]))
+        meta = TensorMeta(shape, (shape[1], 1), local.dtype)
+        return DTensor(local.to(device), DTensorSpec(mesh, (placement,), tensor_meta=meta), requires_grad=False)
 
     def shard(tensor):
-        shape = torch.Size((2 * tensor.shape[0], tensor.shape[1]))
-        meta = TensorMeta(shape, (shape[1], 1), tensor.dtype)
-        return DTensor(tensor.to(device), DTensorSpec(mesh, (Shard(0),), tensor_meta=meta), requires_grad=False)
+        return dtensor(tensor, 2 * len(tensor), Shard(0))
 
+    def replica(p, sizes):
+        """torch would bring it to the mesh, which is the host's."""
+        made = torch.empty(sizes, device=device)
+        return dtensor(made, sizes[0], Replicate()) if isinstance(p, DTensor) else made
+
+    monkeypatch.setattr(states, "replica", replica)
     params = [torch.nn.Parameter(shard(p)) for p in start]
     alone = [torch.nn.Parameter(torch.cat((p, p)).to(device)) for p in start]
     optimizers = [row.make(given, **row.usual) for given in (params, alone)]
@@ -280,6 +306,7 @@ def test_sums_over_shards(device, name, mesh, monkeypatch):
         called.clear()
         for optimizer in optimizers:
             optimizer.step()
-        assert called == [("the group", device)]
+        collectives = [*["reduce"] * bool(row.factors), "gather"]
+        assert called == [(collective, "the group", device) for collective in collectives]
     for p, q in zip(params, alone, strict=True):
         judge.assert_same_bits({"param": [p.detach().to_local().cpu()]}, {"param": [q.detach()[: len(q) // 2].cpu()]})

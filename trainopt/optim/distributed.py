@@ -57,42 +57,63 @@ def on_any_rank(flag: bool | Tensor, params: Iterable[Tensor]) -> bool | Tensor:
     return flag
 
 
-def add_shards(sums: Tensor, keys: Sequence[tuple[Any, ...] | None]) -> None:
+def replica(param: Tensor, sizes: Sequence[int]) -> Tensor:
+    """An uninitialised tensor of these sizes beside a parameter: where that is a DTensor, every rank has all of it."""
+    mesh = getattr(param, "device_mesh", None)
+    if mesh is None:
+        return param.new_empty(sizes)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    local = torch.empty(sizes, dtype=param.dtype, device=elements(param).device)
+    return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def add_shards(sums: Tensor, keys: Sequence[tuple[Any, ...] | None], rows: Sequence[int] = ()) -> None:
     """Makes sums over shards those over whole tensors, in place: one collective for each dimension of a mesh.
 
     Args:
-        sums: a row for each tensor, a column for each sum; float64 pairs whose sum is meant (csrc/core/sum.h).
+        sums: float64. Either numbers, a row each; or rows of pairs of such, whose sum is meant (csrc/core/sum.h).
+            Pairs are added in the order of the ranks, numbers as the backend does.
         keys: of each tensor, what `describe` said of its placements; None for one that is no DTensor.
+        rows: how many rows of `sums` a tensor has. By default one.
     """
-    rows_of: dict[Any, list[int]] = {}
-    for row, key in enumerate(keys):
+    add = _add_numbers if sums.dim() == 1 else _add_pairs
+    runs_of: dict[Any, list[tuple[int, int]]] = {}
+    begin = 0
+    for key, count in zip(keys, rows or [1] * len(keys), strict=True):
         mesh, placements = key[:2] if key is not None else (None, ())
         if mesh is not None and mesh.get_coordinate() is not None:
             for dim, placement in enumerate(placements):
                 if placement.is_shard() and mesh.size(dim) > 1:
-                    rows_of.setdefault((mesh, dim), []).append(row)
-    for (mesh, dim), rows in rows_of.items():
+                    _extend(runs_of.setdefault((mesh, dim), []), begin, begin + count)
+        begin += count
+    for (mesh, dim), runs in runs_of.items():
         # Runs of rows, and not an index, which would have to be copied to the device.
-        runs = [sums[first : last + 1] for first, last in _runs(rows)]
-        own = torch.cat(runs)
-        parts = own.new_empty((mesh.size(dim), *own.shape))
-        dist.all_gather_into_tensor(parts.flatten(0, 1), own, mesh.get_group(dim))
-        high, low = parts[0].unbind(-1)
-        for part in parts[1:]:
-            high, low = _add(high, low, *part.unbind(-1))
-        for run, total in zip(runs, torch.stack((high, low), -1).split([len(run) for run in runs]), strict=True):
-            run.copy_(total)
+        parts = [sums[first:end] for first, end in runs]
+        totals = add(torch.cat(parts), mesh.size(dim), mesh.get_group(dim))
+        for part, total in zip(parts, totals.split([len(part) for part in parts]), strict=True):
+            part.copy_(total)
 
 
-def _runs(ascending: Iterable[int]) -> list[tuple[int, int]]:
-    """The first and the last of each run of consecutive numbers."""
-    runs: list[tuple[int, int]] = []
-    for number in ascending:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1] = runs[-1][0], number
-        else:
-            runs.append((number, number))
-    return runs
+def _extend(runs: list[tuple[int, int]], begin: int, end: int) -> None:
+    """Adds a run of numbers to such as come before it, to the last one where it follows that."""
+    if runs and runs[-1][1] == begin:
+        begin = runs.pop()[0]
+    runs.append((begin, end))
+
+
+def _add_numbers(own: Tensor, size: int, group: Any) -> Tensor:
+    dist.all_reduce(own, dist.ReduceOp.SUM, group)
+    return own
+
+
+def _add_pairs(own: Tensor, size: int, group: Any) -> Tensor:
+    parts = own.new_empty((size, *own.shape))
+    dist.all_gather_into_tensor(parts.flatten(0, 1), own, group)
+    high, low = parts[0].unbind(-1)
+    for part in parts[1:]:
+        high, low = _add(high, low, *part.unbind(-1))
+    return torch.stack((high, low), -1)
 
 
 def _add(a: Tensor, a_low: Tensor, b: Tensor, b_low: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,23 +126,23 @@ def _add(a: Tensor, a_low: Tensor, b: Tensor, b_low: Tensor) -> tuple[Tensor, Te
     return torch.where(finite, both, high), torch.where(finite, low - (both - high), 0.0)
 
 
-def describe(spec: Any) -> tuple[tuple[Any, ...], bool, Sizes, Sizes | None]:
+def describe(spec: Any) -> tuple[tuple[Any, ...], bool, Sizes, Sizes, Sizes | None]:
     """Tells the step plan of a DTensorSpec how the local tensor lies in the whole, on this rank.
 
     Returns:
         What is equal for tensors of one mesh and placements, the mesh and the placements first; whether a sum is
-        pending; the sizes of the whole; where in it the local tensor begins, in each dimension, or None if that is not
+        pending; the dimensions that are spread over ranks; the sizes of the whole; where in it the local tensor begins, in each dimension, or None if that is not
         one block of it.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     placements, sizes = tuple(spec.placements), tuple(spec.shape)
-    sharded = [placement.dim for placement in placements if type(placement) is Shard]
+    cuts = [p.dim % len(sizes) for i, p in enumerate(placements) if type(p) is Shard and spec.mesh.size(i) > 1]
     offset = None
     # Two mesh dimensions may cut one dimension of the tensor in either order: then it is not told here.
-    if all(type(placement) in (Shard, Replicate) for placement in placements) and len({*sharded}) == len(sharded):
+    if all(type(placement) in (Shard, Replicate) for placement in placements) and len({*cuts}) == len(cuts):
         offset = tuple(compute_local_shape_and_global_offset(sizes, spec.mesh, placements)[1])
     is_pending = any(placement.is_partial() for placement in placements)
     key = (spec.mesh, placements, getattr(spec, "shard_order", None))
-    return key, is_pending, sizes, offset if offset is None or len(offset) == len(sizes) else None
+    return key, is_pending, tuple(cuts), sizes, offset if offset is None or len(offset) == len(sizes) else None

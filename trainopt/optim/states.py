@@ -21,7 +21,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from trainopt._extension import _C
 from trainopt.optim import average, precision, state_dtype
-from trainopt.optim.distributed import elements, on_any_rank
+from trainopt.optim.distributed import elements, on_any_rank, replica
 from trainopt.optim.options import extra, snapshot
 from trainopt.optim.report import Record
 from trainopt.optim.stats import ParameterStats, by_name
@@ -225,7 +225,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
                 if name in self._begin_as_parameter:
                     state_dtype.start_as_copy(self.state[param], group, param, name)
                     continue
-                like = param.new_empty(self._shape_of(name, param)) if name in self._factors else param
+                like = replica(param, self._shape_of(name, param)) if name in self._factors else param
                 state_dtype.start(self.state[param], group, like, name, begin.get(name, 0.0), name in self._unsigned)
             if precision.lacks_master(group, param, self.state.get(param, {})):
                 self.state[param][precision.KEY] = precision.new_master(group, param)

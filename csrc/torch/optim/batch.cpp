@@ -111,7 +111,8 @@ Path Batch::add(const Operands& operands, const GroupValues* group, uint32_t ten
     tasks[is_float64].pop_back();
     return path;
   }
-  if (task.numel == 0 && rule_.number_count == 0) {
+  const bool moves_on = rule_.number_count > 0 || (rule_.factors != 0 && operands.shard != nullptr);
+  if (task.numel == 0 && !moves_on) {
     tasks[is_float64].pop_back();
   } else {
     entry.task = static_cast<int64_t>(tasks[is_float64].size()) - 1;
@@ -264,7 +265,7 @@ void Batch::gather(Pass pass, cpu::Update (&updates)[2], const AddShards& add_sh
 
 // Moves on the averages over rows and columns, in one pass over the gradients that are matrices, and makes of them what
 // the passes after it see.
-void Batch::move_factors(const cpu::Update (&updates)[2]) {
+void Batch::move_factors(const cpu::Update (&updates)[2], const AddShards& add_shards) {
   struct Matrix {
     const cpu::TensorTask* task;
     bool is_float64;
@@ -294,8 +295,9 @@ void Batch::move_factors(const cpu::Update (&updates)[2]) {
       cpu::add_squares(*task, is_float64, settings, *factors, i - starts[m]);
     }
   });
+  if (!shards_.empty()) share_factors(updates, add_shards);
   // Parts that are whole matrices have moved theirs on.
-  const auto is_done = [](const Matrix& matrix) { return matrix.factors->cut.is_whole; };
+  const auto is_done = [](const Matrix& matrix) { return matrix.factors->cut.is_whole || matrix.factors->is_shard; };
   matrices.erase(std::remove_if(matrices.begin(), matrices.end(), is_done), matrices.end());
   if (matrices.empty()) return;
   const auto count = static_cast<int64_t>(matrices.size());
@@ -305,6 +307,34 @@ void Batch::move_factors(const cpu::Update (&updates)[2]) {
       cpu::move_factors(is_float64, settings, *factors);
     }
   });
+}
+
+// Moves on the averages of DTensors, which every process has of the whole, whether it holds elements of it or not.
+void Batch::share_factors(const cpu::Update (&updates)[2], const AddShards& add_shards) {
+  std::vector<const cpu::TensorTask*> tasks;
+  std::vector<const Shard*> shards;
+  std::vector<int64_t> rows;
+  int64_t count = 0;
+  const int state = first_of(rule_.factors);
+  for (const auto& [shard, task, is_float64] : shards_) {
+    const cpu::TensorTask& matrix = updates[is_float64].tasks[task];
+    if (matrix.state[state].dtype != DType::kFactored || matrix.state[state].data == nullptr) continue;
+    tasks.push_back(&matrix);
+    shards.push_back(shard);
+    rows.push_back(cpu::factors_of(matrix, state).block.whole.numbers());
+    count += rows.back();
+  }
+  if (tasks.empty()) return;
+  const at::Tensor totals = at::zeros({count}, at::kDouble);
+  double* at = static_cast<double*>(totals.mutable_data_ptr());
+  for (size_t i = 0; i < tasks.size(); at += rows[i++]) cpu::total_squares(cpu::factors_of(*tasks[i], state), at);
+  add_shards(totals, shards, rows);
+  at = static_cast<double*>(totals.mutable_data_ptr());
+  for (size_t i = 0; i < tasks.size(); at += rows[i++]) {
+    const bool is_float64 = tasks[i]->param.dtype == DType::kFloat64;
+    cpu::move_factors_by(at, is_float64, rule_.factor_settings(*tasks[i]->scalars, is_float64, tasks[i]->param.dtype),
+                         cpu::factors_of(*tasks[i], state));
+  }
 }
 
 // Makes the sums of DTensors' shards those of the whole tensors.
@@ -322,7 +352,7 @@ void Batch::share_sums(Pass pass, size_t count, const AddShards& add_shards) {
   };
   for (const ShardedTask& item : shards_) shards.push_back(item.shard);
   for_each_row([&](Sum* row, Sum* own) { std::copy(own, own + count, row); });
-  add_shards(shared, shards);
+  add_shards(shared, shards, {});
   for_each_row([&](Sum* row, Sum* own) { std::copy(row, row + count, own); });
   shared_.assign(values, values + shards_.size() * count);
 }
@@ -368,7 +398,7 @@ void Batch::write_numbers(const cpu::Update (&updates)[2]) const {
 
 void Batch::work(bool counts, bool updates, const AddShards& add_shards) {
   cpu::Update each[2] = {update_of(false), update_of(true)};
-  if (updates && rule_.factors != 0) move_factors(each);
+  if (updates && rule_.factors != 0) move_factors(each, add_shards);
   if (updates && rule_.sum_count > 0) gather(kOwnSums, each, add_shards);
   if (updates && is_cautious_) gather(kAgreement, each, add_shards);
   if (updates && cuda_entries_ != 0) cuda.run(scaling_, std::exchange(on_device_, {}), add_shards);

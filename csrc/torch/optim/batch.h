@@ -202,8 +202,9 @@ class Batch {
   void add_over_all();
   void work(bool counts, bool updates, const AddShards& add_shards);
   bool look_at_numbers(const Operands&, HeldNumbers*) const;
-  bool factor(const Operands&, TensorTask*);
-  void move_factors(const cpu::Update (&updates)[2]);
+  Path factor(const Operands&, TensorTask*);
+  void move_factors(const cpu::Update (&updates)[2], const AddShards& add_shards);
+  void share_factors(const cpu::Update (&updates)[2], const AddShards& add_shards);
   void write_numbers(const cpu::Update (&updates)[2]) const;
   void check_counts() const;
   cpu::Scalars scalars_of(const ScalarsKey& key, Numbers* numbers) const;
@@ -213,8 +214,8 @@ class Batch {
 inline int first_of(StateSet states) { return __builtin_ctz(states); }
 
 // Whether a tensor can be an average over each row of a parameter's matrices, or over each column: one number in the
-// place of a dimension.
-bool is_factor_of(const c10::TensorImpl* param, const c10::TensorImpl* state, bool of_rows);
+// place of a dimension. `sizes` are the parameter's, and of a shard those of the whole.
+bool is_factor_of(c10::IntArrayRef sizes, const c10::TensorImpl* state, bool of_rows);
 
 // How many threads of torch's pool are worth waking for this many elements.
 int64_t threads_for(int64_t elements);

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "torch/inspect.h"
 
@@ -265,17 +266,24 @@ void CudaBatch::update(Part& part, const cuda::Prepared* prepared, bool on_devic
   // The reduce phase: each task has scalars of its own from then on, on the device.
   part.forget();
   std::vector<at::Tensor> kept;
-  std::vector<cuda::TensorTask> factored;  // whose states lie in this step's memory
-  if (rule_.factors != 0) {
-    factored = part.tasks;
-    cuda::move_factors(work, memory_on(part.device, cuda::factor_bytes(work), &kept), factored.data(), stream);
-    work.tasks = factored.data();
-  }
-  std::vector<cuda::TensorTask>& tasks = rule_.factors != 0 ? factored : part.tasks;
   std::vector<const Shard*> shards;
   for (const Source& source : part.sources) shards.push_back(source.shard);
   const bool has_shards =
       std::any_of(shards.begin(), shards.end(), [](const Shard* shard) { return shard != nullptr; });
+  std::vector<cuda::TensorTask> factored;  // whose states lie in this step's memory
+  if (rule_.factors != 0) {
+    factored = part.tasks;
+    void* const memory = memory_on(part.device, cuda::factor_bytes(work), &kept);
+    const std::vector<int64_t> rows = cuda::shared_numbers(work);
+    const int64_t shared = std::accumulate(rows.begin(), rows.end(), int64_t{0});
+    const at::Tensor totals = at::zeros({shared}, at::TensorOptions(part.device).dtype(at::kDouble));
+    auto* const of_shards = static_cast<double*>(kept.emplace_back(totals).mutable_data_ptr());
+    cuda::add_squares(work, memory, of_shards, stream);
+    if (shared > 0) step.add_shards(totals, shards, rows);
+    cuda::move_factors(work, memory, of_shards, factored.data(), stream);
+    work.tasks = factored.data();
+  }
+  std::vector<cuda::TensorTask>& tasks = rule_.factors != 0 ? factored : part.tasks;
   for (const Pass pass : {kOwnSums, kAgreement}) {
     if (pass == kOwnSums ? rule_.sum_count == 0 : !is_cautious) continue;
     const int sum_count = rule_.sums_in(pass);
@@ -284,7 +292,7 @@ void CudaBatch::update(Part& part, const cuda::Prepared* prepared, bool on_devic
     auto* const own = static_cast<Sum*>(kept.emplace_back(sums).mutable_data_ptr());
     const size_t partial_bytes = cuda::partial_sums(work, sum_count) * sizeof(Sum);
     cuda::gather(work, pass, static_cast<Sum*>(memory_on(part.device, partial_bytes, &kept)), own, stream);
-    if (has_shards) step.add_shards(sums, shards);
+    if (has_shards) step.add_shards(sums, shards, {});
     const bool of_all = pass == kOwnSums && rule_.sums_over_all;
     if (of_all) {
       *step.over_all = at::empty({sum_count, 2}, sums.options());

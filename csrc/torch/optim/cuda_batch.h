@@ -15,9 +15,11 @@
 
 namespace trainopt::aten {
 
-// Makes the sums of this process's shards those of the whole tensors. `sums` has a row for each tensor; its elements
-// are pairs of doubles, see core/sum.h. A null shard is that of a tensor which no other process has a part of.
-using AddShards = std::function<void(const at::Tensor& sums, const std::vector<const Shard*>& shards)>;
+// Makes the sums of this process's shards those of the whole tensors. `sums` has as many rows for each tensor as `rows`
+// says, one where it is empty; its elements are doubles, or pairs of such, see core/sum.h. A null shard is that of a
+// tensor which no other process has a part of.
+using AddShards = std::function<void(const at::Tensor& sums, const std::vector<const Shard*>& shards,
+                                     const std::vector<int64_t>& rows)>;
 
 // What is left on the device for a step; undefined where there is none.
 struct DeviceScaling {

@@ -2,6 +2,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/InferenceMode.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "core/code8.h"
@@ -52,11 +53,11 @@ bool read_master(const c10::TensorImpl* master, Precision precision, TensorView*
 
 }  // namespace
 
-bool is_factor_of(const c10::TensorImpl* param, const c10::TensorImpl* state, bool of_rows) {
-  const int64_t dims = param->dim(), summed = of_rows ? dims - 1 : dims - 2;
+bool is_factor_of(c10::IntArrayRef sizes, const c10::TensorImpl* state, bool of_rows) {
+  const auto dims = static_cast<int64_t>(sizes.size()), summed = of_rows ? dims - 1 : dims - 2;
   if (dims < 2 || state->dim() != dims || !state->is_contiguous()) return false;
   for (int64_t d = 0; d < dims; ++d)
-    if (state->size(d) != (d == summed ? 1 : param->size(d))) return false;
+    if (state->size(d) != (d == summed ? 1 : sizes[static_cast<size_t>(d)])) return false;
   return true;
 }
 
@@ -92,6 +93,8 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   writes(param);
   for (const c10::TensorImpl* outer : operands.outers) writable = writable && is_writable(outer);
   task->numel = param->numel();
+  const c10::IntArrayRef sizes = operands.shard != nullptr ? c10::IntArrayRef(operands.shard->sizes) : param->sizes();
+  task->numel_of_whole = c10::multiply_integers(sizes);
   bool in_order = true;
 
   if (gradient != nullptr) {
@@ -114,7 +117,6 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   const bool param_is_16_bit = is_16_bit(task->param.dtype);
   const bool is_factored = rule_.factors != 0 && param->dim() > 1;
   const StateSet of_it = states_of_one(static_cast<StateSet>(~0u), rule_.factors, param->dim());
-  if (rule_.factors != 0 && operands.shard != nullptr) return Path::kFactors;
   bool in_two_parts = false;
   for (int s = 0; s <= slots.average(); ++s) {
     TensorView& view = task->state[s];
@@ -122,7 +124,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
     const c10::TensorImpl* state = operands.states[s];
     if (state == nullptr || (s < slots.states && !contains(of_it, s))) continue;
     if (contains(rule_.factors, s)) {
-      if (!is_beside(state) || !is_factor_of(param, state, s == first_of(rule_.factors)) || state->requires_grad())
+      if (!is_beside(state) || !is_factor_of(sizes, state, s == first_of(rule_.factors)) || state->requires_grad())
         return Path::kStateForm;
       writes(state);
       continue;
@@ -178,7 +180,10 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
     if (!lay_shard(*operands.shard, param->sizes(), &shard_layouts_, &task->shard)) return Path::kMemory;
   }
 
-  if (is_factored && !factor(operands, task)) return Path::kDtype;
+  if (is_factored) {
+    const Path path = factor(operands, task);
+    if (path != Path::kFused) return path;
+  }
   // Random numbers belong to the logical element, whatever the memory format; and so do rows and columns.
   const bool logical_order = is_factored ? !(in_order && param->is_contiguous()) : is_random && !param->is_contiguous();
   if (in_order && !logical_order) return Path::kFused;
@@ -191,20 +196,54 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   return arrange(arranged, logical_order, &layouts_) ? Path::kFused : Path::kMemory;
 }
 
-// Lets the task see its second moments as the product of two averages. False if these are of a type that there are no
-// kernels for. There is nothing to see where they are still to be made, or there are no elements.
-bool Batch::factor(const Operands& operands, TensorTask* task) {
+namespace {
+
+FactoredShape stack_of(c10::IntArrayRef sizes) {
+  const size_t dims = sizes.size();
+  return {c10::multiply_integers(sizes.slice(0, dims - 2)), sizes[dims - 2], sizes[dims - 1]};
+}
+
+// Which part of the whole's stack of matrices a shard is. False if its matrices do not lie beside each other in the
+// whole: of the dimensions before the last two, one is cut that comes after another of more than one. All processes
+// must find the same, so nothing is asked that differs among them.
+bool block_of(const Shard& shard, FactoredBlock* block) {
+  if (!shard.is_block) return false;
+  block->whole = stack_of(shard.sizes);
+  block->matrix = 0;
+  bool is_outermost = true;
+  const size_t dims = shard.sizes.size();
+  for (size_t d = 0; d + 2 < dims; ++d) {
+    const bool is_cut = std::find(shard.cuts.begin(), shard.cuts.end(), d) != shard.cuts.end();
+    if (is_cut && !is_outermost) return false;
+    is_outermost = is_outermost && shard.sizes[d] == 1;
+    block->matrix = block->matrix * shard.sizes[d] + shard.offset[d];
+  }
+  block->row = shard.offset[dims - 2];
+  block->column = shard.offset[dims - 1];
+  return true;
+}
+
+}  // namespace
+
+// Lets the task see its second moments as the product of two averages: kFused then. There is nothing to see where they
+// are still to be made, or there are no elements.
+Path Batch::factor(const Operands& operands, TensorTask* task) {
+  const c10::IntArrayRef sizes = operands.param->sizes();
+  FactoredBlock block;
+  if (operands.shard != nullptr && !block_of(*operands.shard, &block)) return Path::kFactors;
   const int first = first_of(rule_.factors);
   const c10::TensorImpl *rows_of = operands.states[first], *columns_of = operands.states[first + 1];
-  if (rows_of == nullptr || columns_of == nullptr) return true;
+  if (rows_of == nullptr || columns_of == nullptr) return Path::kFused;
   TensorView averages[2];
-  if (!read_view(rows_of, true, &averages[0]) || !read_view(columns_of, true, &averages[1])) return false;
-  if (task->numel == 0) return true;
-  const c10::IntArrayRef sizes = operands.param->sizes();
-  const int64_t rows = sizes[sizes.size() - 2], columns = sizes.back();
-  factored_.emplace_back(FactoredShape{task->numel / rows / columns, rows, columns}, averages[0], averages[1]);
+  if (!read_view(rows_of, true, &averages[0]) || !read_view(columns_of, true, &averages[1])) return Path::kDtype;
+  if (task->whole_numel() == 0) return Path::kFused;
+  if (operands.shard == nullptr) {
+    factored_.emplace_back(stack_of(sizes), averages[0], averages[1]);
+  } else {
+    factored_.emplace_back(stack_of(sizes), averages[0], averages[1], block);
+  }
   task->state[first] = {&factored_.back(), nullptr, DType::kFactored};
-  return true;
+  return Path::kFused;
 }
 
 // False if the numbers are not in a form that the engines take. One that is missing is still to be made.

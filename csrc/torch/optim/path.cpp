@@ -18,7 +18,7 @@ const char* describe(Path path) {
     case Path::kPending:
       return "a DTensor with a partial placement, a sum that is still to be taken, cannot be stepped in place:"
              " redistribute it first";
-    case Path::kFactors: return "sums over rows and columns, which the engine takes of whole tensors";
+    case Path::kFactors: return "a shard that is no block of rows and columns, over which the engine takes sums";
     case Path::kMemory:
       return "memory that is not dense, that another parameter, gradient, state or option shares, or of over 8 "
              "dimensions";
