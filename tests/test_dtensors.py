@@ -413,6 +413,28 @@ def one_collective_for_each_dimension_of_a_mesh(mesh, name):
         dist.all_reduce, dist.all_gather_into_tensor = originals
 
 
+@case(*((name, where) for name in OPTIMIZERS for where in PLACEMENTS))
+def stats_are_of_the_whole(mesh, name, where):
+    for optimizers in steps_of_both(mesh, name, PLACEMENTS[where], stats=True):
+        found, truth = (optimizer.stats() for optimizer in optimizers)
+        assert list(found) == list(truth) == list(range(len(SHAPES)))
+        for i, numbers in truth.items():
+            assert found[i] == pytest.approx(numbers, rel=1e-12), SHAPES[i]
+    assert set(paths(optimizers[0])) == {"fused"}
+
+
+@case("SGD", "Adafactor")
+def what_is_not_finite_on_any_rank_is_told(mesh, name):
+    p = nn.Parameter(spread(mesh, random((5, 3), 1), Shard(0)))
+    optimizer = OPTIMIZERS[name]([p], **OPTIONS[name], stats=True, skip_nonfinite=True)
+    gradient = random((5, 3), 2)
+    gradient[4, 0], gradient[0, 1], gradient[4, 2] = torch.inf, -torch.inf, 1e3
+    p.grad = spread(mesh, gradient, Shard(0))
+    optimizer.step()
+    assert optimizer.stats()[0].nonfinite == 2 and optimizer.stats()[0].largest_gradient == torch.inf
+    assert optimizer.stats()[0].update_norm == 0 and optimizer.last_step_skipped
+
+
 # In two processes -----------------------------------------------------------------------------------------------------
 
 

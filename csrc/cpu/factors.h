@@ -30,7 +30,7 @@ struct FactoredTensor : FactoredViews {
   // The sums of each matrix; none where parts are whole matrices, of which there may be nearly as many rows and columns
   // as there are elements.
   std::vector<double> row_sums, column_sums;
-  std::vector<double> numbers;  // the memory of `rows` and `columns`
+  std::vector<double> numbers;   // the memory of `rows` and `columns`
   std::vector<double> of_whole;  // of a shard: the numbers of the whole
 
   FactoredTensor(const FactoredShape& of, const TensorView& row_average, const TensorView& column_average)

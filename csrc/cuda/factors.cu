@@ -356,8 +356,9 @@ void run_over_shards(const Update& work, const std::vector<Place>& places, const
       },
       [&](size_t t) {
         const Place& place = places[t];
-        return ShardRow{place.shape, place.views->block, place.row_sums, place.column_sums, begins[t],
-                        place.of_whole, place.numbers, place.out, 0};
+        return ShardRow{place.shape,       place.views->block, place.row_sums,
+                        place.column_sums, begins[t],          place.of_whole,
+                        place.numbers,     place.out,          0};
       });
 }
 
@@ -431,7 +432,8 @@ struct Functions {
 
 template <class Rule, class S>
 constexpr Functions functions() {
-  if constexpr (kFactorStates<Rule> != 0) return {bytes_for<Rule, S>, shared_numbers_as<Rule>, add_all_squares<Rule, S>, move_all<Rule, S>};
+  if constexpr (kFactorStates<Rule> != 0)
+    return {bytes_for<Rule, S>, shared_numbers_as<Rule>, add_all_squares<Rule, S>, move_all<Rule, S>};
   return {};
 }
 

@@ -37,8 +37,8 @@ class Adafactor(Fused, originals.Adafactor, rule="adafactor"):
 
     The states (``row_var`` and ``col_var``, or ``variance``) have the parameter's dtype; of a `state_dtype` of fewer
     bits than float32 only ``variance`` makes use. Arithmetic is float32, or float64 for float64 parameters; sums are
-    float64. Of a DTensor sums are over the whole, and every rank has ``row_var`` and ``col_var`` of the whole; a shard has
-    to be a block of rows and columns of matrices that lie beside each other, as any shard of one or two dimensions is.
+    float64. Of a DTensor sums are over the whole, and every rank has ``row_var`` and ``col_var`` of the whole; a shard
+    has to be a block of rows and columns of matrices that lie beside each other, as any of one or two dimensions is.
     Source of the formula: Shazeer & Stern, Adafactor: Adaptive learning rates with sublinear memory cost, 2018,
     arXiv:1804.04235.
     """

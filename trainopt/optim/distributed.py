@@ -1,6 +1,6 @@
 """DTensors: what all ranks that share them must decide alike, how a rank's part lies in the whole, and sums over it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,18 @@ def add_shards(sums: Tensor, keys: Sequence[tuple[Any, ...] | None], rows: Seque
         keys: of each tensor, what `describe` said of its placements; None for one that is no DTensor.
         rows: how many rows of `sums` a tensor has. By default one.
     """
-    add = _add_numbers if sums.dim() == 1 else _add_pairs
+    over_shards(sums, keys, rows, _add_numbers if sums.dim() == 1 else _add_pairs)
+
+
+def over_shards(
+    values: Tensor, keys: Sequence[tuple[Any, ...] | None], rows: Sequence[int], combine: Callable[..., Tensor]
+) -> None:
+    """Combines the ranks' rows of each tensor, in place, over every dimension of a mesh that it is spread over.
+
+    Args:
+        values, keys, rows: as `add_shards` has them.
+        combine: of this rank's rows, the number of ranks and their group makes the rows of all.
+    """
     runs_of: dict[Any, list[tuple[int, int]]] = {}
     begin = 0
     for key, count in zip(keys, rows or [1] * len(keys), strict=True):
@@ -89,8 +100,8 @@ def add_shards(sums: Tensor, keys: Sequence[tuple[Any, ...] | None], rows: Seque
         begin += count
     for (mesh, dim), runs in runs_of.items():
         # Runs of rows, and not an index, which would have to be copied to the device.
-        parts = [sums[first:end] for first, end in runs]
-        totals = add(torch.cat(parts), mesh.size(dim), mesh.get_group(dim))
+        parts = [values[first:end] for first, end in runs]
+        totals = combine(torch.cat(parts), mesh.size(dim), mesh.get_group(dim))
         for part, total in zip(parts, totals.split([len(part) for part in parts]), strict=True):
             part.copy_(total)
 
@@ -131,8 +142,8 @@ def describe(spec: Any) -> tuple[tuple[Any, ...], bool, Sizes, Sizes, Sizes | No
 
     Returns:
         What is equal for tensors of one mesh and placements, the mesh and the placements first; whether a sum is
-        pending; the dimensions that are spread over ranks; the sizes of the whole; where in it the local tensor begins, in each dimension, or None if that is not
-        one block of it.
+        pending; the dimensions that are spread over ranks; the sizes of the whole; where in it the local tensor begins,
+        in each dimension, or None if that is not one block of it.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -98,8 +98,8 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         that was left out has its gradients, and updates of 0. Empty where that call has made no step: it raised an
         error, or only made states; and where it had no group with ``stats=True``, as a compiled step has none. A
         GradScaler that leaves out a step by not calling `step` leaves what the call before has told. For a DTensor the
-        numbers are of the whole, and are taken in the step; on a CUDA device nothing waits for them before this call.
-        RuntimeError where no group has ``stats=True`` now.
+        numbers are of the whole, and are brought together in the step; on a CUDA device nothing waits for them before
+        this call. RuntimeError where no group has ``stats=True`` now.
         """
         return by_name(self)
 

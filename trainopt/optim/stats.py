@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from trainopt.optim import precision
-from trainopt.optim.distributed import reals_of
+from trainopt.optim.distributed import describe, elements, is_dtensor, over_shards, reals_of
 from trainopt.optim.options import extra
 
 Numbered = tuple[int, dict[str, Any], Tensor]  # index over all groups, group, parameter
@@ -61,6 +62,7 @@ def end_step(optimizer: Any) -> None:
         names += group.get("param_names") or range(len(names), len(names) + len(group["params"]))
     record.names, record.plan = names, None if left_out else optimizer._plan
     record.compiled_before = record.compiled()
+    record.stats = _of_wholes(optimizer) | record.stats
 
 
 def by_name(optimizer: Any) -> dict[str | int, ParameterStats]:
@@ -72,6 +74,38 @@ def by_name(optimizer: Any) -> dict[str | int, ParameterStats]:
         return {}
     found = read({**of_plan(record.plan), **record.stats})
     return {record.names[index]: found[index] for index in sorted(found)}
+
+
+def _of_wholes(optimizer: Any) -> dict[int, Numbers]:
+    """What the engine has found of DTensors' shards in its last step, as that of the whole.
+
+    Two collectives for each dimension of a mesh, for all parameters together; none without DTensors.
+    """
+    params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+    if not any(is_dtensor(param) and wanted(group) for param, group in params):
+        return {}
+    found = of_plan(optimizer._record.plan)
+    by_device: dict[torch.device, list[int]] = {}
+    for index in found:
+        if is_dtensor(params[index][0]):
+            by_device.setdefault(elements(params[index][0]).device, []).append(index)
+    wholes: dict[int, Numbers] = {}
+    for device, indices in by_device.items():
+        table = torch.stack([torch.as_tensor(found[i], dtype=torch.float64, device=device) for i in indices])
+        table[:, :3].square_()
+        over_shards(table, [describe(params[i][0]._spec)[0] for i in indices], (), _combine)
+        table[:, :3].sqrt_()
+        wholes.update(zip(indices, table, strict=True))
+    return wholes
+
+
+def _combine(own: Tensor, size: int, group: Any) -> Tensor:
+    """All ranks' rows of squares of norms, a largest number and a count."""
+    largest = own[:, 3].clone()
+    dist.all_reduce(own, dist.ReduceOp.SUM, group)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    own[:, 3] = largest
+    return own
 
 
 def of_plan(plan: Any) -> dict[int, Numbers]:

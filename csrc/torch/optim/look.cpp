@@ -174,7 +174,6 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
 
   task->shard = nullptr;
   const bool is_random = group.is_random(param_is_16_bit);
-  if (group.stats != 0 && operands.shard != nullptr) return Path::kStats;
   if (is_random && operands.shard != nullptr) {
     if (!operands.shard->is_block) return Path::kPlacement;
     if (!lay_shard(*operands.shard, param->sizes(), &shard_layouts_, &task->shard)) return Path::kMemory;

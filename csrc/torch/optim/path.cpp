@@ -10,7 +10,6 @@ const char* describe(Path path) {
     case Path::kOptions: return "an option that is no number, or beyond the range that the formulas hold in";
     case Path::kDevice: return "not a plain dense tensor on a device that there are kernels for";
     case Path::kDtype: return "not float32, float64, bfloat16 or float16";
-    case Path::kStats: return "stats=True of a DTensor: they are gathered round torch's step";
     case Path::kGradient: return "a gradient that is sparse, lazily computed, or of another device, dtype or shape";
     case Path::kStateForm: return "a state of another device, layout or shape than the parameter";
     case Path::kStateValue: return "a state that is no tensor, or a count of steps below 0";

@@ -10,7 +10,6 @@ enum class Path {
   kOptions,
   kDevice,
   kDtype,
-  kStats,  // of a tensor that other processes hold parts of
   kGradient,
   kStateForm,
   kStateValue,
