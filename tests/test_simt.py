@@ -85,6 +85,8 @@ FAULTS = [
     Fault("sums of a column that is another piece's", "lane + 32 * k < width", "lane + 32 * k <= width"),
     Fault("the first group of rows alone", "i < count; ++i", "i < 1; ++i"),
     Fault("lanes that are still to be added to", "__syncthreads();", ""),
+    Fault("a shard that begins with the first matrix", "first_matrix + matrix", "matrix"),
+    Fault("a shard that begins with the first column", "first_column + place", "place"),
     Fault("a matrix with a row too long", "column_ >= shape_.columns", "column_ > shape_.columns"),
     Fault("a stack of one matrix's columns", "of_columns_ += shape_.columns;", ""),
     Fault("a neighbour's chunk", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),

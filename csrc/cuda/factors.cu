@@ -202,8 +202,11 @@ struct ShardPlace {
     length = is_row ? row.shape.rows : row.shape.columns;
     matrix = i / length;
     place = i - matrix * length;
-    in_whole = is_row ? (first_matrix + matrix) * whole.rows + first_row + place
-                      : whole.matrices * whole.rows + (first_matrix + matrix) * whole.columns + first_column + place;
+    const int64_t in_stack = first_matrix + matrix;  // tests break this: a shard that begins with the first matrix
+    // tests break this: a shard that begins with the first column
+    const int64_t in_matrix = is_row ? first_row + place : first_column + place;
+    in_whole = in_stack * (is_row ? whole.rows : whole.columns) + in_matrix;
+    if (!is_row) in_whole += whole.matrices * whole.rows;
   }
 };
 
