@@ -103,7 +103,8 @@ def states_of(mask: int) -> str:
 def describe(mangled: str) -> str:
     """A kernel's name and template arguments in words."""
     names = "update|tell|prepare|gather|combine_sums|apply_sums|partial|clip|clamp|finish"
-    names += "|add_squares|move_averages|finish_rows|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
+    names += "|add_squares|total_squares|move_averages|finish_rows|take_block"
+    names += "|pointwise_(?:forward|backward|finish)|cross_entropy_[a-z_]+"
     found = re.search(rf"\d({names})_kernel(.*)", mangled)
     if found is None:
         raise ValueError(f"{mangled} is no kernel that this knows")
@@ -153,7 +154,7 @@ def threads_of(kernel: str) -> int:
         return 1024  # of a row of more than 128 KiB
     if kernel == "finish":
         return 1024
-    return 512 if any(word in kernel for word in ("finish", "count")) else 256
+    return 512 if any(word in kernel for word in ("finish", "count")) and "rows" not in kernel else 256
 
 
 # What the compiler reports --------------------------------------------------------------------------------------------

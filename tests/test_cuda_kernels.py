@@ -39,7 +39,8 @@ COUNTS = {
     + sum(map(len, SETS)) * 2 * len(TYPES)
     + (len(SUMMING) + len(RULES)) * len(TYPES)
     + 1,
-    "factors": 2 * len(TYPES) + FACTORED * 2 * len(TYPES),  # the sums, strided or not; the averages, and the division
+    # The sums, strided or not; the averages, and the division; of shards, the sums' totals, and the numbers of a part.
+    "factors": 2 * len(TYPES) + FACTORED * 2 * len(TYPES) + 1 + len(TYPES),
     "stats": 1,
     "norm": 3 * len(TYPES) * 2 + 1,  # partial, clip and clamp, strided or not; finish
     "pointwise": 2 * len(LOSSES) * len(TYPES) + 1,  # forward and backward; finish
