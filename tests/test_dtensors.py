@@ -5,8 +5,10 @@ Two processes run all of `CASES` in one go, against the same steps in one proces
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 
 import pytest
@@ -267,6 +269,124 @@ def matrices_that_do_not_lie_beside_each_other(mesh, name):
     for matrices in (4, 1):  # of one, a process has none
         p = nn.Parameter(spread(mesh, random((2, matrices, 3, 3), 1), Shard(1)))
         assert "block of rows and columns" in trainopt.explain(OPTIMIZERS[name]([p]))[0].reason
+
+
+#: Whose rows are whole blocks of 256 elements, or which are small.
+CODED = [(16, 512), (17, 2, 256), (1, 8192), (2, 4096), (9, 3)]
+
+
+@case(*((name, where) for name in OPTIMIZERS for where in ("rows", "replicated")))
+def states_in_8_bits(mesh, name, where):
+    """A shard has whole blocks, and the bits that the whole has."""
+    options = {"state_dtype": "8bit", "precision": "master24"}
+    for optimizers in steps_of_both(mesh, name, PLACEMENTS[where], CODED, torch.bfloat16, **options):
+        for p, q in zip(*(optimizer.param_groups[0]["params"] for optimizer in optimizers), strict=True):
+            assert torch.equal(bits(whole(p.detach())), bits(q)), tuple(p.shape)
+            mine, alone = (optimizer.state[r] for optimizer, r in zip(optimizers, (p, q), strict=True))
+            assert set(mine) == set(alone)
+            for key, value in alone.items():
+                assert torch.equal(bits(whole(mine[key])), bits(value)), (key, tuple(p.shape))
+    assert set(paths(optimizers[0])) == {"fused"}
+
+
+@case("AdamW", "Lion")
+def codes_are_spread_anew(mesh, name):
+    """What ranks have saved one process goes on with, and the other way round; and they go back to float32."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.fsdp import fully_shard
+
+    def made(is_sharded):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 17), nn.Linear(17, 512, bias=False))
+        return fully_shard(model, mesh=mesh) if is_sharded else model
+
+    def step(model, optimizer, seed):
+        for p in model.parameters():
+            gradient = random(p.shape, seed).float()
+            p.grad = spread(mesh, gradient, Shard(0)) if isinstance(p, DTensor) else gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
+    sides = []
+    for is_sharded in (True, False):
+        model = made(is_sharded)
+        options = {**OPTIONS[name], "state_dtype": "8bit"}
+        groups = [
+            {"params": [model[0].weight, model[0].bias]},
+            {"params": [model[1].weight], "state_dtype": "bfloat16"},
+        ]
+        sides.append((model, OPTIMIZERS[name](groups, **options)))
+        step(*sides[-1], 1)
+    full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    saved = [get_optimizer_state_dict(*side, options=StateDictOptions(full_state_dict=True)) for side in sides]
+    key = next(key for key in saved[1]["state"]["0.weight"] if key.endswith("_scale"))
+    if dist.get_rank() == 0:
+        assert torch.equal(*(state["state"]["0.weight"][key] for state in saved))
+    set_optimizer_state_dict(*sides[0], saved[1], options=full)
+    given = [saved[0]]
+    dist.broadcast_object_list(given)
+    set_optimizer_state_dict(*sides[1], given[0])
+    for side in sides:
+        step(*side, 2)
+    check = [[whole(p.detach()) for p in model.parameters()] for model, _ in sides]
+    for p, q in zip(*check, strict=True):
+        assert torch.equal(p, q)
+    for _, optimizer in sides:
+        trainopt.convert_state(optimizer, state_dtype="float32")
+    for p, q in zip(*(model.parameters() for model, _ in sides), strict=True):
+        for state, value in sides[1][1].state[q].items():
+            assert torch.equal(whole(sides[0][1].state[p][state]), value) and value.dtype == torch.float32
+
+
+@case("AdamW", "Lion")
+def codes_in_distributed_checkpoints(mesh, name):
+    """Saved as shards and loaded as replicas, a run goes on with the same bits."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    ended = []
+    for placement in (Shard(0), Replicate()):
+        model = nn.Linear(512, 17, bias=False)
+        model.weight = nn.Parameter(spread(mesh, random((17, 512), 0).bfloat16(), placement))
+        optimizer = OPTIMIZERS[name](model.parameters(), **OPTIONS[name], state_dtype="8bit", precision="master24")
+
+        def step(seed, model=model, optimizer=optimizer, placement=placement):
+            model.weight.grad = spread(mesh, random((17, 512), seed).bfloat16(), placement)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        if placement == Shard(0):
+            step(1)
+            state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+            dcp.save(state, checkpoint_id=folder[0])
+        else:
+            dcp.load(state, checkpoint_id=folder[0])
+            model.load_state_dict(state["model"])
+            set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        step(2)
+        state = optimizer.state[model.weight]
+        assert any(key.endswith("_scale") for key in state)
+        ended.append([whole(model.weight.detach()), *(whole(state[key]) for key in sorted(state))])
+    assert all(map(torch.equal, *ended))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+
+
+@case("AdamW")
+def codes_of_shards_without_whole_blocks_are_refused(mesh, name):
+    for shape, placement in (((64, 100), Shard(0)), ((64, 512), Shard(1)), ((5000,), Shard(0))):
+        p = nn.Parameter(spread(mesh, torch.ones(shape), placement))
+        error = attempt(lambda p=p: OPTIMIZERS[name]([p], state_dtype="8bit"))
+        assert error[0] is ValueError and "whole blocks" in error[1] and str(shape) in error[1]
+        OPTIMIZERS[name]([{"params": [p], "state_dtype": "bfloat16"}], state_dtype="8bit")
 
 
 SUMMING = [name for name, cls in OPTIMIZERS.items() if _C.rules()[cls._rule].sums]

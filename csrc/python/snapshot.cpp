@@ -77,7 +77,7 @@ void prefetch_tensor(const SeenTensor& tensor) {
 
 inline bool Snapshot::is_in_dtensor(size_t i) const {
   const Role role = items_[i].role;
-  return distributed_ != nullptr && (role == Role::kState || role == Role::kRows || role == Role::kColumns);
+  return distributed_ != nullptr && role != Role::kCount && role != Role::kNumber && role != Role::kIgnored;
 }
 
 inline const c10::TensorImpl* Snapshot::tensor_of(size_t i) const {
@@ -113,20 +113,24 @@ bool Snapshot::see_param(PyObject* param, Specs* specs, Operands* operands) {
   return true;
 }
 
+// Whether a state of a DTensor is spread as it must be: as the parameter is, and the scales of codes likewise, which
+// are fewer. Every process has the averages over rows and columns whole.
+bool Snapshot::lies_as_it_should(const Leaf& leaf, Role role, const Operands& operands) {
+  if (leaf.shard == nullptr) return false;
+  if (role == Role::kState) return have_same_placements({nullptr, operands.outers[0], operands.shard}, leaf);
+  return role == Role::kScale ? leaf.shard->kind == operands.shard->kind : leaf.shard->is_replica();
+}
+
 // The tensor in a value of the state dict, whose item is the next; null if the engine does not take it.
 const c10::TensorImpl* Snapshot::see_state(PyObject* value, Role role, Specs* specs, Operands* operands) {
   operands->states_are_known = THPVariable_Check(value);
-  const bool is_plain = role == Role::kScale || role == Role::kCount || role == Role::kNumber;
+  const bool is_plain = role == Role::kCount || role == Role::kNumber;
   if (distributed_ == nullptr || is_plain) {
     operands->states_are_tensors = THPVariable_CheckExact(value);
     return operands->states_are_tensors ? impl_of(value) : nullptr;
   }
   const Leaf leaf = leaf_of(value, specs);
-  // Every process has the averages over rows and columns whole.
-  const bool matches = role == Role::kState
-                           ? have_same_placements({nullptr, operands->outers[0], operands->shard}, leaf)
-                           : leaf.shard != nullptr && leaf.shard->is_replica();
-  operands->placements_match = operands->placements_match && matches;
+  operands->placements_match = operands->placements_match && lies_as_it_should(leaf, role, *operands);
   operands->states_are_tensors = leaf.local != nullptr && !leaf.outer->requires_grad();
   if (!operands->states_are_tensors) return nullptr;
   distributed_->items.resize(items_.size() + 1);

@@ -103,6 +103,7 @@ class Snapshot {
   bool is_in_dtensor(size_t item) const;
   const c10::TensorImpl* tensor_of(size_t item) const;
   bool see_param(PyObject* param, Specs* specs, Operands* operands);
+  static bool lies_as_it_should(const Leaf& leaf, Role role, const Operands& operands);
   const c10::TensorImpl* see_state(PyObject* value, Role role, Specs* specs, Operands* operands);
   bool look_into_dtensors();
   bool gradient_matches(const c10::TensorImpl* param, const c10::TensorImpl* gradient, Batch& batch, Entry& entry);

@@ -2,6 +2,9 @@
 
 Blocks are runs of elements in memory, in the order in which the tensor's own strides have them. csrc/core/code8.h says
 which numbers the codes stand for, and is what the engine does; this is the same in plain torch, bit for bit.
+
+Where a tensor's rows, along its first dimension, are whole blocks, the scales have a row for each of them: so they can
+be spread over processes as a parameter's rows are (DTensors), and spread anew. A DTensor is worked on rank by rank.
 """
 
 from collections.abc import Mapping
@@ -9,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from trainopt.optim.distributed import elements, is_dtensor, spread_like
 
 #: Elements that share a scale.
 BLOCK = 256
@@ -23,30 +28,55 @@ def blocks_of(numel: int) -> int:
     return -(-numel // BLOCK)
 
 
+def shape_of_scales(shape: torch.Size) -> torch.Size:
+    """The shape of the scales of a state of this shape."""
+    row = shape[1:].numel()
+    has_rows = len(shape) > 1 and row > 0 and row % BLOCK == 0
+    return torch.Size((shape[0], row // BLOCK) if has_rows else (blocks_of(shape.numel()),))
+
+
+def can_be_shared(param: Tensor) -> bool:
+    """Whether the processes that share a DTensor have whole blocks each; True for an ordinary tensor."""
+    cuts = {p.dim for p in getattr(param, "placements", ()) if not p.is_replicate()}
+    return not cuts or (cuts == {0} and len(shape_of_scales(param.shape)) > 1 and elements(param).is_contiguous())
+
+
 def scale_of(state: Mapping[str, Any], name: str) -> Tensor:
     """The scales of a state in codes; ValueError if they are not there, or are those of another number of elements."""
     scale, blocks = state.get(name + SUFFIX), blocks_of(state[name].numel())
-    fits = isinstance(scale, Tensor) and scale.shape == (blocks,) and scale.dtype is torch.float32
+    fits = isinstance(scale, Tensor) and scale.numel() == blocks and scale.dtype is torch.float32
     if not fits or not isinstance(scale, Tensor) or state[name].dtype is not torch.uint8:
         found = f"{scale.dtype} of shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
         raise ValueError(
             f"{name} is {state[name].dtype} and {name + SUFFIX} {found}: a state in 8 bits is of torch.uint8, and this"
             f" one has {blocks} scales of torch.float32"
         )
-    return scale.detach()
+    wanted = shape_of_scales(state[name].shape)
+    return scale.detach() if is_dtensor(scale) or scale.shape == wanted else scale.detach().reshape(wanted)
 
 
 def zeros_like(param: Tensor) -> tuple[Tensor, Tensor]:
     """The codes and the scales of a state of zeros."""
     codes = torch.zeros_like(param, dtype=torch.uint8, memory_format=torch.preserve_format)
-    return codes, torch.zeros(blocks_of(param.numel()), device=param.device)
+    scale = torch.zeros(shape_of_scales(elements(param).shape), device=param.device)
+    return codes, spread_like(scale, param, shape_of_scales(param.shape))
 
 
 def decode(codes: Tensor, scale: Tensor, is_unsigned: bool) -> Tensor:
     """The float32 numbers that codes and scales stand for, in a tensor like the codes."""
+    return spread_like(_decode(elements(codes), elements(scale), is_unsigned), codes, codes.shape)
+
+
+def encode(values: Tensor, is_unsigned: bool, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The codes and scales that are nearest to float32 numbers, or nearly: see `rounding_at`."""
+    codes, scale = _encode(elements(values), is_unsigned, rounding)
+    return spread_like(codes, values, values.shape), spread_like(scale, values, shape_of_scales(values.shape))
+
+
+def _decode(codes: Tensor, scale: Tensor, is_unsigned: bool) -> Tensor:
     out = torch.empty_like(codes, dtype=torch.float32)
     code = _in_memory(codes).int()
-    bits = scale.view(torch.int32)
+    bits = scale.reshape(-1).view(torch.int32)
     places = _Places(bits & 3, is_unsigned)
     shift, unit = (_of_each(of_block, code.numel()) for of_block in (places.shift, places.unit))
     magnitude = code if is_unsigned else code & 0x7F
@@ -65,8 +95,7 @@ def rounding_at(step: int) -> float:
     return min(max(part, 1 / 64), 63 / 64) - 0.5
 
 
-def encode(values: Tensor, is_unsigned: bool, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The codes and scales that are nearest to float32 numbers, or nearly: see `rounding_at`."""
+def _encode(values: Tensor, is_unsigned: bool, rounding: float) -> tuple[Tensor, Tensor]:
     if not values.is_contiguous():  # what is not dense becomes so
         values = torch.empty_like(values).copy_(values)
     out = torch.empty_like(values, dtype=torch.uint8)
@@ -93,7 +122,7 @@ def encode(values: Tensor, is_unsigned: bool, rounding: float = 0.0) -> tuple[Te
     else:
         code = torch.where(place > offset, code, 0) | (flat.view(torch.int32) < 0).int() << 7
     _in_memory(out).copy_(code)
-    return out, stored
+    return out, stored.view(shape_of_scales(values.shape))
 
 
 class _Places:

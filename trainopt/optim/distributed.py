@@ -38,6 +38,25 @@ def like(whole: Tensor, param: Tensor) -> Tensor:
     return distribute_tensor(whole, getattr(param, "device_mesh", None), placements, src_data_rank=None)
 
 
+def spread_like(local: Tensor, other: Tensor, sizes: torch.Size) -> Tensor:
+    """This rank's part of a tensor of these sizes, which is spread as another one is; itself if that is no DTensor.
+
+    Without a collective: whoever calls it knows that each rank's part is what these placements make it.
+    """
+    if not is_dtensor(other):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = other.device_mesh, other.placements  # type: ignore[attr-defined]
+    strides = local.stride() if all(p.is_replicate() for p in placements) else row_major(sizes)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=sizes, stride=strides)
+
+
+def row_major(sizes: torch.Size) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    return torch.empty(sizes, device="meta").stride()
+
+
 def on_any_rank(flag: bool | Tensor, params: Iterable[Tensor]) -> bool | Tensor:
     """Whether the flag is set on any rank that these parameters, as far as they are DTensors, are sharded over.
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from trainopt.optim import code8, precision
-from trainopt.optim.distributed import is_dtensor
 from trainopt.optim.options import extra
 
 #: What a state can be stored in, whatever its parameter's dtype; by name, for files and command lines. "8bit" is uint8
@@ -82,10 +81,12 @@ def check_params(group: Mapping[str, Any]) -> None:
                 f"state_dtype={chosen!r} is for parameters of float32, bfloat16, float16, and one is {param.dtype}: put"
                 " it in a group with state_dtype=None"
             )
-        if uses_codes(group) and is_dtensor(param):
+        if uses_codes(group) and param.numel() >= code8.LEAST_ELEMENTS and not code8.can_be_shared(param):
             raise ValueError(
-                f"state_dtype={chosen!r}: 8-bit states are for whole parameters, and one is a DTensor, whose shards"
-                " need not end where a block of elements does: use 'bfloat16'"
+                f"state_dtype={chosen!r}: one parameter is a DTensor of shape {tuple(param.shape)} with the placements"
+                f" {param.placements}, whose shards do not consist of whole blocks of {code8.BLOCK} elements: they do"  # type: ignore[attr-defined]
+                f" where the first dimension alone is spread, and the others have a multiple of {code8.BLOCK} elements"
+                " together. Put it in a group with state_dtype='bfloat16'"
             )
 
 
