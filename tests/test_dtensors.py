@@ -266,9 +266,13 @@ def stacks_of_matrices(mesh, name, dim):
 
 @case(*(name for name in OPTIMIZERS if TABLE[name].factors))
 def matrices_that_do_not_lie_beside_each_other(mesh, name):
+    """Plain torch steps them."""
     for matrices in (4, 1):  # of one, a process has none
         p = nn.Parameter(spread(mesh, random((2, matrices, 3, 3), 1), Shard(1)))
         assert "block of rows and columns" in trainopt.explain(OPTIMIZERS[name]([p]))[0].reason
+    *_, optimizers = steps_of_both(mesh, name, Shard(1), [(2, 4, 3, 5), (3, 6, 2, 2)])
+    check_same(*optimizers)
+    assert set(paths(optimizers[0])) == {"torch"}
 
 
 #: Whose rows are whole blocks of 256 elements, or which are small.
@@ -434,7 +438,7 @@ def check_alike(name, sides, gradient_of, what, **options):
     assert_equal(*results, what)
 
 
-on_torchs_path = case(*(name for name in OPTIMIZERS if TABLE[name].takes_shards))
+on_torchs_path = case(*(name for name in OPTIMIZERS if TABLE[name].takes_shards or TABLE[name].factors))
 
 
 @on_torchs_path

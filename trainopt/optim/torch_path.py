@@ -15,7 +15,7 @@ import torch
 
 from trainopt._extension import _C
 from trainopt.optim import average, precision, stats
-from trainopt.optim.distributed import like, reals_of
+from trainopt.optim.distributed import is_dtensor, like, reals_of
 from trainopt.optim.gradients import GradientScaling, clears, clips
 from trainopt.optim.options import DEFAULTS, extra
 from trainopt.optim.state_dtype import are_apart, cast_states, dtype_of, has_codes
@@ -262,7 +262,9 @@ def _view(optimizer: States, groups: list[dict[str, Any]]) -> Any:
 
 def _make_step(view: Any) -> None:
     chosen = hasattr(view, "plain_step") and any(map(chooses, view.param_groups))
-    if view._torch_class is None or chosen:
+    # Of DTensors torch's Adafactor takes a shard's norms for those of the whole, where it does not refuse them.
+    is_shared = view._factors and any(is_dtensor(param) for group in view.param_groups for param in group["params"])
+    if view._torch_class is None or chosen or is_shared:
         _make_plain_step(view)
     else:
         step_of(type(view))(view)
