@@ -78,8 +78,8 @@ class Adafactor(Fused, originals.Adafactor, rule="adafactor"):
 
     @staticmethod
     def plain_step(param: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """One parameter's step in plain torch, in place: for cautious groups, which torch's own step has none for, and for
-        DTensors that the engine does not take."""
+        """One parameter's step in plain torch, in place: for cautious groups, which torch's own step has none for, and
+        for DTensors that the engine does not take."""
         count, lr, (eps1, eps2) = float(state["step"]), float(group["lr"]), group["eps"]
         weight = count ** group["beta2_decay"]
         size = max(eps2, _size(param)) * min(lr, count**-0.5)
