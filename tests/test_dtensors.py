@@ -549,14 +549,84 @@ def stats_are_of_the_whole(mesh, name, where):
 
 @case("SGD", "Adafactor")
 def what_is_not_finite_on_any_rank_is_told(mesh, name):
-    p = nn.Parameter(spread(mesh, random((5, 3), 1), Shard(0)))
-    optimizer = OPTIMIZERS[name]([p], **OPTIONS[name], stats=True, skip_nonfinite=True)
-    gradient = random((5, 3), 2)
-    gradient[4, 0], gradient[0, 1], gradient[4, 2] = torch.inf, -torch.inf, 1e3
-    p.grad = spread(mesh, gradient, Shard(0))
-    optimizer.step()
-    assert optimizer.stats()[0].nonfinite == 2 and optimizer.stats()[0].largest_gradient == torch.inf
-    assert optimizer.stats()[0].update_norm == 0 and optimizer.last_step_skipped
+    for rows in (5, 1):  # of one row, a process has none
+        p = nn.Parameter(spread(mesh, random((rows, 3), 1), Shard(0)))
+        optimizer = OPTIMIZERS[name]([p], **OPTIONS[name], stats=True, skip_nonfinite=True)
+        gradient = random((rows, 3), 2)
+        gradient[-1, 0], gradient[0, 1], gradient[-1, 2] = torch.inf, -torch.inf, 1e3
+        p.grad = spread(mesh, gradient, Shard(0))
+        optimizer.step()
+        assert optimizer.stats()[0].nonfinite == 2 and optimizer.stats()[0].largest_gradient == torch.inf
+        assert optimizer.stats()[0].update_norm == 0 and optimizer.last_step_skipped
+        mine = p.grad.to_local()
+        found = [each for each in optimizer.nonfinite_report() if each.tensor == "gradient"]
+        assert sum(each.inf for each in found) == mine.isinf().sum() and all(e.numel == mine.numel() for e in found)
+
+
+@case(*((name, key) for name in ("SGD", *SUMMING) for key in ("cautious", "stats") if name != "Prodigy"))
+def fsdp_of_tensor_parallelism(mesh, name, key):
+    """torch's placement for what both cut is no Shard."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    grid = dist.device_mesh.init_device_mesh("cpu", (2, 1))
+
+    def shard_of(tensor):
+        own = tensor.chunk(2)[dist.get_rank()].clone()
+        placements = [_StridedShard(0, split_factor=1), Shard(0)]
+        return DTensor.from_local(own, grid, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+    start = random((16, 8), 0)
+    params = [nn.Parameter(shard_of(start)), nn.Parameter(start)]
+    optimizers = [OPTIMIZERS[name]([p], **OPTIONS[name], **{key: True}) for p in params]
+    for step in range(3):
+        gradient = random((16, 8), 1 + step)
+        params[0].grad, params[1].grad = shard_of(gradient), gradient
+        for optimizer in optimizers:
+            optimizer.step()
+        if key == "stats":
+            found, truth = (optimizer.stats()[0] for optimizer in optimizers)
+            assert found == pytest.approx(truth, rel=1e-12)
+    assert_equal(whole(params[0].detach()), params[1].detach(), rtol=1e-12, atol=1e-12)
+
+
+@case(*OPTIMIZERS)
+def a_mesh_without_this_process(mesh, name):
+    if OPTIMIZERS[name]._sums_over_all:
+        return  # each process has sums of its own then
+    meshes = [dist.device_mesh.DeviceMesh("cpu", ranks) for ranks in ([0], [1], [0, 1])]
+    options = {**OPTIONS[name], "noise": 0.1, "stats": True}
+    params = [nn.Parameter(spread(where, random((5, 3), i), Shard(0))) for i, where in enumerate(meshes)]
+    alone = [nn.Parameter(random((5, 3), i)) for i in range(len(meshes))]
+    optimizers = [OPTIMIZERS[name](given, **options) for given in (params, alone)]
+    for step in range(3):
+        for i, (p, q, where) in enumerate(zip(params, alone, meshes, strict=True)):
+            p.grad, q.grad = spread(where, random((5, 3), 10 * step + i), Shard(0)), random((5, 3), 10 * step + i)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(params, alone, strict=True):
+        if p.device_mesh.get_coordinate() is not None:
+            assert_equal(whole(p.detach()), q.detach())
+    assert set(paths(optimizers[0])) == {"fused"}
+
+
+@case("float16", "bfloat16", "float64", "complex64")
+def the_norm_that_clips(mesh, dtype):
+    """In more than 16 bits, and over meshes of several kinds."""
+    grid = dist.device_mesh.init_device_mesh("cpu", (1, 2))
+    gradient = (2000 * torch.ones(4096)).to(getattr(torch, dtype))
+    for where in ((mesh,), (mesh, grid)):
+        given = [gradient.clone() for _ in where]
+        placements = [[Shard(0)] if each is mesh else [Replicate(), Shard(0)] for each in where]
+        sides = []
+        for tensors in (given, list(map(distribute_tensor, given, where, placements))):
+            params = [nn.Parameter(torch.zeros_like(tensor)) for tensor in tensors]
+            for p, g in zip(params, tensors, strict=True):
+                p.grad = g.clone()
+            optimizer = trainopt.SGD(params, lr=1.0, max_grad_norm=6.4, skip_nonfinite=True)
+            optimizer.step()
+            sides.append((optimizer.grad_norm, *(whole(p.detach()) for p in params)))
+            assert not optimizer.last_step_skipped
+        assert all(map(torch.equal, *sides)), sides
 
 
 # In two processes -----------------------------------------------------------------------------------------------------

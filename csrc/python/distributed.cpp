@@ -87,12 +87,12 @@ bool Specs::learn() {
   const auto describe = pybind11::module_::import("trainopt.optim.distributed").attr("describe");
   for (const pybind11::object& spec : std::exchange(strangers_, {})) {
     using Sizes = std::vector<int64_t>;
-    const auto [key, is_pending, cuts, sizes, offset] =
-        describe(spec).cast<std::tuple<pybind11::object, bool, Sizes, Sizes, std::optional<Sizes>>>();
+    const auto [key, is_pending, is_elsewhere, cuts, sizes, offset] =
+        describe(spec).cast<std::tuple<pybind11::object, bool, bool, Sizes, Sizes, std::optional<Sizes>>>();
     const auto same = [&key = key](const pybind11::object& other) { return other.equal(key); };
     const auto kind = std::find_if(placements_.begin(), placements_.end(), same) - placements_.begin();
     if (kind == static_cast<std::ptrdiff_t>(placements_.size())) placements_.push_back(key);
-    const Shard shard{kind, is_pending, cuts, sizes, offset.value_or(Sizes()), offset.has_value()};
+    const Shard shard{kind, is_pending, is_elsewhere, cuts, sizes, offset.value_or(Sizes()), offset.has_value()};
     known_[spec.ptr()] = {spec, shard, true};
   }
   return true;

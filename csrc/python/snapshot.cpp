@@ -293,7 +293,8 @@ bool Snapshot::items_match(const c10::TensorImpl* param, Entry& entry, bool* all
     if (item.role == Role::kState) {
       if (requires_grad(tensor) || !same_elements(param, tensor)) return false;
     } else if (item.role == Role::kRows || item.role == Role::kColumns) {
-      if (requires_grad(tensor) || !is_factor_of(whole, tensor, item.role == Role::kRows)) return false;
+      const bool has_shape = tensor->numel() == 0 || is_factor_of(whole, tensor, item.role == Role::kRows);
+      if (requires_grad(tensor) || !has_shape) return false;
     } else if (item.role == Role::kScale) {
       if (tensor->numel() != scales_of(param->numel()) || !tensor->is_contiguous()) return false;
     } else if (item.role == Role::kNumber) {

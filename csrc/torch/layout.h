@@ -25,6 +25,7 @@ bool arrange(const std::vector<Arranged>& operands, bool logical_order, std::deq
 struct Shard {
   int64_t kind;                        // the same for the same mesh and placements
   bool is_pending;                     // the whole is a sum over a mesh that is still to be taken
+  bool is_elsewhere;                   // this process is outside of the mesh, and has nothing of the tensor
   std::vector<int64_t> cuts;           // which dimensions are spread over processes, the same on all of them
   std::vector<int64_t> sizes, offset;  // of the whole; and where in it the local tensor begins
   bool is_block;                       // `offset` tells it: the local tensor is one block of the whole

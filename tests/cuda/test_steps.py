@@ -273,6 +273,7 @@ def test_sums_over_shards(device, name, mesh, monkeypatch):
         lambda spec: (
             (half, spec.placements),
             False,
+            False,
             () if spec.placements == (Replicate(),) else (0,),
             tuple(spec.shape),
             (0,) * len(spec.shape),

@@ -229,7 +229,8 @@ class Fused(States):
     def nonfinite_report(self) -> NonfiniteReport:
         """The parameters with NaN or infinite elements in their gradient, states or value, by name and count.
 
-        Returns a report that prints itself and is empty (false) if all is finite. Reads every tensor once.
+        Returns a report that prints itself and is empty (false) if all is finite. Reads every tensor once; of a DTensor
+        the part of this rank, which it counts by itself.
         """
         return NonfiniteReport.of(self)
 

@@ -114,7 +114,7 @@ def over_shards(
         mesh, placements = key[:2] if key is not None else (None, ())
         if mesh is not None and mesh.get_coordinate() is not None:
             for dim, placement in enumerate(placements):
-                if placement.is_shard() and mesh.size(dim) > 1:
+                if is_cut(placement) and mesh.size(dim) > 1:
                     _extend(runs_of.setdefault((mesh, dim), []), begin, begin + count)
         begin += count
     for (mesh, dim), runs in runs_of.items():
@@ -156,23 +156,32 @@ def _add(a: Tensor, a_low: Tensor, b: Tensor, b_low: Tensor) -> tuple[Tensor, Te
     return torch.where(finite, both, high), torch.where(finite, low - (both - high), 0.0)
 
 
-def describe(spec: Any) -> tuple[tuple[Any, ...], bool, Sizes, Sizes, Sizes | None]:
+def is_cut(placement: Any) -> bool:
+    """Whether ranks have different parts. Where FSDP2 cuts what tensor parallelism has cut, that is no `Shard`."""
+    return not (placement.is_replicate() or placement.is_partial())
+
+
+def describe(spec: Any) -> tuple[tuple[Any, ...], bool, bool, Sizes, Sizes, Sizes | None]:
     """Tells the step plan of a DTensorSpec how the local tensor lies in the whole, on this rank.
 
     Returns:
         What is equal for tensors of one mesh and placements, the mesh and the placements first; whether a sum is
-        pending; the dimensions that are spread over ranks; the sizes of the whole; where in it the local tensor begins,
-        in each dimension, or None if that is not one block of it.
+        pending; whether this rank is outside of the mesh, and has nothing; the dimensions that are spread over ranks;
+        the sizes of the whole; where in it the local tensor begins, in each dimension, or None if that is not one block
+        of it.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     placements, sizes = tuple(spec.placements), tuple(spec.shape)
-    cuts = [p.dim % len(sizes) for i, p in enumerate(placements) if type(p) is Shard and spec.mesh.size(i) > 1]
+    cuts = [p.dim % len(sizes) for i, p in enumerate(placements) if is_cut(p) and spec.mesh.size(i) > 1]
     offset = None
+    is_elsewhere = spec.mesh.get_coordinate() is None
     # Two mesh dimensions may cut one dimension of the tensor in either order: then it is not told here.
     if all(type(placement) in (Shard, Replicate) for placement in placements) and len({*cuts}) == len(cuts):
-        offset = tuple(compute_local_shape_and_global_offset(sizes, spec.mesh, placements)[1])
+        # Whoever is outside of the mesh has no part, and decides as those do that have one.
+        found = compute_local_shape_and_global_offset(sizes, spec.mesh, placements)[1]
+        offset = (0,) * len(sizes) if is_elsewhere else tuple(found)
     is_pending = any(placement.is_partial() for placement in placements)
     key = (spec.mesh, placements, getattr(spec, "shard_order", None))
-    return key, is_pending, tuple(cuts), sizes, offset if offset is None or len(offset) == len(sizes) else None
+    return key, is_pending, is_elsewhere, tuple(cuts), sizes, offset

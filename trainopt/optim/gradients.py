@@ -95,8 +95,12 @@ def _norm_by_torch(gradients: list[Tensor]) -> tuple[float | Tensor, Tensor]:
         torch.linalg.vector_norm(reals_of(own), dtype=torch.float64)
         for own in (elements(gradient) for gradient in gradients if not hasattr(gradient, "full_tensor"))
     ]
-    if shared:
-        norms.append(stock._get_total_norm(shared).full_tensor().double())  # type: ignore[attr-defined]
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for gradient in shared:
+        wide = torch.complex128 if gradient.is_complex() else torch.float64  # 16 bits would not hold many a norm
+        norm = torch.linalg.vector_norm(gradient, dtype=wide)
+        by_mesh.setdefault(gradient.device_mesh, []).append(norm)  # type: ignore[attr-defined]
+    norms += [stock._get_total_norm(of_mesh).full_tensor() for of_mesh in by_mesh.values()]  # type: ignore[attr-defined]
     device = gradients[0].device if gradients else torch.device("cpu")
     total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms])) if norms else torch.zeros(())
     is_double = any(gradient.dtype in (torch.float64, torch.complex128) for gradient in gradients)

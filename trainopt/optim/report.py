@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainopt.optim.distributed import elements
 from trainopt.optim.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -142,12 +143,11 @@ def nonfinite_report(optimizer: Any) -> NonfiniteReport:
 
 
 def count_nonfinite(tensor: Any) -> tuple[int, int, int]:
-    """(NaN, infinite, all) elements of a tensor; of the stored ones if it is sparse. Zeros for anything else."""
+    """(NaN, infinite, all) elements of a tensor; of the stored ones if it is sparse, and of those of this rank if it is
+    a DTensor. Zeros for anything else."""
     if not isinstance(tensor, torch.Tensor):
         return 0, 0, 0
-    values = tensor.detach()
-    if values.is_sparse:
-        values = values.coalesce().values()
+    values = elements(tensor)
     if values.isfinite().all():
         return 0, 0, values.numel()
     nan, inf = values.isnan(), values.isinf()

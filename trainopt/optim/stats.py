@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainopt.optim import precision
-from trainopt.optim.distributed import describe, elements, is_dtensor, over_shards, reals_of
+from trainopt.optim.distributed import describe, elements, is_cut, is_dtensor, over_shards, reals_of
 from trainopt.optim.options import extra
 
 Numbered = tuple[int, dict[str, Any], Tensor]  # index over all groups, group, parameter
@@ -169,8 +169,20 @@ def _of_gradient(param: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         values = values.coalesce().values()
     wide = torch.complex128 if values.is_complex() else torch.float64  # in which no absolute value overflows
     size = values.to(wide).abs()
-    largest = size.nan_to_num(0.0, math.inf).amax() if size.numel() else size.sum()
+    largest = _largest(size.nan_to_num(0.0, math.inf))
     return whole(_norm(values)) / scale, whole(largest) / scale, whole((~size.isfinite()).sum())
+
+
+def _largest(size: Tensor) -> Tensor:
+    """The largest of numbers that are not below 0; torch's `amax` refuses a rank's part that is empty."""
+    own = elements(size)
+    largest = own.amax() if own.numel() else own.sum()
+    if not is_dtensor(size):
+        return largest
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    parts = [Partial("max") if is_cut(placement) else Replicate() for placement in size.placements]  # type: ignore[attr-defined]
+    return DTensor.from_local(largest, size.device_mesh, parts, run_check=False)  # type: ignore[attr-defined]
 
 
 def _norm(values: Tensor) -> Tensor:

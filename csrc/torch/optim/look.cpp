@@ -115,8 +115,10 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   if (!operands.states_are_tensors) return Path::kStateForm;
   const Slots slots = rule_.slots();
   const bool param_is_16_bit = is_16_bit(task->param.dtype);
-  const bool is_factored = rule_.factors != 0 && param->dim() > 1;
-  const StateSet of_it = states_of_one(static_cast<StateSet>(~0u), rule_.factors, param->dim());
+  const bool is_elsewhere = operands.shard != nullptr && operands.shard->is_elsewhere;
+  const auto dims = static_cast<int64_t>(sizes.size());
+  const bool is_factored = rule_.factors != 0 && dims > 1 && !is_elsewhere;
+  const StateSet of_it = states_of_one(static_cast<StateSet>(~0u), rule_.factors, dims);
   bool in_two_parts = false;
   for (int s = 0; s <= slots.average(); ++s) {
     TensorView& view = task->state[s];
@@ -124,8 +126,8 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
     const c10::TensorImpl* state = operands.states[s];
     if (state == nullptr || (s < slots.states && !contains(of_it, s))) continue;
     if (contains(rule_.factors, s)) {
-      if (!is_beside(state) || !is_factor_of(sizes, state, s == first_of(rule_.factors)) || state->requires_grad())
-        return Path::kStateForm;
+      const bool has_shape = is_elsewhere || is_factor_of(sizes, state, s == first_of(rule_.factors));
+      if (!is_beside(state) || !has_shape || state->requires_grad()) return Path::kStateForm;
       writes(state);
       continue;
     }
@@ -174,7 +176,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
 
   task->shard = nullptr;
   const bool is_random = group.is_random(param_is_16_bit);
-  if (is_random && operands.shard != nullptr) {
+  if (is_random && operands.shard != nullptr && !is_elsewhere) {
     if (!operands.shard->is_block) return Path::kPlacement;
     if (!lay_shard(*operands.shard, param->sizes(), &shard_layouts_, &task->shard)) return Path::kMemory;
   }
