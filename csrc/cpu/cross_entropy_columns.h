@@ -2,6 +2,9 @@
 // a row, and up to 256 rows are worked on class by class.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 #include "cpu/cross_entropy_rows.h"
 
 namespace trainopt::cpu {
@@ -88,6 +91,44 @@ class ColumnGroup {
   S mapped_[kBlock], masses_[kBlock];
 };
 
+// The labels of a group's rows, in lanes of S's size; -1, which is no class, where there is none or it is ignored.
+template <class S>
+class ColumnLabels {
+  using Label = std::conditional_t<sizeof(S) == sizeof(int32_t), int32_t, int64_t>;
+  typedef Label Lanes __attribute__((vector_size(TRAINOPT_VECTOR_BYTES)));
+
+ public:
+  ColumnLabels(const CrossEntropyTask& task, int64_t first_row, int count) : width_(padded(count)) {
+    for (int i = 0; i < width_; ++i) {
+      const bool counts = i < count && task.labels != nullptr && task.labels[first_row + i] != task.ignore_index;
+      any_ignored_ = any_ignored_ || (i < count && task.labels != nullptr && !counts);
+      labels_[i] = counts ? static_cast<Label>(task.labels[first_row + i]) : Label(-1);
+    }
+  }
+
+  // `there` where the lane's label is this class, and `elsewhere`.
+  Vec<S> where(int64_t c, int i, Vec<S> there, Vec<S> elsewhere) const {
+    return labels(i) == static_cast<Label>(c) ? there.lanes : elsewhere.lanes;
+  }
+  // Clears what is ignored: also a NaN.
+  void clear_ignored(S* out) const {
+    if (!any_ignored_) return;
+    for (int i = 0; i < width_; i += Vec<S>::kSize)
+      store(out + i, Vec<S>(labels(i) == Label(-1) ? Vec<S>(S(0)).lanes : load(out + i).lanes));
+  }
+
+ private:
+  const int width_;
+  bool any_ignored_ = false;
+  Label labels_[kBlock];
+
+  Lanes labels(int i) const {
+    Lanes lanes;
+    __builtin_memcpy(&lanes, labels_ + i, sizeof lanes);
+    return lanes;
+  }
+};
+
 // Sums of many small parts: in S over a few classes, then in double.
 template <class S>
 struct ColumnSums {
@@ -119,6 +160,7 @@ void columns_forward(const CrossEntropyTask& task, const Columns& logits, const 
   constexpr int kSize = Vec<S>::kSize;
   const int width = padded(count);
   ColumnGroup<S> group(task, logits, probabilities, count);
+  const ColumnLabels<S> labels(task, first_row, count);
   S largest[kBlock], label_logit[kBlock];
   for (int i = 0; i < width; ++i) largest[i] = -kInfinity<S>, label_logit[i] = S(0);
   for (int64_t c = 0; c < task.classes; ++c) {
@@ -130,14 +172,12 @@ void columns_forward(const CrossEntropyTask& task, const Columns& logits, const 
   group.for_each_class([&](int64_t c, const S* x, const S* m) {
     for (int i = 0; i < width; i += kSize) {
       const Vec<S> below = load(x + i) - load(largest + i);
+      store(label_logit + i, labels.where(c, i, load(x + i), load(label_logit + i)));
       store(exponentials.part + i, load(exponentials.part + i) + exponential_of_negative(below));
       if (m == nullptr) continue;
       store(mass.part + i, load(mass.part + i) + load(m + i));
       store(products.part + i, load(products.part + i) + load(m + i) * below);
     }
-    if (task.labels != nullptr)
-      for (int i = 0; i < count; ++i)
-        if (task.labels[first_row + i] == c) label_logit[i] = x[i];
     if (!ends_part(c, task.classes)) return;
     exponentials.flush(width);
     if (m == nullptr) return;
@@ -186,25 +226,23 @@ void columns_backward(const CrossEntropyTask& task, const Columns& logits, const
                                            SoftmaxCrossEntropy::rounding_of<S>(log_sum));
   }
   const LogitMap<S> map(task);
+  const ColumnLabels<S> labels(task, first_row, count);
   group.for_each_class([&](int64_t c, const S* x, const S* m) {
-    S at_label[kBlock];
-    if (task.labels != nullptr)
-      for (int i = 0; i < width; ++i) {
-        const S derivative = map.cap == 0 ? S(1) : map.derivative(x[i]);
-        at_label[i] = i < count && task.labels[first_row + i] == c ? label_mass[i] * derivative : S(0);
-      }
     S* out = gradients.start_writing(c);
     for (int i = 0; i < width; i += kSize) {
       const Vec<S> tile = load(x + i), masses = m == nullptr ? Vec<S>(S(0)) : load(m + i) * load(upstream + i);
       Vec<S> derivative = SoftmaxCrossEntropy::derivative((tile - load(peak + i)) - load(log_sums + i),
                                                           load(probability_factor + i), masses);
-      if (map.cap != 0) derivative = derivative * map.derivative(tile);
-      if (task.labels != nullptr) derivative = derivative - load(at_label + i);
+      Vec<S> at_label = load(label_mass + i);
+      if (map.cap != 0) {
+        const Vec<S> of_map = map.derivative(tile);
+        derivative = derivative * of_map;
+        at_label = at_label * of_map;
+      }
+      if (task.labels != nullptr) derivative = derivative - labels.where(c, i, at_label, Vec<S>(S(0)));
       store(out + i, derivative);
     }
-    if (task.labels != nullptr)
-      for (int i = 0; i < count; ++i)
-        if (task.labels[first_row + i] == task.ignore_index) out[i] = S(0);
+    labels.clear_ignored(out);
     gradients.finish_writing(c, out);
   });
 }

@@ -9,6 +9,36 @@ namespace {
 
 constexpr int kFewClasses = 64;
 
+constexpr int kSquare = 8;
+
+// Turns a square of numbers, whose rows are `from[0]`, `from[1]`, ..., into one with rows `to[0]`, ...
+template <class S>
+TRAINOPT_FUNCTION void transpose(const S* const (&from)[kSquare], S* const (&to)[kSquare]) {
+  for (int i = 0; i < kSquare; ++i)
+    for (int k = 0; k < kSquare; ++k) to[k][i] = from[i][k];
+}
+#if defined(__AVX2__)
+// In three steps of eight shuffles. With a load and a store for each number a loss of 32 classes took 1.26 times as
+// long.
+TRAINOPT_FUNCTION void transpose(const float* const (&from)[kSquare], float* const (&to)[kSquare]) {
+  __m256 rows[kSquare], pairs[kSquare], fours[kSquare];
+  for (int i = 0; i < kSquare; ++i) rows[i] = _mm256_loadu_ps(from[i]);
+  for (int i = 0; i < kSquare; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < kSquare; i += 4)
+    for (int half = 0; half < 2; ++half) {
+      fours[i + 2 * half] = _mm256_shuffle_ps(pairs[i + half], pairs[i + half + 2], 0x44);
+      fours[i + 2 * half + 1] = _mm256_shuffle_ps(pairs[i + half], pairs[i + half + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to[i], _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
+    _mm256_storeu_ps(to[i + 4], _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
+  }
+}
+#endif
+
 // Up to kLanes rows, class by class.
 template <class S>
 class Transposed {
@@ -18,25 +48,49 @@ class Transposed {
   Columns columns() { return {{values_, nullptr, kDTypeOf<S>}, 0, kLanes}; }
 
   void read(const Rows& from, int64_t first_row, int count) {
-    S row[kFewClasses];
-    for (int i = 0; i < kLanes; ++i) {
-      if (i >= count) {
-        for (int c = 0; c < classes_; ++c) values_[c * kLanes + i] = S(0);
-        continue;
+    S buffers[kSquare][kFewClasses] = {};
+    static const S zeros[kFewClasses] = {};
+    for (int first = 0; first < kLanes; first += kSquare) {
+      const S* rows[kSquare];
+      for (int i = 0; i < kSquare; ++i)
+        rows[i] = first + i < count ? load_row_tile(from, first_row + first + i, 0, classes_, buffers[i]) : zeros;
+      for (int c = 0; c < classes_; c += kSquare) {
+        S* const out = values_ + c * kLanes + first;
+        if (c + kSquare <= classes_) {
+          const S* square[kSquare];
+          S* turned[kSquare];
+          for (int i = 0; i < kSquare; ++i) square[i] = rows[i] + c, turned[i] = out + i * kLanes;
+          transpose(square, turned);
+        } else {
+          for (int k = 0; c + k < classes_; ++k)
+            for (int i = 0; i < kSquare; ++i) out[k * kLanes + i] = rows[i][c + k];
+        }
       }
-      const S* values = load_row_tile(from, first_row + i, 0, classes_, row);
-      for (int c = 0; c < classes_; ++c) values_[c * kLanes + i] = values[c];
     }
   }
 
   void write(const Rows& to, int64_t first_row, int count) const {
     const TensorView view{to.data, nullptr, to.dtype};
-    S row[kFewClasses];
-    for (int i = 0; i < count; ++i) {
-      const int64_t place = (first_row + i) * to.stride;
-      S* out = is_run_of<S>(view) ? static_cast<S*>(to.data) + place : row;
-      for (int c = 0; c < classes_; ++c) out[c] = values_[c * kLanes + i];
-      store_tile(view, place, classes_, out);
+    const bool is_run = is_run_of<S>(view);
+    S buffers[kSquare][kFewClasses];
+    for (int first = 0; first < count; first += kSquare) {
+      const int here = count - first < kSquare ? count - first : kSquare;
+      const auto place = [&](int i) { return (first_row + first + i) * to.stride; };
+      S* rows[kSquare];
+      for (int i = 0; i < kSquare; ++i) rows[i] = is_run && i < here ? static_cast<S*>(to.data) + place(i) : buffers[i];
+      for (int c = 0; c < classes_; c += kSquare) {
+        const S* const in = values_ + c * kLanes + first;
+        if (c + kSquare <= classes_) {
+          const S* square[kSquare];
+          S* turned[kSquare];
+          for (int i = 0; i < kSquare; ++i) square[i] = in + i * kLanes, turned[i] = rows[i] + c;
+          transpose(square, turned);
+        } else {
+          for (int k = 0; c + k < classes_; ++k)
+            for (int i = 0; i < here; ++i) rows[i][c + k] = in[k * kLanes + i];
+        }
+      }
+      for (int i = 0; i < here; ++i) store_tile(view, place(i), classes_, rows[i]);
     }
   }
 
