@@ -112,7 +112,7 @@ def over_shards(
     begin = 0
     for key, count in zip(keys, rows or [1] * len(keys), strict=True):
         mesh, placements = key[:2] if key is not None else (None, ())
-        if mesh is not None and mesh.get_coordinate() is not None:
+        if count and mesh is not None and mesh.get_coordinate() is not None:
             for dim, placement in enumerate(placements):
                 if is_cut(placement) and mesh.size(dim) > 1:
                     _extend(runs_of.setdefault((mesh, dim), []), begin, begin + count)

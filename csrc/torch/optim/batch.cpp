@@ -326,14 +326,16 @@ void Batch::share_factors(const cpu::Update (&updates)[2], const AddShards& add_
   }
   if (tasks.empty()) return;
   const at::Tensor totals = at::zeros({count}, at::kDouble);
-  double* at = static_cast<double*>(totals.mutable_data_ptr());
-  for (size_t i = 0; i < tasks.size(); at += rows[i++]) cpu::total_squares(cpu::factors_of(*tasks[i], state), at);
+  double* of_task = static_cast<double*>(totals.mutable_data_ptr());
+  for (size_t i = 0; i < tasks.size(); of_task += rows[i++])
+    cpu::total_squares(cpu::factors_of(*tasks[i], state), of_task);
   add_shards(totals, shards, rows);
-  at = static_cast<double*>(totals.mutable_data_ptr());
-  for (size_t i = 0; i < tasks.size(); at += rows[i++]) {
-    const bool is_float64 = tasks[i]->param.dtype == DType::kFloat64;
-    cpu::move_factors_by(at, is_float64, rule_.factor_settings(*tasks[i]->scalars, is_float64, tasks[i]->param.dtype),
-                         cpu::factors_of(*tasks[i], state));
+  of_task = static_cast<double*>(totals.mutable_data_ptr());
+  for (size_t i = 0; i < tasks.size(); of_task += rows[i++]) {
+    const cpu::TensorTask& task = *tasks[i];
+    const bool is_float64 = task.param.dtype == DType::kFloat64;
+    const cpu::FactorSettings settings = rule_.factor_settings(*task.scalars, is_float64, task.param.dtype);
+    cpu::move_factors_by(of_task, is_float64, settings, cpu::factors_of(task, state));
   }
 }
 
