@@ -168,9 +168,9 @@ bool Plan::refresh(PyObject* groups, PyObject* state) {
 
 bool Plan::lacks_states(const Operands& operands, const Group& group) const {
   const SlotSet average = 1u << rule_.slots().average();
-  const SlotSet needed =
-      states_of_one(static_cast<StateSet>(group.states_needed & (average - 1)), rule_.factors, operands.param->dim()) |
-      (group.states_needed & average);
+  const SlotSet needed = states_of_one(static_cast<StateSet>(group.states_needed & (average - 1)), rule_.factors,
+                                       static_cast<int64_t>(operands.sizes().size())) |
+                         (group.states_needed & average);
   for (int s = 0; s <= rule_.slots().average(); ++s)
     if (contains(needed, s) && operands.states[s] == nullptr) return true;
   for (int n = 0; n < rule_.number_count; ++n)

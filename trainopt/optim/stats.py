@@ -149,7 +149,8 @@ def measured(optimizer: Any, params: Iterable[Numbered], scale: float = 1.0) -> 
         norm, largest, nonfinite = of_gradient
         moved = _value(optimizer, group, param).double().sub_(value)
         numbers = (norm, _norm(value), _norm(moved), largest, nonfinite)
-        optimizer._record.stats[index] = torch.stack([number.double() for number in numbers])
+        # A rank outside of a DTensor's mesh has none of them, in place of numbers.
+        optimizer._record.stats[index] = torch.stack([number.double().sum() for number in numbers])
 
 
 @torch.no_grad()

@@ -37,6 +37,9 @@ struct Operands {
   bool placements_match = true;                        // so do the gradient and the states
   c10::SmallVector<const c10::TensorImpl*, 0> outers;  // the DTensors that are written to, the parameter first
   const c10::TensorImpl* outer_gradient = nullptr;
+
+  // The parameter's sizes, of a DTensor those of the whole.
+  c10::IntArrayRef sizes() const { return shard != nullptr ? c10::IntArrayRef(shard->sizes) : param->sizes(); }
 };
 
 // One parameter in a step.

@@ -93,7 +93,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
   writes(param);
   for (const c10::TensorImpl* outer : operands.outers) writable = writable && is_writable(outer);
   task->numel = param->numel();
-  const c10::IntArrayRef sizes = operands.shard != nullptr ? c10::IntArrayRef(operands.shard->sizes) : param->sizes();
+  const c10::IntArrayRef sizes = operands.sizes();
   task->numel_of_whole = c10::multiply_integers(sizes);
   bool in_order = true;
 
