@@ -44,6 +44,7 @@ class Adafactor(Fused, originals.Adafactor, rule="adafactor"):
     """
 
     _reads_parameter = True
+    _torch_takes_shards = False  # torch's takes a shard's norms for those of the whole, where it does not refuse it
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainopt.optim.distributed import elements, is_dtensor, spread_like
+from trainopt.optim.distributed import elements, is_cut, is_dtensor, spread_like
 
 #: Elements that share a scale.
 BLOCK = 256
@@ -37,7 +37,7 @@ def shape_of_scales(shape: torch.Size) -> torch.Size:
 
 def can_be_shared(param: Tensor) -> bool:
     """Whether the processes that share a DTensor have whole blocks each; True for an ordinary tensor."""
-    cuts = {p.dim for p in getattr(param, "placements", ()) if not p.is_replicate()}
+    cuts = {placement.dim for placement in getattr(param, "placements", ()) if is_cut(placement)}
     return not cuts or (cuts == {0} and len(shape_of_scales(param.shape)) > 1 and elements(param).is_contiguous())
 
 

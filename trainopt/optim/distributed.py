@@ -93,7 +93,7 @@ def add_shards(sums: Tensor, keys: Sequence[tuple[Any, ...] | None], rows: Seque
     Args:
         sums: float64. Either numbers, a row each; or rows of pairs of such, whose sum is meant (csrc/core/sum.h).
             Pairs are added in the order of the ranks, numbers as the backend does.
-        keys: of each tensor, what `describe` said of its placements; None for one that is no DTensor.
+        keys: of each tensor a tuple that begins with its mesh and its placements; None for one that is no DTensor.
         rows: how many rows of `sums` a tensor has. By default one.
     """
     over_shards(sums, keys, rows, _add_numbers if sums.dim() == 1 else _add_pairs)

@@ -49,6 +49,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     #: count where it is to know it, and the numbers are where the count is.
     _beside: ClassVar[tuple[str, ...]] = ()
     _torch_class: ClassVar[type | None] = None  # whose step it makes, if torch has one
+    _torch_takes_shards: ClassVar[bool] = True  # else its `plain_step` is made in place of torch's, of DTensors
     _needs_host: ClassVar[bool] = False  # whether a step begins with numbers that the host moves on: see `_advanced`
     _host_options: ClassVar[frozenset[str]] = frozenset()  # of groups, which the class reads and the rule does not
     #: Options beyond torch's, with their defaults. They are in param_groups where they are not at these.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainopt.optim import precision
-from trainopt.optim.distributed import describe, elements, is_cut, is_dtensor, over_shards, reals_of
+from trainopt.optim.distributed import elements, is_cut, is_dtensor, over_shards, reals_of
 from trainopt.optim.options import extra
 
 Numbered = tuple[int, dict[str, Any], Tensor]  # index over all groups, group, parameter
@@ -93,7 +93,7 @@ def _of_wholes(optimizer: Any) -> dict[int, Numbers]:
     for device, indices in by_device.items():
         table = torch.stack([torch.as_tensor(found[i], dtype=torch.float64, device=device) for i in indices])
         table[:, :3].square_()
-        over_shards(table, [describe(params[i][0]._spec)[0] for i in indices], (), _combine)
+        over_shards(table, [(params[i][0].device_mesh, params[i][0].placements) for i in indices], (), _combine)
         table[:, :3].sqrt_()
         wholes.update(zip(indices, table, strict=True))
     return wholes

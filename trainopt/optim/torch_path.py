@@ -262,9 +262,9 @@ def _view(optimizer: States, groups: list[dict[str, Any]]) -> Any:
 
 def _make_step(view: Any) -> None:
     chosen = hasattr(view, "plain_step") and any(map(chooses, view.param_groups))
-    # Of DTensors torch's Adafactor takes a shard's norms for those of the whole, where it does not refuse them.
-    is_shared = view._factors and any(is_dtensor(param) for group in view.param_groups for param in group["params"])
-    if view._torch_class is None or chosen or is_shared:
+    params = [param for group in view.param_groups for param in group["params"]]
+    is_refused = not view._torch_takes_shards and any(map(is_dtensor, params))
+    if view._torch_class is None or chosen or is_refused:
         _make_plain_step(view)
     else:
         step_of(type(view))(view)
