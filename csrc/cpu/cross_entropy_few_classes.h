@@ -8,8 +8,8 @@ namespace trainopt::cpu {
 namespace {
 
 constexpr int kFewClasses = 64;
-
 constexpr int kSquare = 8;
+static_assert(kFewClasses % kSquare == 0 && kLanes % kSquare == 0);
 
 // Turns a square of numbers, whose rows are `from[0]`, `from[1]`, ..., into one with rows `to[0]`, ...
 template <class S>
@@ -48,48 +48,38 @@ class Transposed {
   Columns columns() { return {{values_, nullptr, kDTypeOf<S>}, 0, kLanes}; }
 
   void read(const Rows& from, int64_t first_row, int count) {
-    S buffers[kSquare][kFewClasses] = {};
+    S buffers[kSquare][kFewClasses];
     static const S zeros[kFewClasses] = {};
     for (int first = 0; first < kLanes; first += kSquare) {
       const S* rows[kSquare];
       for (int i = 0; i < kSquare; ++i)
         rows[i] = first + i < count ? load_row_tile(from, first_row + first + i, 0, classes_, buffers[i]) : zeros;
-      for (int c = 0; c < classes_; c += kSquare) {
-        S* const out = values_ + c * kLanes + first;
-        if (c + kSquare <= classes_) {
-          const S* square[kSquare];
-          S* turned[kSquare];
-          for (int i = 0; i < kSquare; ++i) square[i] = rows[i] + c, turned[i] = out + i * kLanes;
-          transpose(square, turned);
-        } else {
-          for (int k = 0; c + k < classes_; ++k)
-            for (int i = 0; i < kSquare; ++i) out[k * kLanes + i] = rows[i][c + k];
-        }
-      }
+      for_each_square(first, [&](int c, S* const* columns) {
+        const S* square[kSquare];
+        S* turned[kSquare];
+        for (int i = 0; i < kSquare; ++i) square[i] = rows[i] + c, turned[i] = columns[i];
+        transpose(square, turned);
+      });
+      for_each_single(first, kSquare, [&](int i, int c, S& value) { value = rows[i][c]; });
     }
   }
 
-  void write(const Rows& to, int64_t first_row, int count) const {
+  void write(const Rows& to, int64_t first_row, int count) {
     const TensorView view{to.data, nullptr, to.dtype};
-    const bool is_run = is_run_of<S>(view);
     S buffers[kSquare][kFewClasses];
     for (int first = 0; first < count; first += kSquare) {
       const int here = count - first < kSquare ? count - first : kSquare;
       const auto place = [&](int i) { return (first_row + first + i) * to.stride; };
       S* rows[kSquare];
-      for (int i = 0; i < kSquare; ++i) rows[i] = is_run && i < here ? static_cast<S*>(to.data) + place(i) : buffers[i];
-      for (int c = 0; c < classes_; c += kSquare) {
-        const S* const in = values_ + c * kLanes + first;
-        if (c + kSquare <= classes_) {
-          const S* square[kSquare];
-          S* turned[kSquare];
-          for (int i = 0; i < kSquare; ++i) square[i] = in + i * kLanes, turned[i] = rows[i] + c;
-          transpose(square, turned);
-        } else {
-          for (int k = 0; c + k < classes_; ++k)
-            for (int i = 0; i < here; ++i) rows[i][c + k] = in[k * kLanes + i];
-        }
-      }
+      for (int i = 0; i < kSquare; ++i)
+        rows[i] = is_run_of<S>(view) && i < here ? static_cast<S*>(to.data) + place(i) : buffers[i];
+      for_each_square(first, [&](int c, S* const* columns) {
+        const S* square[kSquare];
+        S* turned[kSquare];
+        for (int i = 0; i < kSquare; ++i) square[i] = columns[i], turned[i] = rows[i] + c;
+        transpose(square, turned);
+      });
+      for_each_single(first, here, [&](int i, int c, S& value) { rows[i][c] = value; });
       for (int i = 0; i < here; ++i) store_tile(view, place(i), classes_, rows[i]);
     }
   }
@@ -97,6 +87,29 @@ class Transposed {
  private:
   const int classes_;
   S values_[kFewClasses * kLanes];
+
+  S* column(int c, int first) { return values_ + c * kLanes + first; }
+
+  // Calls use(class, columns) for squares of the rows from `first` on. The last may overlap the one before it: both
+  // have the same there.
+  template <class Use>
+  TRAINOPT_INLINE void for_each_square(int first, Use use) {
+    if (classes_ < kSquare) return;
+    for (int c = 0; c < classes_; c += kSquare) {
+      const int begin = c + kSquare <= classes_ ? c : classes_ - kSquare;
+      S* columns[kSquare];
+      for (int i = 0; i < kSquare; ++i) columns[i] = column(begin + i, first);
+      use(begin, columns);
+    }
+  }
+
+  // Calls use(row, class, value) for each number where there are fewer classes than a square has.
+  template <class Use>
+  TRAINOPT_INLINE void for_each_single(int first, int count, Use use) {
+    if (classes_ >= kSquare) return;
+    for (int c = 0; c < classes_; ++c)
+      for (int i = 0; i < count; ++i) use(i, c, column(c, first)[i]);
+  }
 };
 
 template <class S>
