@@ -33,11 +33,15 @@ struct FactoredTensor : FactoredViews {
   std::vector<double> numbers;   // the memory of `rows` and `columns`
   std::vector<double> of_whole;  // of a shard: the numbers of the whole
 
-  FactoredTensor(const FactoredShape& of, const TensorView& row_average, const TensorView& column_average)
-      : FactoredViews{{of, nullptr, nullptr}, row_average, column_average, false, {}}, cut(of, false) {}
+  // `shard`: which part of the whole it is, or null.
   FactoredTensor(const FactoredShape& of, const TensorView& row_average, const TensorView& column_average,
-                 const FactoredBlock& of_shard)
-      : FactoredViews{{of, nullptr, nullptr}, row_average, column_average, true, of_shard}, cut(of, true) {}
+                 const FactoredBlock* shard)
+      : FactoredViews{{of, nullptr, nullptr},
+                      row_average,
+                      column_average,
+                      shard != nullptr,
+                      shard == nullptr ? FactoredBlock{} : *shard},
+        cut(of, is_shard) {}
   FactoredTensor(const FactoredTensor&) = delete;
 
   // Makes room for a step's numbers and sums, which `add_squares` needs. A tensor that is only looked at has none.

@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == sizeof(double) ? 1 : 2)
   const auto& row = table.rows[index];
   const FactoredShape shape = row.shape;
   const int64_t pieces = shape.pieces(), groups = shape.groups();
-  const int64_t unit =
-      static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kWarps + threadIdx.x / 32;
+  const int64_t unit = block_in(table, index) * kWarps + threadIdx.x / 32;
   if (unit >= groups_of(shape)) return;
   const Stages<S> stages = stages_of(prepared_in(table.header, row.prepared).scalars, S());
   const bool reads_param = stages.adds_parameter();
@@ -119,8 +118,7 @@ __global__ void __launch_bounds__(kThreads) move_averages_kernel(const MatricesT
   const FactoredShape shape = row.shape;
   S* const of_rows = static_cast<S*>(row.numbers);
   S* const of_columns = of_rows + shape.matrices * shape.rows;
-  int64_t i =
-      static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kThreads + threadIdx.x;
+  int64_t i = block_in(table, index) * kThreads + threadIdx.x;
   if (i == 0) *row.out = {shape, of_rows, of_columns};
   if (i >= shape.numbers()) return;
   const S weight = static_cast<S>(scalars_in<Rule, S>(prepared_in(table.header, row.prepared)).weight);
@@ -153,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) finish_rows_kernel(const MatricesTab
   const MatricesRow& row = table.rows[index];
   const FactoredShape shape = row.shape;
   const bool by_warp = shape.rows <= kRowsOfWarp;
-  const int64_t block = static_cast<int32_t>(blockIdx.x) - table.first_chunk[index];
+  const int64_t block = block_in(table, index);
   const int64_t matrix = by_warp ? block * kWarps + threadIdx.x / 32 : block;
   TRAINOPT_SHARED(double, lanes, kMeanLanes);
   if (by_warp && matrix >= shape.matrices) return;
@@ -215,8 +213,7 @@ __global__ void __launch_bounds__(kThreads) total_squares_kernel(const ShardsTab
   if (is_left_out(table.header)) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const ShardRow& row = table.rows[index];
-  const int64_t i =
-      static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kThreads + threadIdx.x;
+  const int64_t i = block_in(table, index) * kThreads + threadIdx.x;
   if (i >= row.shape.numbers()) return;
   const ShardPlace at(row, i);
   const int64_t parts = at.is_row ? row.shape.pieces() : row.shape.groups();
@@ -230,8 +227,7 @@ __global__ void __launch_bounds__(kThreads) take_block_kernel(const ShardsTable 
   if (is_left_out(table.header)) return;
   const int index = find_row(table, static_cast<int32_t>(blockIdx.x));
   const ShardRow& row = table.rows[index];
-  const int64_t i =
-      static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kThreads + threadIdx.x;
+  const int64_t i = block_in(table, index) * kThreads + threadIdx.x;
   S* const numbers = static_cast<S*>(row.numbers);
   if (i == 0) *row.out = {row.shape, numbers, numbers + row.shape.matrices * row.shape.rows};
   if (i < row.shape.numbers()) numbers[i] = static_cast<const S*>(row.of_whole)[ShardPlace(row, i).in_whole];
@@ -279,10 +275,13 @@ struct Place {
   Factored* out;
   void *numbers, *of_whole;
   double *row_sums, *column_sums;
+  double* totals;  // of a shard's whole
+
+  bool is_shard() const { return views != nullptr && views->is_shard; }
 };
 
 template <class Rule, class S>
-std::vector<Place> places_of(const Update& work, void* memory) {
+std::vector<Place> places_of(const Update& work, void* memory, double* totals) {
   std::vector<Place> places(work.count);
   int64_t end = 0;
   for (size_t t = 0; t < work.count; ++t) {
@@ -296,8 +295,10 @@ std::vector<Place> places_of(const Update& work, void* memory) {
                  at(place.numbers),
                  at(place.of_whole),
                  static_cast<double*>(at(place.row_sums)),
-                 static_cast<double*>(at(place.column_sums))};
+                 static_cast<double*>(at(place.column_sums)),
+                 totals};
     end = place.end;
+    if (views->is_shard) totals += views->block.whole.numbers();
   }
   return places;
 }
@@ -345,39 +346,32 @@ void run_over(const Update& work, const char* name, Kernel kernel, Stream stream
 // Those shards alone that have elements.
 template <class Kernel>
 void run_over_shards(const Update& work, const std::vector<Place>& places, const char* name, Kernel kernel,
-                     double* totals, Stream stream) {
-  std::vector<double*> begins;
-  for (const Place& place : places) {
-    begins.push_back(totals);
-    if (place.views != nullptr && place.views->is_shard) totals += place.views->block.whole.numbers();
-  }
+                     Stream stream) {
   run_over<ShardsTable, ShardRow>(
       work, name, kernel, stream,
       [&](size_t t) {
-        const bool is_one = places[t].views != nullptr && places[t].views->is_shard && work.tasks[t].numel > 0;
-        return is_one ? blocks_of(places[t].shape.numbers(), kThreads) : 0;
+        return places[t].is_shard() && work.tasks[t].numel > 0 ? blocks_of(places[t].shape.numbers(), kThreads) : 0;
       },
       [&](size_t t) {
         const Place& place = places[t];
         return ShardRow{place.shape,       place.views->block, place.row_sums,
-                        place.column_sums, begins[t],          place.of_whole,
+                        place.column_sums, place.totals,       place.of_whole,
                         place.numbers,     place.out,          0};
       });
 }
 
 template <class Rule, class S>
 void add_all_squares(const Update& work, void* memory, double* totals, Stream stream) {
-  const std::vector<Place> places = places_of<Rule, S>(work, memory);
+  const std::vector<Place> places = places_of<Rule, S>(work, memory, totals);
   add_squares_of<S, Mixed>(work, places, stream);
   add_squares_of<S, Strided>(work, places, stream);
-  run_over_shards(work, places, "total_squares", total_squares_kernel, totals, stream);
+  run_over_shards(work, places, "total_squares", total_squares_kernel, stream);
 }
 
 template <class Rule, class S>
 void move_all(const Update& work, void* memory, double* totals, TensorTask* tasks, Stream stream) {
-  const std::vector<Place> places = places_of<Rule, S>(work, memory);
+  const std::vector<Place> places = places_of<Rule, S>(work, memory, totals);
   std::vector<MatricesRow> matrices(work.count);
-  const double* sums = totals;
   for (size_t t = 0; t < work.count; ++t) {
     const Place& place = places[t];
     if (place.views == nullptr) continue;
@@ -397,11 +391,10 @@ void move_all(const Update& work, void* memory, double* totals, TensorTask* task
     if (!views.is_shard) continue;
     const FactoredShape& whole = views.block.whole;
     matrices[t].shape = whole;
-    matrices[t].row_sums = sums;
-    matrices[t].column_sums = sums + whole.matrices * whole.rows;
+    matrices[t].row_sums = place.totals;
+    matrices[t].column_sums = place.totals + whole.matrices * whole.rows;
     matrices[t].numbers = place.of_whole;
     matrices[t].are_totals = true;
-    sums += whole.numbers();
   }
   const auto row_of = [&](size_t t) { return matrices[t]; };
   run_over<MatricesTable, MatricesRow>(
@@ -414,7 +407,7 @@ void move_all(const Update& work, void* memory, double* totals, TensorTask* task
         return shape.rows <= kRowsOfWarp ? blocks_of(shape.matrices, kWarps) : shape.matrices;
       },
       row_of);
-  run_over_shards(work, places, "take_block", take_block_kernel<S>, totals, stream);
+  run_over_shards(work, places, "take_block", take_block_kernel<S>, stream);
   for (size_t t = 0; t < work.count; ++t)
     if (places[t].out != nullptr)
       tasks[t].state[__builtin_ctz(kFactorStates<Rule>)] = {places[t].out, nullptr, DType::kFactored};

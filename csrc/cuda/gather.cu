@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kMinGatherBlocks<S, Storage, 2 + cou
   complete_for_tensor<Rule>(scalars, kSet, row.dtype[0], row.numel);  // which of a whole's is for `finish` to know
 
   const bool reads_param = Pass::kOfParam || stages.adds_parameter();
-  const int64_t chunk = static_cast<int32_t>(blockIdx.x) - table.first_chunk[index];
+  const int64_t chunk = block_in(table, index);
   const int64_t begin = chunk * kChunk + threadIdx.x / 32 * kSumSegment;
   const int64_t end = begin + kSumSegment < row.numel ? begin + kSumSegment : row.numel;
   Sum sums[kCount] = {};

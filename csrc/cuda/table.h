@@ -83,4 +83,10 @@ __device__ inline int find_row(const Table& table, int32_t chunk) {
   return low;
 }
 
+// Which of a row's blocks this one is, of a launch with a chunk for each block.
+template <class Table>
+__device__ __forceinline__ int64_t block_in(const Table& table, int row) {
+  return static_cast<int32_t>(blockIdx.x) - table.first_chunk[row];
+}
+
 }  // namespace trainopt::cuda

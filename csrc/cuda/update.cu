@@ -169,7 +169,7 @@ struct ChunkRange {
 
   template <class Table>
   __device__ __forceinline__ ChunkRange(const Table& table, int index) {
-    at = static_cast<int64_t>(static_cast<int32_t>(blockIdx.x) - table.first_chunk[index]) * kChunk;
+    at = block_in(table, index) * kChunk;
     end = at + kChunk < table.rows[index].numel ? at + kChunk : table.rows[index].numel;
   }
 };

@@ -423,8 +423,7 @@ void Plan::run_unlocked() {
       if (option.tensor != nullptr) kept_options_.push_back(tensor_from(option.tensor));
   batch_.count();
   const pybind11::gil_scoped_release release;
-  batch_.update([this](const at::Tensor& sums, const std::vector<const Shard*>& shards,
-                       const std::vector<int64_t>& rows) { specs_.add_shards(sums, shards, rows); });
+  batch_.update([this](const auto&... sums) { specs_.add_shards(sums...); });
 }
 
 pybind11::list Plan::stats() const {

@@ -31,6 +31,7 @@ double of_others(int64_t i) { return 2 + 0.37 * static_cast<double>(i % 11); }
 // A matrix with its averages, on either engine.
 struct Matrix {
   FactoredShape shape;
+  FactoredBlock block;
   FactoredShape whole;
   Parameter tensors;
   Array rows, columns;
@@ -38,12 +39,12 @@ struct Matrix {
 
   Matrix(const FactoredShape& of, const Arrangement& a, bool is_shard)
       : shape(of),
-        whole(is_shard ? block_of(of).whole : of),
+        block(block_of(of)),
+        whole(is_shard ? block.whole : of),
         tensors(of.matrices * of.rows * of.columns, of.rows, 0, a),
         rows(a.state_dtype, whole.matrices * whole.rows, run_of(0), a.guarded),
         columns(a.state_dtype, whole.matrices * whole.columns, run_of(0), a.guarded),
-        factors(is_shard ? cpu::FactoredTensor(of, rows.view(), columns.view(), block_of(of))
-                         : cpu::FactoredTensor(of, rows.view(), columns.view())) {
+        factors(of, rows.view(), columns.view(), is_shard ? &block : nullptr) {
     for (int64_t i = 0; i < whole.matrices * whole.rows; ++i) rows.set(i, 0.5 + static_cast<double>(i % 7));
     for (int64_t i = 0; i < whole.matrices * whole.columns; ++i) columns.set(i, 0.25 + static_cast<double>(i % 5));
   }

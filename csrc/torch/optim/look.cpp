@@ -238,11 +238,7 @@ Path Batch::factor(const Operands& operands, TensorTask* task) {
   TensorView averages[2];
   if (!read_view(rows_of, true, &averages[0]) || !read_view(columns_of, true, &averages[1])) return Path::kDtype;
   if (task->whole_numel() == 0) return Path::kFused;
-  if (operands.shard == nullptr) {
-    factored_.emplace_back(stack_of(sizes), averages[0], averages[1]);
-  } else {
-    factored_.emplace_back(stack_of(sizes), averages[0], averages[1], block);
-  }
+  factored_.emplace_back(stack_of(sizes), averages[0], averages[1], operands.shard == nullptr ? nullptr : &block);
   task->state[first] = {&factored_.back(), nullptr, DType::kFactored};
   return Path::kFused;
 }
