@@ -3,18 +3,27 @@
 Two processes run all of `CASES` in one go, against the same steps in one process in float64.
 """
 
-import json
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import CLASSES, OPTIONS, assert_equal, attempt, paths
+from dtensors import (
+    OPTIMIZERS,
+    PLACEMENTS,
+    SHAPES,
+    check_same,
+    main,
+    network,
+    outcomes_of,
+    random,
+    registering,
+    spread,
+    steps_of_both,
+    train,
+    whole,
+)
+from helpers import OPTIONS, assert_equal, attempt, paths
 from judge import TABLE, bits
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -22,49 +31,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import trainopt
 from trainopt._extension import _C
 
-OPTIMIZERS = {name: row.ours for name, row in TABLE.items()}
 CASES = {}
+case = registering(CASES)
 
-
-def case(*options):
-    """Makes a function a case of both processes, or a case for each of these arguments."""
-
-    def register(function):
-        for given in options or [()]:
-            arguments = given if isinstance(given, tuple) else (given,)
-            name = "-".join([function.__name__, *map(str, arguments)])
-            CASES[name] = lambda mesh, arguments=arguments: function(mesh, *arguments)
-        return function
-
-    return register
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def is_number(optimizer, key):
-    """Whether a state is one number for a parameter, and no DTensor."""
-    ours = optimizer if hasattr(optimizer, "_numbers") else CLASSES[type(optimizer).__name__][0]
-    return key in ("step", *ours._numbers)
-
-
-def check_same(ours, alone, **tolerance):
-    """Parameters and states of two optimizers, the one of DTensors put together."""
-    for i, (p, q) in enumerate(zip(*(o.param_groups[0]["params"] for o in (ours, alone)), strict=True)):
-        assert_equal(whole(p.detach()), q, f"parameter {i}", **tolerance)
-        assert set(ours.state[p]) == set(alone.state[q])
-        for key, value in alone.state[q].items():
-            mine = ours.state[p][key]
-            assert isinstance(mine, DTensor) == (isinstance(p, DTensor) and not is_number(ours, key)), key
-            if isinstance(mine, DTensor):
-                in_whole = tuple(Replicate() for _ in p.placements)
-                assert mine.placements == (in_whole if key in TABLE[ours.__class__.__name__].factors else p.placements)
-                assert mine.device_mesh == p.device_mesh
-            assert_equal(whole(mine), value, f"{key} of parameter {i}", **tolerance)
-
-
-# Models ---------------------------------------------------------------------------------------------------------------
+SUMMING = [name for name, cls in OPTIMIZERS.items() if _C.rules()[cls._rule].sums]
 
 EXTRAS = {
     "plain": {},
@@ -76,21 +46,7 @@ EXTRAS = {
 }
 
 
-def network():
-    """Sizes that two processes share unevenly, or that leave one without anything."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1)).double()
-
-
-def inputs(step):
-    return torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-
-
-def train(model, optimizer, rows=slice(None), steps=4):
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(inputs(step)[rows]).square().mean().backward()
-        optimizer.step()
+# Models ---------------------------------------------------------------------------------------------------------------
 
 
 @case(*((name, extra) for name in OPTIMIZERS for extra in EXTRAS))
@@ -169,73 +125,7 @@ def tensor_parallel(mesh, name):
     assert paths(optimizers[0]) == ["torch", "torch", *[others] * 4]
 
 
-@case("AdamW", "Adafactor")
-def full_state_dicts(mesh, name):
-    """What one process would have saved, and the way back."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-    from torch.distributed.fsdp import fully_shard
-
-    model, alone = network(), network()
-    fully_shard(model, mesh=mesh)
-    optimizer, truth = (OPTIMIZERS[name](m.parameters(), **OPTIONS[name]) for m in (model, alone))
-    train(model, optimizer, slice(dist.get_rank(), None, 2))
-    train(alone, truth)
-    options = StateDictOptions(full_state_dict=True)
-    saved = get_optimizer_state_dict(model, optimizer, options=options)
-    if dist.get_rank() == 0:
-        for key, q in alone.named_parameters():
-            for state, value in truth.state[q].items():
-                assert_equal(saved["state"][key][state], value)
-    optimizer.zero_grad()  # torch makes no states to load into where there are gradients
-    resumed = OPTIMIZERS[name](model.parameters(), **OPTIONS[name])
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_optimizer_state_dict(model, resumed, saved, options=options)
-    train(model, resumed, slice(dist.get_rank(), None, 2))
-    train(alone, truth)
-    check_same(resumed, truth)
-
-
 # By hand --------------------------------------------------------------------------------------------------------------
-
-PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "replicated": Replicate()}
-SHAPES = [(5, 3), (1, 4), (2, 1), (4, 6), (3, 0), (300, 7), (7, 300)]
-
-
-def spread(mesh, tensor, placement):
-    """A copy of it: without one the local tensor of a replicated DTensor is the tensor itself."""
-    return distribute_tensor(tensor.clone(), mesh, [placement], src_data_rank=None)
-
-
-def random(shape, seed):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def steps_of_both(mesh, name, placement, shapes=SHAPES, dtype=torch.float64, is_whole=None, is_missing=None, **options):
-    """An optimizer of DTensors and one of the same tensors whole, after each of three steps.
-
-    Args:
-        is_whole: of an index, whether that parameter is an ordinary one in both.
-        is_missing: of a step and an index, whether there is no gradient.
-    """
-
-    def of_both(i, tensor):
-        return tensor.clone() if is_whole and is_whole(i) else spread(mesh, tensor, placement), tensor
-
-    start = [of_both(i, random(shape, i).to(dtype)) for i, shape in enumerate(shapes)]
-    params = [[nn.Parameter(tensor) for tensor in side] for side in zip(*start, strict=True)]
-    optimizers = [OPTIMIZERS[name](given, **{**OPTIONS[name], **options}) for given in params]
-    for step in range(3):
-        for i, (p, q) in enumerate(zip(*params, strict=True)):
-            p.grad = q.grad = None
-            if not (is_missing and is_missing(step, i)):
-                p.grad, q.grad = of_both(i, random(shapes[i], 100 * step + i).to(dtype))
-        for optimizer in optimizers:
-            optimizer.step()
-        yield optimizers
 
 
 @case(*((name, where, extra) for name in OPTIMIZERS for where in PLACEMENTS for extra in ("plain", "noise", "tail")))
@@ -273,127 +163,6 @@ def matrices_that_do_not_lie_beside_each_other(mesh, name):
     *_, optimizers = steps_of_both(mesh, name, Shard(1), [(2, 4, 3, 5), (3, 6, 2, 2)])
     check_same(*optimizers)
     assert set(paths(optimizers[0])) == {"torch"}
-
-
-#: Whose rows are whole blocks of 256 elements, or which are small.
-CODED = [(16, 512), (17, 2, 256), (1, 8192), (2, 4096), (9, 3)]
-
-
-@case(*((name, where) for name in OPTIMIZERS for where in ("rows", "replicated")))
-def states_in_8_bits(mesh, name, where):
-    """A shard has whole blocks, and the bits that the whole has."""
-    options = {"state_dtype": "8bit", "precision": "master24"}
-    for optimizers in steps_of_both(mesh, name, PLACEMENTS[where], CODED, torch.bfloat16, **options):
-        for p, q in zip(*(optimizer.param_groups[0]["params"] for optimizer in optimizers), strict=True):
-            assert torch.equal(bits(whole(p.detach())), bits(q)), tuple(p.shape)
-            mine, alone = (optimizer.state[r] for optimizer, r in zip(optimizers, (p, q), strict=True))
-            assert set(mine) == set(alone)
-            for key, value in alone.items():
-                assert torch.equal(bits(whole(mine[key])), bits(value)), (key, tuple(p.shape))
-    assert set(paths(optimizers[0])) == {"fused"}
-
-
-@case("AdamW", "Lion")
-def codes_are_spread_anew(mesh, name):
-    """What ranks have saved one process goes on with, and the other way round; and they go back to float32."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-    from torch.distributed.fsdp import fully_shard
-
-    def made(is_sharded):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(256, 17), nn.Linear(17, 512, bias=False))
-        return fully_shard(model, mesh=mesh) if is_sharded else model
-
-    def step(model, optimizer, seed):
-        for p in model.parameters():
-            gradient = random(p.shape, seed).float()
-            p.grad = spread(mesh, gradient, Shard(0)) if isinstance(p, DTensor) else gradient
-        optimizer.step()
-        optimizer.zero_grad()
-
-    sides = []
-    for is_sharded in (True, False):
-        model = made(is_sharded)
-        options = {**OPTIONS[name], "state_dtype": "8bit"}
-        groups = [
-            {"params": [model[0].weight, model[0].bias]},
-            {"params": [model[1].weight], "state_dtype": "bfloat16"},
-        ]
-        sides.append((model, OPTIMIZERS[name](groups, **options)))
-        step(*sides[-1], 1)
-    full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    saved = [get_optimizer_state_dict(*side, options=StateDictOptions(full_state_dict=True)) for side in sides]
-    key = next(key for key in saved[1]["state"]["0.weight"] if key.endswith("_scale"))
-    if dist.get_rank() == 0:
-        assert torch.equal(*(state["state"]["0.weight"][key] for state in saved))
-    set_optimizer_state_dict(*sides[0], saved[1], options=full)
-    given = [saved[0]]
-    dist.broadcast_object_list(given)
-    set_optimizer_state_dict(*sides[1], given[0])
-    for side in sides:
-        step(*side, 2)
-    check = [[whole(p.detach()) for p in model.parameters()] for model, _ in sides]
-    for p, q in zip(*check, strict=True):
-        assert torch.equal(p, q)
-    for _, optimizer in sides:
-        trainopt.convert_state(optimizer, state_dtype="float32")
-    for p, q in zip(*(model.parameters() for model, _ in sides), strict=True):
-        for state, value in sides[1][1].state[q].items():
-            assert torch.equal(whole(sides[0][1].state[p][state]), value) and value.dtype == torch.float32
-
-
-@case("AdamW", "Lion")
-def codes_in_distributed_checkpoints(mesh, name):
-    """Saved as shards and loaded as replicas, a run goes on with the same bits."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
-    ended = []
-    for placement in (Shard(0), Replicate()):
-        model = nn.Linear(512, 17, bias=False)
-        model.weight = nn.Parameter(spread(mesh, random((17, 512), 0).bfloat16(), placement))
-        optimizer = OPTIMIZERS[name](model.parameters(), **OPTIONS[name], state_dtype="8bit", precision="master24")
-
-        def step(seed, model=model, optimizer=optimizer, placement=placement):
-            model.weight.grad = spread(mesh, random((17, 512), seed).bfloat16(), placement)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-        if placement == Shard(0):
-            step(1)
-            state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-            dcp.save(state, checkpoint_id=folder[0])
-        else:
-            dcp.load(state, checkpoint_id=folder[0])
-            model.load_state_dict(state["model"])
-            set_optimizer_state_dict(model, optimizer, state["optimizer"])
-        step(2)
-        state = optimizer.state[model.weight]
-        assert any(key.endswith("_scale") for key in state)
-        ended.append([whole(model.weight.detach()), *(whole(state[key]) for key in sorted(state))])
-    assert all(map(torch.equal, *ended))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder[0])
-
-
-@case("AdamW")
-def codes_of_shards_without_whole_blocks_are_refused(mesh, name):
-    for shape, placement in (((64, 100), Shard(0)), ((64, 512), Shard(1)), ((5000,), Shard(0))):
-        p = nn.Parameter(spread(mesh, torch.ones(shape), placement))
-        error = attempt(lambda p=p: OPTIMIZERS[name]([p], state_dtype="8bit"))
-        assert error[0] is ValueError and "whole blocks" in error[1] and str(shape) in error[1]
-        OPTIMIZERS[name]([{"params": [p], "state_dtype": "bfloat16"}], state_dtype="8bit")
-
-
-SUMMING = [name for name, cls in OPTIMIZERS.items() if _C.rules()[cls._rule].sums]
 
 
 @case(*((n, where, dtype) for n in SUMMING for where in PLACEMENTS for dtype in ("float32", "float64", "bfloat16")))
@@ -537,33 +306,7 @@ def one_collective_for_each_dimension_of_a_mesh(mesh, name):
         dist.all_reduce, dist.all_gather_into_tensor = originals
 
 
-@case(*((name, where) for name in OPTIMIZERS for where in PLACEMENTS))
-def stats_are_of_the_whole(mesh, name, where):
-    for optimizers in steps_of_both(mesh, name, PLACEMENTS[where], stats=True):
-        found, truth = (optimizer.stats() for optimizer in optimizers)
-        assert list(found) == list(truth) == list(range(len(SHAPES)))
-        for i, numbers in truth.items():
-            assert found[i] == pytest.approx(numbers, rel=1e-12), SHAPES[i]
-    assert set(paths(optimizers[0])) == {"fused"}
-
-
-@case("SGD", "Adafactor")
-def what_is_not_finite_on_any_rank_is_told(mesh, name):
-    for rows in (5, 1):  # of one row, a process has none
-        p = nn.Parameter(spread(mesh, random((rows, 3), 1), Shard(0)))
-        optimizer = OPTIMIZERS[name]([p], **OPTIONS[name], stats=True, skip_nonfinite=True)
-        gradient = random((rows, 3), 2)
-        gradient[-1, 0], gradient[0, 1], gradient[-1, 2] = torch.inf, -torch.inf, 1e3
-        p.grad = spread(mesh, gradient, Shard(0))
-        optimizer.step()
-        assert optimizer.stats()[0].nonfinite == 2 and optimizer.stats()[0].largest_gradient == torch.inf
-        assert optimizer.stats()[0].update_norm == 0 and optimizer.last_step_skipped
-        mine = p.grad.to_local()
-        found = [each for each in optimizer.nonfinite_report() if each.tensor == "gradient"]
-        assert sum(each.inf for each in found) == mine.isinf().sum() and all(e.numel == mine.numel() for e in found)
-
-
-@case(*((name, key) for name in ("SGD", *SUMMING) for key in ("cautious", "stats") if name != "Prodigy"))
+@case(*((name, key) for name in ("SGD", *SUMMING) for key in ("cautious", "stats")))
 def fsdp_of_tensor_parallelism(mesh, name, key):
     """torch's placement for what both cut is no Shard."""
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -589,10 +332,8 @@ def fsdp_of_tensor_parallelism(mesh, name, key):
     assert_equal(whole(params[0].detach()), params[1].detach(), rtol=1e-12, atol=1e-12)
 
 
-@case(*OPTIMIZERS)
+@case(*(name for name, cls in OPTIMIZERS.items() if not cls._sums_over_all))  # of which each process would have its own
 def a_mesh_without_this_process(mesh, name):
-    if OPTIMIZERS[name]._sums_over_all:
-        return  # each process has sums of its own then
     meshes = [dist.device_mesh.DeviceMesh("cpu", ranks) for ranks in ([0], [1], [0, 1])]
     options = {**OPTIONS[name], "noise": 0.1, "stats": True}
     params = [nn.Parameter(spread(where, random((5, 3), i), Shard(0))) for i, where in enumerate(meshes)]
@@ -632,41 +373,9 @@ def the_norm_that_clips(mesh, dtype):
 # In two processes -----------------------------------------------------------------------------------------------------
 
 
-def main(folder):
-    """What each process of torchrun runs: all cases, the errors of which it writes down."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    outcomes = {}
-    for name, run in CASES.items():
-        try:
-            run(mesh)
-            outcomes[name] = None
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-        dist.barrier()
-    with open(os.path.join(folder, f"{dist.get_rank()}.json"), "w") as file:
-        json.dump(outcomes, file)
-    dist.destroy_process_group()
-    os._exit(0)  # as in ranks.py
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What each case said, by process."""
-    folder = tmp_path_factory.mktemp("dtensors")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, __file__, str(folder)], env=environment, timeout=600, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return outcomes_of(__file__, tmp_path_factory.mktemp("dtensors"))
 
 
 @pytest.mark.slow
@@ -676,4 +385,4 @@ def test_two_processes(name, outcomes):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(CASES, *sys.argv[1:])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from dtensors import is_number, random, spread, whole
 from helpers import CLASSES, OPTIONS, TABLE, assert_equal, attempt, each_class, mixed, paths
 from ranks import mesh_of_one
-from test_dtensors import is_number, random, spread, whole
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
