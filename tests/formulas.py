@@ -136,7 +136,10 @@ def novograd(p, g, state, options, step):
     (beta1, beta2), before = options["betas"], state.get("exp_avg_sq", torch.zeros(())).double()
     squares = g.square().sum()
     state["exp_avg_sq"] = (squares if before == 0 else beta2 * before + (1 - beta2) * squares).to(p.dtype)
-    u = g / (state["exp_avg_sq"].sqrt() + options["eps"])
+    divisor = state["exp_avg_sq"]
+    if options["amsgrad"]:
+        divisor = state["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(divisor)), divisor)
+    u = g / (divisor.sqrt() + options["eps"])
     if not options["decoupled_decay"]:
         u = u + options["weight_decay"] * p
     share = 1 - beta1 if options["grad_averaging"] else 1.0
@@ -215,7 +218,10 @@ def trust(length, by):
 
 def lamb(p, g, state, options, step):
     """LAMB's new parameter."""
+    (beta1, _), before = options["betas"], state.get("exp_avg", torch.zeros_like(p))
     m, v = moments(p, g, state, options)
+    if not options["grad_averaging"]:
+        m = state["exp_avg"] = beta1 * before + g
     correction1, correction2 = corrections(options, step)
     u = m / correction1 / ((v / correction2).sqrt() + options["eps"]) + options["weight_decay"] * p
     ratio = trust(p.norm(), u.norm()) if options["weight_decay"] != 0 or options["always_adapt"] else 1.0

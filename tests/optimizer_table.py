@@ -109,6 +109,7 @@ TABLE = {
             "no weight_decay": {"lr": 0.02, "weight_decay": 0.0},
             "always_adapt": {"lr": 0.02, "weight_decay": 0.0, "always_adapt": True},
             "trust_clip": {"lr": 0.02, "trust_clip": True},
+            "grad_averaging": {"lr": 0.02, "grad_averaging": False},
             "all": {"lr": 0.02, "betas": (0.6, 0.7), "eps": 1e-2, "weight_decay": 0.3, "maximize": True},
         },
         extras={
@@ -400,6 +401,7 @@ TABLE |= {
             **DECAY,
             "weight_decay, lr float32 tensor": {"lr": LR32, "weight_decay": 0.4},
             "grad_averaging": {"lr": 0.02, "grad_averaging": True},
+            "amsgrad": {"lr": 0.02, "betas": (0.5, 0.3), "amsgrad": True},
             "decoupled_decay": {"lr": 0.02, "weight_decay": 0.4, "decoupled_decay": True},
             "all": dict(lr=0.02, betas=(0.6, 0.7), eps=0.1, weight_decay=0.3, grad_averaging=True, maximize=True),
         },
@@ -410,7 +412,7 @@ TABLE |= {
             "all": {**BETAS_AND_DECAY, "grad_averaging": True, "l1": 0.4},
         },
         usual=BETAS_AND_DECAY,
-        everything={**DECAY_AND_L1, "maximize": True, "grad_averaging": True},
+        everything={**DECAY_AND_L1, "maximize": True, "grad_averaging": True, "amsgrad": True},
     ),
     "Adagrad": Row(
         ours=trainopt.Adagrad,

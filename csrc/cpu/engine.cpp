@@ -99,6 +99,7 @@ constexpr Rule describe(int index) {
             kAlwaysNeedsLr<R>,
             kHasDifferentiable<R>,
             R::states_needed,
+            numbers_needed_by<R>,
             takes<R>,
             R::decay,
             rate_of<R>,

@@ -68,6 +68,7 @@ struct Rule {
   int number_count;
   bool counts_steps, needs_lr, has_differentiable;
   StateSet (*states_needed)(const double* options);
+  int (*numbers_needed)(const double* options);
   bool (*takes)(const double* options);
   Decay (*decay)(const double* options);
   double (*rate)(const double* options);

@@ -274,6 +274,7 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   ema_decay = averages != 0 ? reader.own(keys.ema_decay, 0) : 0;
   ema_warmup = reader.own(keys.ema_warmup, 0) != 0;
   states_needed = rule.states_needed(options) | (averages != 0 ? 1 << rule.state_count : 0);
+  numbers_needed = rule.numbers_needed(options);
   PyObject* lr_value = rule.needs_lr ? reader.require(keys.lr) : reader.find(keys.lr);
   if (lr_value == nullptr) unreadable = 1;  // torch knows whether it can do without
   lr = lr_value == nullptr ? 0 : reader.number_or_device(lr_value, cuda::DeviceNumber::kLr);

@@ -165,6 +165,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_variant", [](const std::string& name) { cpu::set_variant(parse_variant(name)); });
   m.def("rules", rules,
         "What the header of each rule says of it: its options and states, if it counts steps, its sums and numbers.");
+  m.def("numbers_needed", numbers_needed, pybind11::arg("rule"), pybind11::arg("group"),
+        "The names of the rule's numbers that a group's options call for, in the order of the rule.");
   m.def("states_needed", states_needed, pybind11::arg("rule"), pybind11::arg("group"), pybind11::arg("dimensions") = 1,
         "The names of the states that a group's options call for, of a parameter of so many dimensions.");
   m.def("decay_of", decay_of, pybind11::arg("rule"), pybind11::arg("group"),

@@ -116,6 +116,13 @@ std::vector<std::string> states_needed(const std::string& rule_name, const pybin
   return names;
 }
 
+std::vector<std::string> numbers_needed(const std::string& rule_name, const pybind11::dict& dict) {
+  const cpu::Rule& rule = rule_named(rule_name);
+  Group group;
+  group.refresh(dict.ptr(), rule);
+  return {rule.numbers, rule.numbers + group.numbers_needed};
+}
+
 std::string decay_of(const std::string& rule_name, const pybind11::dict& dict) {
   const cpu::Rule& rule = rule_named(rule_name);
   Group group;
@@ -127,6 +134,7 @@ std::string decay_of(const std::string& rule_name, const pybind11::dict& dict) {
 Plan::GroupForm::GroupForm(const Group& group)
     : count(PySequence_Fast_GET_SIZE(group.params)),
       states_needed(group.states_needed),
+      numbers_needed(group.numbers_needed),
       noisy(group.noise != 0),
       cautious(group.cautious != 0),
       stats(group.stats != 0),
@@ -173,7 +181,7 @@ bool Plan::lacks_states(const Operands& operands, const Group& group) const {
                          (group.states_needed & average);
   for (int s = 0; s <= rule_.slots().average(); ++s)
     if (contains(needed, s) && operands.states[s] == nullptr) return true;
-  for (int n = 0; n < rule_.number_count; ++n)
+  for (int n = 0; n < group.numbers_needed; ++n)
     if (operands.numbers[n] == nullptr) return true;
   const bool is_16_bit = operands.param->dtype().itemsize() == 2;
   if (group.has_master() && is_16_bit && operands.states[rule_.slots().master()] == nullptr) return true;

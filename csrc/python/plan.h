@@ -45,6 +45,9 @@ struct Unfinished {
 // The names of the rule's states that a group's options call for.
 std::vector<std::string> states_needed(const std::string& rule, const pybind11::dict& group, int64_t dimensions);
 
+// Likewise of its numbers.
+std::vector<std::string> numbers_needed(const std::string& rule, const pybind11::dict& group);
+
 // Where the weight decay of a group belongs: "gradient", "parameter" or "update".
 std::string decay_of(const std::string& rule, const pybind11::dict& group);
 
@@ -95,7 +98,7 @@ class Plan {
   // What a group decides of the batch.
   struct GroupForm {
     Py_ssize_t count = 0;
-    int64_t states_needed = 0;
+    int64_t states_needed = 0, numbers_needed = 0;
     bool noisy = false, cautious = false, stats = false;
     Precision precision = Precision::kNative;
     bool differentiable = false, unreadable = false;
@@ -105,7 +108,8 @@ class Plan {
     GroupForm() = default;
     explicit GroupForm(const Group& group);
     bool operator==(const GroupForm& other) const {
-      return count == other.count && states_needed == other.states_needed && noisy == other.noisy &&
+      return count == other.count && states_needed == other.states_needed &&
+             numbers_needed == other.numbers_needed && noisy == other.noisy &&
              cautious == other.cautious && stats == other.stats && precision == other.precision &&
              differentiable == other.differentiable && unreadable == other.unreadable && clips == other.clips &&
              clears_gradient == other.clears_gradient && options == other.options;

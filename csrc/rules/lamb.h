@@ -10,10 +10,10 @@ namespace trainopt {
 
 struct Lamb {
   static constexpr const char* kName = "lamb";
-  enum Option { kBeta1, kBeta2, kEps, kTrustClip, kAlwaysAdapt, kBiasCorrection };
-  static constexpr const char* kOptions[] = {"betas.0",    "betas.1",      "eps",
-                                             "trust_clip", "always_adapt", "bias_correction"};
-  static constexpr OptionSet kTrueByDefault = 1u << kBiasCorrection;
+  enum Option { kBeta1, kBeta2, kEps, kTrustClip, kAlwaysAdapt, kBiasCorrection, kGradAveraging };
+  static constexpr const char* kOptions[] = {"betas.0",      "betas.1",         "eps",           "trust_clip",
+                                             "always_adapt", "bias_correction", "grad_averaging"};
+  static constexpr OptionSet kTrueByDefault = 1u << kBiasCorrection | 1u << kGradAveraging;
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
   static constexpr StateSet kStateSets[] = {0b11};
   static constexpr StateSet kUnsigned = 0b10;
@@ -39,7 +39,7 @@ struct Lamb {
       return options[kBiasCorrection] != 0 ? bias_correction(beta, info.step) : 1.0;
     };
     Scalars<S> k;
-    k.first = weights_of<S>(options[kBeta1]);
+    k.first = weights_of<S>(options[kBeta1], options[kGradAveraging] != 0 ? 1 - options[kBeta1] : 1.0);
     k.second = weights_of<S>(options[kBeta2]);
     k.inverse_correction1 = static_cast<S>(1 / correction(options[kBeta1]));
     k.inverse_sqrt_correction2 = static_cast<S>(1 / __builtin_sqrt(correction(options[kBeta2])));
@@ -58,7 +58,7 @@ struct Lamb {
   TRAINOPT_INLINE static T direction(const Scalars<S>& k, T p, T g, T* state) {
     T& m = state[0];
     T& v = state[1];
-    m = averaged(k.first, m, g);
+    m = averaged_sum(k.first, m, g);
     v = averaged_square(k.second, v, g);
     T u = m * T(k.inverse_correction1) / (square_root(v) * T(k.inverse_sqrt_correction2) + T(k.eps));
     if (k.decays) u = u + p * T(k.weight_decay);  // 0 times an infinite p would be NaN

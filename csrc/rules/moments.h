@@ -36,7 +36,7 @@ TRAINOPT_FUNCTION T averaged(const AverageWeights<S>& k, T m, T x) {
   return k.beta_is_small ? x - (x - m) * T(k.beta) : m + (x - m) * T(k.one_minus_beta);
 }
 
-// Likewise as a sum, which is what the authors of Lion, Adan and AdEMAMix write.
+// Likewise as a sum, which is what the authors of LAMB, Lion, Adan and AdEMAMix write.
 template <class T, class S>
 TRAINOPT_FUNCTION T averaged_sum(const AverageWeights<S>& k, T m, T x) {
   return m * T(k.beta) + x * T(k.one_minus_beta);

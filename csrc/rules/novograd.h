@@ -10,17 +10,19 @@ namespace trainopt {
 
 struct NovoGrad {
   static constexpr const char* kName = "novograd";
-  enum Option { kBeta1, kBeta2, kEps, kGradAveraging, kDecoupled };
-  static constexpr const char* kOptions[] = {"betas.0", "betas.1", "eps", "grad_averaging", "decoupled_decay"};
+  enum Option { kBeta1, kBeta2, kEps, kGradAveraging, kAmsgrad, kDecoupled };
+  static constexpr const char* kOptions[] = {"betas.0", "betas.1", "eps", "grad_averaging", "amsgrad",
+                                             "decoupled_decay"};
   static constexpr const char* kStates[] = {"exp_avg"};
   static constexpr StateSet kStateSets[] = {0b1};
-  static constexpr const char* kNumbers[] = {"exp_avg_sq"};
+  static constexpr const char* kNumbers[] = {"exp_avg_sq", "max_exp_avg_sq"};
   static constexpr const char* kSums[] = {"squares of the gradient"};
   static constexpr StateSet kSumsOfStates = 0;
   static constexpr bool kSumsOfParam = false;
   static constexpr bool kCountsSteps = false;
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b1; }
+  TRAINOPT_INLINE static int numbers_needed(const double* options) { return options[kAmsgrad] != 0 ? 2 : 1; }
   TRAINOPT_INLINE static bool takes(const double*) { return true; }
   TRAINOPT_INLINE static Decay decay(const double* options) {
     return options[kDecoupled] != 0 ? Decay::kParameter : Decay::kUpdate;
@@ -29,8 +31,8 @@ struct NovoGrad {
   template <class S>
   struct Scalars {
     S lr, beta1, share, weight_decay;
-    S root;  // of the average square, from `finish` on
-    bool decays;
+    S root;  // of the average square or, with amsgrad, of the largest so far, from `finish` on
+    bool decays, keeps_largest;
     double beta2, eps;
   };
 
@@ -43,6 +45,7 @@ struct NovoGrad {
     k.weight_decay = static_cast<S>(info.weight_decay);
     k.root = S(1);
     k.decays = info.weight_decay != 0 && options[kDecoupled] == 0;
+    k.keeps_largest = options[kAmsgrad] != 0;
     k.beta2 = options[kBeta2];
     k.eps = options[kEps];
     return k;
@@ -55,9 +58,10 @@ struct NovoGrad {
 
   template <class S>
   TRAINOPT_INLINE static void finish(Scalars<S>& k, const double* sums, Numbers& numbers) {
-    double& average = numbers.at[0];
+    double &average = numbers.at[0], &largest = numbers.at[1];
     average = numbers.rounded(average == 0 ? sums[0] : k.beta2 * average + (1 - k.beta2) * sums[0]);
-    k.root = static_cast<S>(__builtin_sqrt(average) + k.eps);
+    largest = k.keeps_largest ? maximum(largest, average) : average;
+    k.root = static_cast<S>(__builtin_sqrt(largest) + k.eps);
   }
 
   template <class T, class S>

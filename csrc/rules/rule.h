@@ -36,6 +36,8 @@
 //   kNumbers                 the names of these numbers in torch's state dict, kMaxNumbers at most. Then
 //                            prepare<S>(options, info, numbers) is given them as the step before left them, and moves
 //                            them on
+//   numbers_needed(options)  if it is there: how many of them these options call for, one at least and the first ones.
+//                            In place of each other stands the first again, and the rule has to leave both alike
 // and, where an element's step depends on the whole tensor (the norms of LAMB and LARS), a reduce phase:
 //   kSums                    the names of the tensor's sums, kMaxSums at most
 //   gather(scalars, p, g, s, terms)
@@ -153,13 +155,27 @@ template <class Rule, class = void>
 constexpr int kNumberCount = 0;
 template <class Rule>
 constexpr int kNumberCount<Rule, decltype(void(Rule::kNumbers))> = sizeof(Rule::kNumbers) / sizeof(Rule::kNumbers[0]);
-// Whether they are over all tensors of a step.
+// Whether sums are over all tensors of a step.
 TRAINOPT_FACT(bool, kSumsAreOverAll, kSumsOverAll, false);
 
-// Whether they are taken of the parameter before any decay.
+// Whether sums are taken of the parameter before any decay.
 TRAINOPT_FACT(bool, kSumsAreBeforeDecay, kSumsBeforeDecay, kSumsAreOverAll<Rule>);
 
 #undef TRAINOPT_FACT
+
+// How many of a rule's numbers options call for.
+template <class Rule, class = void>
+constexpr bool kChoosesNumbers = false;
+template <class Rule>
+constexpr bool kChoosesNumbers<Rule, decltype(void(Rule::numbers_needed(nullptr)))> = true;
+template <class Rule>
+TRAINOPT_FUNCTION int numbers_needed_by(const double* options) {
+  if constexpr (kChoosesNumbers<Rule>) {
+    return Rule::numbers_needed(options);
+  } else {
+    return kNumberCount<Rule>;
+  }
+}
 
 // What the learning rate is multiplied by.
 template <class Rule, class = void>

@@ -27,6 +27,7 @@ PEERS = {
             "bias_correction": [True, False],
             "trust_clip": [False, True],
             "always_adapt": [False, True],
+            "grad_averaging": [True, False],
         },
     ),
     "LARS": (
@@ -66,6 +67,7 @@ PEERS = {
             "eps": [1e-8, 1e-2],
             "weight_decay": [0.0, 0.05],
             "grad_averaging": [False, True],
+            "amsgrad": [False, True],
             "decoupled_decay": [False, True],
         },
     ),

@@ -80,7 +80,9 @@ inline double adam_change(const Setting& s, double, double direction, double* st
 
 // Before its scaling.
 inline double lamb_update(const Setting& s, double p, double direction, double* state) {
+  const double before = state[0];
   move_moments(s, direction, state);
+  if (s.options[6] == 0) state[0] = s.options[0] * before + direction;
   return state[0] / bias_correction(s, 0) / (std::sqrt(state[1] / bias_correction(s, 1)) + s.options[2]) +
          s.weight_decay * p;
 }

@@ -50,7 +50,6 @@ class Adan(Fused, rule="adan"):
         betas: tuple[float | torch.Tensor, float | torch.Tensor, float | torch.Tensor] = (0.98, 0.92, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
         no_prox: bool = False,
         **options: Unpack[PlainOptions],
     ) -> None:

@@ -24,7 +24,7 @@ class LAMB(Fused, rule="lamb"):
     The norms are of the whole parameter, a DTensor's over all its shards. The trust ratio ``norm(p) / norm(u)`` is 1 if
     either norm is 0, and in groups with ``weight_decay=0``, unless ``always_adapt``: the convention of the authors' own
     code, of NVIDIA's apex (``FusedLAMB``) and of timm (``Lamb``), whose names and defaults these are. What differs
-    there: apex and timm first clip all gradients to a norm of 1, which `trainopt.clip_grad_norm_` does here; apex calls
+    there: apex and timm first clip all gradients to a norm of 1, which ``max_grad_norm=1.0`` does here; apex calls
     ``always_adapt`` ``use_nvlamb``. DeepSpeed bounds the trust ratio by 0.01 and 10. pytorch-optimizer bounds the
     parameter's norm by 10, adds eps to the update's, and leaves out the bias corrections.
 
@@ -35,6 +35,7 @@ class LAMB(Fused, rule="lamb"):
         betas: of the two moments (default (0.9, 0.999)), each at least 0 and less than 1.
         eps: added to the root of the second moment (default 1e-6), at least 0.
         weight_decay: in the update, and so in its norm (default 0.01), at least 0.
+        grad_averaging: with False (default True), the gradient is added to the first moment whole, not times 1 - beta1.
         trust_clip: with True (default False), a trust ratio above 1 is taken for 1.
         always_adapt: with True (default False), the trust ratio holds without weight decay too, as in the paper.
         maximize, foreach, capturable, differentiable, fused: as `torch.optim.AdamW` has them.
@@ -55,6 +56,7 @@ class LAMB(Fused, rule="lamb"):
         betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
+        grad_averaging: bool = True,
         *,
         trust_clip: bool = False,
         always_adapt: bool = False,
@@ -67,6 +69,7 @@ class LAMB(Fused, rule="lamb"):
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
+            grad_averaging=grad_averaging,
             trust_clip=trust_clip,
             always_adapt=always_adapt,
             **options,
@@ -77,7 +80,7 @@ class LAMB(Fused, rule="lamb"):
         """One parameter's step in plain torch, in place: what the engine does, for whatever it does not take."""
         (beta1, beta2), step = map(float, group["betas"]), float(state["step"])
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        m.copy_(gradient - (gradient - m) * beta1 if beta1 <= 0.5 else m + (gradient - m) * (1 - beta1))
+        m.copy_(m * beta1 + (gradient * (1 - beta1) if group.get("grad_averaging", True) else gradient))
         v.copy_(v * beta2 + gradient * (1 - beta2) * gradient)
 
         def correction(beta: float) -> float:

@@ -14,13 +14,13 @@ class NovoGrad(Fused, rule="novograd"):
 
     With gradient g, the momentum m and the average square n, which is one number for each parameter::
 
-        n = beta2 * n + (1 - beta2) * sum(g**2)    # while it is 0: sum(g**2)
+        n = beta2 * n + (1 - beta2) * sum(g**2)    # while it is 0: sum(g**2); with amsgrad m takes the largest n so far
         m = beta1 * m + g / (sqrt(n) + eps) + weight_decay * p
         p = p - lr * m
 
     Names, defaults and conventions are those of NVIDIA's own code, which timm has as ``NvNovoGrad``. The paper begins
     m as the first summand, whatever ``grad_averaging``; here, as there, m begins at 0. NVIDIA's apex has other defaults
-    and bias corrections. There is no ``amsgrad`` and no ``corrected_weight_decay``.
+    and bias corrections.
 
     Args:
         params: tensors, or dicts with ``params`` and options of their own, as every optimizer of torch takes them.
@@ -29,6 +29,7 @@ class NovoGrad(Fused, rule="novograd"):
         eps: added to the root of the average square (default 1e-8), at least 0.
         weight_decay: added to the scaled gradient, times the parameter (default 0), at least 0.
         grad_averaging: multiplies what is added to the momentum by 1 - beta1 (default False).
+        amsgrad: divides by the root of the largest n so far (default False).
         decoupled_decay: decays the parameter before the update, as AdamW does (default False).
         maximize, foreach, capturable, differentiable, fused: as `torch.optim.AdamW` has them.
         l1, l1_proximal, noise, seed, skip_nonfinite, max_grad_norm, error_if_nonfinite, zero_grad, ema_decay,
@@ -38,11 +39,11 @@ class NovoGrad(Fused, rule="novograd"):
         ValueError: an option is out of its range.
 
     The state m (``exp_avg``) has the parameter's dtype; n (``exp_avg_sq``) is float32 beside the parameter, or float64
-    for float64 parameters, and so is the arithmetic. The sum of squares has the same bits for any number of threads and
+    for float64 parameters, and so are its largest value (``max_exp_avg_sq``, with amsgrad) and the arithmetic. The sum of squares has the same bits for any number of threads and
     on every rank that has a shard of the parameter.
     """
 
-    _beside = ("exp_avg_sq",)
+    _beside = ("exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class NovoGrad(Fused, rule="novograd"):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         grad_averaging: bool = False,
-        *,
+        amsgrad: bool = False,
         decoupled_decay: bool = False,
         **options: Unpack[PlainOptions],
     ) -> None:
@@ -63,6 +64,7 @@ class NovoGrad(Fused, rule="novograd"):
             eps=eps,
             weight_decay=weight_decay,
             grad_averaging=grad_averaging,
+            amsgrad=amsgrad,
             decoupled_decay=decoupled_decay,
             **options,
         )
@@ -74,6 +76,9 @@ class NovoGrad(Fused, rule="novograd"):
         squares = sum_of_squares(gradient)
         before = number.to(squares)
         number.copy_(torch.where(before == 0, squares, before * beta2 + squares * (1 - beta2)))
+        if group.get("amsgrad"):  # which a group from a file of earlier days has not got
+            largest = state["max_exp_avg_sq"]
+            number = largest.copy_(torch.maximum(largest, number))
         update = gradient / (number.to(squares).sqrt() + group["eps"]).to(gradient.dtype)
         if group["decoupled_decay"]:
             param.mul_(1 - group["lr"] * group["weight_decay"])

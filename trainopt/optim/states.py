@@ -141,8 +141,11 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
 
     def _states_needed(self, group: dict[str, Any], param: torch.Tensor | None = None) -> tuple[str, ...]:
         """The states that a group's options call for, numbers aside; of one of a vector's without a parameter."""
-        options = {key: group[key] for key in group if type(key) is str}
-        return tuple(_C.states_needed(self._rule, options, 1 if param is None else param.dim()))
+        return tuple(_C.states_needed(self._rule, _named(group), 1 if param is None else param.dim()))
+
+    def _numbers_needed(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Likewise the numbers."""
+        return tuple(_C.numbers_needed(self._rule, _named(group))) if self._numbers else ()
 
     def _shape_of(self, name: str, param: torch.Tensor) -> torch.Size:
         """The shape of a parameter's state."""
@@ -208,7 +211,8 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         state = self.state.get(param)
         if not state or not self._counts_steps or self._torch_class is None:
             return False
-        return any(state.get(name) is None for name in ("step", *self._numbers, *self._states_needed(group, param)))
+        needed = ("step", *self._numbers_needed(group), *self._states_needed(group, param))
+        return any(state.get(name) is None for name in needed)
 
     def _start(self, param: torch.Tensor, group: dict[str, Any]) -> bool:
         """Makes what `param` lacks of states for its next step; whether it had none, so that it is the first."""
@@ -219,7 +223,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
             if self._counts_steps or precision.is_random(group, param) or average.averages(group):
                 self._start_count(param, group)
             begin = self._begin_at(group) if missing or self._numbers else {}
-            for name in self._numbers:
+            for name in self._numbers_needed(group):
                 if self.state[param].get(name) is None:
                     self.state[param][name] = self._new_number(name, begin.get(name, 0.0), param)
             for name in missing:
@@ -319,6 +323,11 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
             for param in new:
                 if not self.state[param]:
                     del self.state[param]
+
+
+def _named(group: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group whose names are plain strings, which are all that the module reads."""
+    return {key: group[key] for key in group if type(key) is str}
 
 
 def asks_for_state(optimizer: Any, needs_state: Callable[[dict[str, Any]], bool] = lambda group: True) -> bool:

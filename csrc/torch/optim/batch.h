@@ -204,7 +204,7 @@ class Batch {
   void share_sums(Pass pass, size_t count, const AddShards& add_shards);
   void add_over_all();
   void work(bool counts, bool updates, const AddShards& add_shards);
-  bool look_at_numbers(const Operands&, HeldNumbers*) const;
+  bool look_at_numbers(const Operands&, const GroupValues&, HeldNumbers*) const;
   Path factor(const Operands&, TensorTask*);
   void move_factors(const cpu::Update (&updates)[2], const AddShards& add_shards);
   void share_factors(const cpu::Update (&updates)[2], const AddShards& add_shards);

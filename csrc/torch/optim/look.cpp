@@ -168,7 +168,7 @@ Path Batch::look(const Operands& operands, const GroupValues& group, bool writes
     }
     writes(steps);
   }
-  if (!look_at_numbers(operands, &entry->numbers)) return Path::kStateForm;
+  if (!look_at_numbers(operands, group, &entry->numbers)) return Path::kStateForm;
   for (const c10::TensorImpl* number : operands.numbers)
     if (number != nullptr) writes(number);
   *written = nullptr;
@@ -244,14 +244,14 @@ Path Batch::factor(const Operands& operands, TensorTask* task) {
 }
 
 // False if the numbers are not in a form that the engines take. One that is missing is still to be made.
-bool Batch::look_at_numbers(const Operands& operands, HeldNumbers* numbers) const {
+bool Batch::look_at_numbers(const Operands& operands, const GroupValues& group, HeldNumbers* numbers) const {
   *numbers = {};
   if (rule_.number_count == 0) return true;
   HeldNumbers held;
   held.count = rule_.number_count;
   const c10::TensorImpl* first = operands.numbers[0];
   for (int n = 0; n < held.count; ++n) {
-    const c10::TensorImpl* number = operands.numbers[n];
+    const c10::TensorImpl* number = n < group.numbers_needed ? operands.numbers[n] : first;
     if (number == nullptr || first == nullptr) return true;
     const bool on_host = is_plain_cpu(number);
     TensorView view;
