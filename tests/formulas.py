@@ -138,7 +138,8 @@ def novograd(p, g, state, options, step):
     state["exp_avg_sq"] = (squares if before == 0 else beta2 * before + (1 - beta2) * squares).to(p.dtype)
     divisor = state["exp_avg_sq"]
     if options["amsgrad"]:
-        divisor = state["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(divisor)), divisor)
+        divisor = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(divisor)), divisor)
+        state["max_exp_avg_sq"] = divisor
     u = g / (divisor.sqrt() + options["eps"])
     if not options["decoupled_decay"]:
         u = u + options["weight_decay"] * p

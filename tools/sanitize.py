@@ -3,7 +3,7 @@
 The losses' operators are called with anything under the first two.
 
     python -m tools.sanitize
-    python -m tools.sanitize --parameter-bytes 32764
+    python -m tools.sanitize threads cpu losses
 
 Environment: TRAINOPT_FUZZ_EXAMPLES (200: how many examples each property is called with).
 """
@@ -34,6 +34,9 @@ from csrc.module import (
 )
 from tools.emulate import SIMT_FLAGS, make_package, module_name
 
+#: The engine with several threads; the CPU's engine; the CUDA kernels on the SIMT machine; the module's losses.
+PARTS = ("threads", "cpu", "cuda", "losses")
+
 FOLDER = Path("build", "sanitize")
 SIMT, CUDA = Path("tests", "simt"), Path("csrc", "cuda")
 #: Addresses are checked by calls: in line, the checks alone made the CPU's kernels take three times as long to compile.
@@ -51,7 +54,7 @@ THREADS = shlex.split("-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread")
 PARAMETER_BYTES = (4096, 32764)
 WITH_TABLES = ("factors", "gather", "norm", "prepare", "stats", "update")
 #: What the program is told to run: of these kernels, and of the others.
-PARTS_WITH_TABLES, OTHER_PARTS = ["norms", "steps"], ["cross-entropy", "large-rows", "pointwise"]
+WITH_TABLES_RUN, OTHERS_RUN = ["norms", "steps"], ["cross-entropy", "large-rows", "pointwise"]
 
 #: The longest to compile, and to run: these first, or in the end one core waits for them.
 FIRST_COMPILED = ("kernels_baseline", "kernels_avx512", "kernels_avx2", "gather", "update", "pointwise")
@@ -76,14 +79,16 @@ class Program(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.sanitize", description=__doc__.partition("\n")[0])
-    said = "of the kernels' parameters, to test with these alone"
-    parser.add_argument("--parameter-bytes", type=int, choices=PARAMETER_BYTES, help=said)
-    given = parser.parse_args().parameter_bytes
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all without any")
+    parts = parser.parse_args().parts or PARTS
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"there is no part {unknown[0]!r}, but {', '.join(PARTS)}")
     engine = jobs_into("cpu", sources(*KERNEL_SOURCES), sanitizer=MEMORY_OF_KERNELS)
-    programs = [program_of_threads(), *programs_of_cpu(engine)]
-    programs += programs_of_cuda(engine, PARAMETER_BYTES if given is None else (given,))
+    programs = [program_of_threads()] if "threads" in parts else []
+    programs += programs_of_cpu(engine) if "cpu" in parts else []
+    programs += programs_of_cuda(engine) if "cuda" in parts else []
     module = Compiler(FOLDER / "module")
-    bindings = jobs_of_bindings(module)
+    bindings = jobs_of_bindings(module) if "losses" in parts else []
     # All at once, and each only once: programs have objects in common.
     jobs = {(job[0].folder, job[1]): job for job in [*bindings, *(job for program in programs for job in program.jobs)]}
     compile_all(sorted(jobs.values(), key=lambda job: rank(job[1].stem, FIRST_COMPILED)))
@@ -91,7 +96,7 @@ def main() -> None:
     run_all(sorted(commands, key=lambda command: min(rank(name, FIRST_RUN) for name in names_in(command))))
     if bindings:
         fuzz(module, compile_all([*(job for job in engine if "loss" in job[1].stem), *bindings]))
-    else:
+    elif "losses" in parts:
         print("the module is not fuzzed: its sanitizer is GCC's on Linux")
 
 
@@ -123,15 +128,15 @@ def programs_of_cpu(engine: list[Job]) -> list[Program]:
     return [Program(test.stem, [*engine, *jobs_into(test.stem, [test])]) for test in tests]
 
 
-def programs_of_cuda(engine: list[Job], sizes: Sequence[int]) -> list[Program]:
+def programs_of_cuda(engine: list[Job]) -> list[Program]:
     machine = jobs_into("simt", [SIMT / "simt.cpp", SIMT / "queue.cpp"], SIMT_FLAGS)
     programs = [Program("simt", [*jobs_into("simt", [SIMT / "faults_test.cpp"], SIMT_FLAGS), *machine])]
     tables = [*(CUDA / f"{name}.cu" for name in WITH_TABLES), SIMT / "engine_test.cpp"]
     others = {*CUDA.glob("*.cu"), *SIMT.glob("*_test.cpp")} - {SIMT / "faults_test.cpp", *tables}
     common = [*engine, *machine, *jobs_into("cuda", sorted(others), SIMT_FLAGS)]
-    for size in sizes:
+    for size in PARAMETER_BYTES:
         jobs = jobs_into(f"cuda-{size}", tables, [*SIMT_FLAGS, f"-DTRAINOPT_PARAMETER_BYTES={size}"])
-        parts = [*PARTS_WITH_TABLES, *(OTHER_PARTS if size == sizes[0] else ())]
+        parts = [*WITH_TABLES_RUN, *(OTHERS_RUN if size == PARAMETER_BYTES[0] else ())]
         programs.append(Program(f"cuda-{size}", common + jobs, parts))
     return programs
 

@@ -14,63 +14,71 @@ namespace {
 
 static_assert(kLanes == kSumLanes && kSumSegment % kBlock == 0);
 
-// What kSumLanes elements beside each other add to each sum: the two factors of a product.
+// What a block's elements add to each sum: the two factors of a product, of squares the first alone.
 template <class S, int kCount>
-struct LaneTerms {
-  S a[kCount][kSumLanes], b[kCount][kSumLanes];
+struct BlockTerms {
+  S a[kCount][kBlock], b[kCount][kBlock];
 };
 
-// The lanes of one segment.
+// The lanes of one segment, of each sum.
 template <int kCount>
-struct LaneSums {
-  static constexpr int kVectors = kSumLanes / Vec<double>::kSize;
-  SumOf<Vec<double>> of[kCount][kVectors];
-
-  TRAINOPT_INLINE LaneSums() {
-    for (int s = 0; s < kCount; ++s)
-      for (int v = 0; v < kVectors; ++v) of[s][v] = {Vec<double>(0.0), Vec<double>(0.0)};
-  }
-
-  template <class S>
-  TRAINOPT_INLINE void add_terms(const LaneTerms<S, kCount>& terms) {
-    for (int s = 0; s < kCount; ++s)
-      for (int v = 0; v < kVectors; ++v) {
-        const int at = v * Vec<double>::kSize;
-        add_term<S>(of[s][v], load_wide(terms.a[s] + at) * load_wide(terms.b[s] + at));
-      }
-  }
+struct SegmentSums {
+  double high[kCount][kSumLanes] = {}, low[kCount][kSumLanes] = {};
 
   TRAINOPT_INLINE Sum combined(int s) const {
-    double high[kSumLanes], low[kSumLanes];
-    for (int v = 0; v < kVectors; ++v) {
-      store(high + v * Vec<double>::kSize, of[s][v].high);
-      store(low + v * Vec<double>::kSize, of[s][v].low);
-    }
     Sum lanes[kSumLanes];
-    for (int i = 0; i < kSumLanes; ++i) lanes[i] = {high[i], low[i]};
+    for (int i = 0; i < kSumLanes; ++i) lanes[i] = {high[s][i], low[s][i]};
     return combine_lanes(lanes, kSumLanes);
   }
 };
+
+// Adds products to the lanes of one sum, from so many elements, a multiple of kSumLanes. One sum after the other, as
+// the lanes of two do not fit into the registers of AVX2.
+[[gnu::noinline]] void add_products(const float* a, const float* b, int count, double* high, double*) {
+  Sums<kSums> sums(high);
+  if (a == b) {
+    for (int i = 0; i < count; i += kSumLanes) sums.template add_lanes<Norm::kSquares>(a + i);
+  } else {
+    for (int i = 0; i < count; i += kSumLanes) sums.add_products(a + i, b + i);
+  }
+  sums.store_to(high);
+}
+[[gnu::noinline]] void add_products(const double* a, const double* b, int count, double* high, double* low) {
+  using T = Vec<double>;
+  constexpr int kBeside = 4 * T::kSize <= kSumLanes ? 4 : kSumLanes / T::kSize;  // chains that wait for each other less
+  for (int v = 0; v < kSumLanes; v += kBeside * T::kSize) {
+    SumOf<T> sums[kBeside];
+    for (int k = 0; k < kBeside; ++k) sums[k] = {load(high + v + k * T::kSize), load(low + v + k * T::kSize)};
+    for (int i = v; i < count; i += kSumLanes)
+      for (int k = 0; k < kBeside; ++k)
+        add_term<double>(sums[k], load(a + i + k * T::kSize) * load(b + i + k * T::kSize));
+    for (int k = 0; k < kBeside; ++k) {
+      store(high + v + k * T::kSize, sums[k].high);
+      store(low + v + k * T::kSize, sums[k].low);
+    }
+  }
+}
 
 template <class Pass>
 constexpr bool kHasPlainTerms = false;
 template <class Rule>
 constexpr bool kHasPlainTerms<OwnSums<Rule>> = true;
 
-// Terms of kSumLanes elements. parts: those of the parameter, the gradient and the states.
+// Puts the terms of `count` elements, a multiple of kSumLanes, at `at` of a block's. parts: those of the parameter, the
+// gradient and the states.
 template <class Pass, bool kPlain, class S>
-TRAINOPT_FUNCTION void terms_of(const Stages<S>& stages, const typename Pass::Rule::template Scalars<S>& scalars,
-                                const S* const* parts, LaneTerms<S, Pass::kCount>* terms) {
+TRAINOPT_FUNCTION void put_terms(const Stages<S>& stages, const typename Pass::Rule::template Scalars<S>& scalars,
+                                 const S* const* parts, int count, int at, BlockTerms<S, Pass::kCount>* terms) {
   using Rule = typename Pass::Rule;
   using T = Vec<S>;
-  for (int i = 0; i < kSumLanes; i += T::kSize) {
+  for (int i = 0; i < count; i += T::kSize) {
     T state[kStateCount<Rule>];
     for (int s = 0; s < kStateCount<Rule>; ++s) state[s] = load(parts[2 + s] + i);
     Term<T> of[Pass::kCount];
     Pass::template gather<kPlain>(stages, scalars, load(parts[0] + i), load(parts[1] + i), state, of);
     for (int s = 0; s < Pass::kCount; ++s) {
-      store(terms->a[s] + i, of[s].a);
-      store(terms->b[s] + i, of[s].b);
+      store(terms->a[s] + at + i, of[s].a);
+      if (!contains(Pass::kSquares, s)) store(terms->b[s] + at + i, of[s].b);
     }
   }
 }
@@ -90,11 +98,11 @@ void gather_as(const TensorTask& task, const Stages<S>& stages, int64_t begin, i
   if (!reads_param) __builtin_memset(buffer[0], 0, sizeof buffer[0]);
   for (int s = 0; s < kStateCount<Rule>; ++s)
     if (!contains(states, s)) __builtin_memset(buffer[2 + s], 0, sizeof buffer[0]);
-  LaneTerms<S, kCount> terms;
+  BlockTerms<S, kCount> terms;
   for (int s = 0; s < kCount; ++s) sums[s] = {0, 0};
   for (int64_t segment = begin; segment < end; segment += kSumSegment) {
     const int64_t segment_end = end - segment < kSumSegment ? end : segment + kSumSegment;
-    LaneSums<kCount> lanes;
+    SegmentSums<kCount> lanes;
     for (int64_t at = segment; at < segment_end; at += kBlock) {
       const int count = static_cast<int>(segment_end - at < kBlock ? segment_end - at : kBlock);
       const S* parts[kParts];
@@ -103,25 +111,23 @@ void gather_as(const TensorTask& task, const Stages<S>& stages, int64_t begin, i
       for (int s = 0; s < kStateCount<Rule>; ++s)
         parts[2 + s] = contains(states, s) ? load_tile(task.state[s], at, count, buffer[2 + s])
                                            : static_cast<const S*>(buffer[2 + s]);
-      int i = 0;
-      for (; i + kSumLanes <= count; i += kSumLanes) {
-        terms_of<Pass, kPlain>(stages, scalars, parts, &terms);
-        lanes.add_terms(terms);
-        for (const S*& part : parts) part += kSumLanes;
+      const int rest = count % kSumLanes, whole = count - rest;
+      put_terms<Pass, kPlain>(stages, scalars, parts, whole, 0, &terms);
+      if (rest != 0) {
+        // The rest of a tensor: the same code over a padded copy, of which only the elements count. A rule may make of
+        // zeros what is none.
+        S padded[kParts][kSumLanes] = {};
+        for (int r = 0; r < kParts; ++r) {
+          __builtin_memcpy(padded[r], parts[r] + whole, static_cast<size_t>(rest) * sizeof(S));
+          parts[r] = padded[r];
+        }
+        put_terms<Pass, kPlain>(stages, scalars, parts, kSumLanes, whole, &terms);
+        for (int s = 0; s < kCount; ++s)
+          for (int k = count; k < whole + kSumLanes; ++k) terms.a[s][k] = terms.b[s][k] = 0;
       }
-      if (i == count) continue;
-      // The rest of a tensor: the same code over a padded copy, of which only the elements count. A rule may make of
-      // zeros what is none.
-      const int rest = count - i;
-      S padded[kParts][kSumLanes] = {};
-      for (int r = 0; r < kParts; ++r) {
-        __builtin_memcpy(padded[r], parts[r], static_cast<size_t>(rest) * sizeof(S));
-        parts[r] = padded[r];
-      }
-      terms_of<Pass, kPlain>(stages, scalars, parts, &terms);
       for (int s = 0; s < kCount; ++s)
-        for (int k = rest; k < kSumLanes; ++k) terms.a[s][k] = terms.b[s][k] = 0;
-      lanes.add_terms(terms);
+        add_products(terms.a[s], contains(Pass::kSquares, s) ? terms.a[s] : terms.b[s],
+                     rest == 0 ? whole : whole + kSumLanes, lanes.high[s], lanes.low[s]);
     }
     for (int s = 0; s < kCount; ++s) sums[s] = add(sums[s], lanes.combined(s));
   }

@@ -29,29 +29,52 @@ TRAINOPT_FUNCTION Vec<double> magnitude(Vec<double> x) {
   return x.lanes < Vec<double>(0.0).lanes ? (-x).lanes : x.lanes;
 }
 
-template <Norm kNorm>
-TRAINOPT_FUNCTION void add(Vec<double>& sum, Vec<double> x) {
-  sum = sum + (kNorm == Norm::kSquares ? x * x : magnitude(x));
+// sum + a * b, of numbers that come from floats: a double holds their product exactly, so that one rounding and two
+// give the same bits.
+TRAINOPT_FUNCTION Vec<double> add_exact_product(Vec<double> sum, Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return (DoubleLanes)_mm512_fmadd_pd((__m512d)a.lanes, (__m512d)b.lanes, (__m512d)sum.lanes);
+#elif defined(__FMA__)
+  return (DoubleLanes)_mm256_fmadd_pd((__m256d)a.lanes, (__m256d)b.lanes, (__m256d)sum.lanes);
+#else
+  return sum + a * b;
+#endif
+}
+
+template <Norm kNorm, class S>
+TRAINOPT_FUNCTION Vec<double> added(Vec<double> sum, const S* from) {
+  const Vec<double> x = load_wide(from);
+  if constexpr (kNorm != Norm::kSquares) return sum + magnitude(x);
+  if constexpr (sizeof(S) == sizeof(float)) return add_exact_product(sum, x, x);
+  return sum + x * x;
 }
 
 // The kLanes sums in so many vectors, by name and not by index: the compiler keeps them in registers.
 template <int kCount>
 struct Sums {
   Sums<kCount - 1> rest;
-  Vec<double> last{0.0};
+  Vec<double> last;
+  static constexpr int kAt = (kCount - 1) * Vec<double>::kSize;
 
+  TRAINOPT_INLINE explicit Sums(const double* lanes) : rest(lanes), last(load(lanes + kAt)) {}
   template <Norm kNorm, class S>
   TRAINOPT_INLINE void add_lanes(const S* from) {
     rest.template add_lanes<kNorm>(from);
-    add<kNorm>(last, load_wide(from + (kCount - 1) * Vec<double>::kSize));
+    last = added<kNorm>(last, from + kAt);
+  }
+  TRAINOPT_INLINE void add_products(const float* a, const float* b) {
+    rest.add_products(a, b);
+    last = add_exact_product(last, load_wide(a + kAt), load_wide(b + kAt));
   }
   TRAINOPT_INLINE void store_to(double* lanes) const {
     rest.store_to(lanes);
-    store(lanes + (kCount - 1) * Vec<double>::kSize, last);
+    store(lanes + kAt, last);
   }
 };
 template <>
 struct Sums<0> {
+  TRAINOPT_INLINE explicit Sums(const double*) {}
+  TRAINOPT_INLINE void add_products(const float*, const float*) {}
   template <Norm kNorm, class S>
   TRAINOPT_INLINE void add_lanes(const S*) {}
   TRAINOPT_INLINE void store_to(double*) const {}
@@ -65,7 +88,8 @@ TRAINOPT_FUNCTION double sum_of_lanes(double (&lanes)[kLanes]) {
 template <Norm kNorm, class S>
 double sum_of_chunk(const TensorView& view, int64_t begin, int64_t end) {
   S buffer[kBlock], padded[kLanes];
-  Sums<kSums> sums;
+  double lanes[kLanes] = {};
+  Sums<kSums> sums(lanes);
   for (int64_t at = begin; at < end; at += kBlock) {
     const int count = static_cast<int>(end - at < kBlock ? end - at : kBlock);
     const S* tile = load_tile(view, at, count, buffer);
@@ -75,7 +99,6 @@ double sum_of_chunk(const TensorView& view, int64_t begin, int64_t end) {
     for (int k = 0; k < kLanes; ++k) padded[k] = i + k < count ? tile[i + k] : S(0);
     sums.template add_lanes<kNorm>(padded);
   }
-  double lanes[kLanes];
   sums.store_to(lanes);
   return sum_of_lanes(lanes);
 }

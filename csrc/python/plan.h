@@ -108,11 +108,10 @@ class Plan {
     GroupForm() = default;
     explicit GroupForm(const Group& group);
     bool operator==(const GroupForm& other) const {
-      return count == other.count && states_needed == other.states_needed &&
-             numbers_needed == other.numbers_needed && noisy == other.noisy &&
-             cautious == other.cautious && stats == other.stats && precision == other.precision &&
-             differentiable == other.differentiable && unreadable == other.unreadable && clips == other.clips &&
-             clears_gradient == other.clears_gradient && options == other.options;
+      return count == other.count && states_needed == other.states_needed && numbers_needed == other.numbers_needed &&
+             noisy == other.noisy && cautious == other.cautious && stats == other.stats &&
+             precision == other.precision && differentiable == other.differentiable && unreadable == other.unreadable &&
+             clips == other.clips && clears_gradient == other.clears_gradient && options == other.options;
     }
   };
 

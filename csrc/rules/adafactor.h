@@ -22,6 +22,7 @@ struct Adafactor {
   static constexpr StateSet kConstant = 0b011;
   static constexpr StateSet kUnsigned = 0b111;
   static constexpr const char* kSums[] = {"squares of the parameter", "squares of the update"};
+  static constexpr uint32_t kSquares = 0b11;
   static constexpr bool kSumsBeforeDecay = true;
   static constexpr bool kCountsSteps = true;
 

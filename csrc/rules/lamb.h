@@ -18,6 +18,7 @@ struct Lamb {
   static constexpr StateSet kStateSets[] = {0b11};
   static constexpr StateSet kUnsigned = 0b10;
   static constexpr const char* kSums[] = {"squares of the parameter", "squares of the update"};
+  static constexpr uint32_t kSquares = 0b11;
   static constexpr bool kCountsSteps = true;
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b11; }

@@ -14,6 +14,7 @@ struct Lars {
   static constexpr const char* kStates[] = {"momentum_buffer"};
   static constexpr StateSet kStateSets[] = {0b0, 0b1};
   static constexpr const char* kSums[] = {"squares of the parameter", "squares of the gradient"};
+  static constexpr uint32_t kSquares = 0b11;
   static constexpr StateSet kSumsOfStates = 0;
   static constexpr bool kCountsSteps = false;
 

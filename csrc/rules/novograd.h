@@ -11,12 +11,13 @@ namespace trainopt {
 struct NovoGrad {
   static constexpr const char* kName = "novograd";
   enum Option { kBeta1, kBeta2, kEps, kGradAveraging, kAmsgrad, kDecoupled };
-  static constexpr const char* kOptions[] = {"betas.0", "betas.1", "eps", "grad_averaging", "amsgrad",
-                                             "decoupled_decay"};
+  static constexpr const char* kOptions[] = {"betas.0",        "betas.1", "eps",
+                                             "grad_averaging", "amsgrad", "decoupled_decay"};
   static constexpr const char* kStates[] = {"exp_avg"};
   static constexpr StateSet kStateSets[] = {0b1};
   static constexpr const char* kNumbers[] = {"exp_avg_sq", "max_exp_avg_sq"};
   static constexpr const char* kSums[] = {"squares of the gradient"};
+  static constexpr uint32_t kSquares = 0b1;
   static constexpr StateSet kSumsOfStates = 0;
   static constexpr bool kSumsOfParam = false;
   static constexpr bool kCountsSteps = false;

@@ -44,6 +44,7 @@
 //                            what one element adds to each sum, as a product of two numbers; p, g and s are what
 //                            `update` will be given, and nothing is written. With kSumsOverAll p is what it is before
 //                            any decay
+//   kSquares                 if it is there: the sums of squares, whose terms are a number twice; 1 << a sum for each
 //   finish(scalars, sums)    puts what follows from the tensor's sums into its scalars, before any of its updates; with
 //                            kNumbers finish(scalars, sums, numbers), which may move these on as well
 //   kSumsOfStates            if it is there: the states that `gather` reads; the others are 0 for it, and not loaded
@@ -149,6 +150,8 @@ constexpr int kSumCount<Rule, decltype(void(Rule::kSums))> = sizeof(Rule::kSums)
 // What its sums are made of beside the gradient.
 TRAINOPT_FACT(StateSet, kGatheredStates, kSumsOfStates, kAllStates<Rule>);
 TRAINOPT_FACT(bool, kGathersParam, kSumsOfParam, true);
+// Those of them that are of squares.
+TRAINOPT_FACT(uint32_t, kSumsOfSquares, kSquares, 0);
 
 // The number of a rule's numbers.
 template <class Rule, class = void>

@@ -194,6 +194,7 @@ struct OwnSums {
   static constexpr int kCount = kSumCount<Rule>;
   static constexpr StateSet kStates = kGatheredStates<Rule>;  // that `gather` reads
   static constexpr bool kOfParam = kGathersParam<Rule>;       // whether it reads the parameter
+  static constexpr uint32_t kSquares = kSumsOfSquares<Rule>;  // the sums of squares
 
   template <bool kPlain, class T, class S>
   TRAINOPT_INLINE static void gather(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T p,
@@ -218,6 +219,7 @@ struct Agreement {
   static constexpr int kCount = 2;
   static constexpr StateSet kStates = kAllStates<Rule>;
   static constexpr bool kOfParam = true;
+  static constexpr uint32_t kSquares = 0b10;
 
   template <bool kPlain, class T, class S>
   TRAINOPT_INLINE static void gather(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars, T p,

@@ -38,9 +38,9 @@ class NovoGrad(Fused, rule="novograd"):
     Raises:
         ValueError: an option is out of its range.
 
-    The state m (``exp_avg``) has the parameter's dtype; n (``exp_avg_sq``) is float32 beside the parameter, or float64
-    for float64 parameters, and so are its largest value (``max_exp_avg_sq``, with amsgrad) and the arithmetic. The sum of squares has the same bits for any number of threads and
-    on every rank that has a shard of the parameter.
+    The state m (``exp_avg``) has the parameter's dtype; n (``exp_avg_sq``) and, with amsgrad, the largest n so far
+    (``max_exp_avg_sq``) are float32 beside the parameter, or float64 for float64 parameters, and so is the arithmetic.
+    The sum of squares has the same bits for any number of threads and on every rank that has a shard of the parameter.
     """
 
     _beside = ("exp_avg_sq", "max_exp_avg_sq")

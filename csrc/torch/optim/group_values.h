@@ -29,7 +29,7 @@ enum class Precision : int64_t { kNative, kMaster, kMaster24, kStochastic };
 struct GroupValues : Settings {
   double options[kMaxOptions] = {};
   double differentiable = 0, skip_nonfinite = 0, stats = 0;  // truth values
-  double unreadable = 0;      // likewise: there is an option that only torch can judge, and the rest is not to be used
+  double unreadable = 0;       // likewise: there is an option that only torch can judge, and the rest is not to be used
   int64_t states_needed = 0;   // a SlotSet
   int64_t numbers_needed = 0;  // how many of the rule's, from the first on
   Precision precision = Precision::kNative;
