@@ -92,3 +92,9 @@ def add_compiler(folder, name, log, release="13.0", architectures="75 80 86 87 8
     )
     compiler.chmod(0o755)
     return compiler
+
+
+def calls(folder):
+    """What the compilers were called with whose log is in this folder."""
+    log = folder / "log"
+    return log.read_text().splitlines() if log.exists() else []

@@ -213,19 +213,26 @@ void for_each_chunk(const Update& update, size_t t, int64_t from, int64_t to, Us
   }
 }
 
-// A task with scalars and numbers that have in them what the passes so far have found.
+// Puts into a task's scalars what the passes so far have found; its numbers as that leaves them.
+Numbers finish_scalars(const Update& update, size_t t, Scalars* scalars) {
+  const TensorTask& task = update.tasks[t];
+  Numbers numbers{};
+  if (task.numbers != nullptr) numbers = *task.numbers;
+  if (update.rule->complete != nullptr) update.rule->complete(task, update.is_float64, scalars);
+  for (const Pass pass : {kOwnSums, kAgreement})
+    if (const Sum* sums = update.sums[pass])
+      update.rule->finish[pass](sums + t * static_cast<size_t>(update.rule->sums_in(pass)), update.is_float64, scalars,
+                                &numbers);
+  return numbers;
+}
+
+// A task with scalars of its own, which are finished.
 struct Finished {
   TensorTask task;
   Scalars scalars;
-  Numbers numbers{};
 
   Finished(const Update& update, size_t t) : task(update.tasks[t]), scalars(*task.scalars) {
-    if (task.numbers != nullptr) numbers = *task.numbers;
-    if (update.rule->complete != nullptr) update.rule->complete(task, update.is_float64, &scalars);
-    for (const Pass pass : {kOwnSums, kAgreement})
-      if (const Sum* sums = update.sums[pass])
-        update.rule->finish[pass](sums + t * static_cast<size_t>(update.rule->sums_in(pass)), update.is_float64,
-                                  &scalars, &numbers);
+    finish_scalars(update, t, &scalars);
     task.scalars = &scalars;
   }
   Finished(const Finished&) = delete;
@@ -287,13 +294,16 @@ void gather_blocks(const Update& update, Pass pass, int64_t first, int64_t last,
   const GatherKernel kernel = kernels_in_use().gather[update.rule->index][pass][update.is_float64];
   const int count = update.rule->sums_in(pass);
   for_each_task(update, first, last, [&](size_t t, int64_t from, int64_t to) {
-    const Finished finished(update, t);
-    const bool is_wanted = pass == kOwnSums || is_cautious(finished.scalars, update.is_float64);
-    for_each_chunk(update, t, from, to, [&](int64_t begin, int64_t end, int64_t place) {
-      Sum* sums = partials + place * count;
-      if (is_wanted) return kernel(finished.task, begin, end, sums);
-      for (int s = 0; s < count; ++s) sums[s] = {0, 0};
-    });
+    const auto run = [&](const TensorTask& task) {
+      const bool is_wanted = pass == kOwnSums || is_cautious(*task.scalars, update.is_float64);
+      for_each_chunk(update, t, from, to, [&](int64_t begin, int64_t end, int64_t place) {
+        Sum* sums = partials + place * count;
+        if (is_wanted) return kernel(task, begin, end, sums);
+        for (int s = 0; s < count; ++s) sums[s] = {0, 0};
+      });
+    };
+    const bool knows_more = update.sums[kOwnSums] != nullptr || update.rule->complete != nullptr;
+    knows_more ? run(Finished(update, t).task) : run(update.tasks[t]);
   });
 }
 
@@ -304,13 +314,18 @@ void sums_of(const Update& update, Pass pass, size_t task, const Sum* partials, 
   const int count = update.rule->sums_in(pass);
   const Sum* own = partials + first_place(update, task) * count;
   for (int s = 0; s < count; ++s) {
-    Sum lanes[kSumLanes] = {};
-    for (int64_t c = 0; c < chunks; ++c) lanes[c % kSumLanes] = add(lanes[c % kSumLanes], own[c * count + s]);
+    Sum lanes[kSumLanes];
+    for (int64_t c = 0; c < chunks; ++c)
+      lanes[c % kSumLanes] = add(c < kSumLanes ? Sum{0, 0} : lanes[c % kSumLanes], own[c * count + s]);
+    if (chunks == 0) lanes[0] = {0, 0};
     sums[s] = combine_lanes(lanes, static_cast<int>(chunks < kSumLanes ? chunks : kSumLanes));
   }
 }
 
-Numbers numbers_of(const Update& update, size_t task) { return Finished(update, task).numbers; }
+Numbers numbers_of(const Update& update, size_t task) {
+  Scalars scalars = *update.tasks[task].scalars;
+  return finish_scalars(update, task, &scalars);
+}
 
 void gaussian(float* out, int64_t begin, int64_t count, const TensorKey& key) {
   kernels_in_use().gaussian(out, begin, count, key);
