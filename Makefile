@@ -72,7 +72,7 @@ help:
 	@echo 'make clean      remove what was built'
 	@echo
 	@echo 'Each sets up what it needs in $(VENV), and rebuilds only what has changed. Variables:'
-	@echo '  ARGS="..."           handed on to demo, test, clients, emulated, bench, cuda-check and a part of gpu-check'
+	@echo '  ARGS="..."           handed on to demo, test, clients, emulated, bench, sanitize, oldest, cuda-check and a part of gpu-check'
 	@echo '  SYSTEM=1             use $(PYTHON) with the torch that is there and install nothing; tests whose packages are missing'
 	@echo '                       are skipped, and CUDA kernels are built for the GPU at hand; for build, test, emulated, bench, gpu-*'
 	@echo '  RESULTS=build/gpu    where gpu-check and its parts leave logs and JSON'

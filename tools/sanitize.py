@@ -125,7 +125,9 @@ def program_of_threads() -> Program:
 
 def programs_of_cpu(engine: list[Job]) -> list[Program]:
     tests = sorted(Path("tests", "cpp").glob("*_test.cpp"))
-    return [Program(test.stem, [*engine, *jobs_into(test.stem, [test])]) for test in tests]
+    shares = [f"{share}/{jobs_at_once()}" for share in range(1, jobs_at_once() + 1)]  # of the longest
+    parts = {"engine_test": shares}
+    return [Program(test.stem, [*engine, *jobs_into(test.stem, [test])], parts.get(test.stem, ())) for test in tests]
 
 
 def programs_of_cuda(engine: list[Job]) -> list[Program]:

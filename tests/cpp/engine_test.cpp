@@ -1,6 +1,10 @@
 // The CPU engine by itself, without torch: every rule, dtype, layout, stage and SIMD variant against a plain
 // computation in double that is written here anew; conversions of 16-bit numbers; random numbers. Meant to run under
 // AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`). The last line tells what passed and failed.
+//
+//     test        all of it
+//     test 2/3    the second of three shares, which can run side by side
+#include <cstdio>
 #include <limits>
 
 #include "core/random.h"
@@ -10,6 +14,14 @@
 
 namespace trainopt {
 namespace {
+
+// Of the settings, every `shares`-th from number `share` on.
+size_t share = 0, shares = 1;
+std::vector<Setting> own_settings() {
+  std::vector<Setting> own;
+  for (size_t i = share; i < kSettings.size(); i += shares) own.push_back(kSettings[i]);
+  return own;
+}
 
 bool rounds_right(float x, DType dtype) {
   return same_value(decode16(convert(x, dtype), dtype), round16(static_cast<double>(x), dtype));
@@ -87,7 +99,7 @@ void test_rules() {
       {run_of(1), kSliced, kTransposed}, {kTransposed, run_of(0), run_of(0)}, {kSliced, kTransposed, kSliced},
   };
 
-  for (const Setting& s : kSettings) {
+  for (const Setting& s : own_settings()) {
     for (const Types& t : types) {
       const bool is_float64 = t.param == DType::kFloat64;
       const std::string what = std::string(s.rule) + " " + s.name + ", " + format_of(t.param).name + ", gradient " +
@@ -136,7 +148,7 @@ void test_rules() {
 // types of its tensors. As many parts of it add up to the same: in float32 arithmetic but for the last digits of a
 // double.
 void test_sums() {
-  for (const Setting& s : kSettings) {
+  for (const Setting& s : own_settings()) {
     const cpu::Rule* rule = cpu::find_rule(s.rule);
     const std::vector<Pass> passes = passes_of(s);
     if (passes.empty()) continue;
@@ -316,17 +328,23 @@ void test_random() {
 }  // namespace
 }  // namespace trainopt
 
-int main() {
+int main(int count, char** arguments) {
   using namespace trainopt;
+  size_t number = 1;
+  if (count > 1 && std::sscanf(arguments[1], "%zu/%zu", &number, &shares) != 2) return 2;
+  share = number - 1;
+  if (share >= shares) return 2;
   for (const char* name : {"sgd", "adam", "lamb", "lars"})
     check(cpu::find_rule(name) != nullptr, std::string("no rule ") + name);
   check(cpu::find_rule("nothing") == nullptr, "a rule that does not exist");
-  test_conversions();
-  test_conversions_in_kernels();
-  test_random();
   test_rules();
   test_sums();
-  test_two_parts();
+  if (share == 0) {
+    test_conversions();
+    test_conversions_in_kernels();
+    test_random();
+    test_two_parts();
+  }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }

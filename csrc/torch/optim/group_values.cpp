@@ -27,7 +27,8 @@ bool GroupValues::needs_device_numbers(const cpu::Rule& rule) const {
   std::copy(std::begin(options), std::end(options), others);
   for (const DeviceOption& place : on_device)
     if (place.tensor != nullptr && place.option != cuda::DeviceNumber::kLr) others[place.option] = 1;
-  return rule.states_needed(others) != rule.states_needed(options) || rule.decay(others) != rule.decay(options);
+  return rule.states_needed(others) != rule.states_needed(options) ||
+         rule.numbers_needed(others) != rule.numbers_needed(options) || rule.decay(others) != rule.decay(options);
 }
 
 void GroupValues::read_device_numbers(const cpu::Rule& rule) {
