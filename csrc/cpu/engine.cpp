@@ -312,13 +312,13 @@ size_t places_of(const Update& update) { return static_cast<size_t>(first_place(
 void sums_of(const Update& update, Pass pass, size_t task, const Sum* partials, Sum* sums) {
   const int64_t chunks = sum_chunks(update.tasks[task].numel);
   const int count = update.rule->sums_in(pass);
+  const int used = static_cast<int>(std::clamp(chunks, int64_t{1}, int64_t{kSumLanes}));  // a small tensor's are one
   const Sum* own = partials + first_place(update, task) * count;
   for (int s = 0; s < count; ++s) {
     Sum lanes[kSumLanes];
-    for (int64_t c = 0; c < chunks; ++c)
-      lanes[c % kSumLanes] = add(c < kSumLanes ? Sum{0, 0} : lanes[c % kSumLanes], own[c * count + s]);
-    if (chunks == 0) lanes[0] = {0, 0};
-    sums[s] = combine_lanes(lanes, static_cast<int>(chunks < kSumLanes ? chunks : kSumLanes));
+    std::fill_n(lanes, used, Sum{0, 0});
+    for (int64_t c = 0; c < chunks; ++c) lanes[c % kSumLanes] = add(lanes[c % kSumLanes], own[c * count + s]);
+    sums[s] = combine_lanes(lanes, used);
   }
 }
 

@@ -312,4 +312,41 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   return is_plain_sequence(params);
 }
 
+const cpu::Rule& rule_named(const std::string& name) {
+  const cpu::Rule* rule = cpu::find_rule(name.c_str());
+  if (rule == nullptr) throw pybind11::value_error("there is no rule '" + name + "'");
+  return *rule;
+}
+
+namespace {
+
+Group group_of(const cpu::Rule& rule, const pybind11::dict& dict) {
+  Group group;
+  group.refresh(dict.ptr(), rule);
+  return group;
+}
+
+}  // namespace
+
+std::vector<std::string> states_needed(const std::string& rule_name, const pybind11::dict& dict, int64_t dimensions) {
+  const cpu::Rule& rule = rule_named(rule_name);
+  const Group group = group_of(rule, dict);
+  const StateSet needed = states_of_one(static_cast<StateSet>(group.states_needed), rule.factors, dimensions);
+  std::vector<std::string> names;
+  for (int s = 0; s < rule.state_count; ++s)
+    if (contains(needed, s)) names.emplace_back(rule.states[s]);
+  return names;
+}
+
+std::vector<std::string> numbers_needed(const std::string& rule_name, const pybind11::dict& dict) {
+  const cpu::Rule& rule = rule_named(rule_name);
+  return {rule.numbers, rule.numbers + group_of(rule, dict).numbers_needed};
+}
+
+std::string decay_of(const std::string& rule_name, const pybind11::dict& dict) {
+  const cpu::Rule& rule = rule_named(rule_name);
+  static constexpr const char* kNames[] = {"gradient", "parameter", "update", "none"};
+  return kNames[static_cast<int>(rule.decay(group_of(rule, dict).options))];
+}
+
 }  // namespace trainopt::python

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <string>
 #include <vector>
 
 #include "torch/optim/group_values.h"
@@ -42,5 +44,17 @@ class Group : public GroupValues {
 
   bool unchanged(PyObject* dict) const;
 };
+
+// ValueError if there is none.
+const cpu::Rule& rule_named(const std::string& name);
+
+// The names of the rule's states that a group's options call for.
+std::vector<std::string> states_needed(const std::string& rule, const pybind11::dict& group, int64_t dimensions);
+
+// Likewise of its numbers.
+std::vector<std::string> numbers_needed(const std::string& rule, const pybind11::dict& group);
+
+// Where the weight decay of a group belongs: "gradient", "parameter" or "update".
+std::string decay_of(const std::string& rule, const pybind11::dict& group);
 
 }  // namespace trainopt::python

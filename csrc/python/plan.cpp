@@ -62,12 +62,6 @@ void sort(Indices* indices) {
   indices->erase(std::unique(indices->begin(), indices->end()), indices->end());
 }
 
-const cpu::Rule& rule_named(const std::string& name) {
-  const cpu::Rule* rule = cpu::find_rule(name.c_str());
-  if (rule == nullptr) throw pybind11::value_error("there is no rule '" + name + "'");
-  return *rule;
-}
-
 pybind11::object answer_of(const char* status, const Unfinished& unfinished = {}) {
   static PyStructSequence_Field fields[] = {{"status", nullptr},  {"missing", nullptr},  {"rest", nullptr},
                                             {"sharing", nullptr}, {"doubtful", nullptr}, {nullptr, nullptr}};
@@ -103,32 +97,6 @@ at::Tensor number_or_none(const char* name, const pybind11::object& object, at::
 pybind11::object step_is_done() {
   static PyObject* const answer = answer_of("done").release().ptr();
   return pybind11::reinterpret_borrow<pybind11::object>(answer);
-}
-
-std::vector<std::string> states_needed(const std::string& rule_name, const pybind11::dict& dict, int64_t dimensions) {
-  const cpu::Rule& rule = rule_named(rule_name);
-  Group group;
-  group.refresh(dict.ptr(), rule);
-  const StateSet needed = states_of_one(static_cast<StateSet>(group.states_needed), rule.factors, dimensions);
-  std::vector<std::string> names;
-  for (int s = 0; s < rule.state_count; ++s)
-    if (contains(needed, s)) names.emplace_back(rule.states[s]);
-  return names;
-}
-
-std::vector<std::string> numbers_needed(const std::string& rule_name, const pybind11::dict& dict) {
-  const cpu::Rule& rule = rule_named(rule_name);
-  Group group;
-  group.refresh(dict.ptr(), rule);
-  return {rule.numbers, rule.numbers + group.numbers_needed};
-}
-
-std::string decay_of(const std::string& rule_name, const pybind11::dict& dict) {
-  const cpu::Rule& rule = rule_named(rule_name);
-  Group group;
-  group.refresh(dict.ptr(), rule);
-  static constexpr const char* kNames[] = {"gradient", "parameter", "update", "none"};
-  return kNames[static_cast<int>(rule.decay(group.options))];
 }
 
 Plan::GroupForm::GroupForm(const Group& group)

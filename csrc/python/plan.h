@@ -42,15 +42,6 @@ struct Unfinished {
   bool empty() const { return missing.empty() && rest.empty(); }
 };
 
-// The names of the rule's states that a group's options call for.
-std::vector<std::string> states_needed(const std::string& rule, const pybind11::dict& group, int64_t dimensions);
-
-// Likewise of its numbers.
-std::vector<std::string> numbers_needed(const std::string& rule, const pybind11::dict& group);
-
-// Where the weight decay of a group belongs: "gradient", "parameter" or "update".
-std::string decay_of(const std::string& rule, const pybind11::dict& group);
-
 // The answer to nearly every step, made once: the module asks for it when it is loaded, so that no step has to.
 pybind11::object step_is_done();
 

@@ -164,7 +164,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
 
     def _decay_of(self, group: dict[str, Any]) -> str:
         """Where a group's weight decay goes: into the "gradient", the "update", onto the "parameter", or "none"."""
-        return _C.decay_of(self._rule, {key: group[key] for key in group if type(key) is str})
+        return _C.decay_of(self._rule, _named(group))
 
     def _lr_of(self, group: dict[str, Any]) -> float:
         """A group's learning rate, times the rule's rate if it has one."""
