@@ -79,10 +79,8 @@ class Program(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.sanitize", description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all without any")
+    parser.add_argument("parts", nargs="*", choices=PARTS, help="all without any")
     parts = parser.parse_args().parts or PARTS
-    if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"there is no part {unknown[0]!r}, but {', '.join(PARTS)}")
     engine = jobs_into("cpu", sources(*KERNEL_SOURCES), sanitizer=MEMORY_OF_KERNELS)
     programs = [program_of_threads()] if "threads" in parts else []
     programs += programs_of_cpu(engine) if "cpu" in parts else []
@@ -125,9 +123,9 @@ def program_of_threads() -> Program:
 
 def programs_of_cpu(engine: list[Job]) -> list[Program]:
     tests = sorted(Path("tests", "cpp").glob("*_test.cpp"))
-    shares = [f"{share}/{jobs_at_once()}" for share in range(1, jobs_at_once() + 1)]  # of the longest
-    parts = {"engine_test": shares}
-    return [Program(test.stem, [*engine, *jobs_into(test.stem, [test])], parts.get(test.stem, ())) for test in tests]
+    count = jobs_at_once()
+    shares = {"engine_test": [f"{share}/{count}" for share in range(1, count + 1)]}  # the longest
+    return [Program(test.stem, [*engine, *jobs_into(test.stem, [test])], shares.get(test.stem, ())) for test in tests]
 
 
 def programs_of_cuda(engine: list[Job]) -> list[Program]:
