@@ -95,7 +95,8 @@ using namespace trainopt;
 template <class Rule>
 void step_of(const double* options, const double* info, long count, double* p, const double* kept, const double* g,
              double* states, double* held) {{
-  Numbers numbers{{{{held[0], held[1]}}, info[4] != 0}};
+  const int needed = numbers_needed_by<Rule>(options);
+  Numbers numbers{{{{held[0], held[needed == 1 ? 0 : 1]}}, info[4] != 0}};  // the first in place of one not needed
   const StepInfo step_info{{info[0] * rate_of<Rule>(options), false, info[1], info[2], info[3] != 0}};
   auto k = prepared_by<Rule, double>(options, step_info, numbers);
   const StateSet set = states_of_one(Rule::states_needed(options), kFactorStates<Rule>, 1);  // of a vector
@@ -114,7 +115,7 @@ void step_of(const double* options, const double* info, long count, double* p, c
     }}
     finish_by<Rule>(k, sums, numbers);
   }}
-  for (int n = 0; n < kMaxNumbers; ++n) held[n] = numbers.at[n];
+  for (int n = 0; n < needed; ++n) held[n] = numbers.at[n];
   for (long i = 0; i < count; ++i) {{
     read(i);
     double moved = kept[i];
