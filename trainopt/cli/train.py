@@ -22,9 +22,9 @@ from trainopt.training import Options, Report, fit
 from trainopt.training.distributed import Processes
 from trainopt.training.fields import options_of
 from trainopt.training.folder import Folder, plot
-from trainopt.training.loop import STATUS, Result
 from trainopt.training.options import NOT_IN_BACKWARD
 from trainopt.training.report import Several, TensorBoard, console
+from trainopt.training.result import STATUS, Result
 
 EXTRAS = {"plot": "matplotlib", "tensorboard": "tensorboard"}  # option: package
 

@@ -1,7 +1,7 @@
 """The reference training loop: `fit`, and what it is made of."""
 
 from trainopt.training.folder import Folder
-from trainopt.training.loop import Result, fit
+from trainopt.training.loop import fit
 from trainopt.training.lr_find import LrCurve, lr_find
 from trainopt.training.options import Options
 from trainopt.training.report import (
@@ -17,6 +17,7 @@ from trainopt.training.report import (
     Terminal,
     Validated,
 )
+from trainopt.training.result import Result
 
 __all__ = [
     "Finished",
