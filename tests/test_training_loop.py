@@ -177,6 +177,25 @@ def test_any_optimizer_of_torch():
 # What is counted, shown and stepped ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("choices", [{}, {"clip": 0.1}, {"average": 0.9}], ids=str)
+@pytest.mark.parametrize("optimizer", [trainopt.AdamW, torch.optim.AdamW])
+def test_complex_parameters_are_trained_and_looked_at(optimizer, choices):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(5, 3, dtype=torch.complex64))
+
+        def forward(self, x):
+            return (x.to(torch.complex64) @ self.weight).abs()
+
+    model, (inputs, classes) = Network(), samples()
+    assert fitted(model, (inputs, classes), None, optimizer(model.parameters()), **choices).step == 4
+    inputs[3] = math.nan
+    before = model.weight.clone()
+    result = fitted(model, (inputs, classes), None, optimizer(model.parameters()), batch_size="full", **choices)
+    assert result.step == 0 and result.suspects is not None and torch.equal(model.weight, before)
+
+
 def test_the_unit_is_one_update():
     model = network()
     optimizer = sgd(model)

@@ -80,7 +80,7 @@ def are_finite(params: list[Tensor], norm: Tensor | None) -> bool:
     for gradients in in_lists(params):
         if is_dtensor(gradients[0]):  # the other processes look at their own parts
             gradients = [gradient.to_local() for gradient in gradients]  # type: ignore[attr-defined]
-        if type(gradients[0]) is not Tensor:
+        if type(gradients[0]) is not Tensor or gradients[0].is_complex():  # which torch's check for GradScaler refuses
             if not all(bool(gradient.isfinite().all()) for gradient in gradients):
                 return False
             continue
