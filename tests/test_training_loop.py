@@ -174,9 +174,6 @@ def test_any_optimizer_of_torch():
         )
 
 
-# What is counted, shown and stepped ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("choices", [{}, {"clip": 0.1}, {"average": 0.9}], ids=str)
 @pytest.mark.parametrize("optimizer", [trainopt.AdamW, torch.optim.AdamW])
 def test_complex_parameters_are_trained_and_looked_at(optimizer, choices):
@@ -194,6 +191,9 @@ def test_complex_parameters_are_trained_and_looked_at(optimizer, choices):
     before = model.weight.clone()
     result = fitted(model, (inputs, classes), None, optimizer(model.parameters()), batch_size="full", **choices)
     assert result.step == 0 and result.suspects is not None and torch.equal(model.weight, before)
+
+
+# What is counted, shown and stepped ---------------------------------------------------------------------------------
 
 
 def test_the_unit_is_one_update():

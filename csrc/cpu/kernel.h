@@ -46,7 +46,7 @@ template <class Rule, bool kPlain, StateSet kSet, class Stored, class S>
 TRAINOPT_FUNCTION void run_tile(const Stages<S>& given_stages, const typename Rule::template Scalars<S>& given_scalars,
                                 const Tile<Stored, S, kStateCount<Rule>>& tile, int count) {
   // Copies whose address nobody has, which what is written cannot alias: so they stay in registers. Read anew for each
-  // vector, they made AdamW of 64M elements 0.84 times as fast on one thread of an EPYC, and in the caches 0.72.
+  // vector, they made AdamW of 64M elements 0.85 to 0.95 times as fast on one thread of an EPYC, and in the caches 0.8.
   const Stages<S> stages = given_stages;
   const typename Rule::template Scalars<S> scalars = given_scalars;
   constexpr int kSize = Register<Stored>::kSize;
