@@ -224,7 +224,9 @@ def lamb(p, g, state, options, step):
     if not options["grad_averaging"]:
         m = state["exp_avg"] = beta1 * before + g
     correction1, correction2 = corrections(options, step)
-    u = m / correction1 / ((v / correction2).sqrt() + options["eps"]) + options["weight_decay"] * p
+    u = m / correction1 / ((v / correction2).sqrt() + options["eps"])
+    if not options["decoupled_decay"]:
+        u = u + options["weight_decay"] * p
     ratio = trust(p.norm(), u.norm()) if options["weight_decay"] != 0 or options["always_adapt"] else 1.0
     return p - options["lr"] * (min(ratio, 1.0) if options["trust_clip"] else ratio) * u
 

@@ -110,6 +110,7 @@ TABLE = {
             "always_adapt": {"lr": 0.02, "weight_decay": 0.0, "always_adapt": True},
             "trust_clip": {"lr": 0.02, "trust_clip": True},
             "grad_averaging": {"lr": 0.02, "grad_averaging": False},
+            "decoupled_decay": {"lr": 0.02, "weight_decay": 0.3, "decoupled_decay": True},
             "all": {"lr": 0.02, "betas": (0.6, 0.7), "eps": 1e-2, "weight_decay": 0.3, "maximize": True},
         },
         extras={

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 import trainopt
 from trainopt import functional
 
+#: trainopt's cross-entropy and torch's.
+LOSSES = (functional.cross_entropy, F.cross_entropy)
+
 
 def logits(*shape):
     return random(*(shape or (4, 5))).float()
@@ -60,6 +63,9 @@ def test_the_default_ignore_index_is_no_error_and_others_are():
 def test_no_classes_at_all():
     with pytest.raises(IndexError, match="for 0 classes"):
         functional.cross_entropy(logits(4, 0), torch.zeros(4, dtype=torch.int64))
+    for shape, reduction in itertools.product([(4, 0), (0, 5), (0, 0), (2, 0, 3)], ["none", "mean", "sum"]):
+        ours, torchs = (f(logits(*shape), torch.zeros(shape), reduction=reduction) for f in LOSSES)
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=0, equal_nan=True)
 
 
 # Shapes ---------------------------------------------------------------------------------------------------------------
@@ -95,9 +101,10 @@ def test_shapes_of_probabilities_that_do_not_match(input, target):
 
 @pytest.mark.parametrize("shape", [(4,), (6,), (5, 1), (1, 5), ()], ids=str)
 def test_a_class_weight_of_another_shape(shape):
-    with pytest.raises(ValueError, match=r"weight has shape .* 5 classes") as caught:
+    with pytest.raises(RuntimeError, match=r"weight has shape .* 5 classes") as caught:
         functional.cross_entropy(logits(), classes((4,), 5), torch.ones(shape))
     assert str(list(shape)) in str(caught.value)
+    assert error_of(lambda: F.cross_entropy(logits(), classes((4,), 5), torch.ones(shape)))[0] is RuntimeError
 
 
 def test_an_input_without_a_dimension():

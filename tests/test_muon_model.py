@@ -270,6 +270,55 @@ def test_an_option_that_makes_no_sense_is_an_error_that_names_it(group, message)
         trainopt.Muon([nn.Parameter(torch.zeros(4, 4))], adamw={"no_such_option": 1})
 
 
+#: What is set in a group of a living Muon: whether it is AdamW's, the option, and what its next step says.
+BAD_EDITS = [
+    (False, {"momentum": "x"}, TypeError, "momentum must be a number, not a str: 'x'"),
+    (False, {"weight_decay": None}, TypeError, "weight_decay must be a number, not a NoneType: None"),
+    (False, {"lr": [1.0]}, TypeError, "lr must be a number"),
+    (False, {"eps": "small"}, TypeError, "eps must be a number"),
+    (False, {"ns_steps": 2.5}, ValueError, "ns_steps must be a whole number"),
+    (False, {"ns_coefficients": (1, 2, "3")}, TypeError, "ns_coefficients must be numbers"),
+    (False, {"adjust_lr_fn": "mine"}, ValueError, "Adjust learning rate function mine is not supported"),
+    (False, {"adjust_lr_fn": ["original"]}, ValueError, "is not supported"),
+    (False, {"split": "two"}, ValueError, "Invalid split value: 'two'"),
+    (False, {"split": 2, "split_dim": 2}, ValueError, "Invalid split_dim value: 2"),
+    (False, {"split": 5}, ValueError, "split=5 does not divide"),
+    (False, {"normuon_beta2": 1.5}, ValueError, "Invalid normuon_beta2 value: 1.5"),
+    (False, {"ns_dtype": "float16"}, ValueError, "Invalid ns_dtype value: 'float16'"),
+    (False, {"use_muon": 1}, ValueError, "use_muon must be True or False, got 1"),
+    (False, {"use_muon": False}, ValueError, "use_muon=False lacks 'amsgrad'"),
+    (False, {"max_grad_norm": 1.0}, ValueError, "max_grad_norm=1.0 is an option of AdamW"),
+    (False, {"state_dtype": "8bit"}, ValueError, "state_dtype='8bit' is an option of AdamW"),
+    (False, {"l1": 0.5}, ValueError, "l1=0.5 is an option of AdamW"),
+    (True, {"split": 2}, ValueError, "split=2 is an option of Muon"),
+    (True, {"max_grad_norm": 1.0}, ValueError, "max_grad_norm=1.0 is about a whole step"),
+    (True, {"skip_nonfinite": True}, ValueError, "skip_nonfinite=True is about a whole step"),
+    (True, {"differentiable": True}, ValueError, "differentiable=True is about a whole step"),
+    (True, {"l1": -1.0}, ValueError, "Invalid l1 value: -1.0"),
+    (True, {"state_dtype": "bf16"}, ValueError, "Invalid state_dtype value: 'bf16'"),
+]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_option_that_makes_no_sense_is_an_error_when_it_is_set_too(steps):
+    """Before anything is changed; and when it is gone, all goes on as if it had not been."""
+    (model, optimizer), (other, others) = made(), made()
+    expected = train(other, others, 4)
+    if steps:
+        train(model, optimizer, steps)
+    for is_adamws, edit, kind, words in BAD_EDITS:
+        for act in (lambda: train(model, optimizer, 1, steps), optimizer.init_state):
+            group = optimizer.param_groups[-1 if is_adamws else 0]
+            before, held = dict(group), snapshot(optimizer)
+            group.update(edit)
+            with pytest.raises(kind, match=words):
+                act()
+            group.clear()
+            group.update(before)
+            assert_same_bits(held, snapshot(optimizer))
+    assert all(map(torch.equal, expected, train(model, optimizer, 4 - steps, steps)))
+
+
 def test_a_closure_hooks_and_schedules():
     model, optimizer = made()
     calls = []

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import assert_same_bits, snapshot
 from judge import TABLE, outcome, random_problem, result_of
 
 import trainopt
@@ -153,29 +154,112 @@ def test_a_learning_rate_tensor_is_read_at_every_step(row):
 
 # Bad values -----------------------------------------------------------------------------------------------------------
 
-BAD = [
-    {"l1": -1.0},
-    {"l1": math.nan},
-    {"noise": -0.1},
-    {"noise": math.nan},
-    {"seed": -1},
-    {"seed": 2**64},
-    {"seed": 1.5},
-    {"seed": "1"},
-]
+BAD = {
+    "l1": [-1.0, math.nan, None, "text", [1.0], 1j],
+    "noise": [-0.1, math.nan, None, "text", [1.0], 1j],
+    "seed": [-1, 2**64, 1.5, "1", None, True],
+    "max_grad_norm": [0.0, -1.0, math.nan, True, "1", torch.tensor(1.0)],
+    "ema_decay": [1.0, 1.5, -0.5, math.nan, True, "0.5"],
+    "ema_warmup": [True, "text"],  # without an average
+    "error_if_nonfinite": [True, None],  # without a limit
+    "zero_grad": ["always", True],
+    "precision": ["half", None, 16],
+    "state_dtype": ["bf16", 5, torch.int8, {"nothing": "bfloat16"}],
+    "cautious_weight_decay": [True, "text"],  # the first where the decay is in the gradient
+    **{
+        name: [None, "text", [1.0]]
+        for name in ("l1_proximal", "bias_correction", "skip_nonfinite", "cautious", "stats")
+    },
+}
 
 
-@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("steps", [0, 2])
 @ROWS
-def test_bad_values(row, bad):
+def test_bad_values_are_refused_when_they_are_set_too(row, steps):
+    """By the next step, in the words of the constructor, before anything has been changed; and then it goes on."""
+    start, gradients = random_problem((64, 3), torch.float32, 4, 9)
+    params = [p.clone().requires_grad_() for p in start]
+    optimizer = row.make(params)
+    expected = result_of(row.make, start, gradients)
+    step = 0
+
+    def descend(count):
+        nonlocal step
+        for now in gradients[step : step + count]:
+            for p, g in zip(params, now, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+        step += count
+
+    descend(steps)
+    for p, g in zip(params, gradients[steps], strict=True):
+        p.grad = g.clone()
+    group = optimizer.param_groups[0]
+    refused = 0
+    for name, value in [(key, value) for key in BAD if key in row.ours.EXTRAS for value in BAD[key]]:
+        p = torch.zeros(2, requires_grad=True)
+        try:
+            row.make([p], **{name: value})
+        except (TypeError, ValueError) as constructors:
+            error = constructors
+        else:
+            assert name == "cautious_weight_decay" and value is True, (name, value)
+            continue
+        assert name in str(error) and (isinstance(value, dict) or repr(value) in str(error)), error
+        with pytest.raises(type(error)) as found:
+            row.make([p]).add_param_group({"params": [torch.zeros(2, requires_grad=True)], name: value})
+        assert str(found.value) == str(error)
+        before = snapshot(optimizer)
+        for _ in range(2):
+            group[name] = value
+            with pytest.raises(type(error)) as found:
+                optimizer.step()
+            assert str(found.value) == str(error)
+        del group[name]
+        assert_same_bits(before, snapshot(optimizer))
+        refused += 1
+    assert refused > 40
+    descend(4 - steps)
+    found = outcome(optimizer, params)
+    assert all(all(map(torch.equal, found[name], expected[name])) for name in expected)
+
+
+def test_a_tensor_that_is_filled_with_a_bad_value():
     p = torch.zeros(2, requires_grad=True)
-    (name,) = bad
-    with pytest.raises(ValueError, match=f"Invalid {name} value"):
-        row.make([p], **bad)
-    optimizer = row.make([p])
-    with pytest.raises(ValueError, match=f"Invalid {name} value"):
-        optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)], **bad})
-    assert len(optimizer.param_groups) == 1
+    p.grad = torch.ones(2)
+    optimizer = trainopt.AdamW([p], l1=torch.tensor(0.5))
+    optimizer.step()
+    optimizer.param_groups[0]["l1"].fill_(-1)
+    with pytest.raises(ValueError, match="Invalid l1 value: -1"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("late", [{"decoupled_weight_decay": False}, {"differentiable": True}], ids=str)
+def test_an_option_that_another_does_not_go_with(late):
+    p = torch.zeros(2, requires_grad=True)
+    p.grad = torch.ones(2)
+    optimizer = trainopt.Adam([p], decoupled_weight_decay=True, cautious_weight_decay=True)
+    optimizer.step()
+    optimizer.param_groups[0].update(late)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="cautious_weight_decay=True"):
+        optimizer.step()
+    assert_same_bits(before, snapshot(optimizer))
+
+
+def test_a_parameter_that_is_added_to_a_list_cannot_be_stored_so():
+    """No half-made states are left, and without it the others go on."""
+    params = [torch.zeros(5000, requires_grad=True), torch.zeros(5000, dtype=torch.float64, requires_grad=True)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = trainopt.AdamW(params[:1], state_dtype="8bit")
+    optimizer.param_groups[0]["params"].append(params[1])
+    with pytest.raises(ValueError, match=r"one is torch\.float64"):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.param_groups[0]["params"].pop()
+    optimizer.step()
+    assert optimizer.state[params[0]]["exp_avg"].dtype is torch.uint8
 
 
 # Gradient scaling -----------------------------------------------------------------------------------------------------

@@ -415,21 +415,6 @@ def test_explain_says_what_the_step_does_beside_the_update():
     assert "norm" not in rows[1].note and "average is kept, in float32" in rows[1].note
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("zero_grad", True), ("zero_grad", "after"), ("max_grad_norm", "1"), ("ema_decay", [])]
-)
-def test_what_a_group_is_given_later_is_refused_before_anything_changes(key, value):
-    p = torch.nn.Parameter(torch.ones(2))
-    optimizer = trainopt.AdamW([p])
-    p.grad = torch.ones(2)
-    optimizer.step()
-    optimizer.param_groups[0][key] = value
-    before = snapshot(optimizer)
-    with pytest.raises(TypeError, match=f"{key} must be"):
-        optimizer.step()
-    assert_same_optimizer(before, snapshot(optimizer))
-
-
 def test_a_compiled_step_runs_uncompiled():
     results = []
     for compiled in (True, False):

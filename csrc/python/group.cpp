@@ -229,18 +229,41 @@ bool is_plain_sequence(PyObject* object) {
          (PyTuple_Check(object) && Py_TYPE(object)->tp_iter == PyTuple_Type.tp_iter);
 }
 
-bool Group::unchanged(PyObject* dict) const {
-  if (!immutable_ || PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(items_.size())) return false;
+// Whether the same keys have the same objects for values, one key's (null: none) aside.
+bool Group::same_but_for(PyObject* key, PyObject* dict) const {
+  if (PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(items_.size())) return false;
   Py_ssize_t position = 0;
   PyObject *name, *value;
   for (const Item& item : items_)
-    if (!PyDict_Next(dict, &position, &name, &value) || name != item.key.ptr() || value != item.value) return false;
+    if (!PyDict_Next(dict, &position, &name, &value) || name != item.key.ptr() || (value != item.value && name != key))
+      return false;
   return true;
 }
 
+bool Group::unchanged(PyObject* dict) const { return immutable_ && same_but_for(nullptr, dict); }
+
+bool Group::note(PyObject* dict, const std::vector<pybind11::str>& names) {
+  static PyObject* const lr = key("lr");
+  if (!noted_.empty() && !noted_tensor_ && same_but_for(lr, dict)) return false;  // as a schedule changes it
+  if (!has_plain_keys(dict)) return false;
+  noted_.resize(names.size());
+  noted_tensor_ = false;
+  bool is_new = false;
+  for (size_t i = 0; i < names.size(); ++i) {
+    PyObject* value = PyDict_GetItemWithError(dict, names[i].ptr());
+    if (value == nullptr && PyErr_Occurred()) raise_python_error();
+    const bool is_tensor = value != nullptr && THPVariable_Check(value);
+    noted_tensor_ = noted_tensor_ || is_tensor;
+    if (value == noted_[i].value && !is_tensor) continue;
+    is_new = true;
+    const bool may_be_owned = value != nullptr && is_immutable(value);
+    noted_[i] = {value, pybind11::reinterpret_borrow<pybind11::object>(may_be_owned ? value : nullptr)};
+  }
+  return is_new;
+}
+
 bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
-  if (unchanged(dict)) return is_plain_sequence(params);  // the list may be another object at the same address
-  immutable_ = false;                                     // until all is read: a value may raise
+  immutable_ = false;  // until all is read: a value may raise
   if (!has_plain_keys(dict)) return false;
   static const struct {
     PyObject* lr = key("lr");
@@ -311,6 +334,8 @@ bool Group::refresh(PyObject* dict, const cpu::Rule& rule) {
   immutable_ = immutable;
   return is_plain_sequence(params);
 }
+
+bool is_number(const pybind11::handle& value) { return number(value.ptr()).has_value(); }
 
 const cpu::Rule& rule_named(const std::string& name) {
   const cpu::Rule* rule = cpu::find_rule(name.c_str());

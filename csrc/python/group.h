@@ -20,11 +20,17 @@ bool is_plain_sequence(PyObject* object);  // likewise a list or a tuple
 
 class Group : public GroupValues {
  public:
-  // Reads `dict`, a plain one, again if anything in it changed since the last call: two walks over the same immutable
-  // objects, in the same order, mean the same values. Runs no Python code: what only that could read is `unreadable`.
-  // KeyError for a missing option of torch's. False if the dict, or its list of parameters, is of a kind that answers
-  // by code of its own.
+  // Reads `dict`, a plain one. Runs no Python code: what only that could read is `unreadable`. KeyError for a missing
+  // option of torch's. False if the dict, or its list of parameters, is of a kind that answers by code of its own.
   bool refresh(PyObject* dict, const cpu::Rule& rule);
+
+  // Whether there is nothing to read, for `dict`, a plain one, says what it said last: two walks over the same
+  // immutable objects, in the same order, mean the same values.
+  bool unchanged(PyObject* dict) const;
+  // Whether one of the options of these names is another object than when this was asked last, or a tensor, which can
+  // be filled. Runs no Python code.
+  bool note(PyObject* dict, const std::vector<pybind11::str>& names);
+  void forget_noted() { noted_.clear(); }
 
   PyObject* params = nullptr;  // the list or tuple itself, borrowed
 
@@ -40,10 +46,19 @@ class Group : public GroupValues {
     pybind11::object owned;  // the value, where it is read
   };
   std::vector<Item> items_;
+  struct Noted {
+    PyObject* value = nullptr;
+    pybind11::object owned;  // the value, where it is immutable
+  };
+  std::vector<Noted> noted_;  // by name
+  bool noted_tensor_ = false;
   bool immutable_ = false;
 
-  bool unchanged(PyObject* dict) const;
+  bool same_but_for(PyObject* key, PyObject* dict) const;
 };
+
+// Whether an option's value is a number, of Python's, of numpy's or in a tensor.
+bool is_number(const pybind11::handle& value);
 
 // ValueError if there is none.
 const cpu::Rule& rule_named(const std::string& name);

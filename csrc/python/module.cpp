@@ -195,13 +195,16 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("tensor"));
   m.def("rounding_bits_", rounding_bits_, pybind11::arg("out"), pybind11::arg("seed"), pybind11::arg("step"),
         pybind11::arg("tensor"));
+  m.def("is_number", is_number, pybind11::arg("value"));
   bind_loss_calls(m);
   m.def("norm_of", norm_of, pybind11::arg("tensors"), pybind11::arg("order"), pybind11::arg("of_gradients"));
   m.def("clip_gradients", clip_gradients, pybind11::arg("parameters"), pybind11::arg("max_norm"),
         pybind11::arg("norm"));
   m.def("clamp_gradients", clamp_gradients, pybind11::arg("parameters"), pybind11::arg("limit"));
   pybind11::class_<Plan>(m, "Plan")
-      .def(pybind11::init<const std::string&, uint32_t>(), pybind11::arg("rule"), pybind11::arg("first_tensor") = 0)
+      .def(pybind11::init<const std::string&, uint32_t, std::vector<pybind11::str>, pybind11::object>(),
+           pybind11::arg("rule"), pybind11::arg("first_tensor") = 0,
+           pybind11::arg("checked") = std::vector<pybind11::str>(), pybind11::arg("check") = pybind11::none())
       .def(
           "step",
           [](const pybind11::object& plan, const pybind11::object& groups, const pybind11::object& state,

@@ -116,8 +116,12 @@ Plan::GroupForm::GroupForm(const Group& group)
                       tensor->storage_offset() * static_cast<int64_t>(tensor->dtype().itemsize()));
 }
 
-Plan::Plan(const std::string& rule, uint32_t first_tensor)
-    : rule_(rule_named(rule)), first_tensor_(first_tensor), batch_(rule_, first_tensor) {
+Plan::Plan(const std::string& rule, uint32_t first_tensor, std::vector<pybind11::str> checked, pybind11::object check)
+    : rule_(rule_named(rule)),
+      first_tensor_(first_tensor),
+      checked_(std::move(checked)),
+      check_(std::move(check)),
+      batch_(rule_, first_tensor) {
   const auto name = [this](const std::string& text) {
     state_names_.push_back(pybind11::reinterpret_steal<pybind11::str>(PyUnicode_InternFromString(text.c_str())));
   };
@@ -129,17 +133,41 @@ Plan::Plan(const std::string& rule, uint32_t first_tensor)
   for (int n = 0; n < rule_.number_count; ++n) name(rule_.numbers[n]);
 }
 
-// Reads the groups. False where a container answers by code of its own.
-bool Plan::refresh(PyObject* groups, PyObject* state) {
+// Reads the groups. False where a container answers by code of its own. What `check_` raises of new options is raised
+// before they are read, and again by the next step unless they have been changed.
+bool Plan::refresh(PyObject* groups, PyObject* state, bool is_checked) {
   if (!is_plain_sequence(groups) || !is_plain_dict(state)) return false;
   const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(groups));
   can_recall_ = can_recall_ && count == groups_.size();
   groups_.resize(count);
+  std::vector<pybind11::object> unchecked;
   for (size_t g = 0; g < count; ++g) {
     PyObject* dict = PySequence_Fast_GET_ITEM(groups, static_cast<Py_ssize_t>(g));
-    if (!is_plain_dict(dict) || !groups_[g].refresh(dict, rule_)) return can_recall_ = false;
+    if (!is_plain_dict(dict)) return can_recall_ = false;
+    Group& group = groups_[g];
+    if (group.unchanged(dict)) {  // its list may be another object at the same address
+      if (!is_plain_sequence(group.params)) return can_recall_ = false;
+    } else if (!is_checked && !check_.is_none() && group.note(dict, checked_)) {
+      unchecked.push_back(pybind11::reinterpret_borrow<pybind11::object>(dict));
+    } else if (!group.refresh(dict, rule_)) {
+      return can_recall_ = false;
+    }
   }
-  return true;
+  if (unchecked.empty()) return true;
+  check(unchecked);
+  return refresh(groups, state, true);
+}
+
+void Plan::check(const std::vector<pybind11::object>& groups) {
+  is_running_ = true;
+  const auto finish = [this](void*) { is_running_ = false; };
+  const std::unique_ptr<void, decltype(finish)> finished(this, finish);
+  try {
+    for (const pybind11::object& group : groups) check_(group);
+  } catch (...) {
+    for (Group& group : groups_) group.forget_noted();
+    throw;
+  }
 }
 
 bool Plan::lacks_states(const Operands& operands, const Group& group) const {
@@ -332,7 +360,7 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
                             bool gradients_seen) {
   // Two threads in one optimizer's step race for its values, as with any in-place operation, but not for the plan.
   if (is_running_)
-    return Plan(rule_.name, first_tensor_)
+    return Plan(rule_.name, first_tensor_, checked_, check_)
         .step(groups, state, gradient_scale, new_states, stepped, device_scale, found_inf, gradient_norm,
               gradients_seen);
   const bool norm_is_tensor = THPVariable_Check(gradient_norm.ptr());

@@ -6,7 +6,7 @@
 // Two rules keep it safe from what other threads and users' objects do meanwhile.
 // 1. While it looks, no Python code runs: nothing of a user's is hashed, compared, converted or let go of. So no other
 //    thread gets the interpreter, and all that is borrowed stays. What only Python code could tell is left to torch's
-//    path.
+//    path; where it asks of options or of DTensors that are new to it, it begins again afterwards.
 // 2. Before the interpreter is let go, all that is written besides elements is written (version counters, step counts),
 //    and the memory of the elements is owned.
 #pragma once
@@ -47,8 +47,10 @@ pybind11::object step_is_done();
 
 class Plan {
  public:
-  // `first_tensor`: the index of the first parameter in the optimizer, for the noise.
-  explicit Plan(const std::string& rule, uint32_t first_tensor = 0);
+  // `first_tensor`: the index of the first parameter in the optimizer, for the noise. `check` is called with a group,
+  // before anything is changed, where one of the options of the names `checked` is new in it; it may raise.
+  explicit Plan(const std::string& rule, uint32_t first_tensor = 0, std::vector<pybind11::str> checked = {},
+                pybind11::object check = pybind11::none());
 
   // One step over `groups` (torch's param_groups) and `state` (torch's state dict). Gradients are divided by
   // `gradient_scale` and written back unless it is 1. `new_states` holds the indices of parameters whose states
@@ -115,6 +117,8 @@ class Plan {
 
   const cpu::Rule& rule_;
   const uint32_t first_tensor_;
+  const std::vector<pybind11::str> checked_;
+  const pybind11::object check_;
   std::vector<pybind11::str> state_names_;  // of the rule's slots, then "step", then the rule's numbers
   std::vector<Group> groups_;
   std::vector<GroupForm> forms_;                          // of the last walk
@@ -130,7 +134,8 @@ class Plan {
   bool can_recall_ = false;    // whether the next step can be compared with the last one
   bool is_running_ = false;    // with the interpreter let go, or Python code asked
 
-  bool refresh(PyObject* groups, PyObject* state);
+  bool refresh(PyObject* groups, PyObject* state, bool is_checked = false);
+  void check(const std::vector<pybind11::object>& groups);
   bool recall(PyObject* state, bool* all_next);
   bool same_places(PyObject* state) const;
   Unfinished walk(PyObject* state, bool is_scaled, const Indices& new_states, const Indices& stepped);

@@ -10,9 +10,10 @@ namespace trainopt {
 
 struct Lamb {
   static constexpr const char* kName = "lamb";
-  enum Option { kBeta1, kBeta2, kEps, kTrustClip, kAlwaysAdapt, kBiasCorrection, kGradAveraging };
-  static constexpr const char* kOptions[] = {"betas.0",      "betas.1",         "eps",           "trust_clip",
-                                             "always_adapt", "bias_correction", "grad_averaging"};
+  enum Option { kBeta1, kBeta2, kEps, kTrustClip, kAlwaysAdapt, kBiasCorrection, kGradAveraging, kDecoupled };
+  static constexpr const char* kOptions[] = {"betas.0",        "betas.1",        "eps",
+                                             "trust_clip",     "always_adapt",   "bias_correction",
+                                             "grad_averaging", "decoupled_decay"};
   static constexpr OptionSet kTrueByDefault = 1u << kBiasCorrection | 1u << kGradAveraging;
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
   static constexpr StateSet kStateSets[] = {0b11};
@@ -23,7 +24,9 @@ struct Lamb {
 
   TRAINOPT_INLINE static StateSet states_needed(const double*) { return 0b11; }
   TRAINOPT_INLINE static bool takes(const double* options) { return are_betas(options, kBeta1, kBeta2); }
-  TRAINOPT_INLINE static Decay decay(const double*) { return Decay::kUpdate; }
+  TRAINOPT_INLINE static Decay decay(const double* options) {
+    return options[kDecoupled] != 0 ? Decay::kParameter : Decay::kUpdate;
+  }
 
   template <class S>
   struct Scalars {
@@ -47,8 +50,8 @@ struct Lamb {
     k.eps = static_cast<S>(options[kEps]);
     k.weight_decay = static_cast<S>(info.weight_decay);
     k.step_size = static_cast<S>(info.lr);
-    k.decays = info.weight_decay != 0;
-    k.adapts = k.decays || options[kAlwaysAdapt] != 0;
+    k.decays = info.weight_decay != 0 && options[kDecoupled] == 0;
+    k.adapts = info.weight_decay != 0 || options[kAlwaysAdapt] != 0;
     k.clips = options[kTrustClip] != 0;
     k.lr = info.lr;
     return k;

@@ -28,6 +28,7 @@ PEERS = {
             "trust_clip": [False, True],
             "always_adapt": [False, True],
             "grad_averaging": [True, False],
+            "decoupled_decay": [False, True],
         },
     ),
     "LARS": (

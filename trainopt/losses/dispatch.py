@@ -117,7 +117,8 @@ def _has_labels(input: Tensor, target: Tensor, ignore_index: int) -> bool:
         return False
     if target.dtype is torch.int64 or target.dtype is torch.uint8:
         return input.dim() != 1 or target.dim() == 0  # torch lets one row have a target of shape (1,) too
-    return target.is_floating_point() and ignore_index < 0 and _is_constant_of(target, input)
+    # Of no probabilities at all torch makes 0 or NaN, by the reduction.
+    return target.is_floating_point() and target.numel() > 0 and ignore_index < 0 and _is_constant_of(target, input)
 
 
 def _is_constant_of(tensor: Tensor, input: Tensor) -> bool:

@@ -15,10 +15,10 @@ from torch.optim import optimizer as torch_optimizer
 
 from trainopt import switches
 from trainopt._extension import _C
-from trainopt.optim import loading, precision, registry, state_dtype, stats, torch_path, traced
+from trainopt.optim import loading, registry, stats, torch_path, traced
 from trainopt.optim.depth import apply_depth
 from trainopt.optim.gradients import GradientScaling, clear_gradients, clears, clips, find_norm
-from trainopt.optim.options import check_extras, defaults_of, not_default
+from trainopt.optim.options import defaults_of, not_default
 from trainopt.optim.report import NonfiniteReport, Record
 from trainopt.optim.skipping import found_nonfinite, lie_on_device, skips_nonfinite, step_on_device
 from trainopt.optim.states import States, numbered
@@ -54,15 +54,11 @@ class Fused(States):
         """Adds a group of parameters, as torch does."""
         self.defaults = {**self.defaults, **self.__dict__.get("_extras", {})}
         if isinstance(param_group, dict):
-            options = {**self.EXTRAS, **self.defaults, **param_group}
-            check_extras(options)
-            state_dtype.check(options["state_dtype"], self._states)
-            self._check_options(options)
+            self._check_group({**self.defaults, **param_group, "params": []})
             apply_depth(param_group, self.defaults)
         super().add_param_group(param_group)
         try:  # of the parameters, whatever form they came in, torch has made a list
-            state_dtype.check_params(self.param_groups[-1])
-            precision.check_params(self.param_groups[-1])
+            self._check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -137,7 +133,9 @@ class Fused(States):
     def _make_step(self, record: Record) -> None:
         plan = self._plan
         if plan is None and not switches.REFERENCE_FORCED:
-            plan = self._plan = _C.Plan(self._rule, self._first_index)
+            plan = self._plan = self._new_plan(self._first_index)
+        if plan is None:
+            self._check_groups()
         if self._sums_over_all:
             self._agree()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -209,6 +207,8 @@ class Fused(States):
             return scaling.step(plan, groups, self.state, sorted(new_states), sorted(stepped))
 
         answer = step()
+        if answer.status == "foreign containers" or answer.missing:
+            self._check_groups()
         if answer.status == "foreign containers":  # the state dict's own
             torch_path.step(self, params, None, scaling)
             return

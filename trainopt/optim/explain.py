@@ -85,7 +85,7 @@ def explain(optimizer: Any) -> Explanation:
     if switches.REFERENCE_FORCED:
         reasons = ["TRAINOPT_REFERENCE is set"] * len(params)
     else:
-        paths = _C.Plan(optimizer._rule).paths(groups, optimizer.state)
+        paths = optimizer._new_plan().paths(groups, optimizer.state)
         if paths is None:
             paths = ["states in a container that is no plain dict"] * len(params)
         reasons = [_reason(said, param.device) for said, param in zip(paths, params, strict=True)]

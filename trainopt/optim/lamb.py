@@ -38,6 +38,8 @@ class LAMB(Fused, rule="lamb"):
         grad_averaging: with False (default True), the gradient is added to the first moment whole, not times 1 - beta1.
         trust_clip: with True (default False), a trust ratio above 1 is taken for 1.
         always_adapt: with True (default False), the trust ratio holds without weight decay too, as in the paper.
+        decoupled_decay: with True (default False), decays the parameter before the update, as AdamW does, and not in
+            the update. The trust ratio has the norm of the decayed parameter.
         maximize, foreach, capturable, differentiable, fused: as `torch.optim.AdamW` has them.
         l1, l1_proximal, noise, seed, skip_nonfinite, max_grad_norm, error_if_nonfinite, zero_grad, ema_decay,
             ema_warmup, state_dtype, precision, cautious, cautious_weight_decay, stats: as in `trainopt.SGD`.
@@ -60,6 +62,7 @@ class LAMB(Fused, rule="lamb"):
         *,
         trust_clip: bool = False,
         always_adapt: bool = False,
+        decoupled_decay: bool = False,
         **options: Unpack[PlainOptions],
     ) -> None:
         super().__init__(
@@ -72,6 +75,7 @@ class LAMB(Fused, rule="lamb"):
             grad_averaging=grad_averaging,
             trust_clip=trust_clip,
             always_adapt=always_adapt,
+            decoupled_decay=decoupled_decay,
             **options,
         )
 
@@ -87,7 +91,9 @@ class LAMB(Fused, rule="lamb"):
             return bias_correction(beta, step) if extra(group, "bias_correction") else 1.0
 
         update = m * (1 / correction(beta1)) / (v.sqrt() * (1 / math.sqrt(correction(beta2))) + group["eps"])
-        if group["weight_decay"] != 0:
+        if group["weight_decay"] != 0 and group["decoupled_decay"]:
+            param.mul_(1 - group["lr"] * group["weight_decay"])
+        elif group["weight_decay"] != 0:
             update = update + param * group["weight_decay"]
         ratio: Any = 1.0
         if group["weight_decay"] != 0 or group["always_adapt"]:

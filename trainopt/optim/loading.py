@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from trainopt.optim import average, code8, precision, state_dtype
-from trainopt.optim.options import STOCK_DEFAULTS, extra, not_default
+from trainopt.optim import average, code8, precision
+from trainopt.optim.options import STOCK_DEFAULTS, not_default
 from trainopt.optim.report import name_of
 from trainopt.optim.state_dtype import are_apart, cast_states, has_codes, keys_of
 from trainopt.optim.states import States, widen_counts
@@ -22,7 +22,7 @@ def adapted(optimizer: States) -> Iterator[None]:
         saved_groups, own_groups = given["param_groups"], optimizer.param_groups
         groups = [_adapt_group(optimizer, *both) for both in zip(saved_groups, own_groups, strict=False)]
         for group, own_group in zip(groups, own_groups, strict=False):
-            _check_storage(optimizer, {**group, "params": own_group["params"]})
+            optimizer._check_group({**group, "params": own_group["params"]})
         saved.update({**given, "param_groups": [*groups, *saved_groups[len(groups) :]]})
         own = list(_in_own_dtypes(optimizer, saved))  # states that torch is not to cast
         for key, name, param in own:
@@ -44,13 +44,6 @@ def adapted(optimizer: States) -> Iterator[None]:
         adapting.remove()
         optimizer.__dict__.pop("_uncast", None)
     _restore_counts(optimizer, saved)
-
-
-def _check_storage(optimizer: States, group: dict[str, Any]) -> None:
-    """ValueError for a group that wants its parameters or their states stored as these cannot be."""
-    state_dtype.check(extra(group, "state_dtype"), optimizer._states)
-    state_dtype.check_params(group)
-    precision.check_params(group)
 
 
 def _put_back(optimizer: States, state: dict[str, Any]) -> None:
@@ -157,9 +150,10 @@ def _check_shape(optimizer: States, name: str, value: Any, param: torch.Tensor, 
 def complete(optimizer: States) -> None:
     """Completes what was loaded or unpickled, as torch's classes do in `__setstate__`."""
     widen_counts(optimizer.state, optimizer._numbers)
-    if optimizer._torch_class is None:  # a file of another library's
+    if optimizer._torch_class is None:  # a file of another library's, or of days when there were fewer options
+        defaults = {n: v for n, v in {**STOCK_DEFAULTS, **optimizer.defaults}.items() if n not in optimizer.EXTRAS}
         for group in optimizer.param_groups:
-            group.update({name: value for name, value in STOCK_DEFAULTS.items() if name not in group})
+            group.update({name: value for name, value in defaults.items() if name not in group})
 
 
 def copy_of(value: Any) -> Any:

@@ -76,7 +76,7 @@ class NovoGrad(Fused, rule="novograd"):
         squares = sum_of_squares(gradient)
         before = number.to(squares)
         number.copy_(torch.where(before == 0, squares, before * beta2 + squares * (1 - beta2)))
-        if group.get("amsgrad"):  # which a group from a file of earlier days has not got
+        if group["amsgrad"]:
             largest = state["max_exp_avg_sq"]
             number = largest.copy_(torch.maximum(largest, number))
         update = gradient / (number.to(squares).sqrt() + group["eps"]).to(gradient.dtype)

@@ -93,6 +93,13 @@ _NOT_NEGATIVE = {
     *("lr", "betas", "eps", "weight_decay", "momentum"),
     *("trust_coeff", "alpha", "alpha_warmup", "beta3_warmup"),
 }
+#: Those that are true or false.
+_FLAGS = (
+    *("l1_proximal", "skip_nonfinite", "error_if_nonfinite", "ema_warmup"),
+    *("cautious", "cautious_weight_decay", "stats", "bias_correction"),
+)
+#: Options of torch's and of rules that some of these do not go with.
+_DECIDING = ("differentiable", "decoupled_weight_decay", "decoupled_decay", "decouple", "no_prox")
 #: How 16-bit parameters can be stored: trainopt/optim/precision.py.
 PRECISIONS = ("native", "master", "master24", "stochastic")
 #: Those of the options that every class of torch's has.
@@ -115,10 +122,23 @@ def not_default(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v for name, v in options.items() if isinstance(v, torch.Tensor) or v != DEFAULTS[name]}
 
 
+def checked_names(extras: Iterable[str]) -> list[str]:
+    """The options whose change a step looks at, by what their class has beyond torch's."""
+    return [*extras, *_DECIDING]
+
+
 def check_extras(options: Mapping[str, Any]) -> None:
-    """ValueError for a value that makes no sense, in the words of torch's own errors."""
+    """ValueError for a value that makes no sense, in the words of torch's own errors; TypeError for what is no number.
+
+    In a constructor, and in the first step after one of these has been set in a group.
+    """
     for name in ("l1", "noise"):
+        if not _C.is_number(options[name]):
+            raise TypeError(f"{name} must be a number, not a {type(options[name]).__name__}: {options[name]!r}")
         checks.stock_option(name, options[name])
+    for name in _FLAGS:
+        if name in options and not _C.is_number(options[name]):
+            raise TypeError(f"{name} must be True or False, not a {type(options[name]).__name__}: {options[name]!r}")
     checks.seed(options["seed"])
     limit, clearing, decay = options["max_grad_norm"], options["zero_grad"], options["ema_decay"]
     if limit is not None and not (_is_number(limit) and limit > 0):

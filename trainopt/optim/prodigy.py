@@ -124,7 +124,8 @@ class Prodigy(Fused, rule="prodigy"):
                 state[key] = dict(_reshaped(state[key], param))
         super().load_state_dict({**state_dict, "state": state})
 
-    def _check_options(self, options: dict[str, Any]) -> None:
+    @classmethod
+    def _check_options(cls, options: dict[str, Any]) -> None:
         super()._check_options(options)
         _check(options)
 
@@ -133,7 +134,7 @@ class Prodigy(Fused, rule="prodigy"):
     def _agree(self) -> None:
         groups = list(self.param_groups)
         for group in groups:
-            _check_one_way(group)
+            _check(group)
         for group in groups[1:]:
             for name in _SHARED:
                 if (value := group[name]) is not (of_first := groups[0][name]) and value != of_first:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainopt import switches
-from trainopt._extension import _C
 from trainopt.optim import stats, torch_path
 from trainopt.optim.distributed import is_dtensor
 from trainopt.optim.gradients import GradientScaling, norm_of
@@ -164,10 +163,11 @@ class _FusedStep(_Step):
     def _step(self, scaling: GradientScaling) -> None:
         view = self.view
         if switches.REFERENCE_FORCED:
+            view._check_groups()
             torch_path.step(view, list(view._enumerate()), None, scaling)
             return
         if view._plan is None:
-            view._plan = _C.Plan(view._rule, view._first_index)
+            view._plan = view._new_plan(view._first_index)
         answer = scaling.step(view._plan, view.param_groups, view.state, view._indices_unstarted())
         if answer.status != "done":
             view._step_with_torch(view._plan, scaling)

@@ -12,7 +12,7 @@ So a step that only asks for states changes nothing and is not counted. It is on
 A warm-up that begins at a learning rate of 0 comes with gradients that are not 0, and its first step counts.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from torch.optim import optimizer as torch_optimizer
 from trainopt._extension import _C
 from trainopt.optim import average, precision, state_dtype
 from trainopt.optim.distributed import elements, on_any_rank, replica
-from trainopt.optim.options import extra, snapshot
+from trainopt.optim.options import check_extras, checked_names, extra, snapshot
 from trainopt.optim.report import Record
 from trainopt.optim.stats import ParameterStats, by_name
 from trainopt.stand_in import StandIn
@@ -127,6 +127,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         For tools that need states to load into, such as distributed checkpoints: no step is counted, and the first
         real step is a first step.
         """
+        self._check_groups()
         for _, group, param in self._enumerate():
             if param.requires_grad and not self._has_partial_state(param, group):
                 self._start_before_first_step(param, group)
@@ -154,17 +155,39 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
             shape[-1 if name == self._factors[0] else -2] = 1
         return torch.Size(shape)
 
-    def _check_options(self, options: dict[str, Any]) -> None:
+    @classmethod
+    def _new_plan(cls, first_index: int = 0) -> Any:
+        """A plan, which checks options that are new in a group, as the constructor does."""
+        return _C.Plan(cls._rule, first_index, checked_names(cls.EXTRAS), cls._check_group)
+
+    @classmethod
+    def _check_group(cls, group: Mapping[str, Any]) -> None:
+        """ValueError or TypeError for options that make no sense, by themselves or for the parameters of the group."""
+        options = {**cls.EXTRAS, **group}
+        check_extras(options)
+        state_dtype.check(options["state_dtype"], cls._states)
+        cls._check_options(options)
+        state_dtype.check_params(group)
+        precision.check_params(group)
+
+    @classmethod
+    def _check_options(cls, options: dict[str, Any]) -> None:
         """ValueError for options that do not go together: cautious weight decay where the decay is in the gradient."""
-        if options["cautious_weight_decay"] and self._decay_of(options) != "parameter":
+        if options["cautious_weight_decay"] and cls._decay_of(options) != "parameter":
             raise ValueError(
                 f"cautious_weight_decay=True is for weight decay that is decoupled from the gradient, as AdamW's and"
-                f" Lion's, and that of {type(self).__name__} is not"
+                f" Lion's, and that of {cls.__name__} is not"
             )
 
-    def _decay_of(self, group: dict[str, Any]) -> str:
+    def _check_groups(self) -> None:
+        """Likewise of all groups."""
+        for group in self.param_groups:
+            self._check_group(group)
+
+    @classmethod
+    def _decay_of(cls, group: dict[str, Any]) -> str:
         """Where a group's weight decay goes: into the "gradient", the "update", onto the "parameter", or "none"."""
-        return _C.decay_of(self._rule, _named(group))
+        return _C.decay_of(cls._rule, _named(group))
 
     def _lr_of(self, group: dict[str, Any]) -> float:
         """A group's learning rate, times the rule's rate if it has one."""
@@ -294,6 +317,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         """
         if not self._asks_for_state():
             return False
+        self._check_groups()
         for _, group, param in self._enumerate():
             if param.requires_grad and not self.state.get(param):
                 self._start(param, group)

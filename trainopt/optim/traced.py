@@ -81,7 +81,10 @@ def gather(
     chosen = [param for param in group["params"] if param.grad is not None]
     if any(type(param) not in (torch.Tensor, torch.nn.Parameter) for param in chosen):
         return False  # a DTensor is stepped by what is in it, which the operator does not see
-    paths = _C.Plan(optimizer._rule).paths([{**group, "params": chosen}], optimizer.state)
+    try:
+        paths = optimizer._new_plan().paths([{**group, "params": chosen}], optimizer.state)
+    except (TypeError, ValueError):  # of options, which the uncompiled step raises where a caller can see it
+        return False
     if paths is None or any(paths):
         return False
     if any(has_codes(optimizer.state.get(param, {}), optimizer._states) for param in chosen):

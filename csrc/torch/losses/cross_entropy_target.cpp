@@ -79,8 +79,8 @@ CrossEntropyTarget::CrossEntropyTarget(c10::IntArrayRef input_sizes, int64_t cla
   row_sizes_.erase(row_sizes_.begin() + class_dim);
   rows_ = c10::multiply_integers(row_sizes_);
   if (class_weight.has_value() && class_weight->defined()) {
-    TORCH_CHECK_VALUE(class_weight->dim() == 1 && class_weight->numel() == classes_, "weight has shape ",
-                      class_weight->sizes(), ", but there are ", classes_, " classes: expected shape [", classes_, "]");
+    TORCH_CHECK(class_weight->dim() == 1 && class_weight->numel() == classes_, "weight has shape ",
+                class_weight->sizes(), ", but there are ", classes_, " classes: expected shape [", classes_, "]");
     weight_ = class_weight->to(weight_dtype).contiguous();
   }
   if (target.is_floating_point()) {

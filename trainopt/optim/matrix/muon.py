@@ -12,7 +12,16 @@ from trainopt.optim.adamw import AdamW
 from trainopt.optim.depth import apply_depth
 from trainopt.optim.matrix import update
 from trainopt.optim.matrix.loading import Loading
-from trainopt.optim.matrix.options import EXTRAS, check_adamw, check_group, check_params, is_muons, torchs_defaults
+from trainopt.optim.matrix.options import (
+    EXTRAS,
+    check_adamw,
+    check_group,
+    check_params,
+    check_present,
+    check_values,
+    is_muons,
+    torchs_defaults,
+)
 from trainopt.optim.report import NonfiniteReport, Record
 from trainopt.optim.states import asks_for_state
 from trainopt.stand_in import StandIn
@@ -156,6 +165,8 @@ class Muon(originals.Muon, metaclass=StandIn):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            check_present(group)
         if asks_for_state(self):
             self.init_state()
             return loss
@@ -214,12 +225,18 @@ class Muon(originals.Muon, metaclass=StandIn):
         For tools that need states to load into, such as distributed checkpoints: no step is counted, and the first
         real step is a first step.
         """
-        for group in filter(is_muons, self.param_groups):
+        for group in self.param_groups:
+            check_present(group)
+        matrices = [group for group in self.param_groups if is_muons(group)]
+        for group in matrices:
+            check_values(group)
+            check_params(group)
+        if (adamw := self.adamw) is not None:
+            adamw.init_state()
+        for group in matrices:
             for param in group["params"]:
                 if param.requires_grad:
                     update.start(group, param, self.state[param])
-        if (adamw := self.adamw) is not None:
-            adamw.init_state()
 
     # What torch calls -------------------------------------------------------------------------------------------------
 

@@ -5,12 +5,14 @@ is in a group only where it was given, so that a group that uses none of it is o
 """
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from trainopt import originals
+from trainopt._extension import _C
 from trainopt.checks import whole
 from trainopt.optim.adamw import AdamW
 
@@ -34,10 +36,26 @@ OWN_DTYPE = (
 _MARKS = ("params", "param_names", "use_muon", "name", "layer", "lr_scale")
 _MUON = {*inspect.signature(originals.Muon).parameters, *EXTRAS} - {"params"}
 _ADAMW = set(inspect.signature(AdamW).parameters) - {"params"}
-#: Options of AdamW's that are about the whole step, in which the matrices have no part.
+#: Options of AdamW's that are about the whole step, in which the matrices have no part, with their defaults.
 _WHOLE_STEP = {
-    *("max_grad_norm", "error_if_nonfinite", "skip_nonfinite", "zero_grad"),
-    *("ema_decay", "ema_warmup", "differentiable"),
+    name: inspect.signature(AdamW).parameters[name].default
+    for name in (
+        *("max_grad_norm", "error_if_nonfinite", "skip_nonfinite", "zero_grad"),
+        *("ema_decay", "ema_warmup", "differentiable"),
+    )
+}
+
+
+def _original(rows: int, columns: int) -> float:
+    return math.sqrt(max(1, rows / columns))
+
+
+#: What ``adjust_lr_fn`` multiplies the learning rate of a matrix by. torch knows the last from 2.14 on.
+RATIOS: dict[str | None, Callable[[int, int], float]] = {
+    None: _original,
+    "original": _original,
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
 }
 
 
@@ -69,8 +87,7 @@ def check_group(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         defaults: of its algorithm.
     """
     use_muon = given.get("use_muon", True)
-    if not isinstance(use_muon, bool):
-        raise ValueError(f"Muon: use_muon must be True or False, got {use_muon!r}")
+    _check_use_muon(use_muon)
     own, whose, others = (_MUON, "Muon", "AdamW") if use_muon else (_ADAMW, "AdamW", "Muon")
     for name in given:
         if name in own or name in _MARKS or name.startswith("initial_"):
@@ -86,20 +103,62 @@ def check_group(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     _check_extras(options)
 
 
+def check_present(group: Mapping[str, Any]) -> None:
+    """ValueError for a group of a living optimizer with options of the other algorithm, or without its own.
+
+    Schedulers leave options of both in every group; those that only trainopt has would be ignored there.
+    """
+    use_muon = group.get("use_muon", True)
+    _check_use_muon(use_muon)
+    own, other, extras = ("Muon", "AdamW", AdamW.EXTRAS) if use_muon else ("AdamW", "Muon", EXTRAS)
+    for name in extras.keys() & group.keys():
+        if group[name] != extras[name]:
+            raise ValueError(
+                f"Muon: {name}={group[name]!r} is an option of {other}, in a group of {own}'s (use_muon={use_muon})"
+            )
+    if not use_muon:
+        _check_whole_step(group)
+        for name in sorted(_ADAMW - AdamW.EXTRAS.keys() - group.keys()):
+            raise ValueError(f"Muon: a group with use_muon=False lacks {name!r}: add_param_group makes one of AdamW's")
+
+
+def check_values(group: Mapping[str, Any]) -> None:
+    """Raises for options of a group of Muon's that its step cannot be made with: what torch's raises, and TypeError or
+    ValueError for trainopt's own."""
+    for name in ("lr", "weight_decay", "momentum", "eps"):
+        if not _C.is_number(group[name]):
+            raise TypeError(f"Muon: {name} must be a number, not a {type(group[name]).__name__}: {group[name]!r}")
+    check_iteration(group)
+    if group["adjust_lr_fn"] not in tuple(RATIOS):
+        raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
+    _check_extras(group)
+
+
 def check_iteration(group: Mapping[str, Any]) -> None:
     """ValueError where torch's step raises one, and for what is no number of steps."""
     if whole("Muon", "ns_steps", group["ns_steps"]) >= 100:
         raise ValueError("Number of steps must be less than 100 for computational efficiency")
     if len(group["ns_coefficients"]) != 3:
         raise ValueError("Coefficients must be a tuple of exactly 3 values")
+    if not all(map(_C.is_number, group["ns_coefficients"])):
+        raise TypeError(f"Muon: ns_coefficients must be numbers, got {group['ns_coefficients']!r}")
 
 
 def check_adamw(options: Mapping[str, Any]) -> None:
     """ValueError for options that AdamW refuses, or that do not go with Muon; TypeError for those that it lacks."""
-    for name in _WHOLE_STEP & options.keys():
-        if options[name] != inspect.signature(AdamW).parameters[name].default:
-            raise ValueError(f"Muon: {name}={options[name]!r} is about a whole step, and matrices have no part in it")
+    _check_whole_step(options)
     AdamW([torch.empty(0)], **options)
+
+
+def _check_whole_step(options: Mapping[str, Any]) -> None:
+    for name in _WHOLE_STEP.keys() & options.keys():
+        if options[name] != _WHOLE_STEP[name]:
+            raise ValueError(f"Muon: {name}={options[name]!r} is about a whole step, and matrices have no part in it")
+
+
+def _check_use_muon(value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"Muon: use_muon must be True or False, got {value!r}")
 
 
 def dtype_of(chosen: Any) -> torch.dtype | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from trainopt.optim.matrix.newton_schulz import dtype_for, orthogonalize, takes_gram_form
-from trainopt.optim.matrix.options import check_iteration, check_matrix, dtype_of, extra, is_muons, is_plain
+from trainopt.optim.matrix.options import (
+    RATIOS,
+    check_matrix,
+    check_values,
+    dtype_of,
+    extra,
+    is_muons,
+    is_plain,
+)
 
 #: Of one stack. Many small matrices go into one product, but a few large ones do not leave a CPU's caches, or fill the
 #: memory of another device.
@@ -71,7 +79,7 @@ def gather(groups: Iterable[Mapping[str, Any]], state: Any) -> list[tuple[Mappin
     """
     gathered: list[tuple[Mapping[str, Any], list[Tensor]]] = []
     for group in filter(is_muons, groups):
-        check_iteration(group)
+        check_values(group)
         params = [param for param in group["params"] if param.grad is not None]
         for param in params:
             check_matrix(param, group)
@@ -82,7 +90,8 @@ def gather(groups: Iterable[Mapping[str, Any]], state: Any) -> list[tuple[Mappin
             second = state[param].get(SECOND) if param in state else None
             if second is not None and tuple(second.shape) != second_shape(param, group):
                 raise ValueError(f"Muon: {SECOND} is not of the present split={extra(group, 'split')!r}")
-        gathered.append(({**group, "lr": float(group["lr"])}, params))
+        numbers = {name: float(group[name]) for name in ("lr", "weight_decay", "momentum")}
+        gathered.append(({**group, **numbers}, params))
     return gathered
 
 
@@ -158,19 +167,6 @@ def _step_stack(blocks: list[Block]) -> None:
         lr = block.group["lr"]
         block.param.mul_(1 - lr * block.group["weight_decay"])
         block.param.add_(update.reshape(block.param.shape), alpha=-lr * ratio_of(block))
-
-
-def _original(rows: int, columns: int) -> float:
-    return math.sqrt(max(1, rows / columns))
-
-
-#: What ``adjust_lr_fn`` multiplies the learning rate of a matrix by. torch knows the last from 2.14 on.
-RATIOS: dict[str | None, Callable[[int, int], float]] = {
-    None: _original,
-    "original": _original,
-    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
-    "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
-}
 
 
 def ratio_of(block: Block) -> float:
