@@ -238,6 +238,86 @@ def gradients_of_other_placements(mesh, name):
         check_alike(name, (spread(mesh, start, Shard(0)), start), gradient_of, str(placement))
 
 
+def given(mesh, gradient, placement):
+    """A gradient that the processes hold in this way: of a sum, the first a third and the second the rest."""
+    if not isinstance(placement, Partial):
+        return spread(mesh, gradient, placement)
+    share = (dist.get_rank() + 1) / 3
+    return DTensor.from_local((gradient * share).to(gradient.dtype), mesh, [placement], run_check=False)
+
+
+SPREAD_OTHERWISE = ((Replicate(), Shard(0)), (Replicate(), Partial()), (Shard(0), Shard(1)), (Shard(0), Partial()))
+
+
+@case(*((name, precision) for name in ("SGD", "AdamW", "LAMB") for precision in ("master", "master24", "stochastic")))
+def gradients_of_other_placements_in_two_parts(mesh, name, precision):
+    """DTensor's own operators on bits made 1e34 of the parameters."""
+    for placement, of_gradient in SPREAD_OTHERWISE:
+        start = random((4, 6), 1).bfloat16()
+        sides = [nn.Parameter(spread(mesh, start, placement)), nn.Parameter(start)]
+        optimizers = [OPTIMIZERS[name]([p], **OPTIONS[name], precision=precision) for p in sides]
+        for step in range(3):
+            gradient = 3 * (random((4, 6), step) * 4).round().bfloat16()  # a sum of thirds is exact
+            sides[0].grad, sides[1].grad = given(mesh, gradient, of_gradient), gradient
+            for optimizer in optimizers:
+                optimizer.step()
+        assert_equal(whole(sides[0].detach()), sides[1].detach(), f"{placement}, {of_gradient}", rtol=0.01, atol=0.01)
+        values = [trainopt.optim.precision.value_of(p, o.state[p]) for p, o in zip(sides, optimizers, strict=True)]
+        if precision != "stochastic":
+            assert_equal(whole(values[0]), values[1], f"{placement}, {of_gradient}", rtol=1e-4, atol=1e-4)
+
+
+@case(*(("AdamW", "SGD", "Adafactor")))
+def gradients_of_other_placements_that_are_not_finite(mesh, name):
+    """All processes leave the step out, also where one alone has the infinity, or none has and the sum is infinite."""
+    for placement, of_gradient in SPREAD_OTHERWISE:
+        for value in (float("inf"), 3e38):
+            is_sum = isinstance(of_gradient, Partial)
+            if value < float("inf") and not is_sum:
+                continue
+            p = nn.Parameter(spread(mesh, torch.ones(4, 6), placement))
+            optimizer = OPTIMIZERS[name]([p], **OPTIONS[name], skip_nonfinite=True)
+            p.grad = given(mesh, torch.ones(4, 6), of_gradient)
+            optimizer.step()
+            assert not optimizer.last_step_skipped
+            before = whole(p.detach()).clone()
+            if value < float("inf") or dist.get_rank() == 1:
+                p.grad.to_local()[-1, -1] = value
+            optimizer.step()
+            assert optimizer.last_step_skipped and torch.equal(whole(p.detach()), before), (placement, of_gradient)
+
+
+@case(())
+def a_first_step_of_rate_0_whose_gradient_is_0_on_one_process(mesh):
+    """It is no step that only asks for states, on any of them."""
+    for placement, of_gradient in ((Replicate(), Partial()), (Replicate(), Shard(0)), (Shard(0), Partial())):
+        p = nn.Parameter(spread(mesh, torch.ones(4, 6), placement))
+        optimizer = trainopt.AdamW([p], lr=0.0)
+        p.grad = given(mesh, torch.ones(4, 6), of_gradient)
+        p.grad.to_local().mul_(dist.get_rank())
+        optimizer.step()
+        assert optimizer.completed_steps == 1 and optimizer.state[p]["step"] == 1
+
+
+@case({}, {"flatten": True}, {"normuon_beta2": 0.9})
+def matrices_of_muons_of_other_kinds(mesh, options):
+    """Ordinary tensors and DTensors in one group; a cut dimension of one; gradients that are spread otherwise."""
+    shapes = [(6, 4), (6, 4), (1, 4), (4, 1), (7, 5)] + [(5, 3, 3, 3), (4, 2, 3)] * ("flatten" in options)
+    for placement, of_gradient in ((Shard(0), Shard(0)), (Shard(1), Shard(1)), *SPREAD_OTHERWISE):
+        start = [random(shape, i) for i, shape in enumerate(shapes)]
+        params = [nn.Parameter(p.clone() if i == 1 else spread(mesh, p, placement)) for i, p in enumerate(start)]
+        others = list(map(nn.Parameter, start))
+        optimizers = [trainopt.Muon(side, lr=0.02, **options) for side in (params, others)]
+        for step in range(2):
+            for i, (p, q) in enumerate(zip(params, others, strict=True)):
+                q.grad = random(shapes[i], 10 * step + i)
+                p.grad = q.grad.clone() if i == 1 else given(mesh, q.grad, of_gradient)
+            for optimizer in optimizers:
+                optimizer.step()
+        for i, (p, q) in enumerate(zip(params, others, strict=True)):
+            assert_equal(whole(p.detach()), q.detach(), f"{i}: {placement}, {of_gradient}", rtol=1e-9, atol=1e-9)
+
+
 @case(*OPTIMIZERS)
 def a_partial_parameter_is_refused_by_all(mesh, name):
     params = [nn.Parameter(spread(mesh, torch.ones(4, 3), Shard(0)))]

@@ -256,6 +256,9 @@ BAD_GROUPS = [
     ({"split_dim": 1}, "give that too"),
     ({"split": 2, "split_dim": 2}, "Invalid split_dim value: 2"),
     ({"normuon_beta2": 1.0}, "Invalid normuon_beta2 value: 1.0"),
+    ({"normuon_beta2": False}, "Invalid normuon_beta2 value: False"),
+    ({"split": True}, "Invalid split value: True"),
+    ({"flatten": "no"}, "Invalid flatten value: 'no'"),
 ]
 
 
@@ -283,6 +286,12 @@ BAD_EDITS = [
     (False, {"split": "two"}, ValueError, "Invalid split value: 'two'"),
     (False, {"split": 2, "split_dim": 2}, ValueError, "Invalid split_dim value: 2"),
     (False, {"split": 5}, ValueError, "split=5 does not divide"),
+    (False, {"split": 2, "split_dim": True}, ValueError, "Invalid split_dim value: True"),
+    (False, {"split": True}, ValueError, "Invalid split value: True"),
+    (False, {"flatten": "no"}, ValueError, "Invalid flatten value: 'no'"),
+    (False, {"nesterov": "no"}, TypeError, "nesterov must be True or False"),
+    (False, {"ns_coefficients": None}, ValueError, "exactly 3 values"),
+    (False, {"ns_dtype": []}, ValueError, r"Invalid ns_dtype value: \[\]"),
     (False, {"normuon_beta2": 1.5}, ValueError, "Invalid normuon_beta2 value: 1.5"),
     (False, {"ns_dtype": "float16"}, ValueError, "Invalid ns_dtype value: 'float16'"),
     (False, {"use_muon": 1}, ValueError, "use_muon must be True or False, got 1"),
@@ -317,6 +326,28 @@ def test_an_option_that_makes_no_sense_is_an_error_when_it_is_set_too(steps):
             group.update(before)
             assert_same_bits(held, snapshot(optimizer))
     assert all(map(torch.equal, expected, train(model, optimizer, 4 - steps, steps)))
+
+
+@pytest.mark.parametrize(
+    "change", ["buffer of another dtype", "of another shape", "none", "parameter in float64", "no key"]
+)
+def test_what_does_not_go_with_a_state_is_an_error_before_anything_changes(change):
+    model, optimizer = made()
+    train(model, optimizer, 1)
+    p = optimizer.param_groups[0]["params"][1]
+    state = optimizer.state[p]
+    if change == "no key":
+        del optimizer.param_groups[0]["nesterov"]
+    elif change == "parameter in float64":
+        p.data = p.data.double()
+        p.grad = p.grad.double()
+    else:
+        of = {"none": None, "of another shape": torch.zeros(2, 2)}
+        state["momentum_buffer"] = of.get(change, state["momentum_buffer"].double())
+    before = snapshot(optimizer)
+    with pytest.raises((ValueError, KeyError), match="nesterov" if change == "no key" else "momentum_buffer is"):
+        optimizer.step()
+    assert_same_bits(before, snapshot(optimizer))
 
 
 def test_a_closure_hooks_and_schedules():

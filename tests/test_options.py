@@ -9,6 +9,7 @@ from helpers import assert_same_bits, snapshot
 from judge import TABLE, outcome, random_problem, result_of
 
 import trainopt
+from trainopt.optim.options import places_of
 
 ROWS = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
 MOMENTS = pytest.mark.parametrize("row", [TABLE["Adam"], TABLE["AdamW"]], ids=["Adam", "AdamW"])
@@ -222,6 +223,29 @@ def test_bad_values_are_refused_when_they_are_set_too(row, steps):
     descend(4 - steps)
     found = outcome(optimizer, params)
     assert all(all(map(torch.equal, found[name], expected[name])) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in TABLE.values() if row.ours._torch_class is None], ids=lambda row: row.ours.__name__
+)
+def test_an_option_of_a_rule_that_is_no_number(row):
+    """Of an optimizer that torch does not have; torch's have torch's errors."""
+    p = torch.ones(3).requires_grad_()
+    p.grad = torch.ones(3)
+    optimizer = row.make([p])
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    for key, element in (("lr", -1), ("weight_decay", -1), *places_of(row.ours._rule)):
+        for bad in ("text", [1.0], *[None] * (key not in row.ours._may_be_none)):
+            if key in row.ours.EXTRAS:
+                continue
+            kept = group[key]
+            group[key] = bad if element < 0 else (*kept[:element], bad, *kept[element + 1 :])
+            before = snapshot(optimizer)
+            with pytest.raises(TypeError, match=key if element < 0 else rf"{key}\[{element}\]"):
+                optimizer.step()
+            assert_same_bits(before, snapshot(optimizer))
+            group[key] = kept
 
 
 def test_a_tensor_that_is_filled_with_a_bad_value():

@@ -14,7 +14,7 @@ from torch import nn
 from training_runs import assert_same, default_fit, held_out, said
 
 import trainopt
-from trainopt.training import Silent
+from trainopt.training import Silent, fit
 from trainopt.training.checkpoint import Checkpoints
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -314,3 +314,82 @@ def test_the_best_weights_are_loaded_in_one_line(tmp_path):
     model.load_state_dict(torch.load(tmp_path / "best.pt", weights_only=True)["model"])
     loss = nn.functional.cross_entropy(model(validation[0]), validation[1]).item()
     assert loss == pytest.approx(result.best, rel=1e-6)
+
+
+# Beside the data and the options --------------------------------------------------------------------------------------
+
+
+def small_fit(directory, stop_at=-1, make=None, dtype=torch.float64, loss=None, is_own=False, seed=0, **choices):
+    """A run of a small model to its end, or to a signal in its n-th micro-step; what it saw and what became of it.
+
+    Args:
+        is_own: whether the loader draws from a generator of its own.
+    """
+    torch.manual_seed(seed)
+    inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    data = torch.utils.data.TensorDataset(inputs, torch.arange(8) % 3)
+    drawn = {"generator": torch.Generator().manual_seed(9 + seed)} if is_own else {}
+    model, seen = nn.Linear(3, 3).to(dtype), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(round(float(args[0][0, 0]), 3)))
+    optimizer = (make or trainopt.SGD)(model.parameters())
+    fit(
+        model,
+        torch.utils.data.DataLoader(data, batch_size=1, shuffle=True, **drawn),
+        loss or training_runs.Stopping(nn.CrossEntropyLoss(), stop_at),
+        optimizer,
+        directory=directory,
+        **{"report": Silent(), "epochs": 3, "accumulation": 2, "seed": 3, "checkpoint_every": 3, **choices},
+    )
+    states = [sorted(state.items()) for state in optimizer.state_dict()["state"].values()]
+    return seen, {"weights": list(model.parameters()), "states": states}
+
+
+@pytest.mark.parametrize("stops", [(8,), (9,), (16, 1), (9, 1, 1), (1, 1, 7, 1)], ids=str)
+def test_a_loader_with_a_generator_of_its_own_goes_on_in_its_order(stops, tmp_path):
+    """Also from the end of an epoch, and where the run is stopped again before it has drawn anything."""
+    expected, end = small_fit(None, is_own=True)
+    found = []
+    for seed, stop in enumerate((*stops, -1)):
+        seen, now = small_fit(tmp_path, stop, is_own=True, seed=seed)
+        found += seen
+    assert found == expected
+    assert_same(end, now)
+
+
+NUMBERS_AND_PARTS = {
+    "NAdam": (trainopt.NAdam, torch.float64),
+    "ASGD": (trainopt.ASGD, torch.float64),
+    "NovoGrad": (trainopt.NovoGrad, torch.float64),
+    "master": (lambda params: trainopt.AdamWScheduleFree(params, lr=0.03, precision="master"), torch.bfloat16),
+    "master24": (lambda params: trainopt.AdamWScheduleFree(params, lr=0.03, precision="master24"), torch.bfloat16),
+    "master of float16": (lambda params: trainopt.SGDScheduleFree(params, 0.3, precision="master"), torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS_AND_PARTS)
+@pytest.mark.parametrize("stop", [7, 12, 17])
+def test_numbers_and_parameters_in_two_parts_go_on_to_the_same_bits(name, stop, tmp_path):
+    make, dtype = NUMBERS_AND_PARTS[name]
+    _, end = small_fit(None, make=make, dtype=dtype)
+    small_fit(tmp_path, stop, make=make, dtype=dtype)
+    _, now = small_fit(tmp_path, make=make, dtype=dtype, seed=1)
+    assert_same(end, now)
+
+
+OTHERS = (
+    (trainopt, ("SGD", "Adam", "RMSprop", "Adafactor", "LAMB", "NovoGrad", "Prodigy", "AdamWScheduleFree")),
+    (torch.optim, ("SGD", "Adam", "RMSprop", "Adafactor")),
+)
+
+
+@pytest.mark.parametrize(
+    "make", [getattr(of, name) for of, names in OTHERS for name in names], ids=lambda c: c.__module__[:8] + c.__name__
+)
+def test_another_optimizer_goes_on_with_its_own_options(make, tmp_path):
+    small_fit(tmp_path, make=trainopt.AdamW, epochs=1, loss=nn.CrossEntropyLoss())
+    heard = Recorder()
+    _, now = small_fit(tmp_path, make=make, epochs=2, report=heard, loss=nn.MultiMarginLoss())
+    words = " ".join(said(heard))
+    assert f"optimizer was AdamW and is {make.__name__}: its options are the new ones, and its state is taken" in words
+    assert "the loss was CrossEntropyLoss and is MultiMarginLoss: the new one holds from here on" in words
+    assert all(weight.isfinite().all() for weight in now["weights"])

@@ -45,6 +45,8 @@ class AdEMAMix(Fused, rule="ademamix"):
     float32, or float64 for float64 parameters. A slow average in bfloat16 stands still: it needs ``state_dtype``.
     """
 
+    _may_be_none = frozenset({"beta3_warmup", "alpha_warmup"})
+
     def __init__(
         self,
         params: Any,

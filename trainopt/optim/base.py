@@ -209,6 +209,9 @@ class Fused(States):
         answer = step()
         if answer.status == "foreign containers" or answer.missing:
             self._check_groups()
+        if answer.doubtful and self._torch_class is None:
+            for group in groups:
+                self._check_numbers(group)
         if answer.status == "foreign containers":  # the state dict's own
             torch_path.step(self, params, None, scaling)
             return

@@ -23,6 +23,38 @@ def elements(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout is torch.strided else gradient.values()
 
 
+def summed(gradient: Tensor) -> Tensor:
+    """A DTensor that is a sum still to be taken over ranks, as those of SequenceParallel are, with the sum taken: a
+    collective. Any other tensor as it is."""
+    placements = getattr(gradient, "placements", ())
+    if not any(placement.is_partial() for placement in placements):
+        return gradient
+    from torch.distributed.tensor import Replicate
+
+    return gradient.redistribute(placements=[Replicate() if p.is_partial() else p for p in placements])  # type: ignore[attr-defined]
+
+
+def together(tensor: Tensor) -> Tensor:
+    """A DTensor of which every rank has the whole: a collective."""
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)  # type: ignore[attr-defined]
+
+
+def placed_as(other: Tensor, tensor: Tensor) -> Tensor:
+    """A DTensor spread as another one is, for an operation in place, which does not see to that; others as they are."""
+    return tensor.redistribute(placements=other.placements) if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def by_element(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """What a function of single elements makes of tensors that lie alike: of DTensors, of each rank's part by itself.
+
+    DTensor's own operators do not know all that is done with bits: in torch 2.13 ``x >> 16`` is 0 for an int32 DTensor.
+    """
+    made = function(*(getattr(tensor, "_local_tensor", tensor) for tensor in tensors))
+    return tuple(spread_like(part, tensors[0], tensors[0].shape) for part in made)
+
+
 def reals_of(tensor: Tensor) -> Tensor:
     """Complex numbers as pairs of reals: a view, but a copy of what is conjugated. Others as they are."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
@@ -58,16 +90,16 @@ def row_major(sizes: torch.Size) -> tuple[int, ...]:
 
 
 def on_any_rank(flag: bool | Tensor, params: Iterable[Tensor]) -> bool | Tensor:
-    """Whether the flag is set on any rank that these parameters, as far as they are DTensors, are sharded over.
+    """Whether the flag is set on any rank that these parameters, or their gradients, are sharded over as DTensors.
 
     One collective for each dimension of a mesh, in the order of the parameters, which is the same on all ranks; none
     without DTensors. The result is the flag itself then, else a float32 tensor on the meshes' device.
     """
     groups: dict[Any, tuple[Any, str]] = {}
-    for param in params:
-        mesh = getattr(param, "device_mesh", None)
+    for tensor in (tensor for param in params for tensor in (param, param.grad)):
+        mesh = getattr(tensor, "device_mesh", None)
         if mesh is not None and mesh.get_coordinate() is not None:
-            for dim, placement in enumerate(param.placements):  # type: ignore[attr-defined]
+            for dim, placement in enumerate(tensor.placements):  # type: ignore[union-attr]
                 if not placement.is_replicate():
                     groups[mesh, dim] = (mesh.get_group(dim), mesh.device_type)
     for group, device_type in groups.values():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainopt._extension import _C
-from trainopt.optim.distributed import like
+from trainopt.optim.distributed import by_element, like
 from trainopt.optim.options import PRECISIONS, extra
 
 #: Its key in a parameter's state.
@@ -69,13 +69,17 @@ def value_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     fits = isinstance(master, Tensor) and master.shape == own.shape and master.dtype in _MASTERS.get(own.dtype, ())
     if not fits or not isinstance(master, Tensor):
         return own.to(torch.float32, copy=True, memory_format=torch.preserve_format)
+    return by_element(_completed, own, master)[0]
+
+
+def _completed(own: Tensor, master: Tensor) -> tuple[Tensor]:
     if master.dtype is torch.float32:
-        return torch.where(master.to(own.dtype) == own, master, own.float())
+        return (torch.where(master.to(own.dtype) == own, master, own.float()),)
     upper = own.view(torch.int16).int() * 65536
     rest = master.int() * (256 if master.dtype is torch.int8 else 1)
     magnitude = upper & 0x7FFFFFFF
     beyond = ((magnitude == 0) & (rest < 0)) | ((magnitude == 0x7F800000) & (rest > 0))
-    return (upper + torch.where(beyond, 0, rest)).view(torch.float32)
+    return ((upper + torch.where(beyond, 0, rest)).view(torch.float32),)
 
 
 @torch.no_grad()
@@ -93,7 +97,7 @@ def store_(
     if not has_master(group, param):
         state.pop(KEY, None)
     elif param.dtype is torch.bfloat16:
-        value, state[KEY] = (_split16 if chosen == "master" else _split24)(value)
+        value, state[KEY] = by_element(_split16 if chosen == "master" else _split24, value)
     else:
         state[KEY] = value.clone()
     param.copy_(value)

@@ -66,6 +66,7 @@ class Prodigy(Fused, rule="prodigy"):
     """
 
     _begin_as_parameter = ("p0",)
+    _may_be_none = frozenset({"beta3"})
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class Prodigy(Fused, rule="prodigy"):
     def _agree(self) -> None:
         groups = list(self.param_groups)
         for group in groups:
+            self._check_numbers(group)
             _check(group)
         for group in groups[1:]:
             for name in _SHARED:

@@ -141,7 +141,10 @@ class Schedule(LRScheduler):
         """(group, option, value) after so many steps; ValueError for a value that the option cannot have."""
         values = []
         for option, factor_of in self._factors.items():
-            factor = float(factor_of(completed))
+            try:
+                factor = float(factor_of(completed))
+            except OverflowError:
+                factor = math.inf
             if not math.isfinite(factor):
                 raise ValueError(f"Schedule: the factor of {option} after {completed} steps is {factor}")
             for i, group in enumerate(groups):

@@ -185,7 +185,13 @@ class ScheduleFree(Fused):
             )
         groups, steps = self.param_groups, record.steps
         before = [{name: group[name] for name in _MOVED} for group in groups]
-        for group, values in zip(groups, [self._advanced(group) for group in groups], strict=True):
+        try:
+            advanced = [self._advanced(group) for group in groups]
+        except (TypeError, ValueError):
+            for group in groups:
+                self._check_numbers(group)
+            raise
+        for group, values in zip(groups, advanced, strict=True):
             group.update(values)
         try:
             super()._make_step(record)

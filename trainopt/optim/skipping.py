@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainopt._extension import _C
-from trainopt.optim.distributed import elements, on_any_rank
+from trainopt.optim.distributed import elements, on_any_rank, summed
 from trainopt.optim.gradients import DEVICE_TYPES, clear_gradients, clips, find_norm
 from trainopt.optim.options import extra
 from trainopt.optim.states import States, numbered
@@ -121,7 +121,7 @@ def _by_device(params: list[Tensor]) -> Iterable[list[Tensor]]:
     lists = defaultdict(list)
     for param in params:
         if (gradient := param.grad) is not None:
-            lists[gradient.device].append(elements(gradient))
+            lists[gradient.device].append(elements(summed(gradient)))
     return lists.values()
 
 

@@ -12,6 +12,7 @@ So a step that only asks for states changes nothing and is not counted. It is on
 A warm-up that begins at a learning rate of 0 comes with gradients that are not 0, and its first step counts.
 """
 
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
@@ -21,8 +22,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from trainopt._extension import _C
 from trainopt.optim import average, precision, state_dtype
-from trainopt.optim.distributed import elements, on_any_rank, replica
-from trainopt.optim.options import check_extras, checked_names, extra, snapshot
+from trainopt.optim.distributed import elements, on_any_rank, replica, summed
+from trainopt.optim.options import check_extras, checked_names, extra, option_at, places_of, snapshot
 from trainopt.optim.report import Record
 from trainopt.optim.stats import ParameterStats, by_name
 from trainopt.stand_in import StandIn
@@ -51,6 +52,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     _torch_class: ClassVar[type | None] = None  # whose step it makes, if torch has one
     _torch_takes_shards: ClassVar[bool] = True  # else its `plain_step` is made in place of torch's, of DTensors
     _needs_host: ClassVar[bool] = False  # whether a step begins with numbers that the host moves on: see `_advanced`
+    _may_be_none: ClassVar[frozenset[str]] = frozenset()  # options of the rule that need not be numbers
     _host_options: ClassVar[frozenset[str]] = frozenset()  # of groups, which the class reads and the rule does not
     #: Options beyond torch's, with their defaults. They are in param_groups where they are not at these.
     EXTRAS: ClassVar[dict[str, Any]]
@@ -178,6 +180,19 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
                 f"cautious_weight_decay=True is for weight decay that is decoupled from the gradient, as AdamW's and"
                 f" Lion's, and that of {cls.__name__} is not"
             )
+
+    @classmethod
+    def _check_numbers(cls, group: Mapping[str, Any]) -> None:
+        """TypeError for an option of the rule that is no number, or none where it may be None."""
+        for key, element in (("lr", -1), ("weight_decay", -1), *places_of(cls._rule)):
+            try:
+                value = option_at(group, (key, element))
+            except (TypeError, IndexError) as error:
+                raise TypeError(f"{cls.__name__}: {key} must be numbers in a tuple, not {group[key]!r}") from error
+            is_real = isinstance(value, (numbers.Real, torch.Tensor)) or _C.is_number(value)
+            if not is_real and not (value is None and key in cls._may_be_none):
+                place = f"{key}[{element}]" if element >= 0 else key
+                raise TypeError(f"{cls.__name__}: {place} must be a number, not a {type(value).__name__}: {value!r}")
 
     def _check_groups(self) -> None:
         """Likewise of all groups."""
@@ -374,6 +389,7 @@ def asks_for_state(optimizer: Any, needs_state: Callable[[dict[str, Any]], bool]
     if not lacks or not any(gradient.numel() for gradient in gradients):  # of a DTensor, that of the whole
         return False
     params = [param for group in optimizer.param_groups for param in group["params"]]
+    gradients = list(map(summed, gradients))  # all of them, for every rank has its part in each sum
     return not bool(on_any_rank(not all(map(is_all_zero, gradients)), params))
 
 

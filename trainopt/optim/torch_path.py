@@ -105,6 +105,10 @@ def _check(optimizer: States, numbered: Numbered) -> None:
     _, group, param = numbered
     assert param.grad is not None
     name = type(optimizer).__name__
+    if optimizer._factors and param.is_complex():
+        raise RuntimeError(f"{name} does not support complex parameters")
+    if optimizer._sums_over_all and param.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name} cannot step an inference tensor outside of inference mode: give it a clone of it")
     if param.grad.layout is not torch.strided:
         if optimizer._torch_class is None:
             raise RuntimeError(f"{name} does not support sparse gradients")

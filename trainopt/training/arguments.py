@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainopt import checks
 from trainopt.optim.matrix.muon import is_muon
 from trainopt.optim.matrix.options import OWN_DTYPE
 from trainopt.optim.options import extra
@@ -139,7 +140,7 @@ SILENT = ("directory", "resume", "seed")
 NO_CHOICE = ("params", "param_names", "initial_lr", "train_mode")
 
 
-def given_to(options: Options, optimizer: torch.optim.Optimizer, schedule: Any) -> Given:
+def given_to(options: Options, optimizer: torch.optim.Optimizer, schedule: Any, loss: Any) -> Given:
     """The options, and the plain numbers of the optimizer and the schedule, before the first update."""
     groups = [scalars(group, NO_CHOICE) for group in optimizer.param_groups]
     state = {} if schedule is None else schedule.state_dict()
@@ -147,6 +148,7 @@ def given_to(options: Options, optimizer: torch.optim.Optimizer, schedule: Any) 
         "options": options.plain(),
         "optimizer": {"class": type(optimizer).__name__, "groups": groups},
         "schedule": None if schedule is None else {**scalars(state), "class": type(schedule).__name__},
+        "loss": checks.name_of(loss),
     }
 
 
@@ -180,6 +182,8 @@ def differences(before: Given, now: Given) -> Iterator[str]:
         yield f"schedule was {had} and is {has}: {what}"
     elif now["schedule"] is not None:
         yield from differences_of("schedule", before["schedule"], now["schedule"])
+    if before.get("loss", now["loss"]) != now["loss"]:  # older versions did not note it
+        yield f"the loss was {before['loss']} and is {now['loss']}: the new one holds from here on"
 
 
 def effect_of(name: str, before: Any, now: Any) -> str:
@@ -197,7 +201,8 @@ def effect_of(name: str, before: Any, now: Any) -> str:
 def differences_of(owner: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Those of the optimizer's or the schedule's own numbers, which come back with its state."""
     if before["class"] != now["class"]:
-        yield f"{owner} was {before['class']} and is {now['class']}: its state is taken over as far as it fits"
+        kept = "its options are the new ones, and its state" if owner == "optimizer" else "its state"
+        yield f"{owner} was {before['class']} and is {now['class']}: {kept} is taken over as far as it fits"
         return
     old, new = flat(before), flat(now)
     for name in new:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainopt.optim import precision
 from trainopt.optim.average import KEY, averages, dtype_of, kept, new_average
-from trainopt.optim.states import States
+from trainopt.optim.states import States, numbered
 from trainopt.training.distributed import is_dtensor, like, whole
 from trainopt.training.gradients import parameters
 from trainopt.training.trained import Trained, plain_state
@@ -158,8 +159,11 @@ class Modes:
         self.optimizer.train()  # type: ignore[attr-defined]
         if weights is not None:
             with torch.no_grad():
-                for param, value in zip(parameters(self.optimizer), weights, strict=True):
-                    param.copy_(value)
+                for (_, group, param), value in zip(numbered(self.optimizer.param_groups), weights, strict=True):
+                    if precision.has_master(group, param) and value.dtype is torch.float32:
+                        precision.store_(param, value.to(param.device), group, self.optimizer.state[param], 0)
+                    else:
+                        param.copy_(value)
 
     def eval(self) -> None:
         """Evaluation mode: the model holds the weights to be used."""
@@ -174,7 +178,12 @@ class Modes:
             return
         params = parameters(self.optimizer)
         with kept(params):
-            self.weights = [param.detach().clone() for param in params]
+            self.weights = [
+                precision.value_of(param, self.optimizer.state.get(param, {}))
+                if precision.has_master(group, param)
+                else param.detach().clone()
+                for _, group, param in numbered(self.optimizer.param_groups)
+            ]
             self.optimizer.eval()  # type: ignore[attr-defined]
             try:
                 yield

@@ -47,6 +47,9 @@ class Source:
     def load(self, state: list[Tensor]) -> None:
         """Sets what `state` gave, before the epoch begins again."""
 
+    def end_epoch(self) -> None:
+        """From now on `state` is that at the next epoch's start."""
+
 
 def source_of(
     data: Any,
@@ -240,6 +243,10 @@ class LoaderSource(Source):
     def load(self, state: list[Tensor]) -> None:
         for generator, saved in zip(self.generators, state, strict=True):
             generator.set_state(saved)
+        self.at_start = self.state_now()  # also where a checkpoint is written before the epoch begins again
+
+    def end_epoch(self) -> None:
+        self.at_start = self.state_now()
 
 
 class IterableSource(Source):

@@ -424,6 +424,7 @@ class Loop:
         """What is due after each pass over the data."""
         options, at = self.options, self.counters
         at.epoch, at.batch = at.epoch + 1, 0
+        self.source.end_epoch()
         self.saving.is_current = False
         is_due = options.validate_every is None and self.validate()
         if is_due:

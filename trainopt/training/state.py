@@ -12,6 +12,10 @@ from torch import Tensor
 
 from trainopt.optim.average import KEY, averages
 from trainopt.optim.convert import convert_state
+from trainopt.optim.precision import KEY as MASTER
+from trainopt.optim.registry import of_torch
+from trainopt.optim.state_dtype import keys_of
+from trainopt.optim.states import States
 from trainopt.training import gradients, random_state
 from trainopt.training.arguments import check_given_twice, differences, given_to
 from trainopt.training.average import Modes, WeightAverage
@@ -68,7 +72,7 @@ class State:
         self.options, self.trained, self.optimizer, self.schedule = options, trained, optimizer, schedule
         self.precision, self.source, self.processes = precision, source, processes
         self.is_sharded = is_sharded(trained.model)
-        self.given = given_to(options, optimizer, schedule)
+        self.given = given_to(options, optimizer, schedule, trained.criterion.core.function)
         self.modes = Modes(optimizer)
         self.average: WeightAverage | None = None
         self.buffers: list[Tensor] = []  # of what is trained
@@ -208,8 +212,12 @@ class State:
 
     def _take_over(self, saved: dict[str, Any]) -> None:
         params = gradients.parameters(self.optimizer)
+        state = spread(saved["optimizer"], params)
+        if saved.get("given") and saved["given"]["optimizer"]["class"] != type(self.optimizer).__name__:
+            state = of_another_class(state, self.optimizer)
+        self.optimizer.load_state_dict(state)
+        keep_types_of_numbers(self.optimizer, state)
         self.trained.load({name: saved[name] for name in ("model", *["criterion"] * self._loss_has_state())})
-        self.optimizer.load_state_dict(spread(saved["optimizer"], params))
         check_given_twice(self.options, self.optimizer)  # the groups' options are the checkpoint's now
         if self.options.state_dtype is not None:
             convert_state(self.optimizer, self.options.state_dtype)
@@ -229,6 +237,36 @@ class State:
             random_state.restore(states[rank], self.processes.device)
         else:  # there were fewer processes: a stream of its own for each new one
             random_state.reseed(random_state.derived(self.seed, -rank - 1 - self.counters.step))
+
+
+def of_another_class(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What this optimizer takes over of one of another class: of each parameter all that a step of its own needs, or
+    nothing; and none of its options, which may mean something else there."""
+    cls: Any = type(optimizer) if isinstance(optimizer, States) else of_torch().get(type(optimizer))
+    groups, entries = [], {}
+    for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        groups.append({**own, "params": saved["params"]})
+        for index, param in zip(saved["params"], own["params"], strict=True):
+            found = state["state"].get(index, {})
+            needed = () if cls is None else (*cls._states_needed(cls, own, param), *cls._numbers_needed(cls, own))
+            needed = (*needed, *["step"] * (cls is not None and cls._counts_steps))
+            if needed and all(name in found for name in needed):
+                also = (KEY, MASTER, *keys_of(needed))
+                entries[index] = {name: value for name, value in found.items() if name in also}
+    return {**state, "state": entries, "param_groups": groups}
+
+
+def keep_types_of_numbers(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Gives numbers of parameters, such as NAdam's running product, the type back that they were saved in.
+
+    torch casts them to their parameter's, and so does trainopt: a float32 product of float64 parameters would be
+    rounded no longer, and the run would go on to other bits.
+    """
+    for index, param in enumerate(gradients.parameters(optimizer)):
+        for name in getattr(optimizer, "_numbers", ()):
+            value, own = saved["state"].get(index, {}).get(name), optimizer.state.get(param, {})
+            if isinstance(value, Tensor) and isinstance(own.get(name), Tensor) and value.element_size() >= 4:
+                own[name] = value.to(own[name].device, copy=True)
 
 
 def without_averages(state: dict[str, Any]) -> dict[str, Any]:

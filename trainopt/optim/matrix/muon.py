@@ -15,6 +15,7 @@ from trainopt.optim.matrix.loading import Loading
 from trainopt.optim.matrix.options import (
     EXTRAS,
     check_adamw,
+    check_extras,
     check_group,
     check_params,
     check_present,
@@ -119,6 +120,7 @@ class Muon(originals.Muon, metaclass=StandIn):
             "normuon_beta2": normuon_beta2,
             "ns_dtype": ns_dtype,
         }
+        check_extras(given)
         defaults |= {name: value for name, value in given.items() if value != EXTRAS[name]}
         check_group({}, defaults)
         if adamw:

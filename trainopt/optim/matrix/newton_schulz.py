@@ -41,8 +41,10 @@ def orthogonalize(stack: Tensor, coefficients: Sequence[float], steps: int, eps:
     a, b, c = map(float, coefficients)
     norms = torch.linalg.vector_norm(stack, dim=-1, keepdim=True, dtype=_wide(stack.dtype))
     norms = torch.linalg.vector_norm(norms, dim=-2, keepdim=True)  # in two goes: one long sum loses digits
-    x = stack.div_(norms.clamp(min=eps).to(stack.dtype))
-    if type(x) is Tensor and takes_gram_form(stack.shape[1], stack.shape[2], steps, stack.dtype):
+    norms = norms.clamp(min=eps).to(stack.dtype)
+    is_plain = type(stack) is Tensor
+    x = stack.div_(norms) if is_plain else stack / norms  # a DTensor's own placement may be another then
+    if is_plain and takes_gram_form(stack.shape[1], stack.shape[2], steps, stack.dtype):
         for length in runs(steps, stack.dtype):
             x = _gram_steps(x, length, a, b, c)
         return x

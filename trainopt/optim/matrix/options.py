@@ -7,6 +7,7 @@ is in a group only where it was given, so that a group that uses none of it is o
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def check_group(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         return check_adamw(options)
     torchs_defaults({name: value for name, value in options.items() if name not in EXTRAS})
     check_iteration(options)
-    _check_extras(options)
+    check_extras(options)
 
 
 def check_present(group: Mapping[str, Any]) -> None:
@@ -128,17 +129,33 @@ def check_values(group: Mapping[str, Any]) -> None:
     for name in ("lr", "weight_decay", "momentum", "eps"):
         if not _C.is_number(group[name]):
             raise TypeError(f"Muon: {name} must be a number, not a {type(group[name]).__name__}: {group[name]!r}")
+    if not isinstance(group["nesterov"], (bool, int)):
+        raise TypeError(f"Muon: nesterov must be True or False, not {group['nesterov']!r}")
     check_iteration(group)
-    if group["adjust_lr_fn"] not in tuple(RATIOS):
+    if group["adjust_lr_fn"] not in _ratios_of_torch():
         raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
-    _check_extras(group)
+    check_extras(group)
+
+
+@cache
+def _ratios_of_torch() -> tuple[str | None, ...]:
+    """Those of the ratios that torch's class knows."""
+
+    def is_known(name: str | None) -> bool:
+        try:
+            torchs_defaults({"adjust_lr_fn": name})
+        except ValueError:
+            return False
+        return True
+
+    return tuple(filter(is_known, RATIOS))
 
 
 def check_iteration(group: Mapping[str, Any]) -> None:
     """ValueError where torch's step raises one, and for what is no number of steps."""
     if whole("Muon", "ns_steps", group["ns_steps"]) >= 100:
         raise ValueError("Number of steps must be less than 100 for computational efficiency")
-    if len(group["ns_coefficients"]) != 3:
+    if not hasattr(group["ns_coefficients"], "__len__") or len(group["ns_coefficients"]) != 3:
         raise ValueError("Coefficients must be a tuple of exactly 3 values")
     if not all(map(_C.is_number, group["ns_coefficients"])):
         raise TypeError(f"Muon: ns_coefficients must be numbers, got {group['ns_coefficients']!r}")
@@ -165,21 +182,25 @@ def dtype_of(chosen: Any) -> torch.dtype | None:
     """The dtype that ``ns_dtype`` names; ValueError if it is none that the iteration is made in."""
     if chosen is None or chosen in NS_DTYPES.values():
         return chosen
-    if chosen not in NS_DTYPES:
+    if chosen not in tuple(NS_DTYPES):
         raise ValueError(f"Invalid ns_dtype value: {chosen!r} ({', '.join(map(repr, NS_DTYPES))}, or None)")
     return NS_DTYPES[chosen]
 
 
-def _check_extras(group: Mapping[str, Any]) -> None:
+def check_extras(group: Mapping[str, Any]) -> None:
+    """ValueError for options of trainopt's own that are out of their range, or that others of them do not go with."""
     dtype_of(extra(group, "ns_dtype"))
+    if not isinstance(flatten := extra(group, "flatten"), bool):
+        raise ValueError(f"Invalid flatten value: {flatten!r} (True or False)")
     beta2 = extra(group, "normuon_beta2")
-    if beta2 is not None and not (isinstance(beta2, (int, float)) and 0 <= beta2 < 1):
+    is_number = isinstance(beta2, (int, float)) and not isinstance(beta2, bool)
+    if beta2 is not None and not (is_number and 0 <= beta2 < 1):
         raise ValueError(f"Invalid normuon_beta2 value: {beta2!r} (a number in [0, 1), or None for plain Muon)")
     split, dim = extra(group, "split"), extra(group, "split_dim")
     sizes = split if isinstance(split, (tuple, list)) else [split]
     if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
         raise ValueError(f"Invalid split value: {split!r} (a number of blocks, or their sizes in a tuple)")
-    if dim not in (0, 1):
+    if type(dim) is not int or dim not in (0, 1):
         raise ValueError(f"Invalid split_dim value: {dim!r} (0 for blocks of rows, 1 for blocks of columns)")
     if dim == 1 and split == 1:
         raise ValueError("split_dim=1 is about split: give that too")

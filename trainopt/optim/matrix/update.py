@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainopt.optim.distributed import is_dtensor, placed_as, together
 from trainopt.optim.matrix.newton_schulz import dtype_for, orthogonalize, takes_gram_form
 from trainopt.optim.matrix.options import (
     RATIOS,
@@ -56,6 +57,13 @@ def matrix_shape(param: Tensor) -> tuple[int, int]:
     return param.shape[0], math.prod(param.shape[1:])
 
 
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A parameter's momentum as a matrix. DTensors do not flatten what is cut unevenly: they are brought together."""
+    if tensor.ndim > 2 and is_dtensor(tensor):
+        tensor = together(tensor)
+    return tensor.reshape(matrix_shape(tensor))
+
+
 def parts_of(tensor: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """The parts of a tensor of a parameter's shape that are orthogonalised by themselves, as views."""
     split, dim = extra(group, "split"), extra(group, "split_dim")
@@ -87,12 +95,24 @@ def gather(groups: Iterable[Mapping[str, Any]], state: Any) -> list[tuple[Mappin
                 raise RuntimeError("Muon does not support complex parameters")
             if param.grad.layout is not torch.strided:  # type: ignore[union-attr]
                 raise RuntimeError("Muon does not support sparse gradients")
-            second = state[param].get(SECOND) if param in state else None
-            if second is not None and tuple(second.shape) != second_shape(param, group):
-                raise ValueError(f"Muon: {SECOND} is not of the present split={extra(group, 'split')!r}")
+            _check_states(param, group, state.get(param, {}))
         numbers = {name: float(group[name]) for name in ("lr", "weight_decay", "momentum")}
         gathered.append(({**group, **numbers}, params))
     return gathered
+
+
+def _check_states(param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """ValueError for states that do not go with the parameter as it is now."""
+    gradient, buffer = param.grad, state.get(BUFFER)
+    assert gradient is not None
+    if BUFFER in state and (
+        not isinstance(buffer, Tensor) or buffer.shape != gradient.shape or buffer.dtype is not gradient.dtype
+    ):
+        found = f"{buffer.dtype} {tuple(buffer.shape)}" if isinstance(buffer, Tensor) else repr(buffer)
+        raise ValueError(f"Muon: {BUFFER} is {found}, and the gradient {gradient.dtype} {tuple(gradient.shape)}")
+    second = state.get(SECOND)
+    if second is not None and tuple(second.shape) != second_shape(param, group):
+        raise ValueError(f"Muon: {SECOND} is not of the present split={extra(group, 'split')!r}")
 
 
 @torch.no_grad()
@@ -114,9 +134,11 @@ def step(gathered: list[tuple[Mapping[str, Any], list[Tensor]]], state: Any) -> 
 def _add_gradients(group: Mapping[str, Any], params: list[Any], state: Any) -> None:
     for param in params:
         start(group, param, state[param])
-    if params:
-        buffers = [state[param][BUFFER] for param in params]
-        torch._foreach_lerp_(buffers, [param.grad for param in params], 1 - group["momentum"])
+    # torch's operators on lists take ordinary tensors or DTensors, and not both.
+    for part in ([param for param in params if is_plain(param) is plain] for plain in (True, False)):
+        if part:
+            buffers = [state[param][BUFFER] for param in part]
+            torch._foreach_lerp_(buffers, [param.grad for param in part], 1 - group["momentum"])
 
 
 def start(group: Mapping[str, Any], param: Any, state: dict[str, Any]) -> None:
@@ -159,14 +181,15 @@ def _step_stack(blocks: list[Block]) -> None:
         for block, place in zip(blocks, stack.unbind(), strict=True):
             place.view(block.param.shape).copy_(block.momentum)
     else:
-        stack = first.momentum.reshape(first.shape).to(first.dtype, copy=True).unsqueeze(0)
+        stack = as_matrix(first.momentum).to(first.dtype, copy=True).unsqueeze(0)
     updates = orthogonalize(stack, *_iteration(first.group))
     for block, update in zip(blocks, updates.unbind(), strict=True):
         if block.second is not None:
             update = normalize_rows(update, block.second, block.group["normuon_beta2"])
         lr = block.group["lr"]
         block.param.mul_(1 - lr * block.group["weight_decay"])
-        block.param.add_(update.reshape(block.param.shape), alpha=-lr * ratio_of(block))
+        update = placed_as(block.param, update.reshape(block.param.shape))
+        block.param.add_(update, alpha=-lr * ratio_of(block))
 
 
 def ratio_of(block: Block) -> float:
@@ -179,7 +202,7 @@ def normalize_rows(update: Tensor, second: Tensor, beta2: float) -> Tensor:
     """NorMuon: each row over the root of the moving average of its mean square, and the whole as long as it was."""
     update = update.to(second.dtype)
     length = torch.linalg.vector_norm(update)
-    second.lerp_(update.square().mean(dim=1, keepdim=True), 1 - beta2)
+    second.lerp_(placed_as(second, update.square().mean(dim=1, keepdim=True)), 1 - beta2)
     update = update / (second.sqrt() + _TINY)
     return update * (length / (torch.linalg.vector_norm(update) + _TINY))
 
