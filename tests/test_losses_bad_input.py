@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -80,23 +81,25 @@ def test_no_classes_at_all():
         ((2, 5, 3), (2, 4)),
         ((2, 5, 3), (2,)),
         ((4, 5), ()),
+        ((4, 5), (4, 5)),
+        ((2, 5, 3, 3), (2, 3, 4)),
+        ((2, 5, 3, 3), (3, 3, 3)),
     ],
     ids=str,
 )
 def test_shapes_of_classes_that_do_not_match(input, target):
-    with pytest.raises(ValueError) as caught:
-        functional.cross_entropy(logits(*input), torch.zeros(target, dtype=torch.int64))
-    assert str(list(input)) in str(caught.value) and str(list(target)) in str(caught.value)
-    assert error_of(lambda: F.cross_entropy(logits(*input), torch.zeros(target, dtype=torch.int64))) is not None
+    ours, torchs = (error_of(lambda f=f: f(logits(*input), torch.zeros(target, dtype=torch.int64))) for f in LOSSES)
+    assert ours[0] is torchs[0] and str(list(input)) in ours[1] and str(list(target)) in ours[1]
 
 
 @pytest.mark.parametrize(
-    ("input", "target"), [((4, 5), (4, 4)), ((4, 5), (4,)), ((2, 5, 3), (2, 5)), ((5,), (4,))], ids=str
+    ("input", "target"),
+    [((4, 5), (4, 4)), ((4, 5), (4,)), ((4, 5), (3, 5)), ((2, 5, 3), (2, 5)), ((2, 5, 3), (3, 5, 3)), ((5,), (4,))],
+    ids=str,
 )
 def test_shapes_of_probabilities_that_do_not_match(input, target):
-    with pytest.raises(ValueError) as caught:
-        functional.cross_entropy(logits(*input), torch.zeros(target))
-    assert str(list(input)) in str(caught.value) and str(list(target)) in str(caught.value)
+    ours, torchs = (error_of(lambda f=f: f(logits(*input), torch.zeros(target))) for f in LOSSES)
+    assert ours[0] is torchs[0] and str(list(input)) in ours[1] and str(list(target)) in ours[1]
 
 
 @pytest.mark.parametrize("shape", [(4,), (6,), (5, 1), (1, 5), ()], ids=str)
@@ -105,6 +108,35 @@ def test_a_class_weight_of_another_shape(shape):
         functional.cross_entropy(logits(), classes((4,), 5), torch.ones(shape))
     assert str(list(shape)) in str(caught.value)
     assert error_of(lambda: F.cross_entropy(logits(), classes((4,), 5), torch.ones(shape)))[0] is RuntimeError
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+@pytest.mark.parametrize("in_autocast", [False, True])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("binary_cross_entropy_with_logits", "weight"),
+        ("binary_cross_entropy_with_logits", "pos_weight"),
+        ("cross_entropy", "weight"),
+    ],
+)
+def test_a_weight_of_whole_numbers_goes_through_torch(name, key, in_autocast, dtype):
+    weight, target = torch.tensor([1, 0, 3]).to(dtype), torch.tensor([[1.0, 0.0, 1.0]])
+    with torch.autocast("cpu", enabled=in_autocast):
+        calls = [partial(getattr(of, name), logits(1, 3), target, **{key: weight}) for of in (functional, F)]
+        assert error_of(calls[0]) == error_of(calls[1])
+        if error_of(calls[1]) is None:
+            torch.testing.assert_close(calls[0](), calls[1]())
+
+
+def test_bytes_whose_weights_torch_cannot_gather():
+    target, hidden, words = torch.tensor([0, 1], dtype=torch.uint8), logits(2, 3), torch.eye(3)
+    options = {"weight": torch.ones(3), "label_smoothing": 0.1}
+    for call in (
+        lambda: functional.cross_entropy(hidden, target, **options),
+        lambda: functional.linear_cross_entropy(hidden, words, target, **options),
+    ):
+        assert error_of(call)[0] is RuntimeError
 
 
 def test_an_input_without_a_dimension():

@@ -237,7 +237,7 @@ def test_an_option_of_a_rule_that_is_no_number(row):
     group = optimizer.param_groups[0]
     for key, element in (("lr", -1), ("weight_decay", -1), *places_of(row.ours._rule)):
         for bad in ("text", [1.0], *[None] * (key not in row.ours._may_be_none)):
-            if key in row.ours.EXTRAS or key == "scheduled_lr":  # which the step itself sets
+            if key not in group or key == "scheduled_lr":  # which the step itself sets
                 continue
             kept = group[key]
             group[key] = bad if element < 0 else (*kept[:element], bad, *kept[element + 1 :])

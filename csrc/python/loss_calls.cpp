@@ -27,9 +27,9 @@ bool read(const pybind11::handle& object, OptionalTensor* tensor, const Optional
   return takes(**tensor) && (*tensor)->device() == first->device();
 }
 
-// The same, or None.
-bool read_optional(const pybind11::handle& object, OptionalTensor* tensor, const OptionalTensor& first) {
-  return object.is_none() || read(object, tensor, first);
+// A weight: the same, of floating point, or None.
+bool read_weight(const pybind11::handle& object, OptionalTensor* tensor, const OptionalTensor& first) {
+  return object.is_none() || (read(object, tensor, first) && (*tensor)->is_floating_point());
 }
 
 pybind11::object pointwise_loss(const std::string& loss, const pybind11::handle& input, const pybind11::handle& target,
@@ -37,7 +37,7 @@ pybind11::object pointwise_loss(const std::string& loss, const pybind11::handle&
                                 double parameter) {
   OptionalTensor tensors[4];
   if (!read(input, &tensors[0], tensors[0]) || !read(target, &tensors[1], tensors[0]) ||
-      !read_optional(weight, &tensors[2], tensors[0]) || !read_optional(pos_weight, &tensors[3], tensors[0]) ||
+      !read_weight(weight, &tensors[2], tensors[0]) || !read_weight(pos_weight, &tensors[3], tensors[0]) ||
       !tensors[0]->is_floating_point() || !tensors[1]->is_floating_point())
     return pybind11::none();
   static const auto operation = c10::Dispatcher::singleton()
@@ -56,7 +56,7 @@ pybind11::object cross_entropy(const CrossEntropyOptions& options, const pybind1
                                const pybind11::handle& target, const pybind11::handle& weight, bool inplace_backward) {
   OptionalTensor tensors[3];
   if (!read(input, &tensors[0], tensors[0]) || !read(target, &tensors[1], tensors[0]) ||
-      !read_optional(weight, &tensors[2], tensors[0]) || !tensors[0]->is_floating_point())
+      !read_weight(weight, &tensors[2], tensors[0]) || !tensors[0]->is_floating_point())
     return pybind11::none();
   at::Tensor loss, z, lse;
   {

@@ -66,9 +66,9 @@ def cross_entropy(
     if (
         REFERENCE_FORCED
         or not _has_labels(input, target, options.ignore_index)
+        or _weighs_bytes(target, weight, options)
         or (weight is not None and not _is_constant_of(weight, input))
-        # torch reads uint8 as classes of a matrix alone, and not where it gathers their weights.
-        or (target.dtype is torch.uint8 and (input.dim() > 2 or (weight is not None and options.label_smoothing != 0)))
+        or (target.dtype is torch.uint8 and input.dim() > 2)  # which torch reads as classes of a matrix alone
     ):
         return None
     if not is_compiling():
@@ -98,6 +98,7 @@ def linear_cross_entropy(
     if (
         REFERENCE_FORCED
         or not _has_labels(input, target, options.ignore_index)
+        or _weighs_bytes(target, weight, options)
         or input.dtype not in _FLOATING
         or not needs_no_promotion(linear_weight, input)
         or (linear_bias is not None and not needs_no_promotion(linear_bias, input))
@@ -121,6 +122,11 @@ def _has_labels(input: Tensor, target: Tensor, ignore_index: int) -> bool:
     return target.is_floating_point() and target.numel() > 0 and ignore_index < 0 and _is_constant_of(target, input)
 
 
+def _weighs_bytes(target: Tensor, weight: Tensor | None, options: CrossEntropyOptions) -> bool:
+    """Whether the weights of uint8 classes are gathered, which torch does not do."""
+    return target.dtype is torch.uint8 and weight is not None and options.label_smoothing != 0
+
+
 def _is_constant_of(tensor: Tensor, input: Tensor) -> bool:
     return isinstance(tensor, Tensor) and not tensor.requires_grad and needs_no_promotion(tensor, input)
 
@@ -134,7 +140,8 @@ def needs_no_promotion(tensor: Tensor, input: Tensor) -> bool:
     """Whether no promotion is needed between the two, beyond autocast's to float32."""
     if tensor.dtype is input.dtype:
         return True
-    return torch.is_autocast_enabled(input.device.type) and torch.float64 not in (tensor.dtype, input.dtype)
+    is_cast = torch.is_autocast_enabled(input.device.type) and tensor.is_floating_point()
+    return is_cast and torch.float64 not in (tensor.dtype, input.dtype)
 
 
 def alike(input: Tensor, target: Tensor) -> bool:

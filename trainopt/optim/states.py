@@ -185,6 +185,8 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     def _check_numbers(cls, group: Mapping[str, Any]) -> None:
         """TypeError for an option of the rule that is no number, or none where it may be None."""
         for key, element in (("lr", -1), ("weight_decay", -1), *places_of(cls._rule)):
+            if key not in group:
+                continue
             try:
                 value = option_at(group, (key, element))
             except (TypeError, IndexError) as error:

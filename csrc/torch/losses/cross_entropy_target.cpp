@@ -67,6 +67,20 @@ LogSumExp lse_in(const at::Tensor& tensor, int64_t rows) {
   return {data, data + rows};
 }
 
+namespace {
+
+// An error of the kind that torch raises: ValueError for a batch of another size, RuntimeError for any other shape.
+void check_shape(const at::Tensor& target, c10::IntArrayRef input, bool is_right, const char* what,
+                 c10::IntArrayRef wanted) {
+  const bool is_batch = input.size() > 1 && (target.dim() == 0 || target.size(0) != input[0]);
+  TORCH_CHECK_VALUE(is_right || !is_batch, "input has shape ", input, ", and a target of ", what, " must have shape ",
+                    wanted, ", not ", target.sizes());
+  TORCH_CHECK(is_right, "input has shape ", input, ", and a target of ", what, " must have shape ", wanted, ", not ",
+              target.sizes());
+}
+
+}  // namespace
+
 Logits Logits::of_matrix(const at::Tensor& matrix) { return by_row(matrix, 1); }
 
 CrossEntropyTarget::CrossEntropyTarget(c10::IntArrayRef input_sizes, int64_t class_dim, const at::Tensor& target,
@@ -84,16 +98,13 @@ CrossEntropyTarget::CrossEntropyTarget(c10::IntArrayRef input_sizes, int64_t cla
     weight_ = class_weight->to(weight_dtype).contiguous();
   }
   if (target.is_floating_point()) {
-    TORCH_CHECK_VALUE(target.sizes().equals(input_sizes), "input has shape ", input_sizes,
-                      ", and a target of probabilities must have the same, not ", target.sizes());
+    check_shape(target, input_sizes, target.sizes().equals(input_sizes), "probabilities", input_sizes);
     const bool classes_last = class_dim + 1 == target.dim();
     probabilities_ = classes_last ? target.reshape({rows_, classes_}) : target;
     if (classes_last) class_dim_ = 1;
     return;
   }
-  TORCH_CHECK_VALUE(target.sizes().equals(row_sizes_), "input has shape ", input_sizes,
-                    ", and a target of classes must have shape ", c10::IntArrayRef(row_sizes_), ", not ",
-                    target.sizes());
+  check_shape(target, input_sizes, target.sizes().equals(row_sizes_), "classes", row_sizes_);
   labels_ = target.scalar_type() == at::kLong && target.is_contiguous() ? target : target.to(at::kLong).contiguous();
 }
 
