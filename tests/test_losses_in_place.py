@@ -5,20 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from loss_judge import REDUCTIONS, classes, random, run
+from loss_judge import random, run
+from test_losses_autograd import CLASS_WEIGHT, TARGET, each_reduction, inputs
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainopt import functional
 
-TARGET = classes((5,), 4)
-CLASS_WEIGHT = random(4, seed=7).abs() + 0.1
-each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
-
-
-def inputs():
-    return random(5, 4, scale=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -230,13 +230,8 @@ def test_the_group_says_which_and_explain_tells():
 
 def test_bad_input():
     p = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
-    for make in (lambda: trainopt.AdamW([p], precision="double"), lambda: trainopt.AdamW([p], precision=None)):
-        with pytest.raises(ValueError, match="Invalid precision value"):
-            make()
     with pytest.raises(ValueError, match="precision='master24' is for bfloat16"):
         trainopt.AdamW([p], precision="master24")
-    with pytest.raises(ValueError, match="differentiable"):
-        trainopt.AdamW([p], precision="master", differentiable=True)
     optimizer = trainopt.AdamW([p])
     with pytest.raises(ValueError, match="Invalid precision value: 'double'"):
         trainopt.convert_state(optimizer, None, precision="double")
