@@ -371,7 +371,7 @@ def state_of(optimizer, param):
         state.update({"step": torch.zeros(())} if cls._counts_steps else {})
         lr = float(optimizer.param_groups[0]["lr"])
         state.update({key: torch.tensor(lr if key == "eta" else 1.0) for key in cls._numbers})  # as they begin
-        names = cls._states_needed(cls, optimizer.param_groups[0], param) if cls._factors else cls._states
+        names = cls._states_needed(optimizer.param_groups[0], param) if cls._factors else cls._states
         state.update({key: torch.full_like(param, 0.25 if key in cls._unsigned else 0.0) for key in names})
     return state, next(key for key in cls._states if key in state)
 

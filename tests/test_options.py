@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections import UserDict
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_same_bits, snapshot
@@ -228,24 +230,62 @@ def test_bad_values_are_refused_when_they_are_set_too(row, steps):
 @pytest.mark.parametrize(
     "row", [row for row in TABLE.values() if row.ours._torch_class is None], ids=lambda row: row.ours.__name__
 )
-def test_an_option_of_a_rule_that_is_no_number(row):
-    """Of an optimizer that torch does not have; torch's have torch's errors."""
-    p = torch.ones(3).requires_grad_()
-    p.grad = torch.ones(3)
-    optimizer = row.make([p])
+@pytest.mark.parametrize("path", ["engine", "foreign", "torch"])
+def test_an_option_of_a_rule_that_is_no_number(row, path, monkeypatch):
+    """Of an optimizer that torch does not have; torch's have torch's errors. In the second group: nothing of the first
+    has been changed."""
+    monkeypatch.setattr("trainopt.switches.REFERENCE_FORCED", path == "torch")
+    params = [torch.ones(3).requires_grad_() for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer = row.make([{"params": [p]} for p in params])
     optimizer.step()
-    group = optimizer.param_groups[0]
+    if path == "foreign":
+        optimizer.state = UserDict(optimizer.state)
+    group = optimizer.param_groups[1]
+    set_by_steps = {"d", "d_max", "d_numerator", "k"} if row.ours._sums_over_all else {"scheduled_lr"}
     for key, element in (("lr", -1), ("weight_decay", -1), *places_of(row.ours._rule)):
         for bad in ("text", [1.0], *[None] * (key not in row.ours._may_be_none)):
-            if key not in group or key == "scheduled_lr":  # which the step itself sets
+            if key not in group or key in set_by_steps:
                 continue
             kept = group[key]
             group[key] = bad if element < 0 else (*kept[:element], bad, *kept[element + 1 :])
             before = snapshot(optimizer)
-            with pytest.raises(TypeError, match=key if element < 0 else rf"{key}\[{element}\]"):
+            # What all groups of Prodigy's have in common must be one thing first.
+            words = key if element < 0 else rf"{key}\[{element}\]|betas is"
+            with pytest.raises((TypeError, RuntimeError), match=words):
                 optimizer.step()
             assert_same_bits(before, snapshot(optimizer))
             group[key] = kept
+
+
+def test_a_bad_value_is_refused_again_after_another_groups_error():
+    params = [torch.zeros(2, requires_grad=True) for _ in range(2)]
+    optimizer = trainopt.SGD([{"params": [p]} for p in params], momentum=0.5)
+    for p in params:
+        p.grad = torch.ones(2)
+    optimizer.step()
+    first, second = optimizer.param_groups
+    first["l1"] = -1.0
+    del second["nesterov"]
+    for _ in range(2):
+        with pytest.raises((KeyError, ValueError), match=r"nesterov|Invalid l1 value: -1\.0"):
+            optimizer.step()
+    second["nesterov"] = False
+    with pytest.raises(ValueError, match=r"Invalid l1 value: -1\.0"):
+        optimizer.step()
+
+
+def test_a_number_of_numpys_at_the_address_of_another():
+    p = torch.zeros(2, requires_grad=True)
+    p.grad = torch.ones(2)
+    optimizer = trainopt.SGD([p])
+    for _ in range(50):
+        optimizer.param_groups[0]["l1"] = np.float64(0.25)
+        optimizer.step()
+        optimizer.param_groups[0]["l1"] = np.float64(-1)
+        with pytest.raises(ValueError, match="Invalid l1 value: -1"):
+            optimizer.step()
 
 
 def test_a_tensor_that_is_filled_with_a_bad_value():

@@ -387,9 +387,39 @@ OTHERS = (
 )
 def test_another_optimizer_goes_on_with_its_own_options(make, tmp_path):
     small_fit(tmp_path, make=trainopt.AdamW, epochs=1, loss=nn.CrossEntropyLoss())
-    heard = Recorder()
-    _, now = small_fit(tmp_path, make=make, epochs=2, report=heard, loss=nn.MultiMarginLoss())
+    made, heard = [], Recorder()
+
+    def remembered(params):
+        made.append(make(params, lr=0.0123))
+        return made[0]
+
+    _, now = small_fit(tmp_path, make=remembered, epochs=2, report=heard, loss=nn.MultiMarginLoss())
     words = " ".join(said(heard))
-    assert f"optimizer was AdamW and is {make.__name__}: its options are the new ones, and its state is taken" in words
+    assert f"optimizer was AdamW and is {make.__name__}: its options are the new ones" in words
     assert "the loss was CrossEntropyLoss and is MultiMarginLoss: the new one holds from here on" in words
+    (group,) = made[0].param_groups
+    assert group["lr"] == 0.0123 and set(group) >= set(make([torch.zeros(3)]).param_groups[0])
+    fresh = make(params := [nn.Parameter(torch.ones(shape).double()) for shape in ((3, 3), (3,))])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    if hasattr(fresh, "train"):
+        fresh.train()
+    fresh.step()
+    for states, p in zip(now["states"], params, strict=False):  # a plain SGD has none
+        shapes = {name: getattr(value, "shape", None) for name, value in states}
+        assert shapes == {name: getattr(value, "shape", None) for name, value in fresh.state[p].items()}
     assert all(weight.isfinite().all() for weight in now["weights"])
+
+
+def test_another_optimizer_takes_states_over_by_the_names_of_parameters(tmp_path):
+    def named(cls, names):
+        return lambda params: cls([(name, p) for name, p in sorted(zip("ab", params, strict=True), key=names)])
+
+    forwards, backwards = named(trainopt.AdamW, lambda pair: pair[0]), named(trainopt.Adam, lambda pair: -ord(pair[0]))
+    _, before = small_fit(tmp_path, make=forwards, epochs=1)
+    made = []
+    small_fit(tmp_path, make=lambda params: made.append(backwards(params)) or made[0], epochs=1)
+    states = made[0].state_dict()["state"]
+    assert [dict(before["states"][i])["exp_avg"].shape for i in (0, 1)] == [torch.Size([3, 3]), torch.Size([3])]
+    for i in (0, 1):
+        torch.testing.assert_close(states[1 - i]["exp_avg"], dict(before["states"][i])["exp_avg"])

@@ -48,9 +48,8 @@ def stock_option(name: str, value: Any) -> None:
 
 
 def seed(value: Any) -> None:
-    """Likewise, unless it is an integer from 0 to 2**64 - 1, or one of numpy's."""
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_integer or not 0 <= value < 2**64:
+    """Likewise, unless it is an integer from 0 to 2**64 - 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
         raise ValueError(f"Invalid seed value: {value!r} (an integer from 0 to 2**64 - 1)")
 
 

@@ -242,21 +242,20 @@ bool Group::same_but_for(PyObject* key, PyObject* dict) const {
 
 bool Group::unchanged(PyObject* dict) const { return immutable_ && same_but_for(nullptr, dict); }
 
-bool Group::note(PyObject* dict, const std::vector<pybind11::str>& names) {
+bool Group::note(PyObject* dict, const std::vector<pybind11::str>& names, bool is_again) {
   static PyObject* const lr = key("lr");
-  if (!noted_.empty() && !noted_tensor_ && same_but_for(lr, dict)) return false;  // as a schedule changes it
+  if (!noted_.empty() && !noted_mutable_ && same_but_for(lr, dict)) return false;  // as a schedule changes it
   if (!has_plain_keys(dict)) return false;
   noted_.resize(names.size());
-  noted_tensor_ = false;
+  noted_mutable_ = false;
   bool is_new = false;
   for (size_t i = 0; i < names.size(); ++i) {
     PyObject* value = PyDict_GetItemWithError(dict, names[i].ptr());
     if (value == nullptr && PyErr_Occurred()) raise_python_error();
-    const bool is_tensor = value != nullptr && THPVariable_Check(value);
-    noted_tensor_ = noted_tensor_ || is_tensor;
-    if (value == noted_[i].value && !is_tensor) continue;
+    const bool may_be_owned = value != nullptr && is_immutable(value), is_mutable = value != nullptr && !may_be_owned;
+    noted_mutable_ = noted_mutable_ || is_mutable;
+    if (value == noted_[i].value && (is_again || !is_mutable)) continue;
     is_new = true;
-    const bool may_be_owned = value != nullptr && is_immutable(value);
     noted_[i] = {value, pybind11::reinterpret_borrow<pybind11::object>(may_be_owned ? value : nullptr)};
   }
   return is_new;

@@ -27,9 +27,9 @@ class Group : public GroupValues {
   // Whether there is nothing to read, for `dict`, a plain one, says what it said last: two walks over the same
   // immutable objects, in the same order, mean the same values.
   bool unchanged(PyObject* dict) const;
-  // Whether one of the options of these names is another object than when this was asked last, or a tensor, which can
-  // be filled. Runs no Python code.
-  bool note(PyObject* dict, const std::vector<pybind11::str>& names);
+  // Whether one of the options of these names is another object than when this was asked last; or one that can change
+  // in place, unless this is asked again in the same step. Runs no Python code.
+  bool note(PyObject* dict, const std::vector<pybind11::str>& names, bool is_again);
   void forget_noted() { noted_.clear(); }
 
   PyObject* params = nullptr;  // the list or tuple itself, borrowed
@@ -51,7 +51,7 @@ class Group : public GroupValues {
     pybind11::object owned;  // the value, where it is immutable
   };
   std::vector<Noted> noted_;  // by name
-  bool noted_tensor_ = false;
+  bool noted_mutable_ = false;
   bool immutable_ = false;
 
   bool same_but_for(PyObject* key, PyObject* dict) const;

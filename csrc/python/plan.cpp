@@ -133,41 +133,49 @@ Plan::Plan(const std::string& rule, uint32_t first_tensor, std::vector<pybind11:
   for (int n = 0; n < rule_.number_count; ++n) name(rule_.numbers[n]);
 }
 
-// Reads the groups. False where a container answers by code of its own. What `check_` raises of new options is raised
-// before they are read, and again by the next step unless they have been changed.
-bool Plan::refresh(PyObject* groups, PyObject* state, bool is_checked) {
-  if (!is_plain_sequence(groups) || !is_plain_dict(state)) return false;
-  const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(groups));
-  can_recall_ = can_recall_ && count == groups_.size();
-  groups_.resize(count);
-  std::vector<pybind11::object> unchecked;
-  for (size_t g = 0; g < count; ++g) {
-    PyObject* dict = PySequence_Fast_GET_ITEM(groups, static_cast<Py_ssize_t>(g));
-    if (!is_plain_dict(dict)) return can_recall_ = false;
-    Group& group = groups_[g];
-    if (group.unchanged(dict)) {  // its list may be another object at the same address
-      if (!is_plain_sequence(group.params)) return can_recall_ = false;
-    } else if (!is_checked && !check_.is_none() && group.note(dict, checked_)) {
-      unchecked.push_back(pybind11::reinterpret_borrow<pybind11::object>(dict));
-    } else if (!group.refresh(dict, rule_)) {
-      return can_recall_ = false;
-    }
-  }
-  if (unchecked.empty()) return true;
-  check(unchecked);
-  return refresh(groups, state, true);
-}
-
-void Plan::check(const std::vector<pybind11::object>& groups) {
-  is_running_ = true;
-  const auto finish = [this](void*) { is_running_ = false; };
-  const std::unique_ptr<void, decltype(finish)> finished(this, finish);
+// Has Python check the groups in which options are new, until there is none. What it raises of them is raised again by
+// the next step, unless they have been changed.
+void Plan::check_options(PyObject* groups) {
+  if (check_.is_none()) return;
   try {
-    for (const pybind11::object& group : groups) check_(group);
+    // Meanwhile another thread may set an option again; but what sets one at every check is not followed for ever.
+    for (int tries = 0; tries < 8 && is_plain_sequence(groups); ++tries) {
+      const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(groups));
+      can_recall_ = can_recall_ && count == groups_.size();
+      groups_.resize(count);
+      std::vector<pybind11::object> unchecked;
+      for (size_t g = 0; g < count; ++g) {
+        PyObject* dict = PySequence_Fast_GET_ITEM(groups, static_cast<Py_ssize_t>(g));
+        if (is_plain_dict(dict) && !groups_[g].unchanged(dict) && groups_[g].note(dict, checked_, tries > 0))
+          unchecked.push_back(pybind11::reinterpret_borrow<pybind11::object>(dict));
+      }
+      if (unchecked.empty()) return;
+      is_running_ = true;
+      const auto finish = [this](void*) { is_running_ = false; };
+      const std::unique_ptr<void, decltype(finish)> finished(this, finish);
+      for (const pybind11::object& group : unchecked) check_(group);
+    }
   } catch (...) {
     for (Group& group : groups_) group.forget_noted();
     throw;
   }
+}
+
+// Reads the groups. False where a container answers by code of its own.
+bool Plan::refresh(PyObject* groups, PyObject* state) {
+  if (!is_plain_sequence(groups) || !is_plain_dict(state)) return false;
+  const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(groups));
+  can_recall_ = can_recall_ && count == groups_.size();
+  groups_.resize(count);
+  for (size_t g = 0; g < count; ++g) {
+    PyObject* dict = PySequence_Fast_GET_ITEM(groups, static_cast<Py_ssize_t>(g));
+    if (!is_plain_dict(dict)) return can_recall_ = false;
+    Group& group = groups_[g];
+    // The list may be another object at the same address.
+    if (!(group.unchanged(dict) ? is_plain_sequence(group.params) : group.refresh(dict, rule_)))
+      return can_recall_ = false;
+  }
+  return true;
 }
 
 bool Plan::lacks_states(const Operands& operands, const Group& group) const {
@@ -375,6 +383,7 @@ pybind11::object Plan::step(const pybind11::object& groups, const pybind11::obje
   batch_.forget_stats();
   sort(&new_states);
   sort(&stepped);
+  check_options(groups.ptr());
   if (!refresh(groups.ptr(), state.ptr())) return answer_of("foreign containers");
   if (!gradients_seen && depends_on_gradients(state.ptr())) return answer_of("look at gradients");
   const bool is_recalled =
@@ -451,7 +460,8 @@ std::optional<std::vector<double>> Plan::sums_over_all() const {
 }
 
 std::optional<std::vector<std::string>> Plan::paths(const pybind11::object& groups, const pybind11::object& state) {
-  if (is_running_) return Plan(rule_.name).paths(groups, state);
+  if (is_running_) return Plan(rule_.name, first_tensor_, checked_, check_).paths(groups, state);
+  check_options(groups.ptr());
   can_recall_ = false;
   if (!refresh(groups.ptr(), state.ptr())) return std::nullopt;
   walk(state.ptr(), false, {}, {});

@@ -6,7 +6,7 @@
 // Two rules keep it safe from what other threads and users' objects do meanwhile.
 // 1. While it looks, no Python code runs: nothing of a user's is hashed, compared, converted or let go of. So no other
 //    thread gets the interpreter, and all that is borrowed stays. What only Python code could tell is left to torch's
-//    path; where it asks of options or of DTensors that are new to it, it begins again afterwards.
+//    path. Where Python has to be asked, of changed options or of unknown DTensors, it looks anew afterwards.
 // 2. Before the interpreter is let go, all that is written besides elements is written (version counters, step counts),
 //    and the memory of the elements is owned.
 #pragma once
@@ -134,8 +134,8 @@ class Plan {
   bool can_recall_ = false;    // whether the next step can be compared with the last one
   bool is_running_ = false;    // with the interpreter let go, or Python code asked
 
-  bool refresh(PyObject* groups, PyObject* state, bool is_checked = false);
-  void check(const std::vector<pybind11::object>& groups);
+  void check_options(PyObject* groups);
+  bool refresh(PyObject* groups, PyObject* state);
   bool recall(PyObject* state, bool* all_next);
   bool same_places(PyObject* state) const;
   Unfinished walk(PyObject* state, bool is_scaled, const Indices& new_states, const Indices& stepped);

@@ -84,7 +84,7 @@ inline double lamb_update(const Setting& s, double p, double direction, double* 
   move_moments(s, direction, state);
   if (s.options[6] == 0) state[0] = s.options[0] * before + direction;
   return state[0] / bias_correction(s, 0) / (std::sqrt(state[1] / bias_correction(s, 1)) + s.options[2]) +
-         s.weight_decay * p;
+         (s.decay == kInUpdate ? s.weight_decay * p : 0);
 }
 
 inline double lamb_change(const Setting& s, double p, double direction, double* state, const Sums& sums) {

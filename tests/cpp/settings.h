@@ -36,9 +36,9 @@ struct Setting {
 };
 
 // The options' order: SGD momentum, dampening, nesterov; Adam beta1, beta2, eps, amsgrad, decoupled, bias correction;
-// LAMB beta1, beta2, eps, trust_clip, always_adapt, bias correction, grad_averaging; LARS SGD's, trust_coeff, eps,
-// trust_clip, always_adapt;
-// eight and four, the rules in contract/rules/rules.h, set and decay, or decay.
+// LAMB beta1, beta2, eps, trust_clip, always_adapt, bias correction, grad_averaging, decoupled; LARS SGD's,
+// trust_coeff, eps, trust_clip, always_adapt; eight and four, the rules in contract/rules/rules.h, set and decay, or
+// decay.
 constexpr Decay kCoupled = Decay::kGradient, kDecoupled = Decay::kParameter, kInUpdate = Decay::kUpdate;
 constexpr Tail kCautious = {0, 0, false, 0, false, true};
 inline const std::vector<Setting> kSettings = {
@@ -60,10 +60,11 @@ inline const std::vector<Setting> kSettings = {
     {"two ends", "eight", {1, 1}, kDecoupled, 0.05, 0.3, true, 0, false, 0, 1, 2},
     {"four apart", "eight", {2, 2}, kInUpdate, 0.05, 0.3, false, 0.5, false, 0.1, 3, 3},
     {"all", "eight", {3, 2}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 4},
-    {"plain", "lamb", {0.9, 0.99, 0.05, 0, 0, 1, 1}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 3},
-    {"clipped", "lamb", {0.4, 0.9, 0.05, 1, 0, 0, 0}, kInUpdate, 0.05, 0.3, true, 0.5, false, 0, 1, 2},
-    {"without decay", "lamb", {0.9, 0.99, 0.05, 0, 0, 1, 1}, kInUpdate, 0.05, 0, false, 0, false, 0, 1, 1},
-    {"everything", "lamb", {0.8, 0.7, 0.05, 0, 1, 1, 1}, kInUpdate, 0.05, 0, true, 2, true, 0.1, 3, 4},
+    {"plain", "lamb", {0.9, 0.99, 0.05, 0, 0, 1, 1, 0}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 3},
+    {"clipped", "lamb", {0.4, 0.9, 0.05, 1, 0, 0, 0, 0}, kInUpdate, 0.05, 0.3, true, 0.5, false, 0, 1, 2},
+    {"without decay", "lamb", {0.9, 0.99, 0.05, 0, 0, 1, 1, 0}, kInUpdate, 0.05, 0, false, 0, false, 0, 1, 1},
+    {"decoupled", "lamb", {0.9, 0.99, 0.05, 0, 0, 1, 1, 1}, kDecoupled, 0.05, 0.3, false, 0, false, 0, 1, 3},
+    {"everything", "lamb", {0.8, 0.7, 0.05, 0, 1, 1, 1, 0}, kInUpdate, 0.05, 0, true, 2, true, 0.1, 3, 4},
     {"plain", "lars", {0, 0, 0, 0.1, 0.01, 0, 0}, kInUpdate, 0.5, 0.3, false, 0, false, 0, 1, 0},
     {"first", "lars", {0.9, 0.2, 0, 0.1, 0.01, 1, 0}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 1},
     {"everything", "lars", {0.9, 0, 1, 0.1, 0.01, 0, 1}, kInUpdate, 0.5, 0.3, true, 2, true, 0.1, 3, 4},
@@ -86,10 +87,22 @@ inline const std::vector<Setting> kSettings = {
      4,
      {2, 9, true, 0.9, true}},
     {"averaged", "eight", {3, 2}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 20, {0, 0, false, 0.6, true}},
-    {"tail", "lamb", {0.9, 0.99, 0.05, 0, 0, 1, 1}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 1, {1, 2, true, 0.9}},
+    {"tail",
+     "lamb",
+     {0.9, 0.99, 0.05, 0, 0, 1, 1, 0},
+     kInUpdate,
+     0.05,
+     0.3,
+     false,
+     0,
+     false,
+     0,
+     1,
+     1,
+     {1, 2, true, 0.9}},
     {"cautious", "sgd", {0.9, 0.2, 0}, kCoupled, 0.1, 0.3, true, 0.5, false, 0, 3, 2, kCautious},
     {"cautious", "adam", {0.9, 0.99, 0.05, 0, 1, 1}, kDecoupled, 0.05, 0.3, false, 0, false, 0, 1, 7, kCautious},
-    {"cautious", "lamb", {0.9, 0.99, 0.05, 0, 0, 1, 1}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 3, kCautious},
+    {"cautious", "lamb", {0.9, 0.99, 0.05, 0, 0, 1, 1, 0}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 3, kCautious},
     {"cautious", "lars", {0.9, 0.2, 0, 0.1, 0.01, 1, 0}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 2, kCautious},
     {"cautious", "eight", {3, 2}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 4, kCautious},
 };
@@ -123,6 +136,7 @@ inline Settings settings_of(const Setting& s) {
 
 inline Scalars scalars_of(const Setting& s, bool is_float64) {
   const cpu::Rule* rule = cpu::find_rule(s.rule);
+  if (s.options.size() != static_cast<size_t>(rule->option_count)) std::abort();  // the rule would read past its end
   const StepInfo info{s.lr, false, s.weight_decay, s.step, s.step == 1};
   const Decay decay = rule->decay(s.options.data());
   const Settings settings = settings_of(s);

@@ -54,12 +54,12 @@ class Fused(States):
         """Adds a group of parameters, as torch does."""
         self.defaults = {**self.defaults, **self.__dict__.get("_extras", {})}
         if isinstance(param_group, dict):
-            self._check_group({**self.defaults, **param_group, "params": []})
+            self._check_group({**self.defaults, **param_group})
             apply_depth(param_group, self.defaults)
         super().add_param_group(param_group)
         try:  # of the parameters, whatever form they came in, torch has made a list
-            self._check_group(self.param_groups[-1])
-        except ValueError:
+            self._check_storage(self.param_groups[-1])
+        except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
 
@@ -207,11 +207,8 @@ class Fused(States):
             return scaling.step(plan, groups, self.state, sorted(new_states), sorted(stepped))
 
         answer = step()
-        if answer.status == "foreign containers" or answer.missing:
+        if answer.status == "foreign containers" or answer.missing or answer.doubtful:
             self._check_groups()
-        if answer.doubtful and self._torch_class is None:
-            for group in groups:
-                self._check_numbers(group)
         if answer.status == "foreign containers":  # the state dict's own
             torch_path.step(self, params, None, scaling)
             return
@@ -249,6 +246,11 @@ class Fused(States):
         """
         with loading.adapted(self):
             super().load_state_dict(state_dict)
+
+    def load_same(self, state_dict: dict[str, Any]) -> None:
+        """As `load_state_dict`, with all states in the types that they were saved in: to go on to the same bits."""
+        with loading.adapted(self, keeps_types=True):
+            torch.optim.Optimizer.load_state_dict(self, state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch's load_state_dict ends here too, without "defaults".

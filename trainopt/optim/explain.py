@@ -70,6 +70,8 @@ def explain(optimizer: Any) -> Explanation:
     the update: that it clips, averages or clears, or is left out for gradients that are not finite. Of `trainopt.Muon`
     it tells which parameters are its matrices, and which AdamW's. Changes nothing.
 
+    TypeError or ValueError for options of a group that the next step refuses.
+
     Args:
         optimizer: any torch optimizer, or a wrapper of one (Accelerate's, Fabric's, Lookahead).
     """

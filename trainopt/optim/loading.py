@@ -1,5 +1,6 @@
 """State dicts: what trainopt adds to torch's loading of them."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,22 +8,28 @@ from typing import Any
 import torch
 
 from trainopt.optim import average, code8, precision
-from trainopt.optim.options import STOCK_DEFAULTS, not_default
+from trainopt.optim.options import not_default
 from trainopt.optim.report import name_of
 from trainopt.optim.state_dtype import are_apart, cast_states, has_codes, keys_of
 from trainopt.optim.states import States, widen_counts
 
 
 @contextmanager
-def adapted(optimizer: States) -> Iterator[None]:
-    """While torch loads a state dict in here, its groups are adapted to the optimizer's; its counts are put right."""
+def adapted(optimizer: States, keeps_types: bool = False) -> Iterator[None]:
+    """While torch loads a state dict in here, its groups are adapted to the optimizer's; its counts are put right.
+
+    Args:
+        keeps_types: whether numbers of parameters, such as NAdam's running product, stay in the type that they were
+            saved in. torch casts them to their parameter's: in a float64 one a float32 product is rounded no longer.
+    """
     saved: dict[str, Any] = {}
 
     def adapt(_: Any, given: dict[str, Any]) -> dict[str, Any]:
         saved_groups, own_groups = given["param_groups"], optimizer.param_groups
         groups = [_adapt_group(optimizer, *both) for both in zip(saved_groups, own_groups, strict=False)]
         for group, own_group in zip(groups, own_groups, strict=False):
-            optimizer._check_group({**group, "params": own_group["params"]})
+            optimizer._check_group({**own_group, **group})
+            optimizer._check_storage({**group, "params": own_group["params"]})
         saved.update({**given, "param_groups": [*groups, *saved_groups[len(groups) :]]})
         own = list(_in_own_dtypes(optimizer, saved))  # states that torch is not to cast
         for key, name, param in own:
@@ -32,6 +39,7 @@ def adapted(optimizer: States) -> Iterator[None]:
             if name + code8.SUFFIX in saved["state"][key] or saved["state"][key][name].dtype is torch.uint8:
                 code8.scale_of(saved["state"][key], name)
         optimizer._uncast = [(param, name, saved["state"][key][name]) for key, name, param in own]
+        optimizer._keeps_types = keeps_types
         # Numbers stay, so that they have their place among the keys, and are put over what torch makes of them.
         left_out = [(key, name) for key, name, _ in own if name not in optimizer._numbers]
         return {**saved, "state": _without(saved["state"], left_out)}
@@ -43,6 +51,7 @@ def adapted(optimizer: States) -> Iterator[None]:
     finally:
         adapting.remove()
         optimizer.__dict__.pop("_uncast", None)
+        optimizer.__dict__.pop("_keeps_types", None)
     _restore_counts(optimizer, saved)
 
 
@@ -54,7 +63,8 @@ def _put_back(optimizer: States, state: dict[str, Any]) -> None:
         device = param.device
         if name in optimizer._numbers:  # as torch casts it, but for what that would lose
             device, dtype = optimizer._device_of_number(name, param, own), value.dtype
-            dtype = torch.promote_types(dtype, param.dtype) if param.is_floating_point() else dtype
+            if param.is_floating_point() and not (optimizer._keeps_types and dtype.itemsize >= 4):
+                dtype = torch.promote_types(dtype, param.dtype)
         own[name] = value.to(device, dtype, copy=True)
     for group in state["param_groups"]:
         for param in group["params"]:
@@ -64,8 +74,10 @@ def _put_back(optimizer: States, state: dict[str, Any]) -> None:
 
 
 def _adapt_group(optimizer: States, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    # A class of torch's misses its own options as torch does.
     extras = optimizer.EXTRAS
-    group = {**{name: own[name] for name in extras if name in own}, **saved}
+    kept = extras if optimizer._torch_class is not None else own.keys() - {"params", "param_names"}
+    group = {**{name: value for name, value in own.items() if name in kept}, **saved}
     for name in extras.keys() & saved.keys() - own.keys():
         if not not_default({name: saved[name]}):  # from a file of the days when every group had every option
             del group[name]
@@ -150,8 +162,10 @@ def _check_shape(optimizer: States, name: str, value: Any, param: torch.Tensor, 
 def complete(optimizer: States) -> None:
     """Completes what was loaded or unpickled, as torch's classes do in `__setstate__`."""
     widen_counts(optimizer.state, optimizer._numbers)
-    if optimizer._torch_class is None:  # a file of another library's, or of days when there were fewer options
-        defaults = {n: v for n, v in {**STOCK_DEFAULTS, **optimizer.defaults}.items() if n not in optimizer.EXTRAS}
+    if optimizer._torch_class is None:  # a pickle of days when there were fewer options
+        arguments = inspect.signature(type(optimizer)).parameters.values()
+        of_class = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+        defaults = {n: v for n, v in {**of_class, **optimizer.defaults}.items() if n not in optimizer.EXTRAS}
         for group in optimizer.param_groups:
             group.update({name: value for name, value in defaults.items() if name not in group})
 

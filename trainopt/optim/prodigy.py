@@ -67,6 +67,7 @@ class Prodigy(Fused, rule="prodigy"):
 
     _begin_as_parameter = ("p0",)
     _may_be_none = frozenset({"beta3"})
+    _deciding = ("beta3", "d0", "d_coef", "growth_rate")
 
     def __init__(
         self,
@@ -135,15 +136,19 @@ class Prodigy(Fused, rule="prodigy"):
     def _agree(self) -> None:
         groups = list(self.param_groups)
         for group in groups:
-            self._check_numbers(group)
-            _check(group)
+            _check_one_way(group)
         for group in groups[1:]:
             for name in _SHARED:
                 if (value := group[name]) is not (of_first := groups[0][name]) and value != of_first:
                     raise RuntimeError(
                         f"Prodigy has one d for all groups, and {name} is {of_first!r} in one and {value!r} in another"
                     )
-        if len(groups) > 1 and len(rates := {float(group["lr"]) for group in groups} - {0.0}) > 1:
+        try:
+            rates = {float(group["lr"]) for group in groups} - {0.0} if len(groups) > 1 else set()
+        except (TypeError, ValueError):
+            self._check_groups()
+            raise
+        if len(rates) > 1:
             raise RuntimeError(f"Prodigy has one lr for all groups that have not 0, and they have {sorted(rates)}")
         for group in groups[1:]:
             for name in _FOUND:

@@ -15,7 +15,7 @@ from trainopt.optim.distributed import is_dtensor
 from trainopt.optim.gradients import GradientScaling, norm_of
 from trainopt.optim.matrix import update
 from trainopt.optim.matrix.muon import Muon, is_muon
-from trainopt.optim.matrix.options import is_muons
+from trainopt.optim.matrix.options import check_present, is_muons
 from trainopt.optim.options import DEFAULTS
 from trainopt.optim.report import Record, names_of
 from trainopt.optim.states import States
@@ -98,6 +98,8 @@ class _Step:
             )
         group = self._group(param)
         check_group(group)
+        if is_muon(self.whole._optimizer):
+            check_present(group)
         group = {**group, "params": self.params}
         norm = None
         if self.whole._limit is not None:

@@ -188,8 +188,7 @@ class ScheduleFree(Fused):
         try:
             advanced = [self._advanced(group) for group in groups]
         except (TypeError, ValueError):
-            for group in groups:
-                self._check_numbers(group)
+            self._check_groups()
             raise
         for group, values in zip(groups, advanced, strict=True):
             group.update(values)

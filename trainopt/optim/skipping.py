@@ -52,6 +52,7 @@ def step_on_device(
     if answer.status == "unfinished":
         if optimizer._only_makes_states():
             return True
+        optimizer._check_groups()
         groups = optimizer._snapshot()
         params = list(numbered(groups))
         # Should the device skip this step, the next one is the first.

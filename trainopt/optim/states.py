@@ -53,6 +53,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     _torch_takes_shards: ClassVar[bool] = True  # else its `plain_step` is made in place of torch's, of DTensors
     _needs_host: ClassVar[bool] = False  # whether a step begins with numbers that the host moves on: see `_advanced`
     _may_be_none: ClassVar[frozenset[str]] = frozenset()  # options of the rule that need not be numbers
+    _deciding: ClassVar[tuple[str, ...]] = ()  # those whose change is checked, beside trainopt's own
     _host_options: ClassVar[frozenset[str]] = frozenset()  # of groups, which the class reads and the rule does not
     #: Options beyond torch's, with their defaults. They are in param_groups where they are not at these.
     EXTRAS: ClassVar[dict[str, Any]]
@@ -61,6 +62,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     _opt_called: bool  # read by torch's schedulers
     _record: Record
     _uncast: list[tuple[torch.Tensor, str, torch.Tensor]]  # while a state dict is loaded: see `loading.adapted`
+    _keeps_types: bool  # likewise
     _unstarted: set[torch.Tensor]  # with states of zeros that only a real step makes a first one
 
     def _start_recording(self) -> None:
@@ -142,35 +144,38 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         """The groups as they are now: what hooks or other threads change meanwhile takes effect at the next step."""
         return [snapshot(group, self._rule) for group in self.param_groups]
 
-    def _states_needed(self, group: dict[str, Any], param: torch.Tensor | None = None) -> tuple[str, ...]:
+    @classmethod
+    def _states_needed(cls, group: dict[str, Any], param: torch.Tensor | None = None) -> tuple[str, ...]:
         """The states that a group's options call for, numbers aside; of one of a vector's without a parameter."""
-        return tuple(_C.states_needed(self._rule, _named(group), 1 if param is None else param.dim()))
+        return tuple(_C.states_needed(cls._rule, _named(group), 1 if param is None else param.dim()))
 
-    def _numbers_needed(self, group: dict[str, Any]) -> tuple[str, ...]:
+    @classmethod
+    def _numbers_needed(cls, group: dict[str, Any]) -> tuple[str, ...]:
         """Likewise the numbers."""
-        return tuple(_C.numbers_needed(self._rule, _named(group))) if self._numbers else ()
+        return tuple(_C.numbers_needed(cls._rule, _named(group))) if cls._numbers else ()
 
-    def _shape_of(self, name: str, param: torch.Tensor) -> torch.Size:
+    @classmethod
+    def _shape_of(cls, name: str, param: torch.Tensor) -> torch.Size:
         """The shape of a parameter's state."""
         shape = list(param.shape)
-        if name in self._factors and len(shape) > 1:
-            shape[-1 if name == self._factors[0] else -2] = 1
+        if name in cls._factors and len(shape) > 1:
+            shape[-1 if name == cls._factors[0] else -2] = 1
         return torch.Size(shape)
 
     @classmethod
     def _new_plan(cls, first_index: int = 0) -> Any:
         """A plan, which checks options that are new in a group, as the constructor does."""
-        return _C.Plan(cls._rule, first_index, checked_names(cls.EXTRAS), cls._check_group)
+        return _C.Plan(cls._rule, first_index, [*checked_names(cls.EXTRAS), *cls._deciding], cls._check_group)
 
     @classmethod
     def _check_group(cls, group: Mapping[str, Any]) -> None:
-        """ValueError or TypeError for options that make no sense, by themselves or for the parameters of the group."""
+        """ValueError or TypeError for options that make no sense; of torch's own it is torch that says so."""
         options = {**cls.EXTRAS, **group}
         check_extras(options)
         state_dtype.check(options["state_dtype"], cls._states)
+        if cls._torch_class is None:
+            cls._check_numbers(group)
         cls._check_options(options)
-        state_dtype.check_params(group)
-        precision.check_params(group)
 
     @classmethod
     def _check_options(cls, options: dict[str, Any]) -> None:
@@ -196,10 +201,17 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
                 place = f"{key}[{element}]" if element >= 0 else key
                 raise TypeError(f"{cls.__name__}: {place} must be a number, not a {type(value).__name__}: {value!r}")
 
+    @staticmethod
+    def _check_storage(group: Mapping[str, Any]) -> None:
+        """ValueError for a parameter that cannot be stored, or have its states stored, as its group says."""
+        state_dtype.check_params(group)
+        precision.check_params(group)
+
     def _check_groups(self) -> None:
-        """Likewise of all groups."""
+        """Both, of all groups: before states are made, and before a step that the plan has no part in."""
         for group in self.param_groups:
             self._check_group(group)
+            self._check_storage(group)
 
     @classmethod
     def _decay_of(cls, group: dict[str, Any]) -> str:

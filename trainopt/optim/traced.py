@@ -83,7 +83,11 @@ def gather(
         return False  # a DTensor is stepped by what is in it, which the operator does not see
     try:
         paths = optimizer._new_plan().paths([{**group, "params": chosen}], optimizer.state)
-    except (TypeError, ValueError):  # of options, which the uncompiled step raises where a caller can see it
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # of options, which the uncompiled step raises where a caller can see it
         return False
     if paths is None or any(paths):
         return False

@@ -201,8 +201,8 @@ def effect_of(name: str, before: Any, now: Any) -> str:
 def differences_of(owner: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Those of the optimizer's or the schedule's own numbers, which come back with its state."""
     if before["class"] != now["class"]:
-        kept = "its options are the new ones, and its state" if owner == "optimizer" else "its state"
-        yield f"{owner} was {before['class']} and is {now['class']}: {kept} is taken over as far as it fits"
+        options = "its options are the new ones, but for what a schedule sets; " if owner == "optimizer" else ""
+        yield f"{owner} was {before['class']} and is {now['class']}: {options}its state is taken over as far as it fits"
         return
     old, new = flat(before), flat(now)
     for name in new:

@@ -160,8 +160,9 @@ class Modes:
         if weights is not None:
             with torch.no_grad():
                 for (_, group, param), value in zip(numbered(self.optimizer.param_groups), weights, strict=True):
-                    if precision.has_master(group, param) and value.dtype is torch.float32:
-                        precision.store_(param, value.to(param.device), group, self.optimizer.state[param], 0)
+                    state = self.optimizer.state.get(param)
+                    if state and precision.has_master(group, param) and value.dtype is torch.float32:
+                        precision.store_(param, value.to(param.device), group, state, 0)
                     else:
                         param.copy_(value)
 

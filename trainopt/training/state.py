@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainopt.optim.average import KEY, averages
+from trainopt.optim.base import Fused
 from trainopt.optim.convert import convert_state
 from trainopt.optim.precision import KEY as MASTER
 from trainopt.optim.registry import of_torch
@@ -215,8 +216,8 @@ class State:
         state = spread(saved["optimizer"], params)
         if saved.get("given") and saved["given"]["optimizer"]["class"] != type(self.optimizer).__name__:
             state = of_another_class(state, self.optimizer)
-        self.optimizer.load_state_dict(state)
-        keep_types_of_numbers(self.optimizer, state)
+        load = self.optimizer.load_same if isinstance(self.optimizer, Fused) else self.optimizer.load_state_dict
+        load(state)
         self.trained.load({name: saved[name] for name in ("model", *["criterion"] * self._loss_has_state())})
         check_given_twice(self.options, self.optimizer)  # the groups' options are the checkpoint's now
         if self.options.state_dtype is not None:
@@ -242,31 +243,27 @@ class State:
 def of_another_class(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What this optimizer takes over of one of another class: of each parameter all that a step of its own needs, or
     nothing; and none of its options, which may mean something else there."""
-    cls: Any = type(optimizer) if isinstance(optimizer, States) else of_torch().get(type(optimizer))
+    cls: type[States] | None = type(optimizer) if isinstance(optimizer, States) else of_torch().get(type(optimizer))
     groups, entries = [], {}
     for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        groups.append({**own, "params": saved["params"]})
-        for index, param in zip(saved["params"], own["params"], strict=True):
+        of_saved = {name: saved[name] for name in ("params", "param_names") if name in saved}
+        groups.append({**{name: value for name, value in own.items() if name != "param_names"}, **of_saved})
+        by_name = dict(zip(own.get("param_names", ()), own["params"], strict=False))
+        names = saved.get("param_names") or [None] * len(own["params"])
+        for index, name, param in zip(saved["params"], names, own["params"], strict=True):
             found = state["state"].get(index, {})
-            needed = () if cls is None else (*cls._states_needed(cls, own, param), *cls._numbers_needed(cls, own))
-            needed = (*needed, *["step"] * (cls is not None and cls._counts_steps))
-            if needed and all(name in found for name in needed):
-                also = (KEY, MASTER, *keys_of(needed))
-                entries[index] = {name: value for name, value in found.items() if name in also}
+            if cls is not None and (kept := fitting(found, cls, own, by_name.get(name, param))):
+                entries[index] = kept
     return {**state, "state": entries, "param_groups": groups}
 
 
-def keep_types_of_numbers(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Gives numbers of parameters, such as NAdam's running product, the type back that they were saved in.
-
-    torch casts them to their parameter's, and so does trainopt: a float32 product of float64 parameters would be
-    rounded no longer, and the run would go on to other bits.
-    """
-    for index, param in enumerate(gradients.parameters(optimizer)):
-        for name in getattr(optimizer, "_numbers", ()):
-            value, own = saved["state"].get(index, {}).get(name), optimizer.state.get(param, {})
-            if isinstance(value, Tensor) and isinstance(own.get(name), Tensor) and value.element_size() >= 4:
-                own[name] = value.to(own[name].device, copy=True)
+def fitting(found: dict[str, Any], cls: type[States], group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """Of a parameter's states those that a class has, if there are all that it needs, in their shapes; else none."""
+    shapes = {name: cls._shape_of(name, param) for name in cls._states_needed(group, param)}
+    shapes |= dict.fromkeys((*cls._numbers_needed(group), *["step"] * cls._counts_steps), torch.Size())
+    fits = all(isinstance(found.get(name), Tensor) and found[name].shape == shape for name, shape in shapes.items())
+    also = (KEY, MASTER, *keys_of(shapes))
+    return {name: value for name, value in found.items() if name in also} if fits and shapes else {}
 
 
 def without_averages(state: dict[str, Any]) -> dict[str, Any]:

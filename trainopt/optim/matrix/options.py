@@ -37,6 +37,7 @@ OWN_DTYPE = (
 _MARKS = ("params", "param_names", "use_muon", "name", "layer", "lr_scale")
 _MUON = {*inspect.signature(originals.Muon).parameters, *EXTRAS} - {"params"}
 _ADAMW = set(inspect.signature(AdamW).parameters) - {"params"}
+_OF_TORCHS_ADAMW = _ADAMW - AdamW.EXTRAS.keys()
 #: Options of AdamW's that are about the whole step, in which the matrices have no part, with their defaults.
 _WHOLE_STEP = {
     name: inspect.signature(AdamW).parameters[name].default
@@ -119,7 +120,9 @@ def check_present(group: Mapping[str, Any]) -> None:
             )
     if not use_muon:
         _check_whole_step(group)
-        for name in sorted(_ADAMW - AdamW.EXTRAS.keys() - group.keys()):
+        for name in _OF_TORCHS_ADAMW if not _OF_TORCHS_ADAMW <= group.keys() else ():
+            if name in group:
+                continue
             raise ValueError(f"Muon: a group with use_muon=False lacks {name!r}: add_param_group makes one of AdamW's")
 
 
