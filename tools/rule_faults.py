@@ -110,7 +110,7 @@ void step_of(const double* options, const double* info, long count, double* p, c
     for (long i = 0; i < count; ++i) {{
       Term<double> terms[kMaxSums];
       read(i);
-      Rule::gather(k, p[i], g[i], own, terms);
+      Rule::gather(k, kSumsAreBeforeDecay<Rule> ? p[i] : kept[i], g[i], own, terms);
       for (int s = 0; s < kSumCount<Rule>; ++s) sums[s] += terms[s].a * terms[s].b;
     }}
     finish_by<Rule>(k, sums, numbers);

@@ -247,11 +247,6 @@ class Fused(States):
         with loading.adapted(self):
             super().load_state_dict(state_dict)
 
-    def load_same(self, state_dict: dict[str, Any]) -> None:
-        """As `load_state_dict`, with all states in the types that they were saved in: to go on to the same bits."""
-        with loading.adapted(self, keeps_types=True):
-            torch.optim.Optimizer.load_state_dict(self, state_dict)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch's load_state_dict ends here too, without "defaults".
         super().__setstate__(state if "defaults" in state else loading.prepare(self, state))

@@ -15,13 +15,8 @@ from trainopt.optim.states import States, widen_counts
 
 
 @contextmanager
-def adapted(optimizer: States, keeps_types: bool = False) -> Iterator[None]:
-    """While torch loads a state dict in here, its groups are adapted to the optimizer's; its counts are put right.
-
-    Args:
-        keeps_types: whether numbers of parameters, such as NAdam's running product, stay in the type that they were
-            saved in. torch casts them to their parameter's: in a float64 one a float32 product is rounded no longer.
-    """
+def adapted(optimizer: States) -> Iterator[None]:
+    """While torch loads a state dict in here, its groups are adapted to the optimizer's; its counts are put right."""
     saved: dict[str, Any] = {}
 
     def adapt(_: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +34,6 @@ def adapted(optimizer: States, keeps_types: bool = False) -> Iterator[None]:
             if name + code8.SUFFIX in saved["state"][key] or saved["state"][key][name].dtype is torch.uint8:
                 code8.scale_of(saved["state"][key], name)
         optimizer._uncast = [(param, name, saved["state"][key][name]) for key, name, param in own]
-        optimizer._keeps_types = keeps_types
         # Numbers stay, so that they have their place among the keys, and are put over what torch makes of them.
         left_out = [(key, name) for key, name, _ in own if name not in optimizer._numbers]
         return {**saved, "state": _without(saved["state"], left_out)}
@@ -51,19 +45,33 @@ def adapted(optimizer: States, keeps_types: bool = False) -> Iterator[None]:
     finally:
         adapting.remove()
         optimizer.__dict__.pop("_uncast", None)
-        optimizer.__dict__.pop("_keeps_types", None)
     _restore_counts(optimizer, saved)
+
+
+@contextmanager
+def keeping_types(optimizer: Any) -> Iterator[None]:
+    """While one of trainopt's optimizers loads a state dict in here, numbers of parameters, such as NAdam's running
+    product, stay in the type that they were saved in, so that it goes on to the same bits.
+
+    torch casts them to their parameter's type: in a float64 one a float32 product is no longer rounded at each step.
+    """
+    optimizer.__dict__["_keeps_types"] = True
+    try:
+        yield
+    finally:
+        del optimizer.__dict__["_keeps_types"]
 
 
 def _put_back(optimizer: States, state: dict[str, Any]) -> None:
     """Puts what torch was not to cast into what it has loaded, in the dtypes that the groups call for."""
+    keeps_types = optimizer.__dict__.get("_keeps_types", False)
     for param, name, value in optimizer.__dict__.get("_uncast", ()):
         dtype = average.dtype_of(param) if name == average.KEY else None
         own = state["state"].setdefault(param, {})
         device = param.device
         if name in optimizer._numbers:  # as torch casts it, but for what that would lose
             device, dtype = optimizer._device_of_number(name, param, own), value.dtype
-            if param.is_floating_point() and not (optimizer._keeps_types and dtype.itemsize >= 4):
+            if param.is_floating_point() and not (keeps_types and dtype.itemsize >= 4):
                 dtype = torch.promote_types(dtype, param.dtype)
         own[name] = value.to(device, dtype, copy=True)
     for group in state["param_groups"]:

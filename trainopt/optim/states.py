@@ -62,7 +62,6 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     _opt_called: bool  # read by torch's schedulers
     _record: Record
     _uncast: list[tuple[torch.Tensor, str, torch.Tensor]]  # while a state dict is loaded: see `loading.adapted`
-    _keeps_types: bool  # likewise
     _unstarted: set[torch.Tensor]  # with states of zeros that only a real step makes a first one
 
     def _start_recording(self) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from trainopt.optim.average import KEY, averages
-from trainopt.optim.base import Fused
 from trainopt.optim.convert import convert_state
+from trainopt.optim.loading import keeping_types
 from trainopt.optim.precision import KEY as MASTER
 from trainopt.optim.registry import of_torch
 from trainopt.optim.state_dtype import keys_of
@@ -216,8 +216,8 @@ class State:
         state = spread(saved["optimizer"], params)
         if saved.get("given") and saved["given"]["optimizer"]["class"] != type(self.optimizer).__name__:
             state = of_another_class(state, self.optimizer)
-        load = self.optimizer.load_same if isinstance(self.optimizer, Fused) else self.optimizer.load_state_dict
-        load(state)
+        with keeping_types(self.optimizer):
+            self.optimizer.load_state_dict(state)
         self.trained.load({name: saved[name] for name in ("model", *["criterion"] * self._loss_has_state())})
         check_given_twice(self.options, self.optimizer)  # the groups' options are the checkpoint's now
         if self.options.state_dtype is not None:
