@@ -376,3 +376,27 @@ def test_counts_of_16_bits_are_widened(name, dtype, how):
     for p in moved:
         wide = torch.float32 if how == "fuse" else torch.float64  # with noise
         assert other.state[p]["step"].dtype is wide and other.state[p]["step"] == 258
+
+
+def test_an_option_that_is_not_there_keeps_its_value_and_in_an_old_pickle_has_the_default():
+    """Of classes that torch does not have; torch's have torch's error."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = trainopt.LAMB([{"params": [params[0]], "decoupled_decay": True}, {"params": [params[1]]}])
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["decoupled_decay"]
+    optimizer.load_state_dict(saved)
+    assert [group["decoupled_decay"] for group in optimizer.param_groups] == [True, False]
+    optimizer.step()
+    for group in (*optimizer.param_groups, optimizer.defaults):
+        del group["decoupled_decay"]
+    copy = pickle.loads(pickle.dumps(optimizer))
+    assert [group["decoupled_decay"] for group in copy.param_groups] == [False, False]
+    for group in copy.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones(3)
+    copy.step()
+    assert copy.state[copy.param_groups[0]["params"][0]]["step"] == 3

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trainopt.optim import average, code8, precision
-from trainopt.optim.options import not_default
+from trainopt.optim.options import STOCK_DEFAULTS, not_default, places_of
 from trainopt.optim.report import name_of
 from trainopt.optim.state_dtype import are_apart, cast_states, has_codes, keys_of
 from trainopt.optim.states import States, widen_counts
@@ -172,7 +172,8 @@ def complete(optimizer: States) -> None:
     widen_counts(optimizer.state, optimizer._numbers)
     if optimizer._torch_class is None:  # a pickle of days when there were fewer options
         arguments = inspect.signature(type(optimizer)).parameters.values()
-        of_class = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+        known = {*STOCK_DEFAULTS, *(name for name, _ in places_of(optimizer._rule))}
+        of_class = {argument.name: argument.default for argument in arguments if argument.name in known}
         defaults = {n: v for n, v in {**of_class, **optimizer.defaults}.items() if n not in optimizer.EXTRAS}
         for group in optimizer.param_groups:
             group.update({name: value for name, value in defaults.items() if name not in group})
