@@ -356,7 +356,7 @@ def test_a_loader_with_a_generator_of_its_own_goes_on_in_its_order(stops, tmp_pa
     assert_same(end, now)
 
 
-NUMBERS_AND_PARTS = {
+OF_OTHER_TYPES = {
     "NAdam": (trainopt.NAdam, torch.float64),
     "ASGD": (trainopt.ASGD, torch.float64),
     "NovoGrad": (trainopt.NovoGrad, torch.float64),
@@ -366,10 +366,10 @@ NUMBERS_AND_PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", NUMBERS_AND_PARTS)
+@pytest.mark.parametrize("name", OF_OTHER_TYPES)
 @pytest.mark.parametrize("stop", [7, 12, 17])
-def test_numbers_and_parameters_in_two_parts_go_on_to_the_same_bits(name, stop, tmp_path):
-    make, dtype = NUMBERS_AND_PARTS[name]
+def test_a_resumed_run_keeps_the_types_of_numbers_and_master_weights(name, stop, tmp_path):
+    make, dtype = OF_OTHER_TYPES[name]
     _, end = small_fit(None, make=make, dtype=dtype)
     small_fit(tmp_path, stop, make=make, dtype=dtype)
     _, now = small_fit(tmp_path, make=make, dtype=dtype, seed=1)

@@ -207,7 +207,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
         precision.check_params(group)
 
     def _check_groups(self) -> None:
-        """Both, of all groups: before states are made, and before a step that the plan has no part in."""
+        """`_check_group` and `_check_storage` of all: before states are made, and before a step without a plan."""
         for group in self.param_groups:
             self._check_group(group)
             self._check_storage(group)
