@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
-#include <unordered_map>
 #include <utility>
 
 #include "torch/cuda_device.h"
@@ -25,32 +24,14 @@ constexpr int64_t kSnapshotsAhead = 1;
 // Parameters below which one thread compares them all before another has been woken.
 constexpr int64_t kFewTensors = 64;
 
-using StateEntries = std::vector<std::pair<PyObject*, PyObject*>>;
-
-// Finds each parameter's entry in torch's state dict. Tensors equal but themselves there, so they are looked for by
-// address: to hash one runs Python code. The dict's order is nearly always that of the parameters.
-class StateCursor {
+// While Python code is asked, another step of the optimizer makes a plan of its own.
+class Running {
  public:
-  explicit StateCursor(const StateEntries& entries) : entries_(entries) {}
-
-  PyObject* find(PyObject* param) {
-    if (PyObject* found = pass(param)) return found;
-    if (places_.empty())
-      for (const auto& [key, value] : entries_) places_[key] = value;
-    const auto found = places_.find(param);
-    return found == places_.end() ? nullptr : found->second;
-  }
-
-  // Moves on if the next entry is this parameter's; its value then.
-  PyObject* pass(PyObject* param) {
-    if (next_ == entries_.size() || entries_[next_].first != param) return nullptr;
-    return entries_[next_++].second;
-  }
+  explicit Running(bool* flag) : flag_(flag) { *flag_ = true; }
+  ~Running() { *flag_ = false; }
 
  private:
-  const StateEntries& entries_;
-  size_t next_ = 0;
-  std::unordered_map<PyObject*, PyObject*> places_;
+  bool* flag_;
 };
 
 bool has_index(const Indices& ascending, int64_t index) {
@@ -150,9 +131,7 @@ void Plan::check_options(PyObject* groups) {
           unchecked.push_back(pybind11::reinterpret_borrow<pybind11::object>(dict));
       }
       if (unchecked.empty()) return;
-      is_running_ = true;
-      const auto finish = [this](void*) { is_running_ = false; };
-      const std::unique_ptr<void, decltype(finish)> finished(this, finish);
+      const Running running(&is_running_);
       for (const pybind11::object& group : unchecked) check_(group);
     }
   } catch (...) {
@@ -197,9 +176,7 @@ bool Plan::lacks_states(const Operands& operands, const Group& group) const {
 
 // Asks Python of the DTensors' specs that the walk has met for the first time. Whether there were any.
 bool Plan::learn() {
-  is_running_ = true;
-  const auto finish = [this](void*) { is_running_ = false; };
-  const std::unique_ptr<void, decltype(finish)> finished(this, finish);
+  const Running running(&is_running_);
   return specs_.learn();
 }
 

@@ -22,6 +22,7 @@
 #include "python/distributed.h"
 #include "python/group.h"
 #include "python/snapshot.h"
+#include "python/state_cursor.h"
 #include "torch/optim/batch.h"
 
 namespace trainopt::python {
@@ -121,10 +122,10 @@ class Plan {
   const pybind11::object check_;
   std::vector<pybind11::str> state_names_;  // of the rule's slots, then "step", then the rule's numbers
   std::vector<Group> groups_;
-  std::vector<GroupForm> forms_;                          // of the last walk
-  std::vector<Place> places_;                             // of every parameter, in order
-  std::vector<std::pair<PyObject*, PyObject*>> entries_;  // of the state dict, in its order
-  std::vector<Snapshot> snapshots_;                       // of every parameter, in order
+  std::vector<GroupForm> forms_;     // of the last walk
+  std::vector<Place> places_;        // of every parameter, in order
+  StateEntries entries_;             // of the state dict, in its order
+  std::vector<Snapshot> snapshots_;  // of every parameter, in order
   Specs specs_;
   Batch batch_;
   std::vector<c10::Storage> kept_;  // while the interpreter is let go

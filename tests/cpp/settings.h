@@ -40,7 +40,7 @@ struct Setting {
 // trust_coeff, eps, trust_clip, always_adapt; eight and four, the rules in contract/rules/rules.h, set and decay, or
 // decay.
 constexpr Decay kCoupled = Decay::kGradient, kDecoupled = Decay::kParameter, kInUpdate = Decay::kUpdate;
-constexpr Tail kCautious = {0, 0, false, 0, false, true};
+constexpr Tail kCautious = {0, 0, false, 0, false, true}, kCleared = {1, 2, true, 0.9};
 inline const std::vector<Setting> kSettings = {
     {"plain", "sgd", {0, 0, 0}, kCoupled, 0.1, 0, false, 0, false, 0, 1, 0},
     {"decay", "sgd", {0, 0, 0}, kCoupled, 0.1, 0.3, true, 0, false, 0, 1, 0},
@@ -87,19 +87,7 @@ inline const std::vector<Setting> kSettings = {
      4,
      {2, 9, true, 0.9, true}},
     {"averaged", "eight", {3, 2}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 20, {0, 0, false, 0.6, true}},
-    {"tail",
-     "lamb",
-     {0.9, 0.99, 0.05, 0, 0, 1, 1, 0},
-     kInUpdate,
-     0.05,
-     0.3,
-     false,
-     0,
-     false,
-     0,
-     1,
-     1,
-     {1, 2, true, 0.9}},
+    {"tail", "lamb", {0.9, 0.99, 0.05, 0, 0, 1, 1, 0}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 1, kCleared},
     {"cautious", "sgd", {0.9, 0.2, 0}, kCoupled, 0.1, 0.3, true, 0.5, false, 0, 3, 2, kCautious},
     {"cautious", "adam", {0.9, 0.99, 0.05, 0, 1, 1}, kDecoupled, 0.05, 0.3, false, 0, false, 0, 1, 7, kCautious},
     {"cautious", "lamb", {0.9, 0.99, 0.05, 0, 0, 1, 1, 0}, kInUpdate, 0.05, 0.3, false, 0, false, 0, 1, 3, kCautious},

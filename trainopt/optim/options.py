@@ -99,7 +99,7 @@ _FLAGS = (
     *("cautious", "cautious_weight_decay", "stats", "bias_correction"),
 )
 #: Options of torch's and of rules that some of these do not go with.
-_DECIDING = ("differentiable", "decoupled_weight_decay", "decoupled_decay", "decouple", "no_prox")
+DECIDING = ("differentiable", "decoupled_weight_decay", "decoupled_decay", "decouple", "no_prox")
 #: How 16-bit parameters can be stored: trainopt/optim/precision.py.
 PRECISIONS = ("native", "master", "master24", "stochastic")
 #: Those of the options that every class of torch's has.
@@ -120,11 +120,6 @@ def extra(group: Mapping[str, Any], name: str) -> Any:
 def not_default(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of these options that are not at their defaults; a tensor, which can be filled later, never is."""
     return {name: v for name, v in options.items() if isinstance(v, torch.Tensor) or v != DEFAULTS[name]}
-
-
-def checked_names(extras: Iterable[str]) -> list[str]:
-    """The options whose change a step looks at, by what their class has beyond torch's."""
-    return [*extras, *_DECIDING]
 
 
 def check_extras(options: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from torch.optim import optimizer as torch_optimizer
 from trainopt._extension import _C
 from trainopt.optim import average, precision, state_dtype
 from trainopt.optim.distributed import elements, on_any_rank, replica, summed
-from trainopt.optim.options import check_extras, checked_names, extra, option_at, places_of, snapshot
+from trainopt.optim.options import DECIDING, check_extras, extra, option_at, places_of, snapshot
 from trainopt.optim.report import Record
 from trainopt.optim.stats import ParameterStats, by_name
 from trainopt.stand_in import StandIn
@@ -164,7 +164,7 @@ class States(torch.optim.Optimizer, metaclass=StandIn):
     @classmethod
     def _new_plan(cls, first_index: int = 0) -> Any:
         """A plan, which checks options that are new in a group, as the constructor does."""
-        return _C.Plan(cls._rule, first_index, [*checked_names(cls.EXTRAS), *cls._deciding], cls._check_group)
+        return _C.Plan(cls._rule, first_index, [*cls.EXTRAS, *DECIDING, *cls._deciding], cls._check_group)
 
     @classmethod
     def _check_group(cls, group: Mapping[str, Any]) -> None:

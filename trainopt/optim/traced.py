@@ -81,13 +81,9 @@ def gather(
     chosen = [param for param in group["params"] if param.grad is not None]
     if any(type(param) not in (torch.Tensor, torch.nn.Parameter) for param in chosen):
         return False  # a DTensor is stepped by what is in it, which the operator does not see
-    try:
+    try:  # the uncompiled step raises what is wrong with options, where a caller can see it
         paths = optimizer._new_plan().paths([{**group, "params": chosen}], optimizer.state)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # of options, which the uncompiled step raises where a caller can see it
+    except (TypeError, ValueError, RuntimeError):
         return False
     if paths is None or any(paths):
         return False

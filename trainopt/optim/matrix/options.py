@@ -120,10 +120,10 @@ def check_present(group: Mapping[str, Any]) -> None:
             )
     if not use_muon:
         _check_whole_step(group)
-        for name in _OF_TORCHS_ADAMW if not _OF_TORCHS_ADAMW <= group.keys() else ():
-            if name in group:
-                continue
-            raise ValueError(f"Muon: a group with use_muon=False lacks {name!r}: add_param_group makes one of AdamW's")
+        if missing := _OF_TORCHS_ADAMW - group.keys():
+            raise ValueError(
+                f"Muon: a group with use_muon=False lacks {min(missing)!r}: add_param_group makes one of AdamW's"
+            )
 
 
 def check_values(group: Mapping[str, Any]) -> None:
